@@ -1,0 +1,78 @@
+# make help lists the targets. Everything works from a fresh clone: the first
+# call creates .venv and installs the pins of requirements.txt into it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# PyTorch's CPU builds are on an index of their own; only used where plain pip has none.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.installed
+CONFIG ?= config.yaml
+
+# make run LLM=<folder or hub id> REDIS_URL=redis://... N=<generations>
+LLM ?=
+REDIS_URL ?=
+N ?= 48
+SEED ?= 0
+
+export LMCACHE_TRACK_USAGE := false
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
+export PYTHONPATH := $(CURDIR)/src
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test up down status notebooks clean-notebooks check-notebooks lint \
+	bench-overhead demo-model clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "Python 3.11 is needed, found: $$($(PYTHON) --version 2>&1). Set PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Installing into $(VENV) (about 4 GB, 3 to 6 minutes; once)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt || \
+		{ echo "No CPU build of torch in the usual place; trying PyTorch's own index"; \
+		$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt \
+			--extra-index-url $(TORCH_CPU_INDEX); }
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+install: $(READY) ## create .venv and install the pinned packages
+
+run: $(READY) ## a session of real generations, placed across real tiers (LLM= REDIS_URL= N= SEED=)
+	@$(PY) -m run_session --config $(CONFIG) --generations $(N) --seed $(SEED) \
+		$(if $(LLM),--llm '$(LLM)') $(if $(REDIS_URL),--redis-url '$(REDIS_URL)')
+
+test: $(READY) ## all tests, on the real stack, notebooks included
+	@$(PY) -m pytest
+
+up: $(READY) ## start coordinator, LMCache server and Redis, and leave them running
+	@$(PY) -m lmcache_stack up --config $(CONFIG)
+
+down: $(READY) ## stop what `make up` started
+	@$(PY) -m lmcache_stack down --config $(CONFIG)
+
+status: $(READY) ## what is running
+	@$(PY) -m lmcache_stack status --config $(CONFIG)
+
+notebooks: $(READY) ## run all notebooks headless, in order
+	@$(PY) -m pytest tests/test_notebooks.py -q
+
+clean-notebooks: $(READY) ## strip outputs from the notebooks
+	@$(VENV)/bin/nbstripout notebooks/*.ipynb
+
+check-notebooks: $(READY) ## fail if a notebook in git has outputs
+	@$(VENV)/bin/nbstripout --verify notebooks/*.ipynb
+
+bench-overhead: $(READY) ## what managing adds to a generation; ends with one line of JSON
+	@$(PY) -m overhead_bench --config $(CONFIG)
+
+demo-model: $(READY) ## train data/demo_model again (about half an hour)
+	@$(PY) -m train_demo_model
+
+lint: $(READY) ## ruff
+	@$(VENV)/bin/ruff check src tests && $(VENV)/bin/ruff format --check src tests
+
+clean: ## remove what runs leave behind (not .venv)
+	rm -rf cache_warm cache_lmcache run_lmcache .pytest_cache .ruff_cache .hypothesis build src/*.egg-info

@@ -1,0 +1,231 @@
+"""Where KV cache is: the layout of a prompt's chunks, and the controllers' interface.
+
+Words, as in LMCache: a *chunk* is the smallest unit that moves
+(``chunk_size_tokens`` tokens); its key covers everything before it, so equal
+key means equal prefix. An incomplete last chunk is never stored.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from caching_heuristics import TIER_CODES, TIERS
+from lmcache_http import LMCacheError
+
+DEFAULT_INSTANCE = "lmcache_default_instance"
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """Where each complete chunk of one prompt is.
+
+    Parameters
+    ----------
+    keys : tuple of str
+        Chunk keys in prefix order, shape (chunks,).
+    tiers : mapping
+        Instance id -> the tiers of each chunk, hottest first, shape (chunks,).
+    handles : mapping
+        Chunk key -> the LMCache object keys behind it (one a rank), for deletes.
+    """
+
+    keys: tuple[str, ...]
+    tiers: Mapping[str, tuple[tuple[str, ...], ...]]
+    handles: Mapping[str, tuple[dict, ...]] = field(default_factory=dict, repr=False)
+
+    def of(self, instance_id: str) -> tuple[tuple[str, ...], ...]:
+        """Return each chunk's tiers on one instance; shape (chunks,)."""
+        return self.tiers.get(instance_id, ((),) * len(self.keys))
+
+    def counts(self, instance_id: str) -> dict[str, int]:
+        """Return how many chunks each tier of an instance holds."""
+        held = self.of(instance_id)
+        return {tier: sum(tier in tiers for tiers in held) for tier in TIERS}
+
+    def select(self, indices: Iterable[int]) -> KVLayout:
+        """Return the layout of some chunks only."""
+        chosen = list(indices)
+        return KVLayout(
+            tuple(self.keys[i] for i in chosen),
+            {name: tuple(tiers[i] for i in chosen) for name, tiers in self.tiers.items()},
+            self.handles,
+        )
+
+    def complete_tiers(self, instance_id: str) -> list[str]:
+        """Return the tiers that hold every chunk, hottest first."""
+        total = len(self.keys)
+        return [tier for tier, n in self.counts(instance_id).items() if total and n == total]
+
+
+class BaseController(ABC):
+    """What `MultiTierCache` needs to know and do about KV cache.
+
+    Positions are ``[instance_id, tier]`` pairs, tiers ``"gpu"``, ``"disk"``,
+    ``"remote"``.
+    """
+
+    instance_id: str = DEFAULT_INSTANCE
+    chunk_size_tokens: int
+    _tokenizer: Any = None
+
+    def attach_engine(self, llm: Any) -> None:
+        """Use `llm`'s tokenizer, and its model name where that matters."""
+        get_tokenizer = getattr(llm, "get_tokenizer", None)
+        self._tokenizer = get_tokenizer() if get_tokenizer else self._tokenizer
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """Return the prompt's token ids, as the attached engine tokenizes it.
+
+        Raises
+        ------
+        LMCacheError
+            If no engine is attached: LMCache 0.5.6 has no tokenizer of its own.
+        """
+        if self._tokenizer is None:
+            raise LMCacheError(
+                "no tokenizer: attach the engine with set_llm(llm) first "
+                "(the LMCache server has no /tokenize)"
+            )
+        return list(self._tokenizer.encode(prompt))
+
+    def lookup(self, tokens: Sequence[int]) -> dict[str, Any]:
+        """Return ``{"found": bool, "<instance_id>": ["gpu", ...]}``.
+
+        An instance's list names the tiers that hold **all** complete chunks of
+        the prompt, hottest first; ``found`` says that every chunk is somewhere.
+        """
+        layout = self.layout(tokens)
+        found = {instance: layout.complete_tiers(instance) for instance in layout.tiers}
+        everywhere = [all(tiers) for tiers in layout.tiers.values()]
+        return {"found": bool(layout.keys) and any(everywhere), **found}
+
+    def note_generated(self, tokens: Sequence[int]) -> None:
+        """Hear that the engine has just processed `tokens` (LMCache stores by itself)."""
+
+    def check_health(self) -> None:
+        """Raise LMCacheUnavailable, with the reason, if KV cannot be managed now."""
+
+    def close(self) -> None:
+        """Release connections."""
+
+    @abstractmethod
+    def layout(self, tokens: Sequence[int]) -> KVLayout:
+        """Return where each complete chunk of `tokens` is."""
+
+    def move(
+        self,
+        old_position: Sequence[str],
+        new_position: Sequence[str],
+        tokens: Sequence[int] | None = None,
+        *,
+        chunks: Iterable[int] | None = None,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any]:
+        """Move KV from one tier to another; a copy is deleted only when another was seen.
+
+        After a demotion (gpu -> disk, gpu -> remote, disk -> remote) no copy
+        hotter than the new position is left. A promotion (to gpu) keeps the
+        colder copies: LMCache writes L2 only when KV is first stored, so
+        without them a later demotion would have nothing to fall back on.
+
+        Parameters
+        ----------
+        old_position, new_position : sequence of str
+            ``[instance_id, tier]``.
+        tokens : sequence of int, optional
+            The prompt; None = everything at the old position.
+        chunks : iterable of int, optional
+            Move only these chunks (indices in prefix order) of `tokens`.
+        timeout_s : float, optional
+            How long to wait for the new copy to be seen; 0 = look once.
+
+        Returns
+        -------
+        dict
+            ``status``: ``"done"``, ``"noop"`` (nothing to move), ``"partial"``,
+            ``"timeout"`` (no copy appeared at the new position; source kept) or
+            ``"unsupported"``; ``reason``; ``moved_tokens``, ``moved_chunks``;
+            ``skipped`` (reason -> chunks); ``from``, ``to``; ``latency_s``.
+
+        Raises
+        ------
+        ValueError
+            A malformed position; names it and the allowed values.
+        LMCacheUnavailable
+            LMCache does not answer.
+        """
+        start_s = time.perf_counter()
+        source = check_position("old_position", old_position)
+        target = check_position("new_position", new_position)
+        refusal = self._refusal(source, target, tokens)
+        if refusal:
+            outcome = Outcome(status="unsupported", reason=refusal)
+        elif source == target:
+            outcome = Outcome(status="noop", reason="already there")
+        else:
+            wanted = None if chunks is None else frozenset(chunks)
+            outcome = self._move(source, target, tokens, wanted, timeout_s)
+        return {
+            **outcome.as_dict(self.chunk_size_tokens),
+            "from": source[1],
+            "to": target[1],
+            "latency_s": time.perf_counter() - start_s,
+        }
+
+    def _refusal(self, source, target, tokens) -> str:
+        """Return why this direction cannot be done at all, or an empty string."""
+        if source[0] != target[0]:
+            return "a move between instances is not possible: LMCache copies, it does not move"
+        return ""
+
+    @abstractmethod
+    def _move(self, source, target, tokens, wanted, timeout_s) -> Outcome:
+        """Carry out a move that `_refusal` has let pass."""
+
+
+@dataclass
+class Outcome:
+    """What a move did, while it is being done."""
+
+    status: str = ""
+    reason: str = ""
+    moved: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def as_dict(self, chunk_size_tokens: int) -> dict[str, Any]:
+        if not self.status:
+            self.status = "partial" if self.moved and self.skipped else "done"
+            if not self.moved:
+                self.status = "timeout" if self.skipped else "noop"
+        reason = self.reason or "; ".join(f"{n} chunks: {why}" for why, n in self.skipped.items())
+        return {
+            "status": self.status,
+            "reason": reason,
+            "moved_tokens": self.moved * chunk_size_tokens,
+            "moved_chunks": self.moved,
+            "skipped": dict(self.skipped),
+        }
+
+
+def check_position(name, position):
+    """Return (instance, tier), or raise a ValueError that says what is wrong."""
+    pair = tuple(position) if isinstance(position, (list, tuple)) else ()
+    if len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
+        raise ValueError(f"{name} must be [instance_id, tier], got {position!r}")
+    if pair[1] not in TIER_CODES:
+        raise ValueError(f"{name}'s tier must be one of {', '.join(TIERS)}, got {pair[1]!r}")
+    return pair
+
+
+def check_tokens(tokens):
+    """Return token ids as a list of plain integers >= 0."""
+    checked = []
+    for token in tokens:
+        if not hasattr(token, "__index__") or isinstance(token, bool) or token < 0:
+            raise ValueError(f"tokens must be integers >= 0, got {token!r}")
+        checked.append(int(token))
+    return checked

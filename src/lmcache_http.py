@@ -1,0 +1,238 @@
+"""HTTP to LMCache's coordinator and servers: one session, time limits, a circuit breaker.
+
+Nothing here decides; it only speaks. A service that does not answer costs one
+full time limit; after that the breaker fails calls at once and lets a short
+trial through every `retry_after_s`, so that managing resumes by itself.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import requests
+
+# Trials of a service that was away: connect + read stay below the 50 ms that a
+# generation may lose to an absent LMCache.
+_TRIAL_TIMEOUT_S = (0.02, 0.025)
+# uvicorn closes connections idle for 5 s, so a first try may meet a dead one.
+_CONNECTION_RETRIES = 2
+_MAX_DELETE_KEYS = 10_000  # the server's own limit (object_service.MAX_DELETE_BATCH)
+_PAGE_KEYS = 10_000  # the directory's own limit
+
+_SERVER_TIER = {"gpu": ("l1", None), "disk": ("l2", "fs"), "remote": ("l2", "resp")}
+
+
+class LMCacheError(RuntimeError):
+    """LMCache answered, and said no."""
+
+
+class LMCacheUnavailable(ConnectionError):
+    """LMCache did not answer, or is known to be away."""
+
+
+class CircuitBreaker:
+    """Remembers that a service is away, and when to try it again.
+
+    Parameters
+    ----------
+    retry_after_s : float
+        Seconds between trials while open.
+    timer : callable
+        Monotonic clock, seconds.
+
+    Examples
+    --------
+    >>> now = [0.0]
+    >>> breaker = CircuitBreaker(retry_after_s=1.0, timer=lambda: now[0])
+    >>> breaker.admit()  # closed: an ordinary call
+    'call'
+    >>> breaker.failed("refused"); breaker.admit() is None
+    True
+    >>> now[0] = 1.5; breaker.admit(), breaker.admit()  # one trial a second
+    ('trial', None)
+    >>> breaker.succeeded(); breaker.admit()
+    'call'
+    """
+
+    def __init__(
+        self, retry_after_s: float = 1.0, timer: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.retry_after_s = retry_after_s
+        self.reason = ""
+        self._timer = timer
+        self._retry_at_s: float | None = None
+        self._lock = threading.Lock()
+
+    def admit(self) -> str | None:
+        """Return ``"call"``, ``"trial"`` (be quick), or None: do not even try."""
+        with self._lock:
+            if self._retry_at_s is None:
+                return "call"
+            if self._timer() < self._retry_at_s:
+                return None
+            self._retry_at_s = self._timer() + self.retry_after_s
+            return "trial"
+
+    def failed(self, reason: str) -> None:
+        """Open, or stay open."""
+        with self._lock:
+            self.reason = reason
+            self._retry_at_s = self._timer() + self.retry_after_s
+
+    def succeeded(self) -> None:
+        """Close."""
+        with self._lock:
+            self._retry_at_s = None
+
+
+class LMCacheHTTP:
+    """The calls that this kit makes, with their time limits.
+
+    Parameters
+    ----------
+    coordinator_url : str
+        Such as ``http://localhost:9000``.
+    connect_timeout_s, read_timeout_s : float
+        Limits of one ordinary call, seconds.
+    retry_after_s : float
+        Seconds between trials of a service that was away.
+
+    Raises
+    ------
+    LMCacheUnavailable
+        From every call: no answer, or a service known to be away.
+    LMCacheError
+        From every call: a refusal (4xx, 5xx), with the service's own words.
+    """
+
+    def __init__(
+        self,
+        coordinator_url: str,
+        connect_timeout_s: float = 0.5,
+        read_timeout_s: float = 2.0,
+        retry_after_s: float = 1.0,
+    ) -> None:
+        self._coordinator = coordinator_url
+        self._timeout_s = (connect_timeout_s, read_timeout_s)
+        self._retry_after_s = retry_after_s
+        self._session = requests.Session()
+        self._session.trust_env = False  # no proxy between here and loopback
+        self._breakers: dict[str, CircuitBreaker] = {}
+        self._servers: dict[str, str] = {}  # instance id -> its server's URL
+
+    def close(self) -> None:
+        """Close the session's connections."""
+        self._session.close()
+
+    def lookup(self, query: dict[str, Any]) -> list[dict]:
+        """Return the directory's entries for ``token_ids`` or ``keys``."""
+        return self._call(self._coordinator, "POST", "/directory/lookup", query)["results"]
+
+    def list_keys(self, instance_id: str, tier: str) -> list[dict]:
+        """Return the directory's entries (with all their placements) of keys in one tier."""
+        server_tier, adapter = _SERVER_TIER[tier]
+        path = f"/directory/keys?tier={server_tier}&instance_id={instance_id}&limit={_PAGE_KEYS}"
+        path += f"&backend={adapter}" if adapter else ""
+        keys: list[dict] = []
+        while True:
+            page = self._call(self._coordinator, "GET", f"{path}&offset={len(keys)}")
+            keys += [entry["key"] for entry in page["keys"]]
+            if not page["keys"] or len(keys) >= page["total"]:
+                break
+        return self.lookup({"keys": keys}) if keys else []
+
+    def delete(self, instance_id: str, tier: str, keys: list[dict]) -> None:
+        """Delete objects from one tier of one server; locked ones are left alone."""
+        server_tier, adapter = _SERVER_TIER[tier]
+        for start in range(0, len(keys), _MAX_DELETE_KEYS):
+            body = {"keys": keys[start : start + _MAX_DELETE_KEYS], "tier": server_tier}
+            answer = self._call_server(
+                instance_id, "DELETE", "/cache/objects", {**body, "adapter": adapter}
+            )
+            if not answer["ok"]:
+                raise LMCacheError(f"delete from {tier} failed: {answer.get('error')}")
+
+    def prefetch(self, instance_id: str, prompt: dict[str, Any], deadline_s: float) -> None:
+        """Load a prompt from L2 into L1; returns when loaded, or at `deadline_s` (monotonic)."""
+        answer = self._call_server(instance_id, "POST", "/cache/prefetches", prompt)
+        request_id = answer.get("request_id")
+        while request_id and time.monotonic() < deadline_s:
+            path = f"/cache/prefetches/{request_id}"
+            if self._call_server(instance_id, "GET", path)["status"] != "pending":
+                return
+            time.sleep(0.002)
+
+    def ping(self, instance_id: str) -> None:
+        """Return if both the coordinator and the instance's server answer."""
+        self._call_server(instance_id, "GET", "/healthcheck")
+
+    def chunk_size_tokens(self, instance_id: str) -> int:
+        """Return the server's chunk size, in tokens."""
+        return int(self._call_server(instance_id, "GET", "/status")["chunk_size"])
+
+    def _call_server(self, instance_id, method, path, body=None):
+        url = self._servers.get(instance_id) or self._find_server(instance_id)
+        try:
+            return self._call(url, method, path, body)
+        except LMCacheUnavailable:
+            self._servers.pop(instance_id, None)  # it may come back at another port
+            raise
+
+    def _find_server(self, instance_id):
+        instances = self._call(self._coordinator, "GET", "/instances")["instances"]
+        for entry in instances:
+            self._servers[entry["instance_id"]] = f"http://{entry['ip']}:{entry['http_port']}"
+        if instance_id not in self._servers:
+            known = ", ".join(sorted(self._servers)) or "none"
+            raise LMCacheUnavailable(
+                f"no LMCache server {instance_id!r} at {self._coordinator} (known: {known})"
+            )
+        return self._servers[instance_id]
+
+    def _call(self, base_url, method, path, body=None):
+        """Make one call under the service's breaker; returns the JSON answer."""
+        breaker = self._breakers.setdefault(base_url, CircuitBreaker(self._retry_after_s))
+        admitted = breaker.admit()
+        if admitted is None:
+            raise LMCacheUnavailable(f"{base_url} is away: {breaker.reason}")
+        try:
+            response = self._request(base_url + path, method, body, trial=admitted == "trial")
+        except requests.RequestException as error:
+            breaker.failed(_plain_reason(error))
+            raise LMCacheUnavailable(f"{base_url} is away: {breaker.reason}") from error
+        breaker.succeeded()
+        if not response.ok:
+            raise LMCacheError(
+                f"{method} {base_url}{path} answered {response.status_code}: {response.text[:300]}"
+            )
+        return response.json()
+
+    def _request(self, url, method, body, trial):
+        """Retry connection errors only (all calls here may safely be sent twice)."""
+        retries = 0 if trial else _CONNECTION_RETRIES
+        timeout_s = _TRIAL_TIMEOUT_S if trial else self._timeout_s
+        for attempt in range(retries + 1):
+            try:
+                return self._session.request(method, url, json=body, timeout=timeout_s)
+            except requests.Timeout:
+                raise
+            except requests.ConnectionError:
+                if attempt == retries:
+                    raise
+
+
+def _plain_reason(error):
+    """Return what happened in a few words; requests' own text nests three exceptions."""
+    if isinstance(error, requests.ConnectTimeout):
+        return "connecting took too long"
+    if isinstance(error, requests.Timeout):
+        return "no answer in time"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = getattr(cause, "reason", None) or cause.__cause__ or cause.__context__
+    return type(error).__name__
