@@ -110,7 +110,7 @@ class HeuristicConfig:
 
     def to_dict(self) -> dict[str, float]:
         """Return the settings as a plain dictionary (JSON and YAML friendly)."""
-        return asdict(self)
+        return {name: float(value) for name, value in asdict(self).items()}
 
 
 def compute_ttl(
@@ -155,14 +155,15 @@ def compute_ttl(
     >>> compute_ttl({"access_count": np.array([0, 1, 10])}).round(1)
     array([3600. , 4223.8, 5758.1])
     """
-    _check_ttl_settings(base_ttl, min_ttl, max_ttl, alpha, gamma)
+    settings = _check_ttl_settings(base_ttl, min_ttl, max_ttl, alpha, gamma)
+    base_ttl, min_ttl, max_ttl, alpha, gamma = settings
     values = _read_fields(metadata, _TTL_FIELDS, _TTL_DEFAULTS)
+    # The formula is NaN where a factor of 0 meets an overflow: there the TTL is min_ttl.
     if type(values) is tuple:  # scalars
-        ttl = _ttl(*values, base_ttl, alpha, gamma)
-        return float(min(max(ttl, min_ttl), max_ttl))
+        return min(max(min_ttl, _ttl(*values, base_ttl, alpha, gamma)), max_ttl)
     return _by_blocks(
         values,
-        lambda p, v, n: np.clip(_ttl(p, v, n, base_ttl, alpha, gamma), min_ttl, max_ttl),
+        lambda p, v, n: np.fmin(np.fmax(_ttl(p, v, n, base_ttl, alpha, gamma), min_ttl), max_ttl),
         np.float64,
     )
 
@@ -222,10 +223,10 @@ def select_backend(
     >>> select_backend({"perplexity": np.array([12.5, 35.0, 80.0])}).tolist()
     ['gpu', 'disk', 'remote']
     """
-    _check_tier_settings(hot_threshold, recent_seconds, cold_threshold, variance_threshold)
-    defaults = (hot_threshold, 0.0, 0.0)  # this perplexity is neither too high nor cold
-    values = _read_fields(metadata, _TIER_FIELDS, defaults)
     limits = (hot_threshold, recent_seconds, cold_threshold, variance_threshold)
+    limits = _check_tier_settings(*limits)
+    defaults = (limits[0], 0.0, 0.0)  # this perplexity is neither too high nor cold
+    values = _read_fields(metadata, _TIER_FIELDS, defaults)
     if type(values) is tuple:  # scalars
         return TIERS[_tier_code(*values, *limits)]
     codes = _by_blocks(values, lambda *v: _tier_code(*v, *limits, np.int8(1)), np.int8)
@@ -288,12 +289,10 @@ def _read_arrays(metadata, names, defaults):
 def _as_numbers(name, value):
     """Return `value` as an array of real numbers; text, None, bool, complex are errors."""
     try:
-        array = np.asarray(value)
-    except ValueError:  # ragged nested lists
-        array = np.asarray(value, dtype=object)
-    if array.dtype.kind == "O" and isinstance(value, int):
-        raise ValueError(f"{name} must be {_RANGES[name][2]}, got {value!r}")  # beyond 64 bits
-    if array.dtype.kind not in "iuf":
+        array = np.asarray(float(value) if type(value) is int else value)
+    except (ValueError, OverflowError):  # ragged lists; integers beyond a float
+        array = None
+    if array is None or array.dtype.kind not in "iuf":
         raise ValueError(f"{name} must be a number ({_RANGES[name][2]}), got {value!r}")
     return array
 
@@ -303,7 +302,8 @@ def _check_range(name, array):
     low, high, allowed = _RANGES[name]
     flat = array.reshape(-1)
     for start in range(0, flat.size, _BLOCK):
-        block = flat[start : start + _BLOCK]
+        # In double precision: TINY is 0 in any smaller one.
+        block = flat[start : start + _BLOCK].astype(np.float64, copy=False)
         # min and max both carry NaN on, and NaN fails each comparison.
         if low <= block.min() and block.max() <= high:
             continue
@@ -316,9 +316,10 @@ def _by_blocks(arrays, decide, dtype):
     """Apply `decide` block by block; arrays of one shape (n,) -> array (n,) of `dtype`."""
     flat = [array.reshape(-1) for array in arrays]
     out = np.empty(flat[0].size, dtype)
-    for start in range(0, out.size, _BLOCK):
-        part = slice(start, start + _BLOCK)
-        out[part] = decide(*(a[part].astype(np.float64, copy=False) for a in flat))
+    with np.errstate(over="ignore", invalid="ignore"):  # as silent as Python's floats
+        for start in range(0, out.size, _BLOCK):
+            part = slice(start, start + _BLOCK)
+            out[part] = decide(*(a[part].astype(np.float64, copy=False) for a in flat))
     return out.reshape(arrays[0].shape)
 
 
@@ -329,38 +330,46 @@ def _remember_valid(check):
     @functools.wraps(check)
     def checked(*settings):
         try:
-            remembered(*settings)
+            return remembered(*settings)
         except TypeError:  # unhashable, such as a list: let the check name it
-            check(*settings)
+            return check(*settings)
 
     return checked
 
 
 @_remember_valid
 def _check_ttl_settings(base_ttl, min_ttl, max_ttl, alpha, gamma):
-    """Raise a ValueError that names the first TTL setting out of range."""
-    _check_setting("base_ttl", base_ttl, 0, math.inf, "> 0 and finite (seconds)")
-    _check_setting("max_ttl", max_ttl, 0, math.inf, "> 0 and finite (seconds)")
-    allowed = f"> 0 and <= max_ttl ({max_ttl!r} s)"
-    _check_setting("min_ttl", min_ttl, 0, math.nextafter(max_ttl, math.inf), allowed)
-    _check_setting("alpha", alpha, -TINY, math.inf, ">= 0 and finite")
-    _check_setting("gamma", gamma, -TINY, math.nextafter(1, 2), "0..1")
+    """Return the settings as floats, or name the first one out of range in a ValueError."""
+    base_ttl = _check_setting("base_ttl", base_ttl, 0, math.inf, "> 0 and finite (seconds)")
+    max_ttl = _check_setting("max_ttl", max_ttl, 0, math.inf, "> 0 and finite (seconds)")
+    allowed = f"> 0 and <= max_ttl ({max_ttl} s)"
+    min_ttl = _check_setting("min_ttl", min_ttl, 0, math.nextafter(max_ttl, math.inf), allowed)
+    alpha = _check_setting("alpha", alpha, -TINY, math.inf, ">= 0 and finite")
+    gamma = _check_setting("gamma", gamma, -TINY, math.nextafter(1, 2), "0..1")
+    return base_ttl, min_ttl, max_ttl, alpha, gamma
 
 
 @_remember_valid
 def _check_tier_settings(hot_threshold, recent_seconds, cold_threshold, variance_threshold):
-    """Raise a ValueError that names the first tier setting out of range."""
-    _check_setting("cold_threshold", cold_threshold, 0, math.inf, "> 0 and finite")
-    allowed = f"> 0 and <= cold_threshold ({cold_threshold!r})"
-    highest = math.nextafter(cold_threshold, math.inf)
-    _check_setting("hot_threshold", hot_threshold, 0, highest, allowed)
-    _check_setting("recent_seconds", recent_seconds, -TINY, math.inf, ">= 0 and finite")
-    _check_setting("variance_threshold", variance_threshold, -TINY, math.nextafter(1, 2), "0..1")
+    """Return the settings as floats, or name the first one out of range in a ValueError."""
+    cold = _check_setting("cold_threshold", cold_threshold, 0, math.inf, "> 0 and finite")
+    allowed = f"> 0 and <= cold_threshold ({cold})"
+    hot = _check_setting("hot_threshold", hot_threshold, 0, math.nextafter(cold, math.inf), allowed)
+    recent_s = _check_setting("recent_seconds", recent_seconds, -TINY, math.inf, ">= 0 and finite")
+    variance = _check_setting(
+        "variance_threshold", variance_threshold, -TINY, math.nextafter(1, 2), "0..1"
+    )
+    return hot, recent_s, cold, variance
 
 
 def _check_setting(name, value, above, below, allowed):
-    """Raise unless `value` is a real number (bool is not one) with above < value < below."""
+    """Return `value` as a float if it is a real number (bool is not) in ]above, below[."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise ValueError(f"{name} must be a number ({allowed}), got {value!r}")
-    if not above < value < below:
+    try:
+        number = float(value)  # a float32 would compare and compute in its own precision
+    except OverflowError:
+        number = math.inf
+    if not above < number < below:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return number

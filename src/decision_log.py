@@ -11,6 +11,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+_MAPPINGS = ("metadata", "hit_tokens", "tier_before", "tier_after")
+
 
 @dataclass(frozen=True, slots=True)
 class DecisionRecord:
@@ -61,24 +63,32 @@ class DecisionRecord:
 
 
 def write_records(path: str | Path, records: Iterable[DecisionRecord]) -> int:
-    """Append records to a JSON-lines file; returns how many."""
+    """Append records to a JSON-lines file, on lines of their own; returns how many."""
     count = 0
+    with open(path, "a+b") as file:
+        file.seek(max(file.tell() - 1, 0))
+        torn = file.read(1) not in (b"", b"\n")  # a writer before us died in mid-line
     with open(path, "a", encoding="utf-8") as file:
-        for count, record in enumerate(records, start=1):
+        file.write("\n" * torn)
+        for record in records:
             file.write(record.to_json() + "\n")
+            count += 1
     return count
 
 
 def read_records(path: str | Path) -> Iterator[DecisionRecord]:
     """Yield the records of a JSON-lines file; a line that is not one is reported and skipped."""
     names = {f.name for f in fields(DecisionRecord)}
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             try:
                 values = json.loads(line)
-                yield DecisionRecord(**{k: v for k, v in values.items() if k in names})
+                values = {k: v for k, v in values.items() if k in names}
+                record = DecisionRecord(**values | {"moves": tuple(values.get("moves", ()))})
             except (ValueError, TypeError, AttributeError) as error:
                 logger.warning("%s line %d is not a decision record: %s", path, number, error)
+            else:
+                yield record
 
 
 def to_frame(records: Iterable[DecisionRecord]):
@@ -88,15 +98,14 @@ def to_frame(records: Iterable[DecisionRecord]):
     rows = []
     for record in records:
         row = {**asdict(record), "moves": len(record.moves)}
-        for name in ("metadata", "hit_tokens", "tier_before", "tier_after"):
+        for name in _MAPPINGS:
             prefix = "" if name == "metadata" else f"{name}_"
             row |= {f"{prefix}{key}": value for key, value in row.pop(name).items()}
         row["moved"] = ", ".join(
             f"{move['from']}→{move['to']}" for move in record.moves if move["moved_chunks"]
         )
         rows.append(row)
-    frame = pd.DataFrame(rows)
-    if not frame.empty:
-        frame["time_s"] = pd.to_datetime(frame["time_s"], unit="s", utc=True)
-        frame = frame.rename(columns={"time_s": "time"})
-    return frame
+    names = [f.name for f in fields(DecisionRecord) if f.name not in _MAPPINGS] + ["moved"]
+    frame = pd.DataFrame(rows, columns=None if rows else names).astype({"ttl_s": float})
+    frame["time_s"] = pd.to_datetime(frame["time_s"], unit="s", utc=True)
+    return frame.rename(columns={"time_s": "time"})

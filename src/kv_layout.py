@@ -229,3 +229,8 @@ def check_tokens(tokens):
             raise ValueError(f"tokens must be integers >= 0, got {token!r}")
         checked.append(int(token))
     return checked
+
+
+def unseen(tier: str) -> str:
+    """Return the reason of a move that found no copy at its target."""
+    return f"no copy in {tier} seen"

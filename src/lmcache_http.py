@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import requests
+from urllib3.exceptions import ReadTimeoutError
 
 # Trials of a service that was away: connect + read stay below the 50 ms that a
 # generation may lose to an absent LMCache.
@@ -26,11 +27,25 @@ _SERVER_TIER = {"gpu": ("l1", None), "disk": ("l2", "fs"), "remote": ("l2", "res
 
 
 class LMCacheError(RuntimeError):
-    """LMCache answered, and said no."""
+    """LMCache answered, and said no, or nothing that makes sense."""
 
 
 class LMCacheUnavailable(ConnectionError):
     """LMCache did not answer, or is known to be away."""
+
+
+class _Answer(dict):
+    """A JSON object; what it lacks is an LMCacheError that names the call."""
+
+    def __init__(self, response: requests.Response, call: str) -> None:
+        try:
+            super().__init__(response.json())
+        except (ValueError, TypeError) as error:
+            raise LMCacheError(f"{call} answered no JSON object: {response.text[:300]}") from error
+        self._call = call
+
+    def __missing__(self, key):
+        raise LMCacheError(f"{self._call} answered without {key!r}")
 
 
 class CircuitBreaker:
@@ -144,8 +159,9 @@ class LMCacheHTTP:
                 break
         return self.lookup({"keys": keys}) if keys else []
 
-    def delete(self, instance_id: str, tier: str, keys: list[dict]) -> None:
-        """Delete objects from one tier of one server; locked ones are left alone."""
+    def delete(self, instance_id: str, tier: str, keys: list[dict]) -> int:
+        """Delete objects from one tier of one server; returns how many were locked and stay."""
+        locked = 0
         server_tier, adapter = _SERVER_TIER[tier]
         for start in range(0, len(keys), _MAX_DELETE_KEYS):
             body = {"keys": keys[start : start + _MAX_DELETE_KEYS], "tier": server_tier}
@@ -154,6 +170,8 @@ class LMCacheHTTP:
             )
             if not answer["ok"]:
                 raise LMCacheError(f"delete from {tier} failed: {answer.get('error')}")
+            locked += answer["skipped"]
+        return locked
 
     def prefetch(self, instance_id: str, prompt: dict[str, Any], deadline_s: float) -> None:
         """Load a prompt from L2 into L1; returns when loaded, or at `deadline_s` (monotonic)."""
@@ -204,11 +222,10 @@ class LMCacheHTTP:
             breaker.failed(_plain_reason(error))
             raise LMCacheUnavailable(f"{base_url} is away: {breaker.reason}") from error
         breaker.succeeded()
+        call = f"{method} {base_url}{path}"
         if not response.ok:
-            raise LMCacheError(
-                f"{method} {base_url}{path} answered {response.status_code}: {response.text[:300]}"
-            )
-        return response.json()
+            raise LMCacheError(f"{call} answered {response.status_code}: {response.text[:300]}")
+        return _Answer(response, call)
 
     def _request(self, url, method, body, trial):
         """Retry connection errors only (all calls here may safely be sent twice)."""
@@ -217,18 +234,22 @@ class LMCacheHTTP:
         for attempt in range(retries + 1):
             try:
                 return self._session.request(method, url, json=body, timeout=timeout_s)
-            except requests.Timeout:
-                raise
-            except requests.ConnectionError:
-                if attempt == retries:
+            except requests.ConnectionError as error:
+                if attempt == retries or _is_timeout(error):
                     raise
+
+
+def _is_timeout(error):
+    """True too for an answer that stops half-way, which requests calls a ConnectionError."""
+    stalled = bool(error.args) and isinstance(error.args[0], ReadTimeoutError)
+    return stalled or isinstance(error, requests.Timeout)
 
 
 def _plain_reason(error):
     """Return what happened in a few words; requests' own text nests three exceptions."""
     if isinstance(error, requests.ConnectTimeout):
         return "connecting took too long"
-    if isinstance(error, requests.Timeout):
+    if _is_timeout(error):
         return "no answer in time"
     cause: BaseException | None = error
     while cause is not None:

@@ -10,103 +10,29 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import hmac
 import logging
 import math
 import numbers
 import os
-import pickle
 import secrets
-import struct
 import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import redis
 from cachetools import TLRUCache
 
+from sealed_values import SECRET_BYTES, Record, Signer, check_seconds, dump, key_bytes, load, sha256
+
 logger = logging.getLogger(__name__)
 
-SECRET_BYTES = 32  # of a generated secret: HMAC-SHA256 gains nothing from more
-MIN_SECRET_BYTES = 16  # of a given one: whoever guesses it can run code here
 MAX_REDIS_TTL_MS = 2**53  # 285,000 years; Redis refuses what overflows its 64-bit clock
 MAX_MTIME_S = 2.0**32  # year 2106; file systems differ in how far they go
 STALE_TEMP_S = 3600.0  # a temp file this old is a crashed writer's, not a slow one's
-
-
-def _check_seconds(field: str, seconds: Any) -> float:
-    if isinstance(seconds, numbers.Real) and not isinstance(seconds, bool):
-        with contextlib.suppress(OverflowError):  # an int too big for a float
-            if 0 < float(seconds) < math.inf:  # false for NaN
-                return float(seconds)
-    raise ValueError(f"{field} must be a number of seconds > 0, got {seconds!r:.60}")
-
-
-def _key_bytes(key: Any) -> bytes:
-    if not isinstance(key, str):
-        raise TypeError(f"key must be a non-empty str, got {type(key).__name__}")
-    if not key:
-        raise ValueError("key must be a non-empty str, got ''")
-    return key.encode("utf-8", "surrogatepass")
-
-
-def _sha256(name: bytes) -> bytes:
-    return hashlib.sha256(name).digest()
-
-
-def _dump(value: Any) -> bytes:
-    if value is None:
-        raise ValueError("value must not be None: get() could not tell it from a miss")
-    try:
-        return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-    except Exception as error:  # a value's own __reduce__ may raise anything
-        kind = type(value).__name__
-        raise ValueError(f"value must be picklable, got a {kind}: {error}") from error
-
-
-def _load(payload: bytes | memoryview) -> Any:
-    try:
-        return pickle.loads(payload)
-    except Exception as error:  # noqa: BLE001 - anything, such as a class that has moved since
-        logger.warning("a stored value is no longer readable, taken as a miss: %r", error)
-        return None
-
-
-class _Record(NamedTuple):
-    expires_at_s: float  # on the writer's clock
-    payload: bytes | memoryview
-
-
-class _Signer:
-    """Seals payloads, and opens only what the same secret sealed for the same tier and name."""
-
-    _HEAD = struct.Struct("<8s32sd")  # tier, SHA-256 of the name, expiry in s; all of it signed
-
-    def __init__(self, secret: bytes | None, tier: str):
-        secret = secrets.token_bytes(SECRET_BYTES) if secret is None else secret
-        if not isinstance(secret, bytes) or len(secret) < MIN_SECRET_BYTES:
-            raise ValueError(f"secret must be at least {MIN_SECRET_BYTES} bytes")  # never shown
-        self._secret = secret
-        self._tier = tier.encode().ljust(8, b"\0")
-
-    def seal(self, name: bytes, payload: bytes, expires_at_s: float = math.inf) -> bytes:
-        body = self._HEAD.pack(self._tier, name, expires_at_s) + payload
-        return hmac.digest(self._secret, body, "sha256") + body
-
-    def open(self, name: bytes, record: bytes) -> _Record | None:
-        mac, body = record[:32], memoryview(record)[32:]
-        genuine = hmac.compare_digest(mac, hmac.digest(self._secret, body, "sha256"))
-        if genuine and len(body) >= self._HEAD.size:
-            tier, signed_name, expires_at_s = self._HEAD.unpack_from(body)
-            if (tier, signed_name) == (self._tier, name):
-                return _Record(expires_at_s, body[self._HEAD.size :])
-        logger.warning("%s is torn, forged or foreign, taken as a miss", name.hex())
-        return None
 
 
 class BaseBackend(ABC):
@@ -181,21 +107,21 @@ class InMemoryBackend(BaseBackend):
         self._lock = threading.Lock()
 
     def get(self, key: str) -> Any:
-        name = _key_bytes(key)
+        name = key_bytes(key)
         with self._lock:
             record = self._cache.get(name)
-        return None if record is None else _load(record.payload)
+        return None if record is None else load(record.payload)
 
     def set(self, key: str, value: Any, ttl: float) -> None:
-        name, payload, ttl_s = _key_bytes(key), _dump(value), _check_seconds("ttl", ttl)
+        name, payload, ttl_s = key_bytes(key), dump(value), check_seconds("ttl", ttl)
         if len(payload) > self._cache.maxsize:
             limit = f"at most max_bytes={self._cache.maxsize} bytes"
             raise ValueError(f"value must be {limit} when pickled, got {len(payload)}")
         with self._lock:
-            self._cache[name] = _Record(self._cache.timer() + ttl_s, payload)
+            self._cache[name] = Record(self._cache.timer() + ttl_s, payload)
 
     def delete(self, key: str) -> bool:
-        name = _key_bytes(key)
+        name = key_bytes(key)
         with self._lock:
             return self._cache.pop(name, None) is not None
 
@@ -239,20 +165,20 @@ class LocalDiskBackend(BaseBackend):
         self._folder = Path(path).absolute()  # a later chdir must not split the cache
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._timer = timer
-        self._signer = _Signer(self._folder_secret() if secret is None else secret, self.tier)
+        self._signer = Signer(self._folder_secret() if secret is None else secret, self.tier)
         self.purge()
 
     def get(self, key: str) -> Any:
-        name = _sha256(_key_bytes(key))
+        name = sha256(key_bytes(key))
         record = self._read(name)
         if record is not None and self._timer() < record.expires_at_s:
-            return _load(record.payload)
+            return load(record.payload)
         if record is not None:
             self._drop_expired(name)
         return None
 
     def set(self, key: str, value: Any, ttl: float) -> None:
-        name, payload, ttl_s = _sha256(_key_bytes(key)), _dump(value), _check_seconds("ttl", ttl)
+        name, payload, ttl_s = sha256(key_bytes(key)), dump(value), check_seconds("ttl", ttl)
         expires_at_s, target = self._timer() + ttl_s, self._folder / name.hex()
         hint_s = min(expires_at_s, MAX_MTIME_S)  # spares purge() the reading; the signed one rules
         with self._staged(self._signer.seal(name, payload, expires_at_s)) as temp, self._locked():
@@ -260,7 +186,7 @@ class LocalDiskBackend(BaseBackend):
             os.utime(target, (hint_s, hint_s))
 
     def delete(self, key: str) -> bool:
-        name = _sha256(_key_bytes(key))
+        name = sha256(key_bytes(key))
         with self._locked():
             record = self._read(name)
             (self._folder / name.hex()).unlink(missing_ok=True)  # an unreadable one as well
@@ -275,7 +201,7 @@ class LocalDiskBackend(BaseBackend):
         due = [file.name for file in files if _mtime_s(file) <= self._timer()]
         return sum(self._drop_expired(bytes.fromhex(name)) for name in due)
 
-    def _read(self, name: bytes) -> _Record | None:
+    def _read(self, name: bytes) -> Record | None:
         try:
             with open(self._folder / name.hex(), "rb", opener=_open_plain) as file:
                 return self._signer.open(name, file.read())
@@ -388,9 +314,9 @@ class RemoteBackend(BaseBackend):
     ):
         if client is not None and url is not None or options and url is None:
             raise ValueError("give a url (options only with it) or a client, not both")
-        timeout_s = _check_seconds("timeout_s", timeout_s)
+        timeout_s = check_seconds("timeout_s", timeout_s)
         self._prefix = key_prefix.encode()
-        self._signer = _Signer(secret, self.tier)
+        self._signer = Signer(secret, self.tier)
         self._owns_client = client is None
         self._client = _connect(url, timeout_s, options) if client is None else client
         if self._client.get_encoder().decode_responses:
@@ -401,14 +327,14 @@ class RemoteBackend(BaseBackend):
         redis_key = self._redis_key(key)
         with self._calling():
             sealed = self._client.get(redis_key)
-        record = None if sealed is None else self._signer.open(_sha256(redis_key), sealed)
-        return None if record is None else _load(record.payload)
+        record = None if sealed is None else self._signer.open(sha256(redis_key), sealed)
+        return None if record is None else load(record.payload)
 
     def set(self, key: str, value: Any, ttl: float) -> None:
-        redis_key, payload, ttl_s = self._redis_key(key), _dump(value), _check_seconds("ttl", ttl)
+        redis_key, payload, ttl_s = self._redis_key(key), dump(value), check_seconds("ttl", ttl)
         ttl_ms = math.ceil(min(ttl_s * 1000, MAX_REDIS_TTL_MS))  # up: 0 ms would be refused
         with self._calling():
-            self._client.set(redis_key, self._signer.seal(_sha256(redis_key), payload), px=ttl_ms)
+            self._client.set(redis_key, self._signer.seal(sha256(redis_key), payload), px=ttl_ms)
 
     def delete(self, key: str) -> bool:
         redis_key = self._redis_key(key)
@@ -420,7 +346,7 @@ class RemoteBackend(BaseBackend):
             self._client.close()
 
     def _redis_key(self, key: str) -> bytes:
-        return self._prefix + _key_bytes(key)
+        return self._prefix + key_bytes(key)
 
     @contextlib.contextmanager
     def _calling(self) -> Iterator[None]:

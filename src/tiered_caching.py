@@ -34,6 +34,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _MAX_DEFERRED = 1_000  # prompts; a few kB of token ids each
+_MAX_REMEMBERED = 200_000  # chunks; about 150 bytes each
 
 
 class MultiTierCache:
@@ -91,6 +92,7 @@ class MultiTierCache:
         self._clock = clock
         self._lock = threading.Lock()
         self._deferred: OrderedDict[str, tuple] = OrderedDict()  # demotions to try again
+        self._last_tier: OrderedDict[str, str] = OrderedDict()  # chunk key -> where last seen
         self._llm: Any = None
         if llm is not None:
             self.set_llm(llm)
@@ -167,16 +169,17 @@ class MultiTierCache:
         tokens = list(getattr(output, "prompt_token_ids", None) or self.controller.tokenize(prompt))
         owner = entry["prompt_digest"] = _digest(tokens)
         entry["prompt_tokens"] = len(tokens)
-        entry["metadata"] = dict(metadata or {})
-        entry["ttl_s"] = ttl_s = float(self.config.ttl(entry["metadata"]))
-        entry["wanted_tier"] = tier = str(self.config.tier(entry["metadata"]))
+        metadata = {} if metadata is None else metadata
+        entry["metadata"] = dict(metadata) if isinstance(metadata, Mapping) else {}
+        entry["ttl_s"] = ttl_s = float(self.config.ttl(metadata))
+        entry["wanted_tier"] = tier = str(self.config.tier(metadata))
 
         self.controller.note_generated(tokens)
         layout = self.controller.layout(tokens)
-        held = layout.of(self.controller.instance_id)
+        cached_tokens = getattr(output, "num_cached_tokens", None) or 0
+        held = self._without_load_buffers(layout, cached_tokens)
         entry["chunks"] = len(held)
         entry["tier_before"] = entry["tier_after"] = _by_hottest(held)
-        cached_tokens = getattr(output, "num_cached_tokens", None) or 0
         entry["hit_tokens"] = self._hits_by_tier(held, cached_tokens)
         self.claims.claim(owner, layout.keys, tier, now_s + ttl_s)
         if not all(held):
@@ -186,27 +189,54 @@ class MultiTierCache:
         if any(move["status"] in ("timeout", "partial") for move in entry["moves"]):
             self._defer(owner, tokens)
         if any(move["moved_chunks"] for move in entry["moves"]):
-            after = self.controller.layout(tokens).of(self.controller.instance_id)
-            entry["tier_after"] = _by_hottest(after)
+            held = self.controller.layout(tokens).of(self.controller.instance_id)
+            entry["tier_after"] = _by_hottest(held)
+        self._remember(layout.keys, held)
         self._settle_oldest(owner, now_s)
 
-    def _hits_by_tier(self, held, cached_tokens):
-        """Split the engine's cached-token count by the tier each chunk came from.
+    def _without_load_buffers(self, layout, cached_tokens):
+        """Return each chunk's tiers, less the L1 copies that a load from L2 has just made.
 
-        LMCache's default prefetch policy leaves nothing in L1 after a load, so
-        a chunk is still where it was served from.
+        The directory shows such a copy for an instant, until the delete that
+        follows the load; a chunk that was colder and has been a hit since
+        cannot have become hot by itself.
         """
+        held = layout.of(self.controller.instance_id)
+        hits = self._chunks(cached_tokens, held)
+        colder = [TIER_CODES[self._last_tier.get(key, "gpu")] for key in layout.keys[:hits]]
+        served = tuple(
+            tuple(tier for tier in tiers if TIER_CODES[tier] >= code) or tiers
+            for tiers, code in zip(held, colder)
+        )
+        return served + held[hits:]
+
+    def _remember(self, keys, held):
+        """Keep where each chunk was last seen, for the next look (bounded)."""
+        for key, tiers in zip(keys, held):
+            self._last_tier.pop(key, None)
+            if tiers:
+                self._last_tier[key] = tiers[0]
+        while len(self._last_tier) > _MAX_REMEMBERED:
+            self._last_tier.popitem(last=False)
+
+    def _chunks(self, tokens, held):
+        """Return how many chunks `tokens` tokens of prefix touch."""
+        return -(-tokens // self.controller.chunk_size_tokens) if tokens and held else 0
+
+    def _hits_by_tier(self, held, cached_tokens):
+        """Split the engine's cached-token count by the tier that each chunk came from."""
         hits: dict[str, int] = {}
-        size = self.controller.chunk_size_tokens if cached_tokens else 1
-        for start, tiers in zip(range(0, cached_tokens, size), held):
+        left = cached_tokens
+        for tiers in held[: self._chunks(cached_tokens, held)]:
             tier = tiers[0] if tiers else "none"
-            hits[tier] = hits.get(tier, 0) + min(size, cached_tokens - start)
+            tokens = min(self.controller.chunk_size_tokens, left)
+            hits[tier] = hits.get(tier, 0) + tokens
+            left -= tokens
         return hits
 
     def _move_all(self, tokens, held, wanted, cached_tokens):
         """Move each group of chunks to its wanted tier; returns the statuses."""
-        size = self.controller.chunk_size_tokens if held else 1
-        fresh_from = -(-cached_tokens // size)  # chunks from here on were just computed
+        fresh_from = self._chunks(cached_tokens, held)  # from here on just computed
         plan: dict[tuple[str, str, float | None], list[int]] = {}
         for index, (tiers, tier) in enumerate(zip(held, wanted)):
             fresh = index >= fresh_from

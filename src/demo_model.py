@@ -1,0 +1,249 @@
+"""Which language model the kit serves, and the perplexity of a prompt under it.
+
+The model is ``google/gemma-3-270m-it`` where its weights are on the machine, and otherwise the
+small Gemma-3 model under ``data/demo_model`` (see ``data/README.md``).  Nothing is downloaded.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import string
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+GEMMA_ID = "google/gemma-3-270m-it"
+DEMO_MODEL = Path(__file__).resolve().parents[1] / "data" / "demo_model"
+MODEL_DIR_VARIABLE = "KV_MODEL_DIR"  # names a local folder, as `prefer` does
+MAX_TOKENS = 2048  # the longest context that the demo model was trained on
+WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+
+CODE_PROMPT = '''\
+class RateLimiter:
+    """Allow at most `limit` calls per `period` seconds."""
+
+    def __init__(self, limit, period):
+        self.limit = limit
+        self.period = period
+        self._calls = []
+
+    def allow(self, now):
+        """Return True if a call at time `now` is allowed."""
+        if self.limit <= 0:
+            raise ValueError("limit must be positive")
+        self._calls = [t for t in self._calls if t > now - self.period]
+        if len(self._calls) >= self.limit:
+            return False
+        self._calls.append(now)
+        return True
+
+    def reset(self):
+        self._calls = []
+
+
+def main(argv=None):
+    limiter = RateLimiter(limit=3, period=1.0)
+    for i in range(10):
+        if not limiter.allow(i * 0.2):
+            print("call %d was rejected" % i)
+
+
+if __name__ == "__main__":
+    main()
+'''
+
+TEMPLATE_LINE = "You are a helpful assistant. Answer the question using only the given text.\n"
+
+PROSE_PROMPT = '''\
+The first time a user asks a question, the server has to read the whole text before it can \
+write a single word of the answer. If the same text is used again, the work that was done the \
+first time can be kept in memory and the answer will start sooner. This is only useful when \
+there is enough room to keep it, so the system must decide which of the objects should be \
+removed when the memory is full. A simple rule is to remove the one that has not been used for \
+the longest time. It is easy to understand, but it does not take into account how long it would \
+take to compute the value again, or how large the value is. Other rules use this information \
+and may give better results, depending on the kind of requests that are made.
+'''
+
+
+# ---- choosing the model --------------------------------------------------------------------
+
+def model_path(prefer: str | None = None) -> str:
+    """Return the folder of the model to serve; nothing is downloaded.
+
+    The first of these that applies: `prefer`, the environment variable ``KV_MODEL_DIR``,
+    ``google/gemma-3-270m-it`` from the local Hugging Face cache, the repository's own model.
+
+    Parameters
+    ----------
+    prefer : str, optional
+        A local folder with ``config.json`` and weights, or the id of a model in the local cache.
+
+    Returns
+    -------
+    str
+        An absolute path.
+
+    Raises
+    ------
+    ValueError
+        If `prefer` or ``KV_MODEL_DIR`` names a model that is not on this machine.
+    FileNotFoundError
+        If the repository's own model is needed and missing.
+    """
+    wanted = prefer or os.environ.get(MODEL_DIR_VARIABLE)
+    if wanted:
+        return _named_model(wanted)
+    found = cached_snapshot(GEMMA_ID) or DEMO_MODEL
+    if not has_weights(found):
+        raise FileNotFoundError(f"no model in {found}: make one with src/train_demo_model.py")
+    return str(found)
+
+
+def _named_model(name: str) -> str:
+    """Return the folder of a model that the user named, or raise ValueError."""
+    folder = Path(name).expanduser()
+    found = folder.resolve() if has_weights(folder) else cached_snapshot(name)
+    if found is None:
+        raise ValueError(
+            f"model {name!r} is not on this machine and nothing is downloaded: name a local "
+            f"folder that holds config.json and its weights ({', '.join(WEIGHT_PATTERNS)}), "
+            "or the id of a model whose weights are in the local Hugging Face cache")
+    return str(found)
+
+
+def has_weights(folder: Path) -> bool:
+    """Say whether `folder` holds ``config.json`` and all its weight files, none of them empty."""
+    if not (folder / "config.json").is_file():
+        return False
+    files = {path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern)}
+    for index in folder.glob("*.index.json"):  # weights in several files: it names each
+        files |= {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+    # is_file() follows links: a cache entry whose blob was deleted does not count.
+    return bool(files) and all(path.is_file() and path.stat().st_size for path in files)
+
+
+def cached_snapshot(hub_id: str, cache_dir: str | None = None) -> Path | None:
+    """Return the folder of a model in the local Hugging Face cache, or None.
+
+    Parameters
+    ----------
+    hub_id : str
+        "owner/name"; a string that cannot be an id gives None.
+    cache_dir : str, optional
+        The cache to look in; by default the user's.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+    try:
+        config = try_to_load_from_cache(hub_id, "config.json", cache_dir=cache_dir)
+    except HFValidationError:
+        return None
+    if not isinstance(config, str):  # None, or the marker of a file known not to exist
+        return None
+    folder = Path(config).parent
+    return folder if has_weights(folder) else None
+
+
+# ---- perplexity ----------------------------------------------------------------------------
+
+def _offline() -> None:
+    """Keep transformers from asking the hub; must run before its first import."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in the folder `path` (cached)."""
+    _offline()
+    from transformers import AutoTokenizer  # seconds to import: only those who need it wait
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+@lru_cache(maxsize=2)
+def load_model(path: str) -> PreTrainedModel:
+    """Return the model in the folder `path`, in float32 on the CPU, ready to evaluate (cached)."""
+    _offline()
+    import torch
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32,
+                                                 local_files_only=True)
+    return model.eval()
+
+
+def prompt_perplexity(text_or_token_ids: str | list[int], path: str | None = None,
+                      max_tokens: int = MAX_TOKENS) -> float:
+    """Return the perplexity of a prompt: exp of the mean negative log-likelihood in nats.
+
+    Each token but the first is scored given all before it.  A text is tokenized as the model
+    wants it, so that its first token is ``<bos>``; token ids are taken as they are.
+
+    Parameters
+    ----------
+    text_or_token_ids : str or list[int]
+    path : str, optional
+        The model's folder; by default ``model_path()``.
+    max_tokens : int
+        Only the first `max_tokens` tokens are scored.
+
+    Returns
+    -------
+    float
+        Dimensionless, at least 1: the number of equally likely next tokens that would be
+        as hard to guess.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than 2 tokens.
+    """
+    path = path or model_path()
+    ids = text_or_token_ids
+    if isinstance(ids, str):
+        ids = load_tokenizer(path)(ids, verbose=False)["input_ids"]
+    ids = list(ids)[:max_tokens]
+    if len(ids) < 2:
+        raise ValueError(f"perplexity needs at least 2 tokens, got {len(ids)}")
+    return math.exp(_mean_loss(load_model(path), ids))
+
+
+def _mean_loss(model: PreTrainedModel, ids: list[int]) -> float:
+    """Return the mean loss in nats of ids[1:], each given the ids before it."""
+    import torch
+    batch = torch.tensor([ids])  # (1, n_tokens)
+    with torch.inference_mode():
+        logits = model(input_ids=batch, use_cache=False).logits  # (1, n_tokens, vocab)
+    return torch.nn.functional.cross_entropy(logits[0, :-1].float(), batch[0, 1:]).item()
+
+
+# ---- examples ------------------------------------------------------------------------------
+
+def random_characters(n_characters: int, seed: int) -> str:
+    """Return letters, digits and punctuation drawn uniformly with their own generator.
+
+    >>> random_characters(8, seed=0) == random_characters(8, seed=0)
+    True
+    """
+    rng = random.Random(seed)
+    return "".join(rng.choices(string.ascii_letters + string.digits + string.punctuation,
+                               k=n_characters))
+
+
+def example_prompts(seed: int = 0) -> dict[str, str]:
+    """Return one prompt of each kind, from the easiest to guess to the hardest.
+
+    Parameters
+    ----------
+    seed : int
+        Seeds the random characters; the other prompts are fixed.
+
+    >>> list(example_prompts())
+    ['template', 'code', 'prose', 'noise']
+    """
+    return {"template": TEMPLATE_LINE * 12, "code": CODE_PROMPT, "prose": PROSE_PROMPT,
+            "noise": random_characters(400, seed)}

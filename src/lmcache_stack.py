@@ -1,0 +1,352 @@
+"""Starts, attaches to and stops the LMCache stack: Redis, coordinator and server.
+
+``python -m lmcache_stack up|down|status`` does the same from a shell (`make up`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from stack_config import PORT_FIELDS, StackConfig, engine_kwargs, kv_transfer_config, load_config
+from stack_process import Child, StackError, load_state, save_state, spawn
+from stack_services import (
+    PORTS_OF,
+    SERVICES,
+    PortTakenError,
+    arguments_of,
+    check_ports_free,
+    child_env,
+    get_json,
+    is_coordinator,
+    pick_ports,
+    ping_redis,
+    port_advice,
+    redis_answers,
+    running_services,
+    server_settings,
+)
+
+__all__ = ["LMCacheStack", "PortTakenError", "StackConfig", "StackError", "load_config", "main"]
+
+FREE_PORT_TRIES = 4  # another program may take a port between our pick and the bind
+POLL_S = 0.1
+
+
+class LMCacheStack:
+    """Coordinator, LMCache server and Redis for the duration of a `with` block.
+
+    What already runs on the configured ports is used and left running; only what is
+    missing is started, and exactly that is stopped at the end.
+
+    Parameters
+    ----------
+    config : StackConfig, optional
+        Settings; default ``load_config()``.
+    free_ports : bool
+        Start a stack of its own on free ports, attach to nothing but `redis_url`.
+    detached : bool
+        Leave the services running when this process ends (`make up`).
+
+    Raises
+    ------
+    StackError
+        A port is in use, or a service died or was not ready in time.
+    """
+
+    def __init__(
+        self, config: StackConfig | None = None, free_ports: bool = False, detached: bool = False
+    ) -> None:
+        self.config = config or load_config()
+        self.instance_id = self.config.instance_id
+        self._settings = self.config
+        self._free_ports = free_ports
+        self._detached = detached
+        self._children: dict[str, Child] = {}
+        self._recorded: dict[str, Child] = {}  # of an earlier `up`: kept in the state file
+        self._scratch: Path | None = None
+        self._owner_pid = os.getpid()
+
+    @property
+    def host(self) -> str:
+        """Loopback address of all services."""
+        return self.config.host
+
+    @property
+    def port(self) -> int:
+        """Port of the coordinator."""
+        return self.config.coordinator_port
+
+    @property
+    def server_port(self) -> int:
+        """Port that vLLM's connector speaks to (ZMQ)."""
+        return self.config.server_port
+
+    @property
+    def coordinator_url(self) -> str:
+        """Base URL of the coordinator."""
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def server_http_url(self) -> str:
+        """Base URL of the LMCache server's control interface."""
+        return f"http://{self.host}:{self.config.server_http_port}"
+
+    @property
+    def redis_url(self) -> str:
+        """URL of the Redis in use, credentials included: do not log it."""
+        return self.config.redis_url or f"redis://{self.host}:{self.config.redis_port}"
+
+    @property
+    def started(self) -> list[str]:
+        """Names of the services that this object started (and will stop)."""
+        return [name for name in SERVICES if name in self._children]
+
+    # ---- life cycle ---------------------------------------------------------
+
+    def __enter__(self) -> LMCacheStack:
+        return self if self._children else self.start()
+
+    def __exit__(self, exc_type, *exc_info) -> None:
+        self.stop(keep_logs=exc_type is not None)  # the logs may explain the failure
+
+    def start(self) -> LMCacheStack:
+        """Start what is missing and return when all services are ready.
+
+        Raises
+        ------
+        StackError
+            With the last log lines of the service that failed.
+        """
+        if not self._detached:
+            atexit.register(self.stop)  # for callers without a `with` block
+        tries = FREE_PORT_TRIES if self._free_ports else 1
+        for attempt in range(1, tries + 1):
+            try:
+                self._choose_ports()
+                self._bring_up()
+                return self
+            except PortTakenError:
+                self.stop(keep_logs=attempt == tries)
+                if attempt == tries:
+                    raise
+            except BaseException:  # also Ctrl-C: leave nothing behind
+                self.stop(keep_logs=True)
+                raise
+
+    def stop(self, keep_logs: bool = False) -> None:
+        """Stop exactly what this object started; a second call does nothing."""
+        if os.getpid() != self._owner_pid:
+            return  # a forked copy of this object (vLLM forks) owns nothing
+        started = self.started
+        for name in reversed(started):
+            self._children[name].stop(self.config.stop_timeout_s)
+            del self._children[name]
+        if self._detached and started:
+            self._save_state()
+        if self._scratch and not keep_logs:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = None
+        atexit.unregister(self.stop)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL one service that this object started, as a crash would."""
+        self._own(name).kill()
+
+    def start_one(self, name: str) -> None:
+        """Start one service again on its old ports and wait until it is ready.
+
+        LMCache 0.5.6 does not reconnect to a Redis that was away: restart the server too.
+        """
+        if self._own(name).alive():
+            raise StackError(f"{name} is still running; stop or kill it first")
+        self._spawn(name)
+        server = self._children.get("server")
+        # A running server signs up again by itself at a coordinator that is new.
+        also = ["server"] if name == "coordinator" and server and server.alive() else []
+        self._wait_ready([name, *also])
+
+    def restart(self, name: str) -> None:
+        """Stop one service politely and start it again on the same ports."""
+        self._own(name).stop(self.config.stop_timeout_s)
+        self.start_one(name)
+
+    def logs(self, name: str, lines: int = 20) -> str:
+        """The last `lines` lines that a service wrote."""
+        child = self._children.get(name) or self._recorded.get(name)
+        if child is None:
+            return f"({name} was not started here, so its log is elsewhere)"
+        return "\n".join(child.last_lines(lines))
+
+    def health(self) -> dict[str, dict]:
+        """Per service: whether it is ready, whether we started it, its pid and address."""
+        return {name: self._health_of(name) for name in SERVICES}
+
+    # ---- for vLLM -----------------------------------------------------------
+
+    def kv_transfer_config(self):
+        """The `KVTransferConfig` that connects a vLLM engine to this stack."""
+        return kv_transfer_config(self.config)
+
+    def engine_kwargs(self, model: str, **overrides) -> dict:
+        """Arguments for ``vllm.LLM(**...)`` on CPU; also sets `ENGINE_ENV` where unset."""
+        return engine_kwargs(self.config, model, **overrides)
+
+    # ---- starting -----------------------------------------------------------
+
+    def _choose_ports(self) -> None:
+        self._recorded, record = load_state(self._state_path)
+        if not self._free_ports:
+            # `up --free-ports` may have put the stack elsewhere.
+            ports = record.get("ports", {}) if self._recorded else {}
+            self.config = replace(self._settings, **ports)
+            return
+        if self._detached and self._recorded:
+            raise StackError("a stack from an earlier `up` is running; run `make down` first")
+        ports = dict(zip(PORT_FIELDS, pick_ports(self.host, len(PORT_FIELDS)), strict=True))
+        self.config = replace(self._settings, run_dir=self._new_run_dir(), **ports)
+
+    def _new_run_dir(self) -> str:
+        run_dir = Path(self._settings.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if self._detached:
+            return str(run_dir)
+        self._scratch = Path(tempfile.mkdtemp(prefix="free-", dir=run_dir))
+        return str(self._scratch)
+
+    @property
+    def _state_path(self) -> Path:
+        return Path(self._settings.run_dir) / "stack.json"
+
+    def _save_state(self) -> None:
+        ports = {name: getattr(self.config, name) for name in PORT_FIELDS}
+        save_state(self._state_path, {**self._recorded, **self._children}, ports=ports)
+
+    def _bring_up(self) -> None:
+        present = [] if self._free_ports else running_services(self.config)
+        if self.config.redis_url:
+            ping_redis(self.config)
+            present.append("redis")
+        missing = [name for name in SERVICES if name not in present]
+        for name in missing:
+            check_ports_free(self.config, name)
+        for name in ("coordinator", "redis"):  # both at once; they do not need each other
+            if name in missing:
+                self._spawn(name)
+        if "redis" in missing:
+            self._wait_ready(["redis"])  # the server connects while it starts
+        if "server" in missing:
+            self._spawn("server")
+        self._wait_ready(list(SERVICES))
+
+    def _spawn(self, name: str) -> None:
+        run_dir = Path(self.config.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        log_path = run_dir / f"{name}.log"
+        self._children[name] = spawn(
+            name, arguments_of(name, self.config), log_path, child_env(self.config), self._detached
+        )
+        if self._detached:
+            self._save_state()
+
+    def _wait_ready(self, names: list[str]) -> None:
+        pending = list(names)
+        deadline = time.monotonic() + self.config.start_timeout_s
+        while pending:
+            pending = [name for name in pending if not self._ready(name)]
+            if not pending:
+                return
+            self._raise_if_dead(names)
+            if time.monotonic() > deadline:
+                raise StackError(
+                    f"{pending[0]} was not ready after {self.config.start_timeout_s:g} s "
+                    f"(start_timeout_s).{self._log_tail(pending[0])}"
+                )
+            time.sleep(POLL_S)
+
+    def _ready(self, name: str) -> bool:
+        child = self._children.get(name)
+        # Our own socket, not that of a stranger who took the port first.
+        if child and not all(child.listens_on(getattr(self.config, p)) for p in PORTS_OF[name]):
+            return False
+        if name == "redis":
+            return redis_answers(self.config)
+        if name == "coordinator":
+            return is_coordinator(self.config)
+        return server_settings(self.config) is not None and self._registered(child)
+
+    def _registered(self, child: Child | None) -> bool:
+        """Whether the coordinator lists the server, and not just one that died earlier."""
+        since = child.created_s - 1.0 if child else 0.0
+        answer = get_json(f"{self.coordinator_url}/instances") or {}
+        return any(
+            i.get("instance_id") == self.instance_id
+            and i.get("registration_time", 0) >= since
+            and i.get("http_port") == self.config.server_http_port
+            for i in answer.get("instances", [])
+        )
+
+    def _raise_if_dead(self, names: list[str]) -> None:
+        for name in names:
+            child = self._children.get(name)
+            if child is None or child.alive():
+                continue
+            tail = self._log_tail(name)
+            for line in child.last_lines(100):
+                if "address already in use" in line.lower():
+                    advice = port_advice(self.config, _port_field(self.config, name, line))
+                    raise PortTakenError(f"{name} found its port taken: {advice}.{tail}")
+            raise StackError(
+                f"{name} ended at start with exit code {child.popen.returncode}.{tail}"
+            )
+
+    def _log_tail(self, name: str) -> str:
+        child = self._children.get(name)
+        if child is None:
+            return ""
+        lines = "\n  ".join(child.last_lines(15))
+        return f" Last lines of {child.log_path}:\n  {lines}"
+
+    def _own(self, name: str) -> Child:
+        if name not in SERVICES:
+            raise ValueError(f"unknown service {name!r}; known: {', '.join(SERVICES)}")
+        if name not in self._children:
+            raise StackError(f"{name} was not started by this stack, so it is left alone")
+        return self._children[name]
+
+    def _health_of(self, name: str) -> dict:
+        child = self._children.get(name) or self._recorded.get(name)
+        address = {
+            "coordinator": self.coordinator_url,
+            "server": self.server_http_url,
+            "redis": "redis://{}:{}".format(*self.config.redis_address),
+        }[name]
+        return {
+            "ready": self._ready(name),
+            "started_here": name in self._children,
+            "pid": child.pid if child else None,
+            "address": address,
+        }
+
+
+def _port_field(config: StackConfig, name: str, line: str) -> str:
+    """Which of a service's ports a log line is about."""
+    named = [field for field in PORTS_OF[name] if str(getattr(config, field)) in line]
+    return (named or PORTS_OF[name])[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line ``python -m lmcache_stack up|down|status``; returns the exit code."""
+    from stack_commands import run
+
+    return run(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

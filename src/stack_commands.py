@@ -1,0 +1,82 @@
+"""The command line of the LMCache stack: ``python -m lmcache_stack up|down|status``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import signal
+import sys
+from pathlib import Path
+
+from lmcache_stack import LMCacheStack, StackConfig, StackError, load_config
+from stack_process import load_state, save_state
+from stack_services import SERVICES
+
+
+def run(argv: list[str] | None = None) -> int:
+    """``python -m lmcache_stack up|down|status``; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="lmcache_stack", description=__doc__)
+    parser.add_argument("command", choices=("up", "down", "status"))
+    parser.add_argument("--config", default="config.yaml", help="settings (default: config.yaml)")
+    parser.add_argument("--free-ports", action="store_true", help="up: pick free ports")
+    arguments = parser.parse_args(argv)
+    # A polite kill during `up` must clean up like Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        config = load_config(arguments.config)
+        if arguments.command == "status":
+            return _status(config)
+        with _lock(config):
+            return _up(config, arguments.free_ports) if arguments.command == "up" else _down(config)
+    except (StackError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was started is stopped again", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _lock(config: StackConfig):
+    """Let one `up` or `down` at a time work on the state file."""
+    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+    with open(Path(config.run_dir) / "stack.lock", "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _up(config: StackConfig, free_ports: bool) -> int:
+    stack = LMCacheStack(config, free_ports=free_ports, detached=True).start()
+    print(f"started {', '.join(stack.started)}" if stack.started else "already running")
+    _print_health(stack)
+    return 0
+
+
+def _down(config: StackConfig) -> int:
+    path = Path(config.run_dir) / "stack.json"
+    children, _ = load_state(path)
+    for name in reversed(SERVICES):
+        if name in children:
+            children[name].stop(config.stop_timeout_s)
+    save_state(path, {})
+    names = [name for name in SERVICES if name in children]
+    print(f"stopped {', '.join(names)}" if children else "nothing is running that `up` started")
+    return 0
+
+
+def _status(config: StackConfig) -> int:
+    stack = LMCacheStack(config)
+    stack._choose_ports()
+    return 0 if _print_health(stack) else 1
+
+
+def _print_health(stack: LMCacheStack) -> bool:
+    health = stack.health()
+    for name, state in health.items():
+        word = "ready" if state["ready"] else "not running"
+        pid = f"pid {state['pid']}" if state["pid"] else ""
+        print(f"  {name:12} {word:12} {state['address']}  {pid}")
+    return all(state["ready"] for state in health.values())

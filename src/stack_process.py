@@ -1,0 +1,260 @@
+"""Child processes that are stopped exactly once and never outlive their owner.
+
+Run as a script, this file is the child side: it watches its owner and then becomes
+``lmcache coordinator``, ``lmcache server`` or the embedded Redis.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+WATCH_INTERVAL_S = 0.5  # a dead owner is noticed within this time
+WATCH_GRACE_S = 4.0  # after that an orphan that ignores SIGTERM is killed
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # LMCache colours its log even in a file
+
+
+class StackError(RuntimeError):
+    """The stack cannot be started, attached to or stopped; the message says what to do."""
+
+
+@dataclass
+class Child:
+    """One process group that we started (or that an earlier `up` started).
+
+    Parameters
+    ----------
+    name : str
+        Service name.
+    pid : int
+        Process id, which is also the group id.
+    created_s : float
+        Start time, seconds since the epoch: a recycled pid has another one.
+    log_path : Path
+        Where its output goes.
+    """
+
+    name: str
+    pid: int
+    created_s: float
+    log_path: Path
+    popen: subprocess.Popen | None = field(default=None, repr=False)
+
+    def alive(self) -> bool:
+        """Whether this very process still runs (a zombie or a recycled pid does not)."""
+        import psutil
+
+        if self.popen is not None:
+            return self.popen.poll() is None
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.created_s) < 0.05
+            return same and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    def listens_on(self, port: int) -> bool:
+        """Whether the listening socket of `port` belongs to this process or its children."""
+        return port in {c.laddr.port for p in self._family() for c in _connections(p)}
+
+    def kill(self) -> None:
+        """SIGKILL the whole group at once."""
+        self.stop(timeout_s=0.0)
+
+    def stop(self, timeout_s: float) -> None:
+        """SIGTERM the group, wait up to `timeout_s` seconds, then SIGKILL what is left."""
+        if not self.alive():
+            return
+        family = self._family()
+        if timeout_s > 0:
+            self._signal(signal.SIGTERM)
+            self._wait(timeout_s)
+        if self.alive():
+            self._signal(signal.SIGKILL)
+            self._wait(5.0)
+        for process in family:  # grandchildren that left the group or ignored SIGTERM
+            if process.is_running() and process.pid != self.pid:
+                _quietly(process.kill)
+
+    def last_lines(self, count: int) -> list[str]:
+        """The last `count` lines of its log."""
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - 65536))
+                text = log.read().decode("utf-8", "replace")
+        except OSError:
+            return []
+        lines = COLOUR.sub("", text).splitlines()
+        return [line for line in lines if line.strip()][-count:]
+
+    def _family(self) -> list:
+        import psutil
+
+        try:
+            process = psutil.Process(self.pid)
+            return [process, *process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def _signal(self, number: int) -> None:
+        _quietly(lambda: os.killpg(self.pid, number))
+
+    def _wait(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while self.alive() and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+def spawn(name: str, arguments: list[str], log_path: Path, env: dict, detached: bool) -> Child:
+    """Start one service in its own session, its output in `log_path`.
+
+    Parameters
+    ----------
+    name : str
+        ``redis``, ``coordinator`` or ``server``.
+    arguments : list of str
+        Its command line, without the program.
+    detached : bool
+        True lets it outlive this process (`make up`); else it stops when we are gone.
+    """
+    import psutil
+
+    owner = 0 if detached else os.getpid()
+    command = [sys.executable, str(Path(__file__).resolve()), str(owner), name, *arguments]
+    if log_path.exists():  # what an earlier life wrote must not be taken for this one's
+        log_path.replace(log_path.with_suffix(".log.old"))
+    with log_path.open("wb") as log:
+        popen = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=env,
+            start_new_session=True,
+        )
+    return Child(name, popen.pid, psutil.Process(popen.pid).create_time(), log_path, popen)
+
+
+def load_state(path: Path) -> tuple[dict[str, Child], dict]:
+    """The children that a state file names and that still run, and its other entries.
+
+    Raises
+    ------
+    StackError
+        The file is damaged.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        children = [
+            Child(c["name"], int(c["pid"]), float(c["created_s"]), Path(c["log_path"]))
+            for c in record.pop("children")
+        ]
+    except FileNotFoundError:
+        return {}, {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise StackError(
+            f"{path} is damaged: stop what still runs by hand (`ps aux | grep "
+            "stack_process`), then delete that file"
+        ) from None
+    return {child.name: child for child in children if child.alive()}, record
+
+
+def save_state(path: Path, children: dict[str, Child], **entries) -> None:
+    """Write the state file in one step; no children = no file."""
+    if not children:
+        path.unlink(missing_ok=True)
+        return
+    rows = [
+        {"name": c.name, "pid": c.pid, "created_s": c.created_s, "log_path": str(c.log_path)}
+        for c in children.values()
+    ]
+    part = path.with_suffix(".part")  # a reader never sees half a file
+    part.write_text(json.dumps({"children": rows, **entries}, indent=2), encoding="utf-8")
+    part.replace(path)
+
+
+def _connections(process) -> list:
+    import psutil
+
+    try:
+        return [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    except psutil.Error:
+        return []
+
+
+def _quietly(action) -> None:
+    """Run `action`; a process that is already gone is what we wanted."""
+    import psutil
+
+    try:
+        action()
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        pass
+
+
+# ---- child side -------------------------------------------------------------
+
+
+def _watch_owner(owner: int) -> None:
+    """End this process group once its owner is gone, however the owner died.
+
+    A poll of the parent id, because the kernel's parent-death signal fires when the
+    starting *thread* ends, and a pipe stays open in children the owner forked.
+    """
+    while os.getppid() == owner:
+        time.sleep(WATCH_INTERVAL_S)
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(WATCH_GRACE_S)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _run_redis(arguments: list[str]) -> None:
+    from fakeredis import TcpFakeServer
+
+    server = TcpFakeServer((arguments[0], int(arguments[1])))
+    server.daemon_threads = True  # an open client must not keep a stopped Redis alive
+    server.serve_forever()
+
+
+def _run_lmcache(arguments: list[str]) -> None:
+    from uvicorn.config import LOGGING_CONFIG
+
+    # One access line per heartbeat and event batch would fill the disk.
+    LOGGING_CONFIG["loggers"]["uvicorn.access"].update(handlers=[], propagate=False)
+    from lmcache.cli.main import main
+
+    if arguments[0] == "server":
+        from stack_reconcile import reconcile_for
+
+        _drop_env_route()
+        reconcile_for(arguments)
+    sys.argv = ["lmcache", *arguments]
+    main(arguments)
+
+
+def _drop_env_route() -> None:
+    """Take GET /env off the server: it shows every variable, our Redis password too."""
+    from lmcache.v1.internal_api_server.common import env_api
+
+    env_api.router.routes.clear()
+
+
+def _child_main(owner: int, name: str, arguments: list[str]) -> None:
+    if owner:
+        threading.Thread(target=_watch_owner, args=(owner,), daemon=True).start()
+    if name == "redis":
+        _run_redis(arguments)
+    else:
+        _run_lmcache([name, *arguments])
+
+
+if __name__ == "__main__":
+    _child_main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -1,0 +1,201 @@
+"""The stack's settings, process records and directory corrections, without starting it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+import stack_reconcile
+from lmcache_stack import StackConfig, StackError, load_config
+from stack_process import Child, load_state, save_state, spawn
+from stack_services import SERVICES, arguments_of, child_env, pick_ports
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def wait_until(condition, timeout_s: float = 20.0) -> None:
+    """Wait for `condition()`; the assertion fails if it does not come."""
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert condition()
+
+
+# ---- settings ---------------------------------------------------------------
+
+BAD_VALUES = {
+    "host": ["0.0.0.0", "localhost", "", 5],
+    "coordinator_port": [0, 65536, "9000", True, 9000.0],
+    "server_port": [-1, None],
+    "server_http_port": [70000],
+    "redis_port": [0],
+    "redis_url": ["http://h", "redis://", "redis://h:1/3", "redis://h?x=1", "redis://h:99999", 7],
+    "instance_id": ["", "a b", "a@b", "x" * 65],
+    "chunk_size_tokens": [0, 8193, 33, 32.0],
+    "block_size_tokens": [0, 1025],
+    "l1_size_gb": [0, 5000, float("nan"), float("inf"), "1"],
+    "eviction_policy": ["lru", "MRU", None],
+    "disk_path": ["", 3, "a\0b"],
+    "run_dir": [" ", None],
+    "start_timeout_s": [0.5, 601],
+    "stop_timeout_s": [0, 121],
+    "mq_timeout_s": [0.4, 301],
+    "engine_heartbeat_s": [0.1, 41],
+    "registration_heartbeat_s": [0, 11],
+    "event_flush_interval_s": [0, 11],
+    "directory_checkpoint_s": [-1, 3601],
+}
+
+
+def test_every_setting_has_bad_values_below():
+    assert set(BAD_VALUES) == {f.name for f in fields(StackConfig)}
+
+
+@pytest.mark.parametrize("name, value", [(n, v) for n, vs in BAD_VALUES.items() for v in vs])
+def test_bad_value_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=name):
+        StackConfig(**{name: value})
+
+
+def test_refusal_names_value_and_range():
+    with pytest.raises(
+        ValueError, match="l1_size_gb = 5000 is not allowed: a number from 0.01 to 4096"
+    ):
+        load_config(ROOT / "config.yaml", l1_size_gb=5000)
+    with pytest.raises(ValueError, match="multiple of block_size_tokens = 32"):
+        StackConfig(chunk_size_tokens=48)
+    with pytest.raises(ValueError, match="server_port = 9000 .* coordinator_port has the same"):
+        StackConfig(server_port=9000)
+
+
+def test_shipped_config_is_complete_and_equals_the_defaults():
+    section = yaml.safe_load((ROOT / "config.yaml").read_text())["stack"]
+    assert section == {f.name: f.default for f in fields(StackConfig)}
+
+
+def test_relative_folders_lie_beside_the_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("stack: {disk_path: ./d, run_dir: /abs/r}")
+    config = load_config(tmp_path / "c.yaml")
+    assert (config.disk_path, config.run_dir) == (str(tmp_path / "d"), "/abs/r")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("stack: {chunks: 3}", "unknown setting 'chunks'.*known: host"),
+        ("stack: [1]", "mapping under stack"),
+        ("- 1", "mapping under stack"),
+        ("stack: {a: ", "not valid YAML"),
+    ],
+)
+def test_bad_file_is_one_clear_error(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_missing_file_and_empty_section(tmp_path):
+    with pytest.raises(ValueError, match="no.yaml' not found"):
+        load_config(tmp_path / "no.yaml")
+    (tmp_path / "c.yaml").write_text("stack:\nother: {a: 1}\n")
+    assert load_config(tmp_path / "c.yaml").coordinator_port == 9000
+
+
+def test_tls_redis_is_refused_with_reason_and_without_password():
+    with pytest.raises(ValueError, match="TLS") as caught:
+        StackConfig(redis_url="rediss://user:hunter2@example.org:6379")
+    assert "hunter2" not in str(caught.value)
+    assert "hunter2" not in repr(StackConfig(redis_url="redis://user:hunter2@example.org"))
+
+
+def test_password_is_decoded_and_travels_outside_the_arguments():
+    config = StackConfig(redis_url="redis://u%40x:p%3A%2Fw@h.example:7000")
+    env = child_env(config)
+    assert (env["LMCACHE_RESP_USERNAME"], env["LMCACHE_RESP_PASSWORD"]) == ("u@x", "p:/w")
+    assert config.redis_address == ("h.example", 7000)
+    assert not any("p:/w" in part or "p%3A" in part for part in arguments_of("server", config))
+
+
+# ---- process records --------------------------------------------------------
+
+
+def test_recycled_pid_is_never_touched(tmp_path):
+    bystander = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        record = Child("redis", bystander.pid, created_s=1.0, log_path=tmp_path / "x.log")
+        assert not record.alive()
+        record.stop(timeout_s=0.1)
+        save_state(tmp_path / "stack.json", {"redis": record})
+        assert load_state(tmp_path / "stack.json")[0] == {}
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_damaged_state_file_is_one_clear_error(tmp_path):
+    (tmp_path / "stack.json").write_text('{"children": [{"pid":')
+    with pytest.raises(StackError, match="damaged.*by hand"):
+        load_state(tmp_path / "stack.json")
+
+
+def test_deaf_child_and_grandchild_are_killed(tmp_path):
+    """A group that ignores SIGTERM goes after the grace time, grandchildren included."""
+    code = (
+        "import signal, subprocess, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "p = subprocess.Popen(['sleep', '60'], start_new_session=True); print(p.pid, flush=True);"
+        "time.sleep(60)"
+    )
+    popen = subprocess.Popen(
+        [sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+    grandchild = psutil.Process(int(popen.stdout.readline()))
+    child = Child(
+        "x", popen.pid, psutil.Process(popen.pid).create_time(), tmp_path / "x.log", popen
+    )
+    child.stop(timeout_s=0.3)
+    assert popen.returncode == -signal.SIGKILL
+    wait_until(lambda: not grandchild.is_running() or grandchild.status() == "zombie", 5)
+
+
+def test_detached_child_outlives_its_starter(tmp_path):
+    port = pick_ports("127.0.0.1", 1)[0]
+    child = spawn(
+        "redis", ["127.0.0.1", str(port)], tmp_path / "r.log", dict(os.environ), detached=True
+    )
+    command = psutil.Process(child.pid).cmdline()
+    child.kill()
+    assert command[2:4] == ["0", "redis"] and not child.alive()
+
+
+# ---- directory correction ---------------------------------------------------
+
+
+def test_names_that_are_no_chunks_are_ignored(tmp_path):
+    assert stack_reconcile.parse_key("m@0x1@0@zz") is None
+    assert stack_reconcile.parse_key("m@0x1@0@ab@salt") == ("m", 1, 0, "ab", "salt")
+    assert stack_reconcile.disk_contents(tmp_path / "none") == {}
+
+
+def test_corrections_are_paged_and_minimal(monkeypatch):
+    monkeypatch.setattr(stack_reconcile, "PAGE_KEYS", 2)
+    keys = [("m", 1, 0, f"{i:02x}", "") for i in range(6)]
+    found = stack_reconcile.corrections(set(keys[:2]), {k: 9 for k in keys[1:]})
+    assert [(kind, len(rows)) for kind, rows in found] == [
+        ("store", 2),
+        ("store", 2),
+        ("delete", 1),
+    ]
+
+
+def test_service_names_are_the_documented_ones():
+    assert SERVICES == ("redis", "coordinator", "server")
