@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from caching_heuristics import TIERS
 from decision_log import DecisionRecord
@@ -43,7 +44,10 @@ def plot_session(records: Sequence[DecisionRecord], labels: Sequence[str] | None
     colours = [TIER_COLOURS[record.wanted_tier or "none"] for record in records]
     ttls.scatter([record.ttl_s or 1 for record in records], rows, s=14, c=colours)
     ttls.set(xscale="log", xlabel="TTL (s), coloured by wanted tier")
-    ttls.grid(axis="x", alpha=0.3)
+    ttls.grid(axis="x", which="both", alpha=0.3)
+    for set_formatter in (ttls.xaxis.set_major_formatter, ttls.xaxis.set_minor_formatter):
+        set_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
+    ttls.tick_params(axis="x", which="both", labelsize=8)
     hits.invert_yaxis()
     hits.margins(y=0.01)
     for axes in (hits, tiers, ttls):
