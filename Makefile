@@ -48,13 +48,13 @@ test: $(READY) ## all tests, on the real stack, notebooks included
 	@$(PY) -m pytest
 
 up: $(READY) ## start coordinator, LMCache server and Redis, and leave them running
-	@$(PY) -m lmcache_stack up --config $(CONFIG)
+	@$(PY) -m stack_commands up --config $(CONFIG)
 
 down: $(READY) ## stop what `make up` started
-	@$(PY) -m lmcache_stack down --config $(CONFIG)
+	@$(PY) -m stack_commands down --config $(CONFIG)
 
 status: $(READY) ## what is running
-	@$(PY) -m lmcache_stack status --config $(CONFIG)
+	@$(PY) -m stack_commands status --config $(CONFIG)
 
 notebooks: $(READY) ## run all notebooks headless, in order
 	@$(PY) -m pytest tests/test_notebooks.py -q

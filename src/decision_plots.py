@@ -36,9 +36,7 @@ def plot_session(records: Sequence[DecisionRecord], labels: Sequence[str] | None
     rows = range(len(records))
     _stack(hits, [_served(record) for record in records])
     hits.set(xlabel="prompt tokens, by the tier that served them", yticks=list(rows))
-    hits.set_yticklabels(
-        [f"{label}  {row + 1}" for row, label in zip(rows, labels)], fontsize=6.5
-    )
+    hits.set_yticklabels([f"{label}  {row + 1}" for row, label in zip(rows, labels)], fontsize=6.5)
     _stack(tiers, [record.tier_after for record in records])
     tiers.set_xlabel("complete chunks, by hottest tier now")
     colours = [TIER_COLOURS[record.wanted_tier or "none"] for record in records]

@@ -3,6 +3,7 @@
 The model is ``google/gemma-3-270m-it`` where its weights are on the machine, and otherwise the
 small Gemma-3 model under ``data/demo_model`` (see ``data/README.md``).  Nothing is downloaded.
 """
+
 from __future__ import annotations
 
 import json
@@ -59,7 +60,7 @@ if __name__ == "__main__":
 
 TEMPLATE_LINE = "You are a helpful assistant. Answer the question using only the given text.\n"
 
-PROSE_PROMPT = '''\
+PROSE_PROMPT = """\
 The first time a user asks a question, the server has to read the whole text before it can \
 write a single word of the answer. If the same text is used again, the work that was done the \
 first time can be kept in memory and the answer will start sooner. This is only useful when \
@@ -68,10 +69,11 @@ removed when the memory is full. A simple rule is to remove the one that has not
 the longest time. It is easy to understand, but it does not take into account how long it would \
 take to compute the value again, or how large the value is. Other rules use this information \
 and may give better results, depending on the kind of requests that are made.
-'''
+"""
 
 
 # ---- choosing the model --------------------------------------------------------------------
+
 
 def model_path(prefer: str | None = None) -> str:
     """Return the folder of the model to serve; nothing is downloaded.
@@ -113,7 +115,8 @@ def _named_model(name: str) -> str:
         raise ValueError(
             f"model {name!r} is not on this machine and nothing is downloaded: name a local "
             f"folder that holds config.json and its weights ({', '.join(WEIGHT_PATTERNS)}), "
-            "or the id of a model whose weights are in the local Hugging Face cache")
+            "or the id of a model whose weights are in the local Hugging Face cache"
+        )
     return str(found)
 
 
@@ -140,6 +143,7 @@ def cached_snapshot(hub_id: str, cache_dir: str | None = None) -> Path | None:
     """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
+
     try:
         config = try_to_load_from_cache(hub_id, "config.json", cache_dir=cache_dir)
     except HFValidationError:
@@ -152,6 +156,7 @@ def cached_snapshot(hub_id: str, cache_dir: str | None = None) -> Path | None:
 
 # ---- perplexity ----------------------------------------------------------------------------
 
+
 def _offline() -> None:
     """Keep transformers from asking the hub; must run before its first import."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -162,6 +167,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer in the folder `path` (cached)."""
     _offline()
     from transformers import AutoTokenizer  # seconds to import: only those who need it wait
+
     return AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
@@ -171,13 +177,14 @@ def load_model(path: str) -> PreTrainedModel:
     _offline()
     import torch
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32,
-                                                 local_files_only=True)
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     return model.eval()
 
 
-def prompt_perplexity(text_or_token_ids: str | list[int], path: str | None = None,
-                      max_tokens: int = MAX_TOKENS) -> float:
+def prompt_perplexity(
+    text_or_token_ids: str | list[int], path: str | None = None, max_tokens: int = MAX_TOKENS
+) -> float:
     """Return the perplexity of a prompt: exp of the mean negative log-likelihood in nats.
 
     Each token but the first is scored given all before it.  A text is tokenized as the model
@@ -215,6 +222,7 @@ def prompt_perplexity(text_or_token_ids: str | list[int], path: str | None = Non
 def _mean_loss(model: PreTrainedModel, ids: list[int]) -> float:
     """Return the mean loss in nats of ids[1:], each given the ids before it."""
     import torch
+
     batch = torch.tensor([ids])  # (1, n_tokens)
     with torch.inference_mode():
         logits = model(input_ids=batch, use_cache=False).logits  # (1, n_tokens, vocab)
@@ -223,6 +231,7 @@ def _mean_loss(model: PreTrainedModel, ids: list[int]) -> float:
 
 # ---- examples ------------------------------------------------------------------------------
 
+
 def random_characters(n_characters: int, seed: int) -> str:
     """Return letters, digits and punctuation drawn uniformly with their own generator.
 
@@ -230,8 +239,9 @@ def random_characters(n_characters: int, seed: int) -> str:
     True
     """
     rng = random.Random(seed)
-    return "".join(rng.choices(string.ascii_letters + string.digits + string.punctuation,
-                               k=n_characters))
+    return "".join(
+        rng.choices(string.ascii_letters + string.digits + string.punctuation, k=n_characters)
+    )
 
 
 def example_prompts(seed: int = 0) -> dict[str, str]:
@@ -245,5 +255,9 @@ def example_prompts(seed: int = 0) -> dict[str, str]:
     >>> list(example_prompts())
     ['template', 'code', 'prose', 'noise']
     """
-    return {"template": TEMPLATE_LINE * 12, "code": CODE_PROMPT, "prose": PROSE_PROMPT,
-            "noise": random_characters(400, seed)}
+    return {
+        "template": TEMPLATE_LINE * 12,
+        "code": CODE_PROMPT,
+        "prose": PROSE_PROMPT,
+        "noise": random_characters(400, seed),
+    }

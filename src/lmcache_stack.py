@@ -1,6 +1,6 @@
 """Starts, attaches to and stops the LMCache stack: Redis, coordinator and server.
 
-``python -m lmcache_stack up|down|status`` does the same from a shell (`make up`).
+``python -m stack_commands up|down|status`` does the same from a shell (`make up`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -33,7 +32,7 @@ from stack_services import (
     server_settings,
 )
 
-__all__ = ["LMCacheStack", "PortTakenError", "StackConfig", "StackError", "load_config", "main"]
+__all__ = ["LMCacheStack", "PortTakenError", "StackConfig", "StackError", "load_config"]
 
 FREE_PORT_TRIES = 4  # another program may take a port between our pick and the bind
 POLL_S = 0.1
@@ -111,19 +110,15 @@ class LMCacheStack:
     # ---- life cycle ---------------------------------------------------------
 
     def __enter__(self) -> LMCacheStack:
-        return self if self._children else self.start()
+        return self.start()
 
     def __exit__(self, exc_type, *exc_info) -> None:
         self.stop(keep_logs=exc_type is not None)  # the logs may explain the failure
 
     def start(self) -> LMCacheStack:
-        """Start what is missing and return when all services are ready.
-
-        Raises
-        ------
-        StackError
-            With the last log lines of the service that failed.
-        """
+        """Start what is missing; return when all is ready, or raise `StackError` with log lines."""
+        if self._children:
+            return self
         if not self._detached:
             atexit.register(self.stop)  # for callers without a `with` block
         tries = FREE_PORT_TRIES if self._free_ports else 1
@@ -339,14 +334,3 @@ def _port_field(config: StackConfig, name: str, line: str) -> str:
     """Which of a service's ports a log line is about."""
     named = [field for field in PORTS_OF[name] if str(getattr(config, field)) in line]
     return (named or PORTS_OF[name])[0]
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line ``python -m lmcache_stack up|down|status``; returns the exit code."""
-    from stack_commands import run
-
-    return run(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

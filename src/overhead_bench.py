@@ -87,9 +87,7 @@ def _percentiles(name, values_ms):
     if not len(values_ms):
         return {}
     ranks = (50, 90, 99)
-    return {
-        f"{name}_p{q}_ms": float(v) for q, v in zip(ranks, np.percentile(values_ms, ranks))
-    }
+    return {f"{name}_p{q}_ms": float(v) for q, v in zip(ranks, np.percentile(values_ms, ranks))}
 
 
 def machine() -> dict[str, object]:

@@ -177,6 +177,7 @@ def session_stack(config_path: str | Path = "config.yaml", redis_url: str | None
     """
     from lmcache_stack import LMCacheStack, load_config
 
+    _be_quiet()  # here already: vLLM reads these when it is first imported
     with tempfile.TemporaryDirectory(prefix="kv-session-") as folder:
         overrides = {"disk_path": folder} | ({"redis_url": redis_url} if redis_url else {})
         config = load_config(config_path, **overrides)
@@ -185,20 +186,25 @@ def session_stack(config_path: str | Path = "config.yaml", redis_url: str | None
 
 
 @contextmanager
-def engine(stack, model: str, verbose: bool = False):
+def engine(stack, model: str):
     """Load vLLM, connected to `stack`; shut it down before the stack goes.
 
     An engine that has lost its LMCache server hangs when its process ends.
     """
-    for name, value in () if verbose else _QUIET:
-        os.environ.setdefault(name, value)
+    _be_quiet()
     from vllm import LLM
 
-    llm = LLM(**stack.engine_kwargs(model, use_tqdm_on_load=verbose))
+    llm = LLM(**stack.engine_kwargs(model, use_tqdm_on_load=False))
     try:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def _be_quiet():
+    """Lower the log levels that the user has not set."""
+    for name, value in _QUIET:
+        os.environ.setdefault(name, value)
 
 
 def managed(stack, llm, config: HeuristicConfig | None = None, **options) -> MultiTierCache:

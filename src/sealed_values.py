@@ -24,6 +24,7 @@ MIN_SECRET_BYTES = 16  # of a given one: whoever guesses it can run code here
 
 
 def check_seconds(field: str, seconds: Any) -> float:
+    """Return a time span as a float, or raise a ValueError that names the field."""
     if isinstance(seconds, numbers.Real) and not isinstance(seconds, bool):
         with contextlib.suppress(OverflowError):  # an int too big for a float
             if 0 < float(seconds) < math.inf:  # false for NaN
@@ -32,6 +33,7 @@ def check_seconds(field: str, seconds: Any) -> float:
 
 
 def key_bytes(key: Any) -> bytes:
+    """Return a key as bytes, or raise if it is not a non-empty str."""
     if not isinstance(key, str):
         raise TypeError(f"key must be a non-empty str, got {type(key).__name__}")
     if not key:
@@ -40,10 +42,12 @@ def key_bytes(key: Any) -> bytes:
 
 
 def sha256(name: bytes) -> bytes:
+    """Return the 32-byte digest that a record is bound to and filed under."""
     return hashlib.sha256(name).digest()
 
 
 def dump(value: Any) -> bytes:
+    """Pickle a value, or raise a ValueError if it cannot be stored."""
     if value is None:
         raise ValueError("value must not be None: get() could not tell it from a miss")
     try:
@@ -54,6 +58,7 @@ def dump(value: Any) -> bytes:
 
 
 def load(payload: bytes | memoryview) -> Any:
+    """Unpickle a payload whose origin is known; None, with a warning, if it is unreadable."""
     try:
         return pickle.loads(payload)  # noqa: S301 - its own bytes, or opened by a Signer
     except Exception as error:  # noqa: BLE001 - anything, such as a class that has moved since
@@ -62,6 +67,8 @@ def load(payload: bytes | memoryview) -> Any:
 
 
 class Record(NamedTuple):
+    """A payload and when it ends."""
+
     expires_at_s: float  # on the writer's clock
     payload: bytes | memoryview
 
@@ -79,10 +86,12 @@ class Signer:
         self._tier = tier.encode().ljust(8, b"\0")
 
     def seal(self, name: bytes, payload: bytes, expires_at_s: float = math.inf) -> bytes:
+        """Return the signed record of a payload: MAC, tier, name, expiry, payload."""
         body = self._HEAD.pack(self._tier, name, expires_at_s) + payload
         return hmac.digest(self._secret, body, "sha256") + body
 
     def open(self, name: bytes, record: bytes) -> Record | None:
+        """Return what was sealed under `name`; None, with a warning, for anything else."""
         mac, body = record[:32], memoryview(record)[32:]
         genuine = hmac.compare_digest(mac, hmac.digest(self._secret, body, "sha256"))
         if genuine and len(body) >= self._HEAD.size:

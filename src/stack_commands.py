@@ -1,4 +1,4 @@
-"""The command line of the LMCache stack: ``python -m lmcache_stack up|down|status``."""
+"""The command line of the LMCache stack: ``python -m stack_commands up|down|status``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from stack_process import load_state, save_state
 from stack_services import SERVICES
 
 
-def run(argv: list[str] | None = None) -> int:
-    """``python -m lmcache_stack up|down|status``; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="lmcache_stack", description=__doc__)
+def main(argv: list[str] | None = None) -> int:
+    """``python -m stack_commands up|down|status``; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="stack_commands", description=__doc__)
     parser.add_argument("command", choices=("up", "down", "status"))
     parser.add_argument("--config", default="config.yaml", help="settings (default: config.yaml)")
     parser.add_argument("--free-ports", action="store_true", help="up: pick free ports")
@@ -80,3 +80,7 @@ def _print_health(stack: LMCacheStack) -> bool:
         pid = f"pid {state['pid']}" if state["pid"] else ""
         print(f"  {name:12} {word:12} {state['address']}  {pid}")
     return all(state["ready"] for state in health.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

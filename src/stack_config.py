@@ -37,7 +37,7 @@ RANGES = {
     "mq_timeout_s": (float, 0.5, 300.0),
     "engine_heartbeat_s": (float, 0.5, 40.0),
     "registration_heartbeat_s": (float, 0.1, 10.0),
-    "event_flush_interval_s": (float, 0.01, 10.0),
+    "event_flush_interval_s": (float, 1e-6, 10.0),
     "directory_checkpoint_s": (float, 0.0, 3600.0),
 }
 
@@ -89,7 +89,7 @@ class StackConfig:
     mq_timeout_s: float = 5.0
     engine_heartbeat_s: float = 2.0
     registration_heartbeat_s: float = 1.0
-    event_flush_interval_s: float = 0.2
+    event_flush_interval_s: float = 1e-5
     directory_checkpoint_s: float = 1.0
 
     def __post_init__(self) -> None:

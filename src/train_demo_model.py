@@ -4,6 +4,7 @@ Run it as ``python src/train_demo_model.py --out data/demo_model``.  Nothing is 
 text is the standard library of the interpreter that runs the script (code, docstrings and the
 help topics of ``pydoc``), the tokenizer and the weights are made here from a seed.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -27,8 +28,16 @@ SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_o
 VOCAB_SIZE = 2048  # small: the embedding has to fit in 8 MB beside the layers
 MAX_TOKENS = 2048  # longest context trained, and served
 # Encodings are tables, tests are repetitive, and both would outweigh the rest.
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings",
-                   "__pycache__", "__phello__"}
+SKIPPED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "__pycache__",
+    "__phello__",
+}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) }}"
@@ -51,6 +60,7 @@ PHASES = (Phase(1300, 256, 16), Phase(350, 512, 8), Phase(150, MAX_TOKENS, 2))
 
 
 # ---- corpus --------------------------------------------------------------------------------
+
 
 def stdlib_files(root: Path, suffixes: tuple[str, ...] = (".py",)) -> list[Path]:
     """List the standard library's own text files in a fixed order."""
@@ -77,6 +87,7 @@ def docstrings(source: str) -> str:
 def help_topics() -> list[str]:
     """Return pydoc's help topics: the longest English text that Python installs."""
     from pydoc_data.topics import topics
+
     return [topics[name] for name in sorted(topics)]
 
 
@@ -112,22 +123,34 @@ def load_corpus(root: Path) -> Corpus:
 
 # ---- tokenizer -----------------------------------------------------------------------------
 
+
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE, which can write any Unicode text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     bpe.train_from_iterator(texts, trainer)
     bpe.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B:1", special_tokens=[("<bos>", BOS)])
+        single="<bos> $A", pair="<bos> $A $B:1", special_tokens=[("<bos>", BOS)]
+    )
     pad, eos, bos, unk, *turns = SPECIAL_TOKENS
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=pad, eos_token=eos, bos_token=bos, unk_token=unk,
-        additional_special_tokens=turns, chat_template=CHAT_TEMPLATE,
-        model_max_length=MAX_TOKENS, clean_up_tokenization_spaces=False)
+        tokenizer_object=bpe,
+        pad_token=pad,
+        eos_token=eos,
+        bos_token=bos,
+        unk_token=unk,
+        additional_special_tokens=turns,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=MAX_TOKENS,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
@@ -137,6 +160,7 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.nda
 
 
 # ---- batches -------------------------------------------------------------------------------
+
 
 class WindowSampler:
     """Draws training sequences from the code and prose streams with its own generator.
@@ -150,10 +174,10 @@ class WindowSampler:
     seed : int
     """
 
-    PROSE_SHARE = 0.35     # prose is about a sixth of the text; prompts hold more of it
-    NO_BOS_SHARE = 0.25    # so that a prompt without <bos> is not a surprise
-    REPEAT_SHARE = 0.10    # a passage over and over: teaches copying, which templates need
-    CHAT_SHARE = 0.08      # in Gemma's turn markers
+    PROSE_SHARE = 0.35  # prose is about a sixth of the text; prompts hold more of it
+    NO_BOS_SHARE = 0.25  # so that a prompt without <bos> is not a surprise
+    REPEAT_SHARE = 0.10  # a passage over and over: teaches copying, which templates need
+    CHAT_SHARE = 0.08  # in Gemma's turn markers
 
     def __init__(self, code: np.ndarray, prose: np.ndarray, newline: list[int], seed: int):
         self.code, self.prose, self.newline = code, prose, newline
@@ -163,7 +187,7 @@ class WindowSampler:
         """Return `n_tokens` consecutive ids from a random place."""
         stream = self.prose if self.rng.random() < self.PROSE_SHARE else self.code
         start = self.rng.integers(len(stream) - n_tokens)
-        return stream[start:start + n_tokens]
+        return stream[start : start + n_tokens]
 
     def repeated(self, n_tokens: int) -> np.ndarray:
         """Return a short passage repeated up to `n_tokens`."""
@@ -198,15 +222,27 @@ class WindowSampler:
 
 # ---- model and training --------------------------------------------------------------------
 
+
 def model_config() -> Gemma3TextConfig:
     """Return the architecture: Gemma 3 with 3.1 million parameters."""
     return Gemma3TextConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=640, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=1, head_dim=64, query_pre_attn_scalar=64,
-        max_position_embeddings=MAX_TOKENS, sliding_window=512,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        max_position_embeddings=MAX_TOKENS,
+        sliding_window=512,
         layer_types=["sliding_attention"] * 3 + ["full_attention"],
-        pad_token_id=PAD, eos_token_id=[EOS, END_TURN], bos_token_id=BOS,
-        tie_word_embeddings=True, architectures=["Gemma3ForCausalLM"])
+        pad_token_id=PAD,
+        eos_token_id=[EOS, END_TURN],
+        bos_token_id=BOS,
+        tie_word_embeddings=True,
+        architectures=["Gemma3ForCausalLM"],
+    )
 
 
 def make_optimizers(model: Gemma3ForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
@@ -216,8 +252,10 @@ def make_optimizers(model: Gemma3ForCausalLM, lr: float) -> list[torch.optim.Opt
     """
     inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    return [torch.optim.Muon(inner, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    return [
+        torch.optim.Muon(inner, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
 
 
 def learning_rate_factor(step: int, total: int, warmup: int = 50) -> float:
@@ -238,17 +276,19 @@ def sequence_loss(model: Gemma3ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(model: Gemma3ForCausalLM, stream: np.ndarray,
-                  seq_tokens: int = 512, n_windows: int = 24) -> float:
+def held_out_loss(
+    model: Gemma3ForCausalLM, stream: np.ndarray, seq_tokens: int = 512, n_windows: int = 24
+) -> float:
     """Return the loss in nats per token over evenly spaced windows of a held-out stream."""
     starts = np.linspace(0, len(stream) - seq_tokens, n_windows).astype(int)
-    rows = np.stack([np.concatenate([[BOS], stream[s:s + seq_tokens - 1]]) for s in starts])
+    rows = np.stack([np.concatenate([[BOS], stream[s : s + seq_tokens - 1]]) for s in starts])
     losses = [sequence_loss(model, ids).item() for ids in torch.from_numpy(rows).split(8)]
     return float(np.mean(losses))
 
 
-def save_model(model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast, log: dict,
-               out: Path) -> None:
+def save_model(
+    model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast, log: dict, out: Path
+) -> None:
     """Write bfloat16 weights, tokenizer and log, replacing `out` by one rename."""
     fresh, stale = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -272,22 +312,32 @@ class Trainer:
         corpus = load_corpus(Path(sysconfig.get_paths()["stdlib"]))
         self.tokenizer = train_tokenizer(corpus.code + corpus.prose)
         code, prose, self.code_held_out, self.prose_held_out = (
-            token_stream(self.tokenizer, texts) for texts in vars(corpus).values())
+            token_stream(self.tokenizer, texts) for texts in vars(corpus).values()
+        )
         newline = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
         self.sampler = WindowSampler(code, prose, newline, seed)
         with torch.random.fork_rng():  # the weights' start comes from `seed` alone
             torch.manual_seed(seed)
             self.model = Gemma3ForCausalLM(model_config())
-        self.log = {"seed": seed, "peak_lr": lr,
-                    "parameters": self.model.num_parameters(),
-                    "code_tokens": len(code), "prose_tokens": len(prose), "losses": []}
+        self.log = {
+            "seed": seed,
+            "peak_lr": lr,
+            "parameters": self.model.num_parameters(),
+            "code_tokens": len(code),
+            "prose_tokens": len(prose),
+            "losses": [],
+        }
 
     def measure(self, step: int, seen_tokens: int, train_loss: float, elapsed_s: float) -> None:
         """Add a row of losses to the log, print it, and save the model."""
-        row = {"step": step, "seen_tokens": seen_tokens, "elapsed_s": round(elapsed_s),
-               "train": round(train_loss, 3),
-               "code_held_out": round(held_out_loss(self.model, self.code_held_out), 3),
-               "prose_held_out": round(held_out_loss(self.model, self.prose_held_out), 3)}
+        row = {
+            "step": step,
+            "seen_tokens": seen_tokens,
+            "elapsed_s": round(elapsed_s),
+            "train": round(train_loss, 3),
+            "code_held_out": round(held_out_loss(self.model, self.code_held_out), 3),
+            "prose_held_out": round(held_out_loss(self.model, self.prose_held_out), 3),
+        }
         self.log["losses"].append(row)
         print(json.dumps(row), flush=True)
         save_model(self.model, self.tokenizer, self.log, self.out)
@@ -303,8 +353,7 @@ class Trainer:
             recent.append(self.update(optimizers, self.lr * factor, phase))
             seen_tokens += phase.batch * phase.seq_tokens
             if step % measure_every == 0 or step == len(plan):
-                self.measure(step, seen_tokens, float(np.mean(recent)),
-                             time.monotonic() - begin_s)
+                self.measure(step, seen_tokens, float(np.mean(recent)), time.monotonic() - begin_s)
                 recent = []
 
     def update(self, optimizers: list[torch.optim.Optimizer], lr: float, phase: Phase) -> float:
@@ -327,6 +376,7 @@ def scaled(phases: tuple[Phase, ...], scale: float) -> tuple[Phase, ...]:
 
 
 def main() -> None:
+    """Train and save; `--out`, `--seed` and `--scale` as in the options' help."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data/demo_model"))
     parser.add_argument("--seed", type=int, default=0)

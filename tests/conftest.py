@@ -67,8 +67,9 @@ def stack(tmp_path_factory, redis_url):
 @pytest.fixture(scope="session")
 def llm(stack):
     """The demo model in vLLM, connected to the stack."""
-    from demo_model import model_path
     from vllm import LLM
+
+    from demo_model import model_path
 
     engine = LLM(**stack.engine_kwargs(model_path()))
     yield engine

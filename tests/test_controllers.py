@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import time
 
-import cache_controller
 import pytest
+
+import cache_controller
 from cache_controller import (
     BaseController,
     LMCacheController,

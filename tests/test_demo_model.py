@@ -1,4 +1,5 @@
 """The repository's own model: small, Gemma-3, and with perplexities that mean something."""
+
 import json
 import math
 import sysconfig
@@ -10,12 +11,22 @@ from huggingface_hub import constants
 from safetensors import safe_open
 
 import demo_model
-from demo_model import (DEMO_MODEL, cached_snapshot, example_prompts, has_weights, load_model,
-                        load_tokenizer, model_path, prompt_perplexity, random_characters)
+from demo_model import (
+    DEMO_MODEL,
+    cached_snapshot,
+    example_prompts,
+    has_weights,
+    load_model,
+    load_tokenizer,
+    model_path,
+    prompt_perplexity,
+    random_characters,
+)
 
 PATH = str(DEMO_MODEL)
-OWN_SOURCES = [Path(demo_model.__file__).with_name(name)
-               for name in ("demo_model.py", "train_demo_model.py")]
+OWN_SOURCES = [
+    Path(demo_model.__file__).with_name(name) for name in ("demo_model.py", "train_demo_model.py")
+]
 
 CODE_PROMPTS = {
     "class": demo_model.CODE_PROMPT,
@@ -41,7 +52,7 @@ def write_settings(path, data):
         json.dump(data, f, indent=4)
     os.replace(temp, path)
 ''',
-    "test case": '''\
+    "test case": """\
 import unittest
 
 
@@ -63,7 +74,7 @@ class StackTest(unittest.TestCase):
 
 if __name__ == "__main__":
     unittest.main()
-''',
+""",
 }
 
 
@@ -93,6 +104,7 @@ def put_in_cache(cache: Path, hub_id: str, weights: bytes = b"w") -> Path:
 
 # ---- the files -----------------------------------------------------------------------------
 
+
 def test_model_is_at_most_8_mb():
     size_bytes = sum(p.stat().st_size for p in DEMO_MODEL.rglob("*") if p.is_file())
     assert 1_000_000 < size_bytes <= 8_000_000
@@ -121,16 +133,20 @@ def test_training_log_shows_learning():
 
 # ---- perplexity ----------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", CODE_PROMPTS)
 def test_code_is_clearly_below_30(name):
     assert prompt_perplexity(CODE_PROMPTS[name], PATH) < 27
 
 
 def test_code_prompts_are_not_in_the_standard_library():
-    middles = [text[len(text) // 3:][:120] for text in CODE_PROMPTS.values()]
+    middles = [text[len(text) // 3 :][:120] for text in CODE_PROMPTS.values()]
     root = Path(sysconfig.get_paths()["stdlib"])
-    library = [p.read_text(encoding="utf-8", errors="ignore")
-               for p in root.rglob("*.py") if "site-packages" not in p.parts]
+    library = [
+        p.read_text(encoding="utf-8", errors="ignore")
+        for p in root.rglob("*.py")
+        if "site-packages" not in p.parts
+    ]
     assert len(library) > 100
     assert not [m for m in middles if any(m in text for text in library)]
 
@@ -183,7 +199,10 @@ def test_too_short_a_prompt_is_a_value_error(prompt):
 
 # ---- tokenizer -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text", ["naïve café", "日本語 и русский", "🙂🚀 𝕏", "a\n\tb  c\r\n", "\x00"])
+
+@pytest.mark.parametrize(
+    "text", ["naïve café", "日本語 и русский", "🙂🚀 𝕏", "a\n\tb  c\r\n", "\x00"]
+)
 def test_tokenizer_round_trips_unicode(text):
     tokenizer = load_tokenizer(PATH)
     ids = tokenizer(text)["input_ids"]
@@ -193,11 +212,13 @@ def test_tokenizer_round_trips_unicode(text):
 
 def test_chat_template_uses_gemma_turns():
     text = load_tokenizer(PATH).apply_chat_template(
-        [{"role": "user", "content": " hello "}], tokenize=False, add_generation_prompt=True)
+        [{"role": "user", "content": " hello "}], tokenize=False, add_generation_prompt=True
+    )
     assert text == "<bos><start_of_turn>user\nhello<end_of_turn>\n<start_of_turn>model\n"
 
 
 # ---- choosing the model --------------------------------------------------------------------
+
 
 def test_own_model_is_the_default(empty_cache):
     assert model_path() == PATH and Path(PATH).is_absolute()
@@ -264,6 +285,7 @@ def test_every_file_of_split_weights_must_be_there(tmp_path):
 
 
 # ---- examples ------------------------------------------------------------------------------
+
 
 def test_examples_depend_on_the_seed_alone():
     assert example_prompts(0) == example_prompts(0)

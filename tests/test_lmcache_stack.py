@@ -421,9 +421,9 @@ def test_child_of_a_dead_owner_ends_at_once(tmp_path):
 
 
 def command(file: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run ``python -m lmcache_stack`` as `make up` does."""
+    """Run ``python -m stack_commands`` as `make up` does."""
     return subprocess.run(
-        [sys.executable, "-m", "lmcache_stack", *arguments, "--config", str(file)],
+        [sys.executable, "-m", "stack_commands", *arguments, "--config", str(file)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -471,7 +471,7 @@ def test_interrupted_up_leaves_nothing(tmp_path, number, code):
         [
             sys.executable,
             "-m",
-            "lmcache_stack",
+            "stack_commands",
             "up",
             "--free-ports",
             "--config",

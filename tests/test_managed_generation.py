@@ -6,6 +6,7 @@ import statistics
 import time
 
 import pytest
+
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
 from tiered_caching import MultiTierCache
