@@ -28,16 +28,9 @@ SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_o
 VOCAB_SIZE = 2048  # small: the embedding has to fit in 8 MB beside the layers
 MAX_TOKENS = 2048  # longest context trained, and served
 # Encodings are tables, tests are repetitive, and both would outweigh the rest.
-SKIPPED_FOLDERS = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idle_test",
-    "encodings",
-    "__pycache__",
-    "__phello__",
-}
+SKIPPED_FOLDERS = set(
+    "site-packages dist-packages test tests idle_test encodings __pycache__ __phello__".split()
+)
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) }}"
