@@ -25,6 +25,9 @@ TIER_CODES = {tier: code for code, tier in enumerate(TIERS)}
 
 TINY = 5e-324  # the smallest positive float: turns ">= 0" into "> -TINY"
 
+_LARGEST = 2.0**53  # of the fast path: beyond it integers are not exact as floats
+_PLAIN = (float, int)  # by exact type: bool is not one
+
 # Metadata field -> (lowest, highest, the range as an error shows it). Lowest
 # perplexity is the smallest positive float, so that one closed comparison serves all.
 _RANGES = {
@@ -87,8 +90,10 @@ class HeuristicConfig:
     variance_threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_ttl_settings(self.base_ttl, self.min_ttl, self.max_ttl, self.alpha, self.gamma)
-        _check_tier_settings(
+        _check_ttl_settings.__wrapped__(
+            self.base_ttl, self.min_ttl, self.max_ttl, self.alpha, self.gamma
+        )
+        _check_tier_settings.__wrapped__(
             self.hot_threshold, self.recent_seconds, self.cold_threshold, self.variance_threshold
         )
 
@@ -155,7 +160,10 @@ def compute_ttl(
     >>> compute_ttl({"access_count": np.array([0, 1, 10])}).round(1)
     array([3600. , 4223.8, 5758.1])
     """
-    settings = _check_ttl_settings(base_ttl, min_ttl, max_ttl, alpha, gamma)
+    try:  # equal settings are checked once: that costs more than the decision itself
+        settings = _check_ttl_settings(base_ttl, min_ttl, max_ttl, alpha, gamma)
+    except TypeError:  # unhashable, such as a list: let the check name it
+        settings = _check_ttl_settings.__wrapped__(base_ttl, min_ttl, max_ttl, alpha, gamma)
     base_ttl, min_ttl, max_ttl, alpha, gamma = settings
     values = _read_fields(metadata, _TTL_FIELDS, _TTL_DEFAULTS)
     # The formula is NaN where a factor of 0 meets an overflow: there the TTL is min_ttl.
@@ -224,7 +232,10 @@ def select_backend(
     ['gpu', 'disk', 'remote']
     """
     limits = (hot_threshold, recent_seconds, cold_threshold, variance_threshold)
-    limits = _check_tier_settings(*limits)
+    try:
+        limits = _check_tier_settings(*limits)
+    except TypeError:  # as above
+        limits = _check_tier_settings.__wrapped__(*limits)
     defaults = (limits[0], 0.0, 0.0)  # this perplexity is neither too high nor cold
     values = _read_fields(metadata, _TIER_FIELDS, defaults)
     if type(values) is tuple:  # scalars
@@ -234,14 +245,18 @@ def select_backend(
 
 
 _TIER_NAMES = np.array(TIERS)  # shape (3,), dtype <U6
+_LOG1P = np.log1p(np.arange(1024.0)).tolist()  # looking up is 10 times faster than the call
 
 
 def _ttl(perplexity, time_variance, access_count, base_ttl, alpha, gamma):
     """The formula, before the clamp; floats and arrays alike, in seconds."""
     # np.log1p for floats too: math.log1p differs from it in the last bit.
-    log_count = np.log1p(access_count)
-    if type(access_count) is float:
-        log_count = float(log_count)  # plain floats are several times faster below
+    if type(access_count) is not float:
+        log_count = np.log1p(access_count)
+    elif access_count < len(_LOG1P) and access_count.is_integer():
+        log_count = _LOG1P[int(access_count)]
+    else:
+        log_count = float(np.log1p(access_count))
     predictability = 1.0 + perplexity_factor(perplexity)
     return base_ttl * (1.0 + alpha * log_count) * predictability * (1.0 - gamma * time_variance)
 
@@ -254,20 +269,23 @@ def _tier_code(perplexity, variance, since_s, hot, recent_s, cold, variance_thre
 
 def _read_fields(metadata, names, defaults):
     """Return the fields' values, checked: a tuple of floats, or a list of arrays."""
-    if type(metadata) is not dict and not isinstance(metadata, Mapping):
+    if type(metadata) is dict:
+        # The common case first and in one go: three plain numbers inside their ranges.
+        perplexity = metadata.get("perplexity", defaults[0])
+        variance = metadata.get("time_variance", 0.0)
+        other = metadata.get(names[2], 0.0)  # a count or seconds: both have the same range
+        if (
+            type(perplexity) in _PLAIN
+            and type(variance) in _PLAIN
+            and type(other) in _PLAIN
+            and TINY <= perplexity <= _LARGEST
+            and 0.0 <= variance <= 1.0
+            and 0.0 <= other <= _LARGEST
+        ):
+            return float(perplexity), float(variance), float(other)
+    elif not isinstance(metadata, Mapping):
         raise ValueError(f"metadata must be a mapping of field names to numbers, got {metadata!r}")
-    values = []
-    for name, default in zip(names, defaults):
-        value = metadata.get(name, default)
-        if type(value) is not float:
-            if type(value) is not int or value.bit_length() > 53:
-                return _read_arrays(metadata, names, defaults)
-            value = float(value)
-        low, high, allowed = _RANGES[name]
-        if not low <= value <= high:  # also false for NaN
-            raise ValueError(f"{name} must be {allowed}, got {metadata[name]!r}")
-        values.append(value)
-    return tuple(values)
+    return _read_arrays(metadata, names, defaults)
 
 
 def _read_arrays(metadata, names, defaults):
@@ -323,21 +341,7 @@ def _by_blocks(arrays, decide, dtype):
     return out.reshape(arrays[0].shape)
 
 
-def _remember_valid(check):
-    """Check equal settings once: five comparisons cost more than the decision itself."""
-    remembered = functools.lru_cache(maxsize=128, typed=True)(check)  # typed: 1 is not True
-
-    @functools.wraps(check)
-    def checked(*settings):
-        try:
-            return remembered(*settings)
-        except TypeError:  # unhashable, such as a list: let the check name it
-            return check(*settings)
-
-    return checked
-
-
-@_remember_valid
+@functools.lru_cache(maxsize=128, typed=True)  # typed: 1 is not True
 def _check_ttl_settings(base_ttl, min_ttl, max_ttl, alpha, gamma):
     """Return the settings as floats, or name the first one out of range in a ValueError."""
     base_ttl = _check_setting("base_ttl", base_ttl, 0, math.inf, "> 0 and finite (seconds)")
@@ -349,7 +353,7 @@ def _check_ttl_settings(base_ttl, min_ttl, max_ttl, alpha, gamma):
     return base_ttl, min_ttl, max_ttl, alpha, gamma
 
 
-@_remember_valid
+@functools.lru_cache(maxsize=128, typed=True)  # typed: 1 is not True
 def _check_tier_settings(hot_threshold, recent_seconds, cold_threshold, variance_threshold):
     """Return the settings as floats, or name the first one out of range in a ValueError."""
     cold = _check_setting("cold_threshold", cold_threshold, 0, math.inf, "> 0 and finite")
