@@ -7,6 +7,7 @@ trial through every `retry_after_s`, so that managing resumes by itself.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -136,6 +137,7 @@ class LMCacheHTTP:
         self._session = requests.Session()
         self._session.trust_env = False  # no proxy between here and loopback
         self._breakers: dict[str, CircuitBreaker] = {}
+        self._answered_s: dict[str, float] = {}  # instance id -> when its server last did
         self._servers: dict[str, str] = {}  # instance id -> its server's URL
 
     def close(self) -> None:
@@ -184,8 +186,11 @@ class LMCacheHTTP:
             time.sleep(0.002)
 
     def ping(self, instance_id: str) -> None:
-        """Return if both the coordinator and the instance's server answer."""
-        self._call_server(instance_id, "GET", "/healthcheck")
+        """Return if the instance's server answers, or did within the last `retry_after_s`."""
+        now_s = time.monotonic()
+        if now_s - self._answered_s.get(instance_id, -math.inf) > self._retry_after_s:
+            self._call_server(instance_id, "GET", "/healthcheck")
+            self._answered_s[instance_id] = now_s
 
     def chunk_size_tokens(self, instance_id: str) -> int:
         """Return the server's chunk size, in tokens."""
