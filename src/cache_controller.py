@@ -152,7 +152,8 @@ class LMCacheController(BaseController):
             return self._promote(source, tokens, wanted, timeout_s)
         outcome = self._demote(source, tier, tokens, wanted, timeout_s)
         if unseen(tier) in outcome.skipped:
-            self._stalled_tiers.add(tier)
+            if timeout_s > 0:  # a single look proves nothing
+                self._stalled_tiers.add(tier)
         elif outcome.moved:
             self._stalled_tiers.discard(tier)
         return outcome

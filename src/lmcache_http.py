@@ -1,8 +1,8 @@
 """HTTP to LMCache's coordinator and servers: one session, time limits, a circuit breaker.
 
 Nothing here decides; it only speaks. A service that does not answer costs one
-full time limit; after that the breaker fails calls at once and lets a short
-trial through every `retry_after_s`, so that managing resumes by itself.
+full time limit; after that the breaker fails calls at once, and a thread beside
+them looks every `retry_after_s`, so that managing resumes by itself.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from typing import Any
 import requests
 from urllib3.exceptions import ReadTimeoutError
 
-# Trials of a service that was away: connect + read stay below the 50 ms that a
-# generation may lose to an absent LMCache.
-_TRIAL_TIMEOUT_S = (0.02, 0.025)
 # uvicorn closes connections idle for 5 s, so a first try may meet a dead one.
 _CONNECTION_RETRIES = 2
 _MAX_DELETE_KEYS = 10_000  # the server's own limit (object_service.MAX_DELETE_BATCH)
@@ -83,7 +80,7 @@ class CircuitBreaker:
         self._lock = threading.Lock()
 
     def admit(self) -> str | None:
-        """Return ``"call"``, ``"trial"`` (be quick), or None: do not even try."""
+        """Return ``"call"``, ``"trial"`` (see if it is back), or None: do not even try."""
         with self._lock:
             if self._retry_at_s is None:
                 return "call"
@@ -202,6 +199,7 @@ class LMCacheHTTP:
             return self._call(url, method, path, body)
         except LMCacheUnavailable:
             self._servers.pop(instance_id, None)  # it may come back at another port
+            self._answered_s.pop(instance_id, None)
             raise
 
     def _find_server(self, instance_id):
@@ -219,10 +217,12 @@ class LMCacheHTTP:
         """Make one call under the service's breaker; returns the JSON answer."""
         breaker = self._breakers.setdefault(base_url, CircuitBreaker(self._retry_after_s))
         admitted = breaker.admit()
-        if admitted is None:
+        if admitted == "trial":  # beside the caller: no generation waits for it
+            threading.Thread(target=self._probe, args=(base_url, breaker), daemon=True).start()
+        if admitted != "call":
             raise LMCacheUnavailable(f"{base_url} is away: {breaker.reason}")
         try:
-            response = self._request(base_url + path, method, body, trial=admitted == "trial")
+            response = self._request(base_url + path, method, body)
         except requests.RequestException as error:
             breaker.failed(_plain_reason(error))
             raise LMCacheUnavailable(f"{base_url} is away: {breaker.reason}") from error
@@ -232,15 +232,24 @@ class LMCacheHTTP:
             raise LMCacheError(f"{call} answered {response.status_code}: {response.text[:300]}")
         return _Answer(response, call)
 
-    def _request(self, url, method, body, trial):
+    def _probe(self, base_url, breaker):
+        """Ask a service that was away once more, with the ordinary limits; any answer counts."""
+        try:
+            with requests.Session() as session:  # the other one is the callers'
+                session.trust_env = False
+                session.get(f"{base_url}/healthcheck", timeout=self._timeout_s)
+        except requests.RequestException as error:
+            breaker.failed(_plain_reason(error))
+        else:
+            breaker.succeeded()
+
+    def _request(self, url, method, body):
         """Retry connection errors only (all calls here may safely be sent twice)."""
-        retries = 0 if trial else _CONNECTION_RETRIES
-        timeout_s = _TRIAL_TIMEOUT_S if trial else self._timeout_s
-        for attempt in range(retries + 1):
+        for attempt in range(_CONNECTION_RETRIES + 1):
             try:
-                return self._session.request(method, url, json=body, timeout=timeout_s)
+                return self._session.request(method, url, json=body, timeout=self._timeout_s)
             except requests.ConnectionError as error:
-                if attempt == retries or _is_timeout(error):
+                if attempt == _CONNECTION_RETRIES or _is_timeout(error):
                     raise
 
 

@@ -86,9 +86,7 @@ class LocalLMCacheController(BaseController):
         size = self.chunk_size_tokens
         for index, key in enumerate(keys):
             chunk = array("q", tokens[index * size : (index + 1) * size]).tobytes()
-            for backend in self.backends.values():
-                backend.set(key, payloads[index] if payloads else chunk, self._ttl_s)
-            self._known[key] = None
+            self._store_chunk(key, payloads[index] if payloads else chunk)
         return len(keys)
 
     def load(self, tokens: Sequence[int]) -> list[bytes]:
@@ -104,10 +102,12 @@ class LocalLMCacheController(BaseController):
 
     def note_generated(self, tokens: Sequence[int]) -> None:
         """Store the chunks that no tier holds yet, as LMCache would."""
+        tokens, size = check_tokens(tokens), self.chunk_size_tokens
         with self._lock:
-            held = self.layout(tokens).of(self.instance_id)
-            if not all(held):
-                self.store(tokens)
+            for index, key in enumerate(self._keys(tokens)):
+                if not self._held(key):
+                    chunk = array("q", tokens[index * size : (index + 1) * size]).tobytes()
+                    self._store_chunk(key, chunk)
 
     def layout(self, tokens: Sequence[int]) -> KVLayout:
         """Return where each complete chunk of `tokens` is."""
@@ -148,6 +148,11 @@ class LocalLMCacheController(BaseController):
         for hot in hotter:
             self.backends[hot].delete(key)
         outcome.moved += 1
+
+    def _store_chunk(self, key, payload):
+        for backend in self.backends.values():
+            backend.set(key, payload, self._ttl_s)
+        self._known[key] = None
 
     def _layout_of(self, keys):
         held = tuple(self._held(key) for key in keys)

@@ -34,6 +34,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _MAX_DEFERRED = 1_000  # prompts; a few kB of token ids each
+_MAX_SETTLE_TRIES = 20  # later looks at a demotion that found no copy to fall back on
+_EXPIRE_EVERY_S = 30.0
 _MAX_REMEMBERED = 200_000  # chunks; about 150 bytes each
 
 
@@ -93,6 +95,7 @@ class MultiTierCache:
         self._lock = threading.Lock()
         self._deferred: OrderedDict[str, tuple] = OrderedDict()  # demotions to try again
         self._last_tier: OrderedDict[str, str] = OrderedDict()  # chunk key -> where last seen
+        self._next_expiry_s = 0.0
         self._llm: Any = None
         if llm is not None:
             self.set_llm(llm)
@@ -131,11 +134,15 @@ class MultiTierCache:
         Raises
         ------
         RuntimeError
-            Before an engine was set. The engine's own errors pass through;
+            Before an engine was set.
+        TypeError
+            For a list of prompts; call once for each. The engine's own errors pass through;
             nothing else is ever raised.
         """
         if self._llm is None:
             raise RuntimeError("no engine yet: call set_llm(llm) first")
+        if isinstance(prompt, list) and not (prompt and all(isinstance(t, int) for t in prompt)):
+            raise TypeError("prompt must be one prompt; got a list")  # the rest would be lost
         start_s = time.perf_counter()
         outputs = self._llm.generate(prompt, sampling_params, **self._generate_options)
         output = outputs[0] if isinstance(outputs, (list, tuple)) else outputs
@@ -159,6 +166,7 @@ class MultiTierCache:
             logger.exception("managing a prompt's KV cache failed")
             entry["error"] = f"{type(error).__name__}: {error}"
         entry["manage_s"] = time.perf_counter() - start_s
+        entry["moves"] = tuple(entry.get("moves", ()))
         record = DecisionRecord(generate_s=generate_s, **entry)
         self.records.append(record)
         self._tell(record)
@@ -181,17 +189,27 @@ class MultiTierCache:
         entry["chunks"] = len(held)
         entry["tier_before"] = entry["tier_after"] = _by_hottest(held)
         entry["hit_tokens"] = self._hits_by_tier(held, cached_tokens)
+        if now_s >= self._next_expiry_s:
+            self.claims.expire(now_s)  # else a long-lived process keeps every claim
+            self._next_expiry_s = now_s + _EXPIRE_EVERY_S
         self.claims.claim(owner, layout.keys, tier, now_s + ttl_s)
         if not all(held):
             self.controller.check_health()  # says why, if LMCache is away
         wanted = self.claims.wanted(layout.keys, now_s)
-        entry["moves"] = self._move_all(tokens, held, wanted, cached_tokens)
-        if any(move["status"] in ("timeout", "partial") for move in entry["moves"]):
+        moves = entry["moves"] = []
+        try:
+            self._move_all(tokens, held, wanted, cached_tokens, moves)
+        except Exception:
+            self._defer(owner, tokens)
+            raise
+        if any(move["status"] in ("timeout", "partial") for move in moves):
             self._defer(owner, tokens)
         if any(move["moved_chunks"] for move in entry["moves"]):
             held = self.controller.layout(tokens).of(self.controller.instance_id)
             entry["tier_after"] = _by_hottest(held)
         self._remember(layout.keys, held)
+        if any(move["to"] == "gpu" and move["status"] != "done" for move in moves):
+            self._forget(layout.keys)  # it may be there, or still come: believe the directory
         self._settle_oldest(owner, now_s)
 
     def _without_load_buffers(self, layout, cached_tokens):
@@ -219,6 +237,10 @@ class MultiTierCache:
         while len(self._last_tier) > _MAX_REMEMBERED:
             self._last_tier.popitem(last=False)
 
+    def _forget(self, keys):
+        for key in keys:
+            self._last_tier.pop(key, None)
+
     def _chunks(self, tokens, held):
         """Return how many chunks `tokens` tokens of prefix touch."""
         return -(-tokens // self.controller.chunk_size_tokens) if tokens and held else 0
@@ -234,8 +256,8 @@ class MultiTierCache:
             left -= tokens
         return hits
 
-    def _move_all(self, tokens, held, wanted, cached_tokens):
-        """Move each group of chunks to its wanted tier; returns the statuses."""
+    def _move_all(self, tokens, held, wanted, cached_tokens, moves):
+        """Move each group of chunks to its wanted tier; adds the statuses to `moves`."""
         fresh_from = self._chunks(cached_tokens, held)  # from here on just computed
         plan: dict[tuple[str, str, float | None], list[int]] = {}
         for index, (tiers, tier) in enumerate(zip(held, wanted)):
@@ -246,10 +268,8 @@ class MultiTierCache:
                 # Only a store that is still under way is worth waiting for.
                 timeout_s = None if fresh or target == "gpu" else 0.0
                 plan.setdefault((source, target, timeout_s), []).append(index)
-        return tuple(
-            self._move(source, target, tokens, chunks, timeout_s)
-            for (source, target, timeout_s), chunks in plan.items()
-        )
+        for (source, target, timeout_s), chunks in plan.items():
+            moves.append(self._move(source, target, tokens, chunks, timeout_s))
 
     def _move(self, source, target, tokens, chunks, timeout_s):
         instance = self.controller.instance_id
@@ -257,8 +277,8 @@ class MultiTierCache:
             [instance, source], [instance, target], tokens, chunks=chunks, timeout_s=timeout_s
         )
 
-    def _defer(self, owner, tokens):
-        self._deferred[owner] = tokens
+    def _defer(self, owner, tokens, tries=0):
+        self._deferred[owner] = (tokens, tries)
         while len(self._deferred) > _MAX_DEFERRED:
             self._deferred.popitem(last=False)
 
@@ -267,18 +287,20 @@ class MultiTierCache:
         owner = next((o for o in self._deferred if o != current_owner), None)
         if owner is None:
             return
-        tokens = self._deferred.pop(owner)
+        tokens, tries = self._deferred.pop(owner)
+        settled, moves = False, []
         try:
             layout = self.controller.layout(tokens)
             held = layout.of(self.controller.instance_id)
             wanted = self.claims.wanted(layout.keys, now_s)
-            moves = self._move_all(tokens, held, wanted, cached_tokens=len(tokens))
-            settled = all(m["status"] in ("done", "noop") for m in moves)
-        except (LMCacheUnavailable, LMCacheError) as error:
-            logger.info("settling %s failed: %s", owner, error)
-            settled = False
-        if not settled:
-            self._deferred[owner] = tokens  # at the end of the queue
+            self._move_all(tokens, held, wanted, len(tokens), moves)
+            unmet = any(_has_nothing_colder(*pair) for pair in zip(held, wanted))
+            settled = not unmet and all(move["status"] in ("done", "noop") for move in moves)
+            self._forget(layout.keys)
+        except Exception as error:  # must not be booked on the current prompt
+            logger.warning("settling %s failed: %s", owner, error)
+        if not settled and tries < _MAX_SETTLE_TRIES:
+            self._defer(owner, tokens, tries + 1)  # at the end of the queue
 
     def _tell(self, record):
         """Give the decision's one-line notice to `notify`; its failure is logged only."""
@@ -323,6 +345,11 @@ def _reachable(tiers, wanted):
         return wanted
     colder = [tier for tier in tiers if TIER_CODES[tier] > TIER_CODES[wanted]]
     return colder[0] if colder else tiers[0]
+
+
+def _has_nothing_colder(tiers, wanted):
+    """Say whether a chunk still waits for the copy that would let it go where it is wanted."""
+    return wanted not in (None, "gpu") and tiers and TIER_CODES[tiers[-1]] < TIER_CODES[wanted]
 
 
 def _by_hottest(held):

@@ -31,6 +31,7 @@ class FaultyService(ThreadingHTTPServer):
     def __init__(self, address=("127.0.0.1", 0)):
         super().__init__(address, _Handler)
         self.plan = ["ok"]
+        self.delay_s = 0.0
         self.body = json.dumps(FOUND).encode()
         self.seen = []  # (method, path) of every request that arrived
         self.connections = set()
@@ -66,6 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def play_ok(self):
+        time.sleep(self.server.delay_s)
         self.answer()
 
     def play_refuse(self):
@@ -309,17 +311,16 @@ def test_an_open_breaker_costs_next_to_nothing(service, client):
 
 
 @pytest.mark.parametrize("fault", ["hang", "stall"])
-def test_a_trial_of_a_hanging_service_costs_at_most_50_ms(service, client, fault):
+def test_looking_for_a_hanging_service_costs_its_callers_nothing(service, client, fault):
     service.plan = [fault]
     time_of(lookup, client)
     trials_s = []
     for _ in range(5):
         time.sleep(RETRY_AFTER_S)
-        asked = len(service.seen)
         trials_s.append(time_of(lookup, client))
-        assert len(service.seen) <= asked + 1
-    assert len(service.seen) >= 2  # they were trials, not refusals by the breaker
-    assert statistics.median(trials_s) <= 0.050, trials_s
+    time.sleep(0.1)
+    assert len(service.seen) >= 2  # there were trials, beside the callers
+    assert max(trials_s) <= 0.050, trials_s
 
 
 def test_a_trial_is_not_retried(service, client):
@@ -328,7 +329,23 @@ def test_a_trial_is_not_retried(service, client):
     time.sleep(RETRY_AFTER_S)
     asked = len(service.seen)
     time_of(lookup, client)
+    time.sleep(RETRY_AFTER_S / 2)
     assert len(service.seen) == asked + 1
+
+
+def test_a_slow_service_is_found_again(service, client):
+    """It answers later than a generation could wait, but it does answer."""
+    service.plan = ["hang_up"] * 3 + ["ok"]
+    time_of(lookup, client)
+    service.delay_s = 0.06
+    deadline_s = time.monotonic() + 5
+    while time.monotonic() < deadline_s:
+        try:
+            assert lookup(client) == FOUND["results"]
+            return
+        except LMCacheUnavailable:
+            time.sleep(0.02)
+    raise AssertionError("never found again")
 
 
 def test_managing_resumes_by_itself(service, client):

@@ -133,3 +133,76 @@ def test_records_are_json(local_cache):
     local_cache.generate_and_manage("a prompt of some length", None, {"perplexity": 80.0})
     values = json.loads(local_cache.records[-1].to_json())
     assert values["wanted_tier"] == "remote" and values["tier_after"] == {"remote": 2}
+
+
+def test_a_list_of_prompts_is_refused_before_anything_is_generated(local_cache):
+    for prompts in (["one", "two"], []):
+        with pytest.raises(TypeError, match="one prompt"):
+            local_cache.generate_and_manage(prompts, None)
+    assert not local_cache.records
+
+
+def test_a_longer_prompt_leaves_the_shared_chunks_where_they_are(local_cache):
+    controller, here = local_cache.controller, local_cache.controller.instance_id
+    tokens = controller.tokenize("0123456789abcdef")
+    controller.store(tokens, [b"real", b"bytes"])
+    controller.move([here, "gpu"], [here, "remote"], tokens)
+    longer = controller.tokenize("0123456789abcdef, and more")
+    controller.note_generated(longer)
+    held = controller.layout(longer).of(here)
+    assert held == (("remote",), ("remote",), ("gpu", "disk", "remote"))
+    assert controller.load(longer)[:2] == [b"real", b"bytes"]
+
+
+def test_ended_claims_are_forgotten(local_cache):
+    now = [0.0]
+    local_cache._clock = lambda: now[0]
+    for number in range(50):
+        local_cache.generate_and_manage(f"prompt number {number}", None)
+        now[0] += 4000.0  # beyond the TTL of an hour
+    assert len(local_cache.claims) <= 2
+
+
+def test_a_demotion_is_tried_again_until_its_copy_is_there(local_cache, monkeypatch):
+    """LMCache's store was slow: the copy appears after the move has given up."""
+    controller, here = local_cache.controller, local_cache.controller.instance_id
+    move = type(controller).move
+    late = {"status": "timeout", "reason": "no copy in disk seen", "moved_chunks": 0}
+    with monkeypatch.context() as patch:
+        answer = {**late, "from": "gpu", "to": "disk", "moved_tokens": 0, "skipped": {}}
+        patch.setattr(controller, "move", lambda *_args, **_options: answer)
+        local_cache.generate_and_manage("the slow prompt", None, {"perplexity": 35.0})
+        tokens = controller.tokenize("the slow prompt")
+        for backend in (controller.backends["disk"], controller.backends["remote"]):
+            for key in controller.layout(tokens).keys:
+                backend.delete(key)
+        for number in range(3):  # nothing to fall back on: it stays queued
+            local_cache.generate_and_manage(f"other {number}", None)
+        assert list(local_cache._deferred)
+    assert move is type(controller).move
+    value = b"late"
+    for key in controller.layout(tokens).keys:
+        controller.backends["disk"].set(key, value, 60)
+    local_cache.generate_and_manage("yet another", None)
+    assert not local_cache._deferred
+    assert controller.lookup(tokens)[here] == ["disk"]
+
+
+def test_a_failing_second_move_keeps_the_first_in_the_record(local_cache, monkeypatch):
+    controller = local_cache.controller
+    local_cache.generate_and_manage("01234567 the hot prompt", None, {"perplexity": 12.0})
+    move = controller.move
+
+    def fails_to_disk(old, new, *args, **options):
+        if new[1] == "remote":
+            raise ConnectionError("Redis is away")
+        return move(old, new, *args, **options)
+
+    monkeypatch.setattr(controller, "move", fails_to_disk)
+    local_cache.generate_and_manage("76543210 a cold prompt", None, {"perplexity": 80.0})
+    record = local_cache.records[-1]
+    assert record.error == "ConnectionError: Redis is away" and record.moves == ()
+    assert list(local_cache._deferred) == [record.prompt_digest]
+    local_cache.generate_and_manage("another prompt, warm", None, {"perplexity": 35.0})
+    assert not local_cache.records[-1].error  # the failing retry is not booked here
+    assert record.prompt_digest in local_cache._deferred
