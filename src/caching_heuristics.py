@@ -63,6 +63,9 @@ class HeuristicConfig:
         Seconds since the last access that still count as recent, >= 0.
     variance_threshold : float
         Time variance from which on a prompt is warm, 0..1.
+    disk_ttl_factor, remote_ttl_factor : float
+        A KV cache whose TTL has passed goes one tier down and gets this many
+        times its `compute_ttl` there, > 0.
 
     Raises
     ------
@@ -88,6 +91,8 @@ class HeuristicConfig:
     cold_threshold: float = 50.0
     recent_seconds: float = 3600.0
     variance_threshold: float = 0.5
+    disk_ttl_factor: float = 4.0
+    remote_ttl_factor: float = 24.0
 
     def __post_init__(self) -> None:
         _check_ttl_settings.__wrapped__(
@@ -96,6 +101,13 @@ class HeuristicConfig:
         _check_tier_settings.__wrapped__(
             self.hot_threshold, self.recent_seconds, self.cold_threshold, self.variance_threshold
         )
+        for name in ("disk_ttl_factor", "remote_ttl_factor"):
+            _check_setting(name, getattr(self, name), 0, math.inf, "> 0 and finite")
+
+    @property
+    def ladder(self) -> dict[str, float]:
+        """Tier -> what `compute_ttl` is multiplied by when KV cache comes down to it."""
+        return {"gpu": 1.0, "disk": self.disk_ttl_factor, "remote": self.remote_ttl_factor}
 
     def ttl(self, metadata: Mapping[str, Any]) -> float | np.ndarray:
         """Apply `compute_ttl` with these settings."""
@@ -137,10 +149,8 @@ def compute_ttl(
         ``perplexity`` (> 0; absent = neutral), ``time_variance`` (0..1; absent
         = 0), ``access_count`` (>= 0; absent = 0). Scalars, or arrays that
         broadcast against each other, shape (n,). Other keys are ignored.
-    base_ttl, min_ttl, max_ttl : float
-        Seconds.
-    alpha, gamma : float
-        Weights of the access count and of the time variance.
+    base_ttl, min_ttl, max_ttl, alpha, gamma : float
+        See `HeuristicConfig`.
 
     Returns
     -------
@@ -206,12 +216,8 @@ def select_backend(
         ``perplexity`` (> 0; absent = neutral: only recency and variance
         decide), ``time_variance`` (0..1; absent = 0), ``seconds_since_access``
         (>= 0; absent = just used). Scalars, or arrays that broadcast, shape (n,).
-    hot_threshold, cold_threshold : float
-        Perplexities, ``0 < hot_threshold <= cold_threshold``.
-    recent_seconds : float
-        Seconds.
-    variance_threshold : float
-        0..1.
+    hot_threshold, recent_seconds, cold_threshold, variance_threshold : float
+        See `HeuristicConfig`.
 
     Returns
     -------

@@ -607,9 +607,20 @@ def test_config_round_trips_through_json(config):
 def test_config_of_numpy_numbers_is_plain_in_a_file():
     config = HeuristicConfig(base_ttl=np.float32(300), recent_seconds=np.int64(60))
     assert json.loads(json.dumps(config.to_dict()))["recent_seconds"] == 60
-    assert set(config.to_dict()) == set(TTL_SETTINGS | TIER_SETTINGS)
+    factors = {"disk_ttl_factor", "remote_ttl_factor"}
+    assert set(config.to_dict()) == set(TTL_SETTINGS | TIER_SETTINGS) | factors
 
 
 def test_config_cannot_be_changed_afterwards():
     with pytest.raises(AttributeError):
         HeuristicConfig().base_ttl = -1
+
+
+def test_the_ladder_starts_at_one_and_its_factors_are_checked():
+    config = HeuristicConfig(disk_ttl_factor=2, remote_ttl_factor=0.5)
+    assert config.ladder == {"gpu": 1.0, "disk": 2, "remote": 0.5}
+    assert HeuristicConfig().ladder == {"gpu": 1.0, "disk": 4.0, "remote": 24.0}
+    for name in ("disk_ttl_factor", "remote_ttl_factor"):
+        for value in (0, -1, math.nan, math.inf, "4", True):
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                HeuristicConfig(**{name: value})
