@@ -1,0 +1,173 @@
+"""One trace of requests as flat arrays: what every replay engine and baseline reads.
+
+Block ids are dense and prefix-chained: equal ids are equal blocks after equal
+prefixes, so one id always has one parent and one depth. Readers chain what is not.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+from numba import njit
+
+CACHE_VERSION = 1  # of the file that `save_trace` writes
+COLUMNS = {  # array of `Trace` -> dtype
+    "block_ids": np.int32,
+    "offsets": np.int64,
+    "arrival_s": np.float64,
+    "prompt_tokens": np.int32,
+    "output_tokens": np.int32,
+    "sessions": np.int32,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Requests in order of arrival, their blocks flattened in prefix order.
+
+    Parameters
+    ----------
+    block_ids : numpy.ndarray
+        Shape (accesses,), int32: dense ids 0..unique_blocks-1.
+    offsets : numpy.ndarray
+        Shape (requests + 1,), int64: request r's blocks are
+        ``block_ids[offsets[r]:offsets[r + 1]]``.
+    arrival_s : numpy.ndarray
+        Shape (requests,), seconds from the first request, ascending.
+    prompt_tokens, output_tokens, sessions : numpy.ndarray
+        Shape (requests,), int32.
+    block_tokens : int
+        Tokens in a complete block; a request's last block may hold fewer.
+    unique_blocks : int
+        Distinct block ids.
+    name : str
+        Where it came from.
+    skipped_lines : int
+        Lines that the reader could not use.
+
+    Examples
+    --------
+    >>> from trace_builder import make_trace
+    >>> trace = make_trace([[0, 1, 2], [0, 1, 3]], arrival_s=[0, 5], block_tokens=16)
+    >>> trace
+    Trace(2 requests, 6 accesses, 4 unique blocks of 16 tokens, 5 s)
+    >>> trace.request(1).tolist()
+    [0, 1, 3]
+    """
+
+    block_ids: np.ndarray
+    offsets: np.ndarray
+    arrival_s: np.ndarray
+    prompt_tokens: np.ndarray
+    output_tokens: np.ndarray
+    sessions: np.ndarray
+    block_tokens: int
+    unique_blocks: int
+    name: str = ""
+    skipped_lines: int = 0
+
+    @property
+    def requests(self) -> int:
+        """Number of requests."""
+        return len(self.arrival_s)
+
+    @property
+    def accesses(self) -> int:
+        """Number of block accesses."""
+        return len(self.block_ids)
+
+    @property
+    def span_s(self) -> float:
+        """Seconds from the first request to the last."""
+        return float(self.arrival_s[-1] - self.arrival_s[0]) if self.requests else 0.0
+
+    @property
+    def blocks(self) -> np.ndarray:
+        """Blocks of each request, shape (requests,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(getattr(self, name).nbytes for name in COLUMNS)
+
+    def request(self, index: int) -> np.ndarray:
+        """Return the block ids of one request, a view."""
+        return self.block_ids[self.offsets[index] : self.offsets[index + 1]]
+
+    def tail_tokens(self) -> np.ndarray:
+        """Return the tokens in each request's last block, shape (requests,), 0 if it has none."""
+        before = (self.blocks - 1) * self.block_tokens
+        return np.where(
+            self.blocks > 0, np.clip(self.prompt_tokens - before, 0, self.block_tokens), 0
+        )
+
+    def head(self, requests: int) -> Trace:
+        """Return the first requests as a trace of their own."""
+        if requests < 0:
+            raise ValueError(f"requests must be >= 0, got {requests}")
+        end = self.offsets[min(requests, self.requests)]
+        ids, unique = _renumber(self.block_ids[:end], self.unique_blocks)
+        columns = {
+            name: getattr(self, name)[:requests]
+            for name in ("arrival_s", "prompt_tokens", "output_tokens", "sessions")
+        }
+        offsets = self.offsets[: requests + 1]
+        return replace(self, block_ids=ids, offsets=offsets, unique_blocks=unique, **columns)
+
+    def __repr__(self) -> str:
+        return (
+            f"Trace({self.requests} requests, {self.accesses} accesses, {self.unique_blocks}"
+            f" unique blocks of {self.block_tokens} tokens, {self.span_s:.0f} s)"
+        )
+
+
+@njit(cache=True)
+def _renumber(ids, unique):
+    """Return ids numbered by first appearance, and how many there are."""
+    new = np.full(unique, -1, np.int32)
+    out, count = np.empty_like(ids), 0
+    for i, old in enumerate(ids):
+        if new[old] < 0:
+            new[old] = count
+            count += 1
+        out[i] = new[old]
+    return out, count
+
+
+def save_trace(trace: Trace, path: str | Path) -> None:
+    """Write a trace to one uncompressed ``.npz`` file, whole or not at all."""
+    plain = {f.name: getattr(trace, f.name) for f in fields(Trace)}
+    handle, scratch = tempfile.mkstemp(dir=Path(path).parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, version=CACHE_VERSION, **plain)
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise
+
+
+def load_trace(path: str | Path) -> Trace:
+    """Read what `save_trace` wrote.
+
+    Raises
+    ------
+    ValueError
+        The file is not a trace, or of another version.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if int(file["version"]) != CACHE_VERSION:
+                raise ValueError(f"version {file['version']}, wanted {CACHE_VERSION}")
+            values = {f.name: file[f.name] for f in fields(Trace)}
+    except (KeyError, EOFError, OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} is not a trace file of this kit: {error}") from error
+    plain = {name: value if name in COLUMNS else value.item() for name, value in values.items()}
+    return Trace(**plain)

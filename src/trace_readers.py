@@ -1,0 +1,114 @@
+"""Reads traces in the formats that users have into one `Trace`.
+
+Mooncake, Qwen-Bailian, LMCache's lookup-hash logs and this kit's decision log
+are JSON lines; WEKA's agentic sessions are a file each. All may be gzipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+from trace_data import CACHE_VERSION, Trace, load_trace, save_trace
+from trace_formats import FORMATS, SESSIONS_PER_HOUR, Source, open_text
+
+
+def read_trace(
+    path: str | Path,
+    format: str | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+    skip_bad: bool = False,
+    progress: bool = False,
+    seed: int = 0,
+    sessions_per_hour: float = SESSIONS_PER_HOUR,
+    max_sessions: int | None = None,
+    block_tokens: int | None = None,
+) -> Trace:
+    """Read a trace file or folder.
+
+    Parameters
+    ----------
+    path : path
+        A file or folder; ``.gz`` files are read as they are.
+    format : str, optional
+        One of `FORMATS`; by default found from the content.
+    cache_dir : path, optional
+        Folder of compact copies: the second read of an unchanged trace takes
+        milliseconds. None keeps none.
+    skip_bad : bool
+        Skip lines that cannot be used and count them in ``skipped_lines``
+        instead of raising.
+    progress : bool
+        Show a bar on stderr once reading takes more than a second.
+    seed, sessions_per_hour, max_sessions
+        Agentic sessions only: they are overlaid with exponential gaps between
+        their starts, in an order drawn with `seed`, at this rate; at most so many.
+    block_tokens : int, optional
+        Tokens a block where the format does not say: Mooncake 512,
+        Qwen-Bailian 16, decision log: found from its chunk counts.
+
+    Raises
+    ------
+    ValueError
+        Names the file, the line and the reason.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> line = '{"timestamp": 0, "input_length": 600, "output_length": 9, "hash_ids": [0, 1]}'
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "trace.jsonl"
+    ...     _ = file.write_text(line)
+    ...     read_trace(file)
+    Trace(1 requests, 2 accesses, 2 unique blocks of 512 tokens, 0 s)
+    """
+    path = Path(path)
+    if not 0 < sessions_per_hour < math.inf:
+        raise ValueError(f"sessions_per_hour must be > 0 and finite, got {sessions_per_hour!r}")
+    source = Source(skip_bad, progress, seed, sessions_per_hour, max_sessions, block_tokens)
+    return _read(path, format, source, cache_dir)
+
+
+def _read(path, format, source, cache_dir):
+    if not path.exists():
+        raise FileNotFoundError(f"there is no trace at {path}")
+    if path.suffix == ".npz":
+        return load_trace(path)
+    cached = cache_dir and Path(cache_dir) / _cache_name(path, format, source)
+    if cached and cached.exists():
+        return load_trace(cached)
+    name = format or detect_format(path)
+    if name not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
+    trace = FORMATS[name](path, source).finish(path.name, source.skipped)
+    if cached:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        save_trace(trace, cached)
+    return trace
+
+
+def detect_format(path: str | Path) -> str:
+    """Return the name in `FORMATS` that fits a file or folder, from its first record."""
+    path = Path(path)
+    if path.is_dir():
+        return "lmcache" if any(path.glob("lookup_hashes_*.jsonl*")) else "weka"
+    if path.name.removesuffix(".gz").endswith(".json"):
+        return "weka"
+    with open_text(path) as file:
+        first = next((line for line in file if line.strip()), "")
+    for name, mark in (("lmcache", "chunk_hashes"), ("qwen", "chat_id"), ("mooncake", "hash_ids")):
+        if f'"{mark}"' in first:
+            return name
+    if '"prompt_digest"' in first:
+        return "decisions"
+    raise ValueError(f"{path}, line 1: no format of {', '.join(FORMATS)} fits: {first[:80]!r}")
+
+
+def _cache_name(path, format, source):
+    """Name a trace's compact copy after everything it depends on."""
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    parts = [CACHE_VERSION, str(path.resolve()), format, source]
+    parts += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return f"{path.name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.npz"

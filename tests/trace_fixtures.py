@@ -1,0 +1,59 @@
+"""The traces that replay tests use: the real ones where they are, else the shipped sample."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+
+from trace_builder import make_trace
+from trace_readers import read_trace
+
+SAMPLE_FILE = Path(__file__).parents[1] / "data" / "sample_trace.jsonl.gz"
+HOME = os.environ.get("KV_TRACE_DIR")  # folder of the real traces
+CONVERSATION = Path(HOME or "/nowhere") / "mooncake" / "conversation_trace.jsonl"
+AGENTIC = Path(HOME or "/nowhere") / "weka-agentic"
+
+
+@functools.cache
+def sample():
+    return read_trace(SAMPLE_FILE)
+
+
+@functools.cache
+def conversation():
+    """Mooncake's conversation trace, or None."""
+    return read_trace(CONVERSATION) if CONVERSATION.exists() else None
+
+
+@functools.cache
+def agentic(sessions=40):
+    """Overlaid agentic sessions, or None."""
+    if not AGENTIC.exists():
+        return None
+    return read_trace(AGENTIC, max_sessions=sessions, seed=0)
+
+
+def real_or_sample():
+    """Every trace at hand, by name."""
+    found = {"sample": sample(), "conversation": conversation(), "agentic": agentic()}
+    return {name: trace for name, trace in found.items() if trace is not None}
+
+
+def random_trace(seed, requests=60, block_tokens=4, gap_s=5.0, full_tails=False):
+    """Prompts that branch off earlier prompts at random places, with ties in time."""
+    rng = np.random.default_rng(seed)
+    prompts, arrival_s, tokens, now_s, key = [], [], [], 0.0, 0
+    for _ in range(requests):
+        old = prompts[rng.integers(len(prompts))] if prompts and rng.random() < 0.8 else []
+        kept = old[: rng.integers(len(old) + 1)] if rng.random() < 0.7 else old
+        added = int(rng.integers(0, 7))
+        prompts.append([*kept, *range(key, key + added)])
+        key += added
+        now_s += 0.0 if rng.random() < 0.2 else float(np.round(rng.exponential(gap_s), 3))
+        arrival_s.append(now_s)
+        missing = 0 if full_tails else int(rng.integers(0, block_tokens))
+        tokens.append(max(0, len(prompts[-1]) * block_tokens - missing))
+    return make_trace(prompts, arrival_s, tokens, block_tokens)
