@@ -44,25 +44,17 @@ def agent_loops(
     sessions_per_hour : float
         Rate of new sessions (exponential gaps).
 
-    Raises
-    ------
-    ValueError
-        Names the field, the value and the range.
-
     Examples
     --------
     >>> trace = agent_loops(100, seed=1)
     >>> trace.requests, trace.unique_blocks < trace.accesses
     (100, True)
     """
-    _check("requests", requests, 1)
-    _check("block_tokens", block_tokens, 1)
-    _check("agents", agents, 1)
-    _check("system_blocks", system_blocks, 1)
-    _check("turn_blocks", turn_blocks, 1)
-    _check("turns", turns, 1)
-    _check("pause_s", pause_s, math.nextafter(0.0, 1.0))
-    _check("sessions_per_hour", sessions_per_hour, math.nextafter(0.0, 1.0))
+    given = dict(locals())
+    for name in ("requests", "block_tokens", "agents", "system_blocks", "turn_blocks", "turns"):
+        _check(name, given[name], 1)
+    for name in ("pause_s", "sessions_per_hour"):
+        _check(name, given[name], math.nextafter(0.0, 1.0))
     rng = np.random.default_rng(seed)
     builder = TraceBuilder(block_tokens)
     start_s, session, next_key = 0.0, 0, agents * system_blocks

@@ -1,0 +1,137 @@
+"""What a replay found: hits by request and tier, memory-time, tokens moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from caching_heuristics import TIERS
+from trace_data import Trace
+
+PLACES = (*TIERS, "none")  # rows and columns of `moved_tokens`
+
+
+@dataclass(frozen=True, eq=False)
+class ReplayResult:
+    """Hits, memory-time and moves of one policy on one trace.
+
+    Parameters
+    ----------
+    trace : Trace
+        What was replayed.
+    policy : str
+        The policy's name.
+    capacity_blocks : tuple of int
+        Blocks that gpu, disk and remote could hold; -1 = unlimited.
+    hit_blocks, hit_tokens : numpy.ndarray
+        Shape (requests, 3): blocks and tokens of each request's longest
+        resident prefix, by the tier they were in.
+    block_seconds, token_seconds : numpy.ndarray
+        Shape (3,): residence, summed over blocks or tokens, until the last arrival.
+    moved_tokens : numpy.ndarray
+        Shape (4, 4), from row to column, in the order of `PLACES`: from "none"
+        are tokens computed and stored, to "none" tokens dropped.
+    accesses : int
+        Block accesses of the trace, the denominator of the block hit ratio.
+    block_level_hits : int or None
+        Accesses whose block was resident when its turn came, whether or not its
+        prefix was; only engines that go block by block know it.
+
+    Examples
+    --------
+    >>> from trace_builder import make_trace
+    >>> from trace_replay import replay
+    >>> result = replay(make_trace([[0, 1], [0, 2], [0, 1]]), "infinite")
+    >>> result.block_hit_ratio, result.token_hit_ratio
+    (0.5, 0.5)
+    """
+
+    trace: Trace
+    policy: str
+    capacity_blocks: tuple[int, int, int]
+    hit_blocks: np.ndarray
+    hit_tokens: np.ndarray
+    block_seconds: np.ndarray
+    token_seconds: np.ndarray
+    moved_tokens: np.ndarray
+    block_level_hits: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def block_hit_ratio(self) -> float:
+        """Share of block accesses inside the longest resident prefix."""
+        return _ratio(self.hit_blocks.sum(), self.trace.accesses)
+
+    @property
+    def token_hit_ratio(self) -> float:
+        """Share of prompt tokens inside the longest resident prefix."""
+        return _ratio(self.hit_tokens.sum(), self.trace.prompt_tokens.sum(dtype=np.int64))
+
+    def since(self, start_s: float) -> dict[str, float]:
+        """Return both hit ratios of the requests from a second on (after a warm-up)."""
+        first = int(np.searchsorted(self.trace.arrival_s, start_s))
+        blocks, prompts = self.trace.blocks[first:], self.trace.prompt_tokens[first:]
+        return {
+            "block_hit_ratio": _ratio(self.hit_blocks[first:].sum(), blocks.sum()),
+            "token_hit_ratio": _ratio(self.hit_tokens[first:].sum(), prompts.sum(dtype=np.int64)),
+        }
+
+    def by_session(self):
+        """Return a DataFrame: a session a row; requests, prompt and hit tokens, ratio."""
+        return self._grouped(self.trace.sessions, "session")
+
+    def over_time(self, step_s: float = 60.0):
+        """Return a DataFrame: a step a row (its first second); requests, tokens, ratio."""
+        if not step_s > 0:
+            raise ValueError(f"step_s must be > 0, got {step_s!r}")
+        frame = self._grouped((self.trace.arrival_s // step_s).astype(np.int64), "start_s")
+        frame.index = frame.index * step_s
+        return frame
+
+    def _grouped(self, groups, name):
+        import pandas as pd
+
+        columns = {"requests": 1, "prompt_tokens": self.trace.prompt_tokens.astype(np.int64)}
+        hits = self.hit_tokens.astype(np.int64)
+        columns |= {f"hit_tokens_{tier}": hits[:, code] for code, tier in enumerate(TIERS)}
+        frame = pd.DataFrame(columns, index=pd.Index(groups, name=name)).groupby(level=0).sum()
+        hit = frame[[f"hit_tokens_{tier}" for tier in TIERS]].sum(axis=1)
+        return frame.assign(token_hit_ratio=hit / frame["prompt_tokens"].clip(lower=1))
+
+    def moved(self) -> dict[str, int]:
+        """Return the tokens moved, by way: ``{"none→gpu": 512, ...}``."""
+        return {
+            f"{a}→{b}": int(self.moved_tokens[i, j])
+            for i, a in enumerate(PLACES)
+            for j, b in enumerate(PLACES)
+            if self.moved_tokens[i, j]
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the headline figures, fit for JSON."""
+        by_tier = {
+            "hit_blocks": self.hit_blocks.sum(axis=0),
+            "hit_tokens": self.hit_tokens.sum(axis=0),
+            "block_seconds": self.block_seconds,
+            "token_seconds": self.token_seconds,
+        }
+        capacity = [None if c < 0 else c for c in self.capacity_blocks]
+        return {
+            "trace": self.trace.name,
+            "policy": self.policy,
+            "capacity_blocks": dict(zip(TIERS, capacity)),
+            "block_hit_ratio": self.block_hit_ratio,
+            "token_hit_ratio": self.token_hit_ratio,
+            "unique_blocks": self.trace.unique_blocks,
+            "accesses": self.trace.accesses,
+            "requests": self.trace.requests,
+            **{name: dict(zip(TIERS, values.tolist())) for name, values in by_tier.items()},
+            "moved_tokens": self.moved(),
+            **self.settings,
+        }
+
+
+def _ratio(part, whole):
+    return float(part) / float(whole) if whole else 0.0

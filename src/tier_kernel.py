@@ -1,0 +1,256 @@
+"""The compiled core of the capacity engine: runs in three tiers, request by request.
+
+A run's resident blocks are one stretch of it: first those in gpu, then disk,
+then remote. Requests take from its front and evictions from its back, so four
+numbers say where all its blocks are: gpu holds [lo, g), disk [g, d), remote [d, m).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+# Nothing here allocates: counting references would take most of the time.
+_compiled = njit(cache=True, _nrt=False)
+_inlined = njit(cache=True, _nrt=False, inline="always")
+
+
+class State(NamedTuple):
+    """Everything that changes during a replay; arrays by run, by tier, or heaps of runs."""
+
+    marks: np.ndarray  # (runs, 4) int32: lo, g, d, m
+    heap: np.ndarray  # (4, n) int32: places (see mirror); eviction by tier, then deadlines
+    heap_key: np.ndarray  # (4, n) float64
+    size: np.ndarray  # (4,) int64
+    held: np.ndarray  # (2, 3) int64: blocks, tokens in each tier
+    area: np.ndarray  # (2, 3) float64: the same x seconds
+    moved: np.ndarray  # (4, 4) int64 tokens
+    clock_s: np.ndarray  # (1,) float64
+    counts: np.ndarray  # (2, 4) int64, scratch: blocks, tokens taken from each tier and none
+
+
+class Runs(NamedTuple):
+    """What the kernel reads; see RunIndex and Plan."""
+
+    offsets: np.ndarray
+    previous: np.ndarray
+    length: np.ndarray
+    short: np.ndarray
+    start: np.ndarray
+    mirror: np.ndarray
+    key: np.ndarray  # (runs,) float64
+    tier: np.ndarray  # (runs,) int8
+    until_s: np.ndarray  # (runs, 3) float64, not falling; or (0, 3): nothing expires
+    capacity: np.ndarray  # (3,) int64, -1 = unlimited
+    block_tokens: int
+
+
+def new_state(runs: int) -> State:
+    """Return the state of three empty tiers."""
+    return State(
+        np.zeros((runs, 4), np.int32),
+        np.empty((4, runs + 1), np.int32),
+        np.empty((4, runs + 1), np.float64),
+        np.zeros(4, np.int64),
+        np.zeros((2, 3), np.int64),
+        np.zeros((2, 3), np.float64),
+        np.zeros((4, 4), np.int64),
+        np.zeros(1, np.float64),
+        np.zeros((2, 4), np.int64),
+    )
+
+
+@_inlined
+def _before(key, place, other_key, other):
+    return key < other_key or (key == other_key and place < other)
+
+
+@_compiled
+def _push(s, which, key, place):
+    keys, places = s.heap_key[which], s.heap[which]
+    at = s.size[which]
+    s.size[which] += 1
+    while at > 0:
+        up = (at - 1) >> 1
+        if not _before(key, place, keys[up], places[up]):
+            break
+        keys[at], places[at] = keys[up], places[up]
+        at = up
+    keys[at], places[at] = key, place
+
+
+@_compiled
+def _pop(s, which):
+    keys, places = s.heap_key[which], s.heap[which]
+    s.size[which] -= 1
+    n = s.size[which]
+    key, place = keys[n], places[n]
+    at = 0
+    while True:
+        down = 2 * at + 1
+        if down >= n:
+            break
+        if down + 1 < n and _before(keys[down + 1], places[down + 1], keys[down], places[down]):
+            down += 1
+        if not _before(keys[down], places[down], key, place):
+            break
+        keys[at], places[at] = keys[down], places[down]
+        at = down
+    keys[at], places[at] = key, place
+
+
+@_inlined
+def _tokens(run, begin, end, r):
+    """Tokens of a run's blocks [begin, end)."""
+    if end <= begin:
+        return 0
+    return (end - begin) * r.block_tokens - (r.short[run] if end == r.length[run] else 0)
+
+
+@_inlined
+def _hold(s, tier, blocks, tokens):
+    s.held[0, tier] += blocks
+    s.held[1, tier] += tokens
+
+
+@_compiled
+def _tick(s, now_s):
+    dt = now_s - s.clock_s[0]
+    if dt > 0.0:
+        for tier in range(3):
+            s.area[0, tier] += s.held[0, tier] * dt
+            s.area[1, tier] += s.held[1, tier] * dt
+        s.clock_s[0] = now_s
+
+
+@_inlined
+def _next_tier(tier, r):
+    """The next tier below that exists; 3 = none."""
+    tier += 1
+    while tier < 3 and r.capacity[tier] == 0:
+        tier += 1
+    return tier
+
+
+@_compiled
+def _sink(s, r, run, tier, blocks, below):
+    """Move the last blocks of a run's share of a tier to a tier below; 3 drops them."""
+    end = s.marks[run, tier + 1]
+    begin = end - blocks
+    tokens = _tokens(run, begin, end, r)
+    _hold(s, tier, -blocks, -tokens)
+    s.moved[tier, below] += tokens
+    if below < 3:
+        if r.capacity[below] > 0 and s.marks[run, below] == s.marks[run, below + 1]:
+            _push(s, below, r.key[run], r.mirror[run])
+        _hold(s, below, blocks, tokens)
+    for k in range(tier + 1, min(below, 3) + 1):  # no blocks are between the two tiers
+        s.marks[run, k] = begin
+
+
+@_compiled
+def _evict(s, r, first):
+    """Bring each tier from `first` down to its capacity, hottest tier first."""
+    for tier in range(first, 3):
+        while 0 < r.capacity[tier] < s.held[0, tier]:
+            run = r.mirror[s.heap[tier, 0]]
+            there = s.marks[run, tier + 1] - s.marks[run, tier]
+            if there <= 0:
+                _pop(s, tier)
+                continue
+            over = s.held[0, tier] - r.capacity[tier]
+            if over >= there:
+                _pop(s, tier)
+            _sink(s, r, run, tier, min(over, there), _next_tier(tier, r))
+
+
+@_compiled
+def _expire(s, r, now_s):
+    """Let every TTL that passed before `now_s` take effect, in order of time."""
+    while s.size[3] > 0 and s.heap_key[3, 0] < now_s:
+        at_s, run = s.heap_key[3, 0], r.mirror[s.heap[3, 0]]
+        _pop(s, 3)
+        if s.marks[run, 0] >= s.marks[run, 3]:
+            continue  # all taken or evicted
+        _tick(s, at_s)
+        below, next_s = 3, np.inf  # the next rung, and until when
+        for tier in range(2, -1, -1):
+            until_s = r.until_s[run, tier]
+            if until_s > at_s and r.capacity[tier] != 0 and tier > r.tier[run]:
+                below, next_s = tier, until_s
+        for tier in range(2, -1, -1):
+            there = s.marks[run, tier + 1] - s.marks[run, tier]
+            if there > 0 and r.until_s[run, tier] <= at_s:
+                _sink(s, r, run, tier, there, below)
+        if s.marks[run, 0] < s.marks[run, 3]:
+            _push(s, 3, next_s, r.mirror[run])
+        _evict(s, r, 0)
+
+
+@_compiled
+def _take(s, r, run, counts):
+    """Take a run's blocks out of its previous run; counts them by tier."""
+    for tier in range(3):
+        counts[0, tier] = counts[1, tier] = 0
+    counts[0, 3] = r.length[run]
+    old = r.previous[run]
+    if old < 0:
+        return
+    begin = s.marks[old, 0]
+    end = r.start[run] + r.length[run]
+    for tier in range(3):
+        stop = min(end, s.marks[old, tier + 1])
+        if stop > begin:
+            tokens = _tokens(old, begin, stop, r)
+            counts[0, tier], counts[1, tier] = stop - begin, tokens
+            counts[0, 3] -= stop - begin
+            _hold(s, tier, begin - stop, -tokens)
+            begin = stop
+    for k in range(4):
+        s.marks[old, k] = max(end, s.marks[old, k])
+
+
+@_compiled
+def _put(s, r, run, counts):
+    """Put a run's blocks into its first tier."""
+    length, tier = r.length[run], r.tier[run]
+    for k in range(4):
+        s.marks[run, k] = length if k > tier else 0
+    tokens = _tokens(run, 0, length, r)
+    _hold(s, tier, length, tokens)
+    known = 0
+    for source in range(3):
+        s.moved[source, tier] += counts[1, source] if source != tier else 0
+        known += counts[1, source]
+    s.moved[3, tier] += max(0, tokens - known)
+    if r.capacity[tier] > 0:
+        _push(s, tier, r.key[run], r.mirror[run])
+    if len(r.until_s):
+        _push(s, 3, r.until_s[run, tier], r.mirror[run])
+
+
+@_compiled
+def replay_requests(s, r, arrival_s, first, last, hit_blocks, hit_tokens):
+    """Replay requests [first, last); fills their rows of hits, (requests, 3)."""
+    counts = s.counts
+    for request in range(first, last):
+        _expire(s, r, arrival_s[request])
+        _tick(s, arrival_s[request])
+        begin, end = r.offsets[request], r.offsets[request + 1]
+        whole = True  # so far the prefix is resident
+        for run in range(begin, end):
+            _take(s, r, run, counts)
+            if whole:
+                for tier in range(3):
+                    blocks = counts[0, tier]
+                    hit_blocks[request, tier] += blocks
+                    hit_tokens[request, tier] += blocks * r.block_tokens
+                    if blocks:
+                        deepest = tier
+                whole = counts[0, 3] == 0
+                if whole:
+                    hit_tokens[request, deepest] -= r.short[run]
+            _put(s, r, run, counts)
+        _evict(s, r, 0)

@@ -1,0 +1,215 @@
+"""What a policy would have done on a trace, exactly.
+
+`replay` runs any policy with a capacity for each tier, request by request.
+`replay_without_capacity` answers the same for TTL policies in one pass: without
+a limit, blocks hit if their gap is within the TTL given at the access before.
+Both count a prompt's longest resident prefix as its hit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+import block_kernel
+import tier_kernel
+import ttl_kernel
+from caching_heuristics import HeuristicConfig
+from replay_plans import POLICIES, UNLIMITED, Plan, capacities
+from replay_result import ReplayResult
+from trace_data import Trace
+from trace_runs import RunIndex, index_runs
+
+BLOCK_POLICIES = {"lru": True, "fifo": False}  # name -> whether a hit refreshes
+POLICY_NAMES = (*BLOCK_POLICIES, *POLICIES)
+_CHUNK = 16_384  # requests between two steps of the progress bar
+_MOST_PROMPT_BLOCKS = 2**21
+
+
+def replay(
+    trace: Trace | RunIndex,
+    policy: str | Callable[..., Plan] = "lru",
+    capacity=None,
+    config: HeuristicConfig | None = None,
+    *,
+    progress: bool = False,
+    **metadata,
+) -> ReplayResult:
+    """Replay a trace under a policy, with a capacity for each tier.
+
+    Parameters
+    ----------
+    trace : Trace or RunIndex
+        An index (`index_runs`) saves grouping the trace again in each call.
+    policy : str or callable
+        One of `POLICY_NAMES`, or a function (index, config) -> Plan.
+        ``"lru"`` and ``"fifo"`` touch blocks in the prompt's order and evict at
+        once, as a cache without prefixes does; all others evict after the
+        request, and of equals a prompt's end first.
+    capacity : None, int, float or sequence of three
+        Blocks of gpu, or of (gpu, disk, remote): an int is blocks, a float in
+        ]0, 1] a share of the trace's unique blocks, None unlimited. With one
+        value there is one tier: no ladder, and placement does not matter.
+    config : HeuristicConfig, optional
+        Settings of the TTL policies.
+    progress : bool
+        Show a bar on stderr once it takes more than a second.
+    **metadata
+        ``per`` and ``perplexity`` of `replay_plans.decisions`.
+
+    Raises
+    ------
+    ValueError
+        Names the argument, its value and the range.
+
+    Examples
+    --------
+    >>> from trace_generator import agent_loops
+    >>> trace = agent_loops(200, seed=1)
+    >>> results = [replay(trace, name, capacity=0.2) for name in ("lru", "optimal")]
+    >>> results[0].block_hit_ratio < results[1].block_hit_ratio
+    True
+    """
+    blocks = capacities(capacity, trace.trace if isinstance(trace, RunIndex) else trace)
+    config = config or HeuristicConfig()
+    if isinstance(policy, str) and policy in BLOCK_POLICIES:
+        trace = trace.trace if isinstance(trace, RunIndex) else trace
+        return _replay_blocks(trace, policy, blocks, progress)
+    index = trace if isinstance(trace, RunIndex) else index_runs(trace)
+    plan = _plan(index, policy, config, metadata)
+    return _replay_plan(plan, _name(policy), blocks, progress)
+
+
+def replay_without_capacity(
+    trace: Trace | RunIndex,
+    config: HeuristicConfig | None = None,
+    policy: str | Callable[..., Plan] = "heuristic",
+    **metadata,
+) -> ReplayResult:
+    """Replay a TTL policy with unlimited tiers in one pass; what sliders call.
+
+    Equal to ``replay(trace, policy, (None, None, None), config)``.
+
+    Examples
+    --------
+    >>> from trace_generator import agent_loops
+    >>> index = index_runs(agent_loops(200, seed=1))
+    >>> short, long = (
+    ...     replay_without_capacity(index, HeuristicConfig(base_ttl=s)) for s in (40, 4000)
+    ... )
+    >>> short.token_hit_ratio < long.token_hit_ratio
+    True
+    """
+    index = trace if isinstance(trace, RunIndex) else index_runs(trace)
+    plan = _plan(index, policy, config or HeuristicConfig(), metadata)
+    index, trace = plan.index, plan.index.trace
+    hits = _hit_arrays(trace)
+    columns = (index.previous, index.start, index.length, index.short, index.rest, index.request)
+    ttl_s = np.full(index.runs, np.inf) if plan.ttl_s is None else plan.ttl_s
+    area, moved = ttl_kernel.replay_ttl(
+        columns,
+        index.offsets,
+        trace.arrival_s,
+        ttl_s,
+        _tiers(plan, (UNLIMITED,) * 3),
+        plan.ladder[1:] if plan.ladder else (0.0, 0.0),
+        trace.block_tokens,
+        *hits,
+    )
+    return ReplayResult(trace, _name(policy), (UNLIMITED,) * 3, *hits, area[0], area[1], moved)
+
+
+def _name(policy):
+    return policy if isinstance(policy, str) else getattr(policy, "__name__", "plan")
+
+
+def _plan(index, policy, config, metadata):
+    if isinstance(policy, str):
+        if policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICY_NAMES)}, got {policy!r}")
+        policy = POLICIES[policy]
+    plan = policy(index, config, **metadata)
+    wanted = (plan.index.runs,)
+    for name in ("key", "ttl_s", "tier"):
+        values = getattr(plan, name)
+        if values is not None and np.shape(values) != wanted:
+            raise ValueError(f"{name} must have shape {wanted}, got {np.shape(values)}")
+    if plan.key is not None and np.isnan(plan.key).any():
+        raise ValueError("key must be numbers, got NaN")
+    if plan.ttl_s is not None and not np.all(plan.ttl_s >= 0):
+        raise ValueError("ttl_s must be >= 0, got a lower value or NaN")
+    return plan
+
+
+def _hit_arrays(trace):
+    return tuple(np.zeros((trace.requests, 3), np.int64) for _ in range(2))
+
+
+def _tiers(plan, blocks):
+    """Return each run's first tier that exists: the wanted one, else colder, else hotter."""
+    wanted = np.zeros(plan.index.runs, np.int8) if plan.tier is None else plan.tier
+    there = [tier for tier in range(3) if blocks[tier] != 0]
+    nearest = [min(there, key=lambda t: (t < tier, abs(t - tier))) for tier in range(3)]
+    if nearest == [0, 1, 2]:
+        return np.ascontiguousarray(wanted, np.int8)
+    return np.array(nearest, np.int8)[wanted]
+
+
+def _replay_plan(plan, name, blocks, progress):
+    index, trace = plan.index, plan.index.trace
+    hits, state = _hit_arrays(trace), tier_kernel.new_state(index.runs)
+    result = ReplayResult(trace, name, blocks, *hits, *state.area, state.moved)
+    if not any(blocks):
+        return result  # no tier at all
+    tier = _tiers(plan, blocks)
+    until_s = np.empty((0, 3))
+    if plan.ttl_s is not None:
+        ladder = plan.ladder[1:] if plan.ladder else (0.0, 0.0)
+        until_s = ttl_kernel.ladder_deadlines(index.arrival_s, plan.ttl_s, tier, *ladder)
+    key = index.request if plan.key is None else plan.key
+    runs = tier_kernel.Runs(
+        index.offsets,
+        index.previous,
+        index.length,
+        index.short,
+        index.start,
+        index.mirror,
+        np.ascontiguousarray(key, np.float64),
+        tier,
+        until_s,
+        np.array(blocks, np.int64),
+        trace.block_tokens,
+    )
+    for first, last in _chunks(trace.requests, progress, name):
+        tier_kernel.replay_requests(state, runs, trace.arrival_s, first, last, *hits)
+    return replace(result, block_seconds=state.area[0], token_seconds=state.area[1])
+
+
+def _replay_blocks(trace, name, blocks, progress):
+    if blocks[0] == 0 and any(blocks):
+        raise ValueError(f"gpu must hold blocks for {name!r}, got capacity 0")
+    hits, area = _hit_arrays(trace), np.zeros((2, 3))
+    moved, held, level_hits = np.zeros((4, 4), np.int64), np.zeros((2, 3), np.int64), 0
+    capacity = np.array(blocks, np.int64)
+    sizes = block_kernel.block_sizes(
+        trace.block_ids, trace.offsets, trace.tail_tokens(), trace.unique_blocks, trace.block_tokens
+    )
+    lists = block_kernel.block_lists(trace.unique_blocks)
+    arrays = (trace.block_ids, trace.offsets, trace.arrival_s, sizes, lists, capacity)
+    for first, last in _chunks(trace.requests if any(blocks) else 0, progress, name):
+        level_hits += block_kernel.replay_blocks(
+            *arrays, BLOCK_POLICIES[name], held, first, last, (*hits, area, moved)
+        )
+    return ReplayResult(trace, name, blocks, *hits, *area, moved, int(level_hits))
+
+
+def _chunks(requests, progress, name):
+    """Yield (first, last) requests of each step, with a bar."""
+    steps = [(at, min(at + _CHUNK, requests)) for at in range(0, requests, _CHUNK)]
+    if progress:
+        from tqdm.auto import tqdm
+
+        steps = tqdm(steps, desc=name, unit="step", delay=1)
+    yield from steps

@@ -1,0 +1,277 @@
+"""Groups a trace's accesses into runs of blocks with one and the same history.
+
+A run is a stretch of a request's prompt whose blocks were all last accessed in
+the same run before (or never). So its blocks share every earlier access, hence
+their access count, their gaps, their age: what holds for one holds for all, and
+the replay engines work on runs instead of blocks. A prompt mostly extends a
+prompt that came before, so there are far fewer runs than accesses.
+
+Blocks leave a run in two ways only. A later request always takes them from the
+run's front, because it comes from the prompt's start; an eviction takes them
+from its back, because a prefix without its end is of use and an end is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numba import njit
+
+from trace_data import Trace
+
+
+@dataclass(frozen=True, eq=False)
+class RunIndex:
+    """The runs of a trace, in order of access.
+
+    Parameters
+    ----------
+    trace : Trace
+        What was indexed.
+    offsets : numpy.ndarray
+        Shape (requests + 1,): request r's runs are ``offsets[r]..offsets[r + 1] - 1``.
+    request, previous, start, length : numpy.ndarray
+        Shape (runs,), int32: the run's request; the run that its blocks were in
+        before (-1 = never seen); its first block's place there; its blocks.
+    short : numpy.ndarray
+        Shape (runs,), int32: tokens that its last block lacks to a complete one.
+    next_request : numpy.ndarray or None
+        Shape (runs,): the one request that accesses its blocks next, the number
+        of requests if none does. Only after `split_by_future`.
+
+    Examples
+    --------
+    >>> from trace_builder import make_trace
+    >>> index = index_runs(make_trace([[0, 1, 2, 3], [0, 1, 4], [0, 1, 2]]))
+    >>> index.request.tolist(), index.length.tolist(), index.previous.tolist()
+    ([0, 1, 1, 2, 2], [4, 2, 1, 2, 1], [-1, 0, -1, 1, 0])
+    >>> index.access_count.tolist()
+    [0, 1, 0, 2, 1]
+    """
+
+    trace: Trace
+    offsets: np.ndarray
+    request: np.ndarray
+    previous: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    short: np.ndarray
+    next_request: np.ndarray | None = None
+    _split: list = field(default_factory=list, repr=False)
+
+    @property
+    def runs(self) -> int:
+        """Number of runs."""
+        return len(self.request)
+
+    @cached_property
+    def arrival_s(self) -> np.ndarray:
+        """Seconds of each run's access, shape (runs,)."""
+        return self.trace.arrival_s[self.request]
+
+    @cached_property
+    def mirror(self) -> np.ndarray:
+        """Run -> its place if every request's runs went deepest first; its own inverse."""
+        ends = self.offsets[self.request] + self.offsets[self.request + 1] - 1
+        return (ends - np.arange(self.runs)).astype(np.int32)
+
+    @cached_property
+    def depth(self) -> np.ndarray:
+        """Blocks of the prompt before the run, shape (runs,)."""
+        before = np.cumsum(self.length) - self.length
+        first = np.minimum(self.offsets[:-1], max(self.runs - 1, 0))
+        return before - before[first][self.request] if self.runs else before
+
+    @cached_property
+    def _history(self):
+        return _histories(self.previous, self.arrival_s)
+
+    @property
+    def access_count(self) -> np.ndarray:
+        """Earlier accesses of the run's blocks, shape (runs,)."""
+        return self._history[0]
+
+    @property
+    def seconds_since_access(self) -> np.ndarray:
+        """Seconds since the run's blocks were last accessed, 0 if never; shape (runs,)."""
+        return self._history[1]
+
+    @property
+    def time_variance(self) -> np.ndarray:
+        """CV / (1 + CV) of the seconds between the blocks' accesses, 0 before two gaps."""
+        return self._history[2]
+
+    @cached_property
+    def longest_known(self) -> np.ndarray:
+        """Run that ends the longest prefix seen before, by request; -1 if there is none."""
+        known = np.add.reduceat(
+            np.append(self.previous >= 0, False), np.minimum(self.offsets[:-1], self.runs)
+        )
+        known[np.diff(self.offsets) == 0] = 0
+        return np.where(known > 0, self.offsets[:-1] + known - 1, -1)
+
+    def metadata(self, per: str = "request") -> dict[str, np.ndarray]:
+        """Return what the heuristics need, by run.
+
+        Parameters
+        ----------
+        per : str
+            ``"request"``: of the longest prefix seen before, as the live manager
+            measures it. ``"block"``: each block's own.
+        """
+        if per not in ("request", "block"):
+            raise ValueError(f"per must be 'request' or 'block', got {per!r}")
+        names = ("access_count", "seconds_since_access", "time_variance")
+        values = {name: getattr(self, name) for name in names}
+        if per == "block":
+            return values
+        known = self.longest_known
+        return {name: np.where(known >= 0, v[known], 0.0) for name, v in values.items() if len(v)}
+
+    @cached_property
+    def rest(self) -> np.ndarray:
+        """Blocks of each run that no later request accesses, shape (runs,)."""
+        taken = np.zeros(self.runs, np.int64)
+        known = self.previous >= 0
+        np.add.at(taken, self.previous[known], self.length[known])
+        return (self.length - taken).astype(np.int32)
+
+    def split_by_future(self) -> RunIndex:
+        """Return the runs cut where blocks differ in the request that accesses them next."""
+        if not self._split:
+            self._split.append(_split_by_future(self))
+        return self._split[0]
+
+
+def index_runs(trace: Trace) -> RunIndex:
+    """Group a trace's accesses into runs, in one pass.
+
+    Raises
+    ------
+    ValueError
+        The ids are not prefix-chained, or a request has a block twice.
+    """
+    size = max(1024, 3 * trace.requests)
+    while True:
+        columns = np.empty((4, size), np.int32)
+        offsets = np.empty(trace.requests + 1, np.int64)
+        last = np.full(trace.unique_blocks, -1, np.int32)
+        runs, bad = _index(trace.block_ids, trace.offsets, last, columns, offsets)
+        if bad >= 0:
+            raise ValueError(f"block_ids must be prefix-chained, request {bad} is not")
+        if runs <= size:
+            break
+        size *= 4
+    request, previous, start, length = columns[:, :runs].copy()
+    short = np.zeros(runs, np.int32)
+    ends = offsets[1:][trace.blocks > 0] - 1
+    short[ends] = (trace.block_tokens - trace.tail_tokens())[trace.blocks > 0]
+    return RunIndex(trace, offsets, request, previous, start, length, short)
+
+
+@njit(cache=True)
+def _index(ids, offsets, last, columns, run_offsets):
+    """Fill the runs' columns; returns how many there are and the first bad request, else -1.
+
+    Stops where the columns are too small.
+    """
+    size = columns.shape[1]
+    request, previous, start, length = columns[0], columns[1], columns[2], columns[3]
+    taken = np.zeros(size, np.int32)
+    depth = np.zeros(size, np.int32)
+    run = -1
+    run_offsets[0] = 0
+    for r in range(len(offsets) - 1):
+        first, before = run + 1, np.int32(-2)
+        for at in range(offsets[r], offsets[r + 1]):
+            block = ids[at]
+            old = last[block]
+            if old != before:
+                if old >= first:
+                    return run + 1, r
+                run += 1
+                before = old
+                if run == size:
+                    return run + 1, -1
+                request[run], previous[run], length[run] = r, old, 0
+                depth[run], start[run] = at - offsets[r], 0
+                if old >= 0:
+                    start[run] = taken[old]
+                    if depth[old] + taken[old] != depth[run]:
+                        return run + 1, r
+            length[run] += 1
+            if old >= 0:
+                if ids[offsets[request[old]] + depth[old] + taken[old]] != block:
+                    return run + 1, r
+                taken[old] += 1
+            last[block] = run
+        run_offsets[r + 1] = run + 1
+    return run + 1, -1
+
+
+@njit(cache=True)
+def _histories(previous, arrival_s):
+    """Return count, seconds since the last access, variance (Welford 1962), by run."""
+    runs = len(previous)
+    count, since = np.zeros(runs, np.float64), np.zeros(runs, np.float64)
+    variance, mean, m2 = np.zeros(runs), np.zeros(runs), np.zeros(runs)
+    for run in range(runs):
+        old = previous[run]
+        if old < 0:
+            continue
+        gaps = count[old] + 1.0
+        gap = arrival_s[run] - arrival_s[old]
+        deviation = gap - mean[old]
+        mean[run] = mean[old] + deviation / gaps
+        m2[run] = m2[old] + deviation * (gap - mean[run])
+        count[run], since[run] = gaps, gap
+        if gaps >= 2.0 and mean[run] > 0.0:
+            spread = np.sqrt(max(0.0, m2[run]) / gaps)
+            variance[run] = spread / (mean[run] + spread)
+    return count, since, variance
+
+
+def _split_by_future(index):
+    """Cut each run into the pieces that later requests take, and the rest."""
+    pieces, rank = _count_pieces(index.previous, index.rest)
+    base = np.concatenate([[0], np.cumsum(pieces)])
+    columns = np.empty((6, base[-1]), np.int32)
+    _cut(index.request, index.previous, index.length, index.short, base, rank, index.rest, columns)
+    request, previous, start, length, short, next_request = columns
+    next_request[next_request < 0] = index.trace.requests
+    offsets = base[index.offsets]
+    return RunIndex(index.trace, offsets, request, previous, start, length, short, next_request)
+
+
+@njit(cache=True)
+def _count_pieces(previous, rest):
+    """Return each run's pieces, and which piece of its previous run each run is."""
+    pieces, rank = np.zeros(len(previous), np.int64), np.zeros(len(previous), np.int64)
+    for run in range(len(previous)):
+        old = previous[run]
+        if old >= 0:
+            rank[run] = pieces[old]
+            pieces[old] += 1
+    for run in range(len(previous)):
+        pieces[run] += rest[run] > 0
+    return pieces, rank
+
+
+@njit(cache=True)
+def _cut(request, previous, length, short, base, rank, rest, columns):
+    for run in range(len(previous)):  # each run as a piece of the one before
+        old = previous[run]
+        if old >= 0:
+            piece = base[old] + rank[run]
+            columns[3, piece], columns[5, piece] = length[run], request[run]
+        if rest[run] > 0:
+            columns[3, base[run + 1] - 1], columns[5, base[run + 1] - 1] = rest[run], -1
+    for run in range(len(previous)):
+        old, start = previous[run], 0
+        whole = base[old] + rank[run] if old >= 0 else -1
+        for piece in range(base[run], base[run + 1]):
+            columns[0, piece], columns[1, piece], columns[2, piece] = request[run], whole, start
+            start += columns[3, piece]
+            columns[4, piece] = short[run] if start == length[run] else 0
