@@ -14,6 +14,14 @@ REDIS_URL ?=
 N ?= 48
 SEED ?= 0
 
+# make replay TRACE=<file or folder> POLICY=<name> CAPACITY=<blocks, share, or gpu,disk,remote>
+# SET="base_ttl=300 gamma=0" SKIP_BAD=1
+TRACE ?= data/sample_trace.jsonl.gz
+POLICY ?= lru
+CAPACITY ?=
+SET ?=
+SKIP_BAD ?=
+
 export LMCACHE_TRACK_USAGE := false
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
@@ -21,7 +29,7 @@ export PYTHONPATH := $(CURDIR)/src
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test up down status notebooks clean-notebooks check-notebooks lint \
-	bench-overhead demo-model clean
+	bench-overhead demo-model replay bench-replay clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -67,6 +75,13 @@ check-notebooks: $(READY) ## fail if a notebook in git has outputs
 
 bench-overhead: $(READY) ## what managing adds to a generation; ends with one line of JSON
 	@$(PY) -m overhead_bench --config $(CONFIG)
+
+replay: $(READY) ## one policy on a trace; ends with one line of JSON (TRACE= POLICY= CAPACITY= SET=)
+	@$(PY) -m replay_command --trace '$(TRACE)' --policy '$(POLICY)' --capacity '$(CAPACITY)' \
+		--seed $(SEED) $(if $(SET),--set $(SET)) $(if $(SKIP_BAD),--skip-bad)
+
+bench-replay: $(READY) ## accesses per second of the replay engines; ends with one line of JSON
+	@$(PY) -m replay_bench
 
 demo-model: $(READY) ## train data/demo_model again (about half an hour)
 	@$(PY) -m train_demo_model

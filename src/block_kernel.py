@@ -9,14 +9,18 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+# Nothing here allocates: counting references would take most of the time.
+_compiled = njit(cache=True, _nrt=False)
+_inlined = njit(cache=True, _nrt=False, inline="always")
 
-@njit(cache=True, inline="always")
-def _unlink(newer, older, at, unique):
+
+@_inlined
+def _unlink(newer, older, at):
     older[newer[at]] = older[at]
     newer[older[at]] = newer[at]
 
 
-@njit(cache=True, inline="always")
+@_inlined
 def _link(newer, older, at, end):
     """Put a block at a list's new end; `end` is the list's own place in the ring."""
     old = older[end]
@@ -33,7 +37,7 @@ def block_lists(unique):
     return newer, older, np.full(unique, 3, np.int8)
 
 
-@njit(cache=True)
+@_compiled
 def replay_blocks(ids, offsets, arrival_s, sizes, lists, capacity, refresh, held, first, last, out):
     """Replay requests [first, last); returns the block-level hits.
 
@@ -69,11 +73,11 @@ def replay_blocks(ids, offsets, arrival_s, sizes, lists, capacity, refresh, held
             hits += tier < 3
             if tier == 0:
                 if refresh:
-                    _unlink(newer, older, block, unique)
+                    _unlink(newer, older, block)
                     _link(newer, older, block, unique)
                 continue
             if tier < 3:
-                _unlink(newer, older, block, unique)
+                _unlink(newer, older, block)
                 held[0, tier] -= 1
                 held[1, tier] -= sizes[block]
             _enter(block, tier, 0, sizes, lists, held, moved)
@@ -81,7 +85,7 @@ def replay_blocks(ids, offsets, arrival_s, sizes, lists, capacity, refresh, held
     return hits
 
 
-@njit(cache=True, inline="always")
+@_inlined
 def _enter(block, source, tier, sizes, lists, held, moved):
     newer, older, tiers = lists
     _link(newer, older, block, len(tiers) + tier)
@@ -91,7 +95,7 @@ def _enter(block, source, tier, sizes, lists, held, moved):
     moved[source, tier] += sizes[block]
 
 
-@njit(cache=True)
+@_compiled
 def _overflow(sizes, lists, capacity, held, moved):
     """Move the oldest blocks of full tiers down, or drop them."""
     newer, older, tiers = lists
@@ -100,7 +104,7 @@ def _overflow(sizes, lists, capacity, held, moved):
             return
         while held[0, tier] > capacity[tier]:
             block = newer[len(tiers) + tier]
-            _unlink(newer, older, block, len(tiers))
+            _unlink(newer, older, block)
             held[0, tier] -= 1
             held[1, tier] -= sizes[block]
             below = tier + 1

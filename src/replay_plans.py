@@ -15,45 +15,73 @@ from dataclasses import dataclass
 import numpy as np
 
 from caching_heuristics import TIERS, HeuristicConfig
-from trace_runs import RunIndex
+from trace_runs import RunIndex, Segments
 
 UNLIMITED = -1  # as a capacity
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a policy decides about each run of an index.
+    """What a policy decides about each run of an index, or each request.
 
     Parameters
     ----------
     index : RunIndex
         The runs; maybe cut further than those the policy was given.
+    per : str
+        Whether the arrays are by ``"request"`` or by ``"run"``.
     key : numpy.ndarray, optional
-        Shape (runs,): the lowest key is evicted first; among equal ones the
+        Shape (n,): the lowest key is evicted first; among equal ones the
         earliest access, and of one request the deepest block. Default: recency.
     ttl_s : numpy.ndarray, optional
-        Shape (runs,): seconds in the first tier. Default: for ever.
+        Shape (n,): seconds in the first tier. Default: for ever.
     tier : numpy.ndarray, optional
-        Shape (runs,), int8, indices into TIERS: the first tier. Default: gpu.
+        Shape (n,), indices into TIERS: the first tier. Default: gpu.
     ladder : tuple of float, optional
         Factors of the TTL in tiers that blocks come down to. Default: none, they go.
+
+    Raises
+    ------
+    ValueError
+        Names the array that has a wrong shape or value.
 
     Examples
     --------
     >>> from trace_builder import make_trace
     >>> from trace_replay import replay
     >>> def least_used(index, config):
-    ...     return Plan(index, key=index.access_count)
+    ...     return Plan(index, "run", key=index.access_count)
     >>> trace = make_trace([[0], [0], [1], [2], [0], [1]], block_tokens=1)
-    >>> replay(trace, least_used, capacity=2).hit_tokens.sum(), replay(trace, "lru", 2).hit_tokens.sum()
-    (np.int64(2), np.int64(1))
+    >>> [int(replay(trace, p, capacity=2).hit_tokens.sum()) for p in (least_used, "lru")]
+    [2, 1]
     """
 
     index: RunIndex
+    per: str = "request"
     key: np.ndarray | None = None
     ttl_s: np.ndarray | None = None
     tier: np.ndarray | None = None
     ladder: tuple[float, float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.per not in ("request", "run"):
+            raise ValueError(f"per must be 'request' or 'run', got {self.per!r}")
+        wanted = (self.segments.count,)
+        for name in ("key", "ttl_s", "tier"):
+            values = getattr(self, name)
+            if values is not None and np.shape(values) != wanted:
+                raise ValueError(f"{name} must have shape {wanted}, got {np.shape(values)}")
+        if self.key is not None and np.isnan(self.key).any():
+            raise ValueError("key must be numbers, got NaN")
+        if self.ttl_s is not None and not np.all(np.asarray(self.ttl_s) >= 0):
+            raise ValueError("ttl_s must be >= 0, got a lower value or NaN")
+        if self.tier is not None and not np.isin(self.tier, range(len(TIERS))).all():
+            raise ValueError(f"tier must be indices into {TIERS}")
+
+    @property
+    def segments(self) -> Segments:
+        """What the engines move as one under this plan."""
+        return self.index.by_request if self.per == "request" else self.index.by_run
 
 
 def infinite(index: RunIndex, config: HeuristicConfig) -> Plan:
@@ -68,19 +96,24 @@ def recency(index: RunIndex, config: HeuristicConfig) -> Plan:
 
 def fixed_ttl(index: RunIndex, config: HeuristicConfig) -> Plan:
     """Keep everything in gpu for ``base_ttl`` seconds after its last access."""
-    return Plan(index, ttl_s=np.full(index.runs, config.base_ttl))
+    return Plan(index, ttl_s=np.full(index.trace.requests, config.base_ttl))
 
 
-def heuristic(index: RunIndex, config: HeuristicConfig, **metadata) -> Plan:
+def heuristic(index: RunIndex, config: HeuristicConfig, per="request", perplexity=None) -> Plan:
     """`compute_ttl`, `select_backend` and the expiry ladder; recency where a tier is full."""
-    ttl_s, tier = decisions(index, config, **metadata)
-    return Plan(index, ttl_s=ttl_s, tier=tier, ladder=tuple(config.ladder.values()))
+    ttl_s, tier = decisions(index, config, per, perplexity)
+    ladder = tuple(config.ladder.values())
+    return Plan(index, _PER[per], ttl_s=ttl_s, tier=tier, ladder=ladder)
 
 
-def heuristic_order(index: RunIndex, config: HeuristicConfig, **metadata) -> Plan:
+def heuristic_order(index: RunIndex, config: HeuristicConfig, per="block", perplexity=None) -> Plan:
     """`compute_ttl` as eviction order: what would expire first goes first, and only then."""
-    ttl_s, _ = decisions(index, config, **{"per": "block", **metadata})
-    return Plan(index, key=index.arrival_s + ttl_s)
+    ttl_s, _ = decisions(index, config, per, perplexity)
+    segments = index.by_run if per == "block" else index.by_request
+    return Plan(index, _PER[per], key=segments.arrival_s + ttl_s)
+
+
+_PER = {"request": "request", "block": "run"}  # of a decision -> of a plan
 
 
 def optimal(index: RunIndex, config: HeuristicConfig) -> Plan:
@@ -89,7 +122,8 @@ def optimal(index: RunIndex, config: HeuristicConfig) -> Plan:
     A whole request at once: its own blocks may be evicted as soon as it is done.
     """
     cut = index.split_by_future()
-    return Plan(cut, key=-(cut.next_request + cut.depth / 2.0**21))
+    deeper = np.where(cut.next_request < index.trace.requests, cut.depth / 2.0**21, 0.0)
+    return Plan(cut, "run", key=-(cut.next_request + deeper))
 
 
 POLICIES: dict[str, Callable[..., Plan]] = {
@@ -108,37 +142,25 @@ def decisions(
     per: str = "request",
     perplexity: float | np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return `compute_ttl` (seconds) and `select_backend` (int8 codes) of each run.
+    """Return `compute_ttl` (seconds) and `select_backend` (int8 codes) of requests or runs.
 
     Parameters
     ----------
     per : str
         ``"request"``: one decision a request, from the longest prefix seen
-        before, as the live manager makes it; ``"block"``: from each block's own
-        history.
+        before, as the live manager makes it, shape (requests,); ``"block"``: from
+        each block's own history, shape (runs,).
     perplexity : float or numpy.ndarray, optional
         Of all requests or of each, shape (requests,). Traces hold none: neutral.
     """
-    metadata = index.metadata("block")
-    if per == "block":
-        chosen = slice(None)
-    else:
-        metadata = {name: _by_request(index, values) for name, values in metadata.items()}
-        chosen = index.request
-        if per != "request":
-            raise ValueError(f"per must be 'request' or 'block', got {per!r}")
+    metadata = index.metadata(per)
     if perplexity is not None:
         perplexity = np.broadcast_to(np.asarray(perplexity, float), index.trace.requests)
         metadata["perplexity"] = perplexity[index.request] if per == "block" else perplexity
     tiers = config.tier(metadata)
     codes = np.full(len(tiers), 1, np.int8)  # disk
     codes[tiers == TIERS[0]], codes[tiers == TIERS[2]] = 0, 2
-    return config.ttl(metadata)[chosen], codes[chosen]
-
-
-def _by_request(index, values):
-    known = index.longest_known
-    return np.where(known >= 0, values[known], 0.0) if len(values) else np.zeros(len(known))
+    return config.ttl(metadata), codes
 
 
 def capacities(capacity, trace) -> tuple[int, int, int]:

@@ -1,6 +1,6 @@
-"""The compiled core of the capacity engine: runs in three tiers, request by request.
+"""The compiled core of the capacity engine: segments in three tiers, request by request.
 
-A run's resident blocks are one stretch of it: first those in gpu, then disk,
+A segment's resident blocks are one stretch of it: first those in gpu, then disk,
 then remote. Requests take from its front and evictions from its back, so four
 numbers say where all its blocks are: gpu holds [lo, g), disk [g, d), remote [d, m).
 """
@@ -18,9 +18,9 @@ _inlined = njit(cache=True, _nrt=False, inline="always")
 
 
 class State(NamedTuple):
-    """Everything that changes during a replay; arrays by run, by tier, or heaps of runs."""
+    """Everything that changes during a replay; arrays by segment, by tier, or heaps."""
 
-    marks: np.ndarray  # (runs, 4) int32: lo, g, d, m
+    marks: np.ndarray  # (segments, 4) int32: lo, g, d, m
     heap: np.ndarray  # (4, n) int32: places (see mirror); eviction by tier, then deadlines
     heap_key: np.ndarray  # (4, n) float64
     size: np.ndarray  # (4,) int64
@@ -28,37 +28,39 @@ class State(NamedTuple):
     area: np.ndarray  # (2, 3) float64: the same x seconds
     moved: np.ndarray  # (4, 4) int64 tokens
     clock_s: np.ndarray  # (1,) float64
-    counts: np.ndarray  # (2, 4) int64, scratch: blocks, tokens taken from each tier and none
+    counts: np.ndarray  # (3, 4) int64: a piece's blocks and tokens, a segment's tokens by source
 
 
-class Runs(NamedTuple):
-    """What the kernel reads; see RunIndex and Plan."""
+class Work(NamedTuple):
+    """What the kernel reads; see Segments and Plan."""
 
     offsets: np.ndarray
-    previous: np.ndarray
     length: np.ndarray
     short: np.ndarray
-    start: np.ndarray
+    piece_offsets: np.ndarray
+    piece_old: np.ndarray
+    piece_start: np.ndarray
+    piece_length: np.ndarray
     mirror: np.ndarray
-    key: np.ndarray  # (runs,) float64
-    tier: np.ndarray  # (runs,) int8
-    until_s: np.ndarray  # (runs, 3) float64, not falling; or (0, 3): nothing expires
+    key: np.ndarray  # (segments,) float64
+    tier: np.ndarray  # (segments,) int8
+    until_s: np.ndarray  # (segments, 3) float64, not falling; or (0, 3): nothing expires
     capacity: np.ndarray  # (3,) int64, -1 = unlimited
     block_tokens: int
 
 
-def new_state(runs: int) -> State:
+def new_state(segments: int) -> State:
     """Return the state of three empty tiers."""
     return State(
-        np.zeros((runs, 4), np.int32),
-        np.empty((4, runs + 1), np.int32),
-        np.empty((4, runs + 1), np.float64),
+        np.zeros((segments, 4), np.int32),
+        np.empty((4, segments + 1), np.int32),
+        np.empty((4, segments + 1), np.float64),
         np.zeros(4, np.int64),
         np.zeros((2, 3), np.int64),
         np.zeros((2, 3), np.float64),
         np.zeros((4, 4), np.int64),
         np.zeros(1, np.float64),
-        np.zeros((2, 4), np.int64),
+        np.zeros((3, 4), np.int64),
     )
 
 
@@ -102,11 +104,11 @@ def _pop(s, which):
 
 
 @_inlined
-def _tokens(run, begin, end, r):
-    """Tokens of a run's blocks [begin, end)."""
+def _tokens(segment, begin, end, r):
+    """Tokens of a segment's blocks [begin, end)."""
     if end <= begin:
         return 0
-    return (end - begin) * r.block_tokens - (r.short[run] if end == r.length[run] else 0)
+    return (end - begin) * r.block_tokens - (r.short[segment] if end == r.length[segment] else 0)
 
 
 @_inlined
@@ -135,19 +137,19 @@ def _next_tier(tier, r):
 
 
 @_compiled
-def _sink(s, r, run, tier, blocks, below):
-    """Move the last blocks of a run's share of a tier to a tier below; 3 drops them."""
-    end = s.marks[run, tier + 1]
+def _sink(s, r, segment, tier, blocks, below):
+    """Move the last blocks of a segment's share of a tier to a tier below; 3 drops them."""
+    end = s.marks[segment, tier + 1]
     begin = end - blocks
-    tokens = _tokens(run, begin, end, r)
+    tokens = _tokens(segment, begin, end, r)
     _hold(s, tier, -blocks, -tokens)
     s.moved[tier, below] += tokens
     if below < 3:
-        if r.capacity[below] > 0 and s.marks[run, below] == s.marks[run, below + 1]:
-            _push(s, below, r.key[run], r.mirror[run])
+        if r.capacity[below] > 0 and s.marks[segment, below] == s.marks[segment, below + 1]:
+            _push(s, below, r.key[segment], r.mirror[segment])
         _hold(s, below, blocks, tokens)
     for k in range(tier + 1, min(below, 3) + 1):  # no blocks are between the two tiers
-        s.marks[run, k] = begin
+        s.marks[segment, k] = begin
 
 
 @_compiled
@@ -155,57 +157,57 @@ def _evict(s, r, first):
     """Bring each tier from `first` down to its capacity, hottest tier first."""
     for tier in range(first, 3):
         while 0 < r.capacity[tier] < s.held[0, tier]:
-            run = r.mirror[s.heap[tier, 0]]
-            there = s.marks[run, tier + 1] - s.marks[run, tier]
+            segment = r.mirror[s.heap[tier, 0]]
+            there = s.marks[segment, tier + 1] - s.marks[segment, tier]
             if there <= 0:
                 _pop(s, tier)
                 continue
             over = s.held[0, tier] - r.capacity[tier]
             if over >= there:
                 _pop(s, tier)
-            _sink(s, r, run, tier, min(over, there), _next_tier(tier, r))
+            _sink(s, r, segment, tier, min(over, there), _next_tier(tier, r))
 
 
 @_compiled
 def _expire(s, r, now_s):
     """Let every TTL that passed before `now_s` take effect, in order of time."""
     while s.size[3] > 0 and s.heap_key[3, 0] < now_s:
-        at_s, run = s.heap_key[3, 0], r.mirror[s.heap[3, 0]]
+        at_s, segment = s.heap_key[3, 0], r.mirror[s.heap[3, 0]]
         _pop(s, 3)
-        if s.marks[run, 0] >= s.marks[run, 3]:
+        if s.marks[segment, 0] >= s.marks[segment, 3]:
             continue  # all taken or evicted
         _tick(s, at_s)
         below, next_s = 3, np.inf  # the next rung, and until when
         for tier in range(2, -1, -1):
-            until_s = r.until_s[run, tier]
-            if until_s > at_s and r.capacity[tier] != 0 and tier > r.tier[run]:
+            until_s = r.until_s[segment, tier]
+            if until_s > at_s and r.capacity[tier] != 0 and tier > r.tier[segment]:
                 below, next_s = tier, until_s
         for tier in range(2, -1, -1):
-            there = s.marks[run, tier + 1] - s.marks[run, tier]
-            if there > 0 and r.until_s[run, tier] <= at_s:
-                _sink(s, r, run, tier, there, below)
-        if s.marks[run, 0] < s.marks[run, 3]:
-            _push(s, 3, next_s, r.mirror[run])
+            there = s.marks[segment, tier + 1] - s.marks[segment, tier]
+            if there > 0 and r.until_s[segment, tier] <= at_s:
+                _sink(s, r, segment, tier, there, below)
+        if s.marks[segment, 0] < s.marks[segment, 3]:
+            _push(s, 3, next_s, r.mirror[segment])
         _evict(s, r, 0)
 
 
 @_compiled
-def _take(s, r, run, counts):
-    """Take a run's blocks out of its previous run; counts them by tier."""
+def _take(s, r, piece):
+    """Take a piece's blocks out of the segment they were in; counts them by tier."""
     for tier in range(3):
-        counts[0, tier] = counts[1, tier] = 0
-    counts[0, 3] = r.length[run]
-    old = r.previous[run]
+        s.counts[0, tier] = s.counts[1, tier] = 0
+    s.counts[0, 3] = r.piece_length[piece]
+    old = r.piece_old[piece]
     if old < 0:
         return
-    begin = s.marks[old, 0]
-    end = r.start[run] + r.length[run]
+    begin, end = s.marks[old, 0], r.piece_start[piece] + r.piece_length[piece]
     for tier in range(3):
         stop = min(end, s.marks[old, tier + 1])
         if stop > begin:
             tokens = _tokens(old, begin, stop, r)
-            counts[0, tier], counts[1, tier] = stop - begin, tokens
-            counts[0, 3] -= stop - begin
+            s.counts[0, tier], s.counts[1, tier] = stop - begin, tokens
+            s.counts[0, 3] -= stop - begin
+            s.counts[2, tier] += tokens
             _hold(s, tier, begin - stop, -tokens)
             begin = stop
     for k in range(4):
@@ -213,44 +215,57 @@ def _take(s, r, run, counts):
 
 
 @_compiled
-def _put(s, r, run, counts):
-    """Put a run's blocks into its first tier."""
-    length, tier = r.length[run], r.tier[run]
+def _put(s, r, segment):
+    """Put a segment's blocks into its first tier."""
+    length, tier = r.length[segment], r.tier[segment]
     for k in range(4):
-        s.marks[run, k] = length if k > tier else 0
-    tokens = _tokens(run, 0, length, r)
+        s.marks[segment, k] = length if k > tier else 0
+    tokens = _tokens(segment, 0, length, r)
     _hold(s, tier, length, tokens)
     known = 0
     for source in range(3):
-        s.moved[source, tier] += counts[1, source] if source != tier else 0
-        known += counts[1, source]
+        s.moved[source, tier] += s.counts[2, source] if source != tier else 0
+        known += s.counts[2, source]
     s.moved[3, tier] += max(0, tokens - known)
     if r.capacity[tier] > 0:
-        _push(s, tier, r.key[run], r.mirror[run])
+        _push(s, tier, r.key[segment], r.mirror[segment])
     if len(r.until_s):
-        _push(s, 3, r.until_s[run, tier], r.mirror[run])
+        _push(s, 3, r.until_s[segment, tier], r.mirror[segment])
+
+
+@_compiled
+def _count_hits(s, r, hit_blocks, hit_tokens, request):
+    """Add a piece's resident blocks to the request's hits; returns whether all were."""
+    for tier in range(3):
+        hit_blocks[request, tier] += s.counts[0, tier]
+        hit_tokens[request, tier] += s.counts[0, tier] * r.block_tokens
+    return s.counts[0, 3] == 0
+
+
+@_compiled
+def _deepest(s):
+    """The tier of the last block that the last piece found."""
+    tier = 2
+    while tier > 0 and s.counts[0, tier] == 0:
+        tier -= 1
+    return tier
 
 
 @_compiled
 def replay_requests(s, r, arrival_s, first, last, hit_blocks, hit_tokens):
     """Replay requests [first, last); fills their rows of hits, (requests, 3)."""
-    counts = s.counts
     for request in range(first, last):
         _expire(s, r, arrival_s[request])
         _tick(s, arrival_s[request])
-        begin, end = r.offsets[request], r.offsets[request + 1]
         whole = True  # so far the prefix is resident
-        for run in range(begin, end):
-            _take(s, r, run, counts)
+        for segment in range(r.offsets[request], r.offsets[request + 1]):
+            if r.length[segment] == 0:
+                continue
+            s.counts[2, 0] = s.counts[2, 1] = s.counts[2, 2] = 0
+            for piece in range(r.piece_offsets[segment], r.piece_offsets[segment + 1]):
+                _take(s, r, piece)
+                whole = whole and _count_hits(s, r, hit_blocks, hit_tokens, request)
             if whole:
-                for tier in range(3):
-                    blocks = counts[0, tier]
-                    hit_blocks[request, tier] += blocks
-                    hit_tokens[request, tier] += blocks * r.block_tokens
-                    if blocks:
-                        deepest = tier
-                whole = counts[0, 3] == 0
-                if whole:
-                    hit_tokens[request, deepest] -= r.short[run]
-            _put(s, r, run, counts)
+                hit_tokens[request, _deepest(s)] -= r.short[segment]
+            _put(s, r, segment)
         _evict(s, r, 0)

@@ -106,6 +106,18 @@ class Trace:
             self.blocks > 0, np.clip(self.prompt_tokens - before, 0, self.block_tokens), 0
         )
 
+    def without_tails(self) -> Trace:
+        """Return the trace without the incomplete last blocks of prompts: they are not kept.
+
+        The prompts' tokens stay, so token hit ratios can be compared.
+        """
+        cut = (self.tail_tokens() < self.block_tokens) & (self.blocks > 0)
+        keep = np.ones(self.accesses, bool)
+        keep[self.offsets[1:][cut] - 1] = False
+        ids, unique = _renumber(self.block_ids[keep], self.unique_blocks)
+        offsets = np.concatenate([[0], np.cumsum(self.blocks - cut)])
+        return replace(self, block_ids=ids, offsets=offsets, unique_blocks=unique)
+
     def head(self, requests: int) -> Trace:
         """Return the first requests as a trace of their own."""
         if requests < 0:

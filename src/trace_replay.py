@@ -9,7 +9,6 @@ Both count a prompt's longest resident prefix as its hit.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
@@ -25,7 +24,6 @@ from trace_runs import RunIndex, index_runs
 BLOCK_POLICIES = {"lru": True, "fifo": False}  # name -> whether a hit refreshes
 POLICY_NAMES = (*BLOCK_POLICIES, *POLICIES)
 _CHUNK = 16_384  # requests between two steps of the progress bar
-_MOST_PROMPT_BLOCKS = 2**21
 
 
 def replay(
@@ -52,6 +50,7 @@ def replay(
         Blocks of gpu, or of (gpu, disk, remote): an int is blocks, a float in
         ]0, 1] a share of the trace's unique blocks, None unlimited. With one
         value there is one tier: no ladder, and placement does not matter.
+        ``"infinite"`` has no limit in any case.
     config : HeuristicConfig, optional
         Settings of the TTL policies.
     progress : bool
@@ -74,6 +73,8 @@ def replay(
     """
     blocks = capacities(capacity, trace.trace if isinstance(trace, RunIndex) else trace)
     config = config or HeuristicConfig()
+    if policy == "infinite":
+        blocks = (UNLIMITED,) * 3
     if isinstance(policy, str) and policy in BLOCK_POLICIES:
         trace = trace.trace if isinstance(trace, RunIndex) else trace
         return _replay_blocks(trace, policy, blocks, progress)
@@ -97,28 +98,35 @@ def replay_without_capacity(
     >>> from trace_generator import agent_loops
     >>> index = index_runs(agent_loops(200, seed=1))
     >>> short, long = (
-    ...     replay_without_capacity(index, HeuristicConfig(base_ttl=s)) for s in (40, 4000)
+    ...     replay_without_capacity(index, HeuristicConfig(base_ttl=s), "ttl") for s in (9, 900)
     ... )
     >>> short.token_hit_ratio < long.token_hit_ratio
     True
     """
     index = trace if isinstance(trace, RunIndex) else index_runs(trace)
     plan = _plan(index, policy, config or HeuristicConfig(), metadata)
-    index, trace = plan.index, plan.index.trace
-    hits = _hit_arrays(trace)
-    columns = (index.previous, index.start, index.length, index.short, index.rest, index.request)
-    ttl_s = np.full(index.runs, np.inf) if plan.ttl_s is None else plan.ttl_s
+    segments, trace, hits = plan.segments, plan.index.trace, _hit_arrays(index.trace)
+    columns = (segments.offsets, segments.request, segments.length, segments.short, segments.rest)
+    ttl_s = np.full(segments.count, np.inf) if plan.ttl_s is None else plan.ttl_s
     area, moved = ttl_kernel.replay_ttl(
-        columns,
-        index.offsets,
+        columns + _pieces(segments),
         trace.arrival_s,
-        ttl_s,
+        np.ascontiguousarray(ttl_s, np.float64),
         _tiers(plan, (UNLIMITED,) * 3),
         plan.ladder[1:] if plan.ladder else (0.0, 0.0),
         trace.block_tokens,
         *hits,
     )
     return ReplayResult(trace, _name(policy), (UNLIMITED,) * 3, *hits, area[0], area[1], moved)
+
+
+def _pieces(segments):
+    return (
+        segments.piece_offsets,
+        segments.piece_old,
+        segments.piece_start,
+        segments.piece_length,
+    )
 
 
 def _name(policy):
@@ -130,17 +138,7 @@ def _plan(index, policy, config, metadata):
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICY_NAMES)}, got {policy!r}")
         policy = POLICIES[policy]
-    plan = policy(index, config, **metadata)
-    wanted = (plan.index.runs,)
-    for name in ("key", "ttl_s", "tier"):
-        values = getattr(plan, name)
-        if values is not None and np.shape(values) != wanted:
-            raise ValueError(f"{name} must have shape {wanted}, got {np.shape(values)}")
-    if plan.key is not None and np.isnan(plan.key).any():
-        raise ValueError("key must be numbers, got NaN")
-    if plan.ttl_s is not None and not np.all(plan.ttl_s >= 0):
-        raise ValueError("ttl_s must be >= 0, got a lower value or NaN")
-    return plan
+    return policy(index, config, **metadata)
 
 
 def _hit_arrays(trace):
@@ -149,7 +147,7 @@ def _hit_arrays(trace):
 
 def _tiers(plan, blocks):
     """Return each run's first tier that exists: the wanted one, else colder, else hotter."""
-    wanted = np.zeros(plan.index.runs, np.int8) if plan.tier is None else plan.tier
+    wanted = np.zeros(plan.segments.count, np.int8) if plan.tier is None else plan.tier
     there = [tier for tier in range(3) if blocks[tier] != 0]
     nearest = [min(there, key=lambda t: (t < tier, abs(t - tier))) for tier in range(3)]
     if nearest == [0, 1, 2]:
@@ -158,8 +156,8 @@ def _tiers(plan, blocks):
 
 
 def _replay_plan(plan, name, blocks, progress):
-    index, trace = plan.index, plan.index.trace
-    hits, state = _hit_arrays(trace), tier_kernel.new_state(index.runs)
+    segments, trace = plan.segments, plan.index.trace
+    hits, state = _hit_arrays(trace), tier_kernel.new_state(segments.count)
     result = ReplayResult(trace, name, blocks, *hits, *state.area, state.moved)
     if not any(blocks):
         return result  # no tier at all
@@ -167,24 +165,23 @@ def _replay_plan(plan, name, blocks, progress):
     until_s = np.empty((0, 3))
     if plan.ttl_s is not None:
         ladder = plan.ladder[1:] if plan.ladder else (0.0, 0.0)
-        until_s = ttl_kernel.ladder_deadlines(index.arrival_s, plan.ttl_s, tier, *ladder)
-    key = index.request if plan.key is None else plan.key
-    runs = tier_kernel.Runs(
-        index.offsets,
-        index.previous,
-        index.length,
-        index.short,
-        index.start,
-        index.mirror,
-        np.ascontiguousarray(key, np.float64),
+        ttl_s = np.ascontiguousarray(plan.ttl_s, np.float64)
+        until_s = ttl_kernel.ladder_deadlines(segments.arrival_s, ttl_s, tier, *ladder)
+    work = tier_kernel.Work(
+        segments.offsets,
+        segments.length,
+        segments.short,
+        *_pieces(segments),
+        segments.mirror,
+        np.array(segments.request if plan.key is None else plan.key, np.float64),
         tier,
         until_s,
         np.array(blocks, np.int64),
         trace.block_tokens,
     )
     for first, last in _chunks(trace.requests, progress, name):
-        tier_kernel.replay_requests(state, runs, trace.arrival_s, first, last, *hits)
-    return replace(result, block_seconds=state.area[0], token_seconds=state.area[1])
+        tier_kernel.replay_requests(state, work, trace.arrival_s, first, last, *hits)
+    return result
 
 
 def _replay_blocks(trace, name, blocks, progress):

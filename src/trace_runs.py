@@ -48,7 +48,7 @@ class RunIndex:
     >>> index.request.tolist(), index.length.tolist(), index.previous.tolist()
     ([0, 1, 1, 2, 2], [4, 2, 1, 2, 1], [-1, 0, -1, 1, 0])
     >>> index.access_count.tolist()
-    [0, 1, 0, 2, 1]
+    [0.0, 1.0, 0.0, 2.0, 1.0]
     """
 
     trace: Trace
@@ -70,12 +70,6 @@ class RunIndex:
     def arrival_s(self) -> np.ndarray:
         """Seconds of each run's access, shape (runs,)."""
         return self.trace.arrival_s[self.request]
-
-    @cached_property
-    def mirror(self) -> np.ndarray:
-        """Run -> its place if every request's runs went deepest first; its own inverse."""
-        ends = self.offsets[self.request] + self.offsets[self.request + 1] - 1
-        return (ends - np.arange(self.runs)).astype(np.int32)
 
     @cached_property
     def depth(self) -> np.ndarray:
@@ -106,43 +100,127 @@ class RunIndex:
     @cached_property
     def longest_known(self) -> np.ndarray:
         """Run that ends the longest prefix seen before, by request; -1 if there is none."""
-        known = np.add.reduceat(
-            np.append(self.previous >= 0, False), np.minimum(self.offsets[:-1], self.runs)
-        )
-        known[np.diff(self.offsets) == 0] = 0
+        known = np.concatenate([[0], np.cumsum(self.previous >= 0)])  # known ones come first
+        known = known[self.offsets[1:]] - known[self.offsets[:-1]]
         return np.where(known > 0, self.offsets[:-1] + known - 1, -1)
 
     def metadata(self, per: str = "request") -> dict[str, np.ndarray]:
-        """Return what the heuristics need, by run.
+        """Return what the heuristics need.
 
         Parameters
         ----------
         per : str
-            ``"request"``: of the longest prefix seen before, as the live manager
-            measures it. ``"block"``: each block's own.
+            ``"request"``: of the longest prefix seen before, shape (requests,), as
+            the live manager measures it. ``"block"``: each run's own, shape (runs,).
         """
         if per not in ("request", "block"):
             raise ValueError(f"per must be 'request' or 'block', got {per!r}")
-        names = ("access_count", "seconds_since_access", "time_variance")
+        names = ("access_count", "time_variance", "seconds_since_access")
         values = {name: getattr(self, name) for name in names}
         if per == "block":
             return values
         known = self.longest_known
-        return {name: np.where(known >= 0, v[known], 0.0) for name, v in values.items() if len(v)}
+        return {
+            name: np.where(known >= 0, np.append(v, 0.0)[known], 0.0) for name, v in values.items()
+        }
 
     @cached_property
-    def rest(self) -> np.ndarray:
-        """Blocks of each run that no later request accesses, shape (runs,)."""
-        taken = np.zeros(self.runs, np.int64)
-        known = self.previous >= 0
-        np.add.at(taken, self.previous[known], self.length[known])
-        return (self.length - taken).astype(np.int32)
+    def by_run(self) -> Segments:
+        """The runs as segments, for policies that decide about each."""
+        each = np.arange(self.runs + 1)
+        pieces = (each, self.previous, self.start, self.length)
+        return Segments(self.trace, self.offsets, self.request, self.length, self.short, *pieces)
+
+    @cached_property
+    def by_request(self) -> Segments:
+        """Whole requests as segments, for policies that decide once a request: far fewer."""
+        trace = self.trace
+        columns, piece_offsets = _merge(self.offsets, self.request, self.previous, self.length)
+        short = np.zeros(trace.requests, np.int32)
+        some = trace.blocks > 0
+        short[some] = self.short[self.offsets[1:][some] - 1]
+        requests = np.arange(trace.requests + 1)
+        lengths = trace.blocks.astype(np.int32)
+        return Segments(trace, requests, requests[:-1], lengths, short, piece_offsets, *columns)
 
     def split_by_future(self) -> RunIndex:
         """Return the runs cut where blocks differ in the request that accesses them next."""
         if not self._split:
             self._split.append(_split_by_future(self))
         return self._split[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """What an engine moves as one: blocks with one last access and one decision.
+
+    Parameters
+    ----------
+    trace : Trace
+        Where they are from.
+    offsets, request : numpy.ndarray
+        Each request's segments, (requests + 1,), and each segment's request, (segments,).
+    length, short : numpy.ndarray
+        Shape (segments,): blocks; tokens that the last block lacks.
+    piece_offsets : numpy.ndarray
+        Shape (segments + 1,): each segment's pieces, in the prompt's order.
+    piece_old, piece_start, piece_length : numpy.ndarray
+        Shape (pieces,): the segment that a piece's blocks were in before (-1 =
+        never seen), where in it they begin, and how many they are.
+    """
+
+    trace: Trace
+    offsets: np.ndarray
+    request: np.ndarray
+    length: np.ndarray
+    short: np.ndarray
+    piece_offsets: np.ndarray
+    piece_old: np.ndarray
+    piece_start: np.ndarray
+    piece_length: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """Number of segments."""
+        return len(self.request)
+
+    @cached_property
+    def arrival_s(self) -> np.ndarray:
+        """Seconds of each segment's access, shape (segments,)."""
+        return self.trace.arrival_s[self.request]
+
+    @cached_property
+    def mirror(self) -> np.ndarray:
+        """Segment -> its place if each request's went deepest first; its own inverse."""
+        ends = self.offsets[self.request] + self.offsets[self.request + 1] - 1
+        return (ends - np.arange(self.count)).astype(np.int32)
+
+    @cached_property
+    def rest(self) -> np.ndarray:
+        """Blocks of each segment that no later request accesses, shape (segments,)."""
+        known = self.piece_old >= 0
+        taken = np.bincount(self.piece_old[known], self.piece_length[known], self.count)
+        return (self.length - taken).astype(np.int32)
+
+
+@njit(cache=True)
+def _merge(offsets, request, previous, length):
+    """Join runs that follow each other and came from one request; returns columns, offsets."""
+    columns = np.empty((3, len(request)), np.int32)
+    ends = np.empty(len(offsets), np.int64)
+    piece, ends[0] = -1, 0
+    for r in range(len(offsets) - 1):
+        depth, before = 0, np.int64(-2)
+        for run in range(offsets[r], offsets[r + 1]):
+            old = np.int64(request[previous[run]]) if previous[run] >= 0 else np.int64(-1)
+            if old != before:
+                piece += 1
+                columns[0, piece], columns[1, piece], columns[2, piece] = old, depth, 0
+                before = old
+            columns[2, piece] += length[run]
+            depth += length[run]
+        ends[r + 1] = piece + 1
+    return columns[:, : piece + 1], ends
 
 
 def index_runs(trace: Trace) -> RunIndex:
@@ -235,10 +313,11 @@ def _histories(previous, arrival_s):
 
 def _split_by_future(index):
     """Cut each run into the pieces that later requests take, and the rest."""
-    pieces, rank = _count_pieces(index.previous, index.rest)
+    rest = index.by_run.rest
+    pieces, rank = _count_pieces(index.previous, rest)
     base = np.concatenate([[0], np.cumsum(pieces)])
     columns = np.empty((6, base[-1]), np.int32)
-    _cut(index.request, index.previous, index.length, index.short, base, rank, index.rest, columns)
+    _cut(index.request, index.previous, index.length, index.short, base, rank, rest, columns)
     request, previous, start, length, short, next_request = columns
     next_request[next_request < 0] = index.trace.requests
     offsets = base[index.offsets]

@@ -19,24 +19,24 @@ def _until(at_s, ttl_s, first, tier, disk_factor, remote_factor):
 
 @njit(cache=True)
 def ladder_deadlines(at_s, ttl_s, first, disk_factor, remote_factor):
-    """Return until when each run's blocks may be in gpu, disk, remote; shape (runs, 3), seconds.
+    """Return until when each segment may be in gpu, disk, remote: (segments, 3), seconds.
 
     In the tiers above the first they may not be at all.
     """
     out = np.empty((len(at_s), 3))
-    for run in range(len(at_s)):
+    for at in range(len(at_s)):
         for tier in range(3):
-            if tier < first[run]:
-                out[run, tier] = -np.inf
+            if tier < first[at]:
+                out[at, tier] = -np.inf
             else:
-                out[run, tier] = _until(
-                    at_s[run], ttl_s[run], first[run], tier, disk_factor, remote_factor
+                out[at, tier] = _until(
+                    at_s[at], ttl_s[at], first[at], tier, disk_factor, remote_factor
                 )
     return out
 
 
 @njit(cache=True)
-def _reside(run, blocks, tokens, begin_s, end_s, ttl_s, first, factors, area, moved):
+def _reside(blocks, tokens, begin_s, end_s, ttl_s, first, factors, area, moved):
     """Count the stay of some blocks from their access to `end_s`; returns their tier then."""
     tier, since_s = first, begin_s
     while tier < 3:
@@ -57,58 +57,38 @@ def _reside(run, blocks, tokens, begin_s, end_s, ttl_s, first, factors, area, mo
 
 
 @njit(cache=True)
-def replay_ttl(
-    columns, offsets, arrival_s, ttl_s, first, factors, block_tokens, hit_blocks, hit_tokens
-):
+def replay_ttl(columns, arrival_s, ttl_s, first, factors, block_tokens, hit_blocks, hit_tokens):
     """Fill hits by request and tier, (requests, 3); returns area (2, 3), moved (4, 4).
 
-    Columns are those of RunIndex: previous, start, length, short, rest.
+    Columns are those of Segments; TTL (seconds) and first tier are by segment.
     """
-    previous, start, length, short, rest, request = columns
+    offsets, request, length, short, rest, piece_offsets, piece_old, piece_start, pieces = columns
     area, moved = np.zeros((2, 3)), np.zeros((4, 4), np.int64)
     end_s = arrival_s[-1] if len(arrival_s) else 0.0
     for r in range(len(offsets) - 1):
-        whole = True
-        for run in range(offsets[r], offsets[r + 1]):
-            tokens = length[run] * block_tokens - short[run]
-            old, tier, known = previous[run], 3, 0
-            if old >= 0:
-                to_end = start[run] + length[run] == length[old]
-                known = length[run] * block_tokens - (short[old] if to_end else 0)
-                tier = _reside(
-                    old,
-                    length[run],
-                    known,
-                    arrival_s[request[old]],
-                    arrival_s[r],
-                    ttl_s[old],
-                    first[old],
-                    factors,
-                    area,
-                    moved,
-                )
-            whole = whole and tier < 3
-            if whole:
-                hit_blocks[r, tier] += length[run]
-                hit_tokens[r, tier] += tokens
-            if tier == 3:
-                moved[3, first[run]] += tokens
-            else:
-                moved[3, first[run]] += max(0, tokens - known)
-                if tier != first[run]:
-                    moved[tier, first[run]] += known
-            if rest[run] > 0:
-                left = rest[run] * block_tokens - short[run]
-                _reside(
-                    run,
-                    rest[run],
-                    left,
-                    arrival_s[r],
-                    end_s,
-                    ttl_s[run],
-                    first[run],
-                    factors,
-                    area,
-                    moved,
-                )
+        whole, now_s = True, arrival_s[r]
+        for at in range(offsets[r], offsets[r + 1]):
+            target, stored, tier = first[at], 0, 3
+            for piece in range(piece_offsets[at], piece_offsets[at + 1]):
+                old, blocks, tier = piece_old[piece], pieces[piece], 3
+                tokens = blocks * block_tokens
+                if old >= 0:
+                    to_end = piece_start[piece] + blocks == length[old]
+                    tokens -= short[old] if to_end else 0
+                    since_s = arrival_s[request[old]]
+                    tier = _reside(
+                        blocks, tokens, since_s, now_s, ttl_s[old], first[old], factors, area, moved
+                    )
+                whole = whole and tier < 3
+                if whole:
+                    hit_blocks[r, tier] += blocks
+                    hit_tokens[r, tier] += blocks * block_tokens
+                if tier < 3:
+                    stored += tokens
+                    moved[tier, target] += tokens if tier != target else 0
+            if whole and tier < 3:
+                hit_tokens[r, tier] -= short[at]
+            moved[3, target] += max(0, length[at] * block_tokens - short[at] - stored)
+            left = rest[at] * block_tokens - min(rest[at], 1) * short[at]
+            _reside(rest[at], left, now_s, end_s, ttl_s[at], target, factors, area, moved)
     return area, moved

@@ -42,18 +42,26 @@ def real_or_sample():
     return {name: trace for name, trace in found.items() if trace is not None}
 
 
-def random_trace(seed, requests=60, block_tokens=4, gap_s=5.0, full_tails=False):
-    """Prompts that branch off earlier prompts at random places, with ties in time."""
+def random_trace(seed, requests=60, block_tokens=4, gap_s=5.0):
+    """Prompts that branch off earlier prompts at random places, with ties in time.
+
+    Half of the new prompts end in an incomplete block; what extends such a
+    prompt does not have that block.
+    """
     rng = np.random.default_rng(seed)
-    prompts, arrival_s, tokens, now_s, key = [], [], [], 0.0, 0
+    prompts, arrival_s, tokens, now_s, key, tails = [], [], [], 0.0, 0, {}
     for _ in range(requests):
         old = prompts[rng.integers(len(prompts))] if prompts and rng.random() < 0.8 else []
         kept = old[: rng.integers(len(old) + 1)] if rng.random() < 0.7 else old
         added = int(rng.integers(0, 7))
+        if added and kept and kept[-1] in tails:
+            kept = kept[:-1]
         prompts.append([*kept, *range(key, key + added)])
         key += added
+        if added and rng.random() < 0.5:
+            tails[key - 1] = int(rng.integers(1, block_tokens))
         now_s += 0.0 if rng.random() < 0.2 else float(np.round(rng.exponential(gap_s), 3))
         arrival_s.append(now_s)
-        missing = 0 if full_tails else int(rng.integers(0, block_tokens))
-        tokens.append(max(0, len(prompts[-1]) * block_tokens - missing))
+        short = tails.get(prompts[-1][-1], block_tokens) if prompts[-1] else block_tokens
+        tokens.append(len(prompts[-1]) * block_tokens - (block_tokens - short))
     return make_trace(prompts, arrival_s, tokens, block_tokens)

@@ -1,0 +1,158 @@
+"""`make replay TRACE= POLICY= CAPACITY=`: one policy on one trace; ends with one line of JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+
+from baseline_policies import BASELINES, replay_baseline
+from caching_heuristics import TIERS, HeuristicConfig
+from replay_result import ReplayResult
+from trace_formats import FORMATS, SESSIONS_PER_HOUR
+from trace_readers import read_trace
+from trace_replay import POLICY_NAMES, replay
+
+CACHE_DIR = "data/trace_cache"
+SAMPLE = "data/sample_trace.jsonl.gz"
+
+
+def parse_capacity(text: str):
+    """Return a capacity for `replay` from a command line.
+
+    Examples
+    --------
+    >>> parse_capacity("0.05"), parse_capacity("4096"), parse_capacity("0.01,0.1,unlimited")
+    (0.05, 4096, (0.01, 0.1, None))
+    """
+    parts = [_one_capacity(part.strip()) for part in text.split(",")]
+    if len(parts) not in (1, len(TIERS)):
+        raise ValueError(f"CAPACITY must be one value or gpu,disk,remote, got {text!r}")
+    return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def _one_capacity(text):
+    if text in ("", "unlimited"):
+        return None
+    try:
+        return float(text) if "." in text or "e" in text else int(text)
+    except ValueError:
+        wanted = "blocks, a share such as 0.05, or unlimited"
+        raise ValueError(f"CAPACITY must be {wanted}, got {text!r}") from None
+
+
+def parse_settings(pairs: Sequence[str]) -> HeuristicConfig:
+    """Return settings from ``name=value`` words.
+
+    Examples
+    --------
+    >>> parse_settings(["base_ttl=300", "gamma=0"]).base_ttl
+    300.0
+    """
+    names = {field.name for field in fields(HeuristicConfig)}
+    values = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if name not in names:
+            raise ValueError(f"SET must name one of {', '.join(sorted(names))}, got {pair!r}")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise ValueError(f"{name} must be a number, got {value!r}") from None
+    return HeuristicConfig(**values)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Replay and print; returns the exit status."""
+    options = _options(argv)
+    try:
+        figures = _run(options)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    print(json.dumps(figures))
+    return 0
+
+
+def _options(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trace", default=SAMPLE, help="file or folder")
+    parser.add_argument("--format", choices=list(FORMATS), help="default: found from the content")
+    parser.add_argument("--policy", default="lru", help=", ".join((*POLICY_NAMES, *BASELINES)))
+    parser.add_argument("--capacity", default="", help="blocks or a share; or gpu,disk,remote")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", dest="settings")
+    parser.add_argument("--per", choices=("request", "block"), help="of the heuristics' decisions")
+    parser.add_argument("--skip-bad", action="store_true", help="skip and count bad lines")
+    parser.add_argument("--seed", type=int, default=0, help="of overlaid sessions")
+    parser.add_argument("--sessions-per-hour", type=float, default=SESSIONS_PER_HOUR)
+    parser.add_argument("--max-sessions", type=int)
+    parser.add_argument("--block-tokens", type=int)
+    parser.add_argument("--cache-dir", default=CACHE_DIR, help="compact copies; empty = none")
+    return parser.parse_args(argv)
+
+
+def _run(options):
+    capacity, config = parse_capacity(options.capacity), parse_settings(options.settings)
+    known = (*POLICY_NAMES, *BASELINES)
+    if options.policy not in known:
+        raise ValueError(f"POLICY must be one of {', '.join(known)}, got {options.policy!r}")
+    start_s = time.perf_counter()
+    trace = read_trace(
+        options.trace,
+        options.format,
+        cache_dir=options.cache_dir or None,
+        skip_bad=options.skip_bad,
+        progress=True,
+        seed=options.seed,
+        sessions_per_hour=options.sessions_per_hour,
+        max_sessions=options.max_sessions,
+        block_tokens=options.block_tokens,
+    )
+    read_s = time.perf_counter() - start_s
+    print(f"{trace.name}: {trace}", file=sys.stderr)
+    metadata = {"per": options.per} if options.per and "heuristic" in options.policy else {}
+    if options.policy in BASELINES:
+        result = replay_baseline(trace, options.policy, capacity)
+    else:
+        result = replay(trace, options.policy, capacity, config, progress=True, **metadata)
+    replay_s = time.perf_counter() - start_s - read_s
+    print(describe(result), file=sys.stderr)
+    settings = config.to_dict() if options.policy in ("ttl", *_HEURISTICS) else {}
+    extra = {"settings": settings, "skipped_lines": trace.skipped_lines}
+    return without_nan(result.to_dict()) | extra | {"read_s": read_s, "replay_s": replay_s}
+
+
+_HEURISTICS = ("heuristic", "heuristic_order")
+
+
+def without_nan(value):
+    """Return a value in which what is not known (NaN) is None, as JSON wants it."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return None if value != value else value
+
+
+def describe(result: ReplayResult) -> str:
+    """Return a replay's figures for a reader."""
+    share = result.hit_tokens.sum(axis=0) / max(1, result.trace.prompt_tokens.sum(dtype=int))
+    hours = result.block_seconds / 3600
+    lines = [
+        f"{result.policy}: {result.block_hit_ratio:.4f} of blocks hit,"
+        f" {result.token_hit_ratio:.4f} of tokens"
+    ]
+    for code, tier in enumerate(TIERS):
+        if result.capacity_blocks[code] != 0:
+            lines.append(
+                f"  {tier:6} {share[code]:7.2%} of tokens, {hours[code]:12.1f} block-hours kept"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
