@@ -1,0 +1,272 @@
+"""The explorer's replay tab: choose a trace, move the sliders, see what would have been.
+
+`replay_view` is the plain function behind it: settings in, figures and a picture out.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from caching_heuristics import TIERS, HeuristicConfig
+from decision_plots import TIER_COLOURS
+from replay_plots import POLICY_STYLES
+from replay_result import ReplayResult
+from replay_tables import at_same_memory, mean_blocks_held
+from tier_costs import TierCosts, result_costs
+from trace_data import Trace
+from trace_readers import read_trace
+from trace_replay import replay, replay_without_capacity
+from trace_runs import RunIndex, index_runs
+
+# Slider -> (lowest, highest, step, whether logarithmic: then the ends are powers of ten).
+SLIDERS = {
+    "base_ttl": (0.0, 5.0, 0.05, True),
+    "min_ttl": (-1.0, 3.0, 0.1, True),
+    "alpha": (0.0, 2.0, 0.05, False),
+    "gamma": (0.0, 1.0, 0.05, False),
+    "recent_seconds": (0.0, 5.0, 0.05, True),
+    "variance_threshold": (0.0, 1.0, 0.05, False),
+    "disk_ttl_factor": (-1.0, 2.0, 0.05, True),
+    "remote_ttl_factor": (-1.0, 2.0, 0.05, True),
+}
+_CURVE_SHARES = np.geomspace(0.002, 1.0, 12)  # of unique blocks
+
+
+_DATA = Path(__file__).resolve().parents[1] / "data"
+
+
+def traces_at_hand(sessions: int = 40, cache_dir: str | Path | None = None) -> dict[str, Trace]:
+    """Return traces by name: real ones under ``KV_TRACE_DIR``, and the sample of this kit.
+
+    Parameters
+    ----------
+    sessions : int
+        Agentic sessions that are overlaid, at 30 an hour.
+    cache_dir : path, optional
+        Of compact copies; default ``data/trace_cache``.
+    """
+    home, found = os.environ.get("KV_TRACE_DIR"), {}
+    options = {"cache_dir": cache_dir or _DATA / "trace_cache"}
+    conversation = Path(home or "") / "mooncake" / "conversation_trace.jsonl"
+    agentic = Path(home or "") / "weka-agentic"
+    if home and conversation.exists():
+        found["conversation"] = read_trace(conversation, **options)
+    if home and agentic.is_dir():
+        found["agentic"] = read_trace(agentic, max_sessions=sessions, **options)
+    return found | {"sample": read_trace(_DATA / "sample_trace.jsonl.gz")}
+
+
+@dataclass(frozen=True, eq=False)
+class ReplayView:
+    """One setting's replay, its peers at the same memory, and costs."""
+
+    result: ReplayResult
+    peers: dict[str, ReplayResult]
+    costs: dict[str, float]
+
+    def summary(self) -> dict[str, float]:
+        """Return the figures that the tab shows."""
+        hours = self.result.block_seconds / 3600
+        return {
+            "token_hit_ratio": self.result.token_hit_ratio,
+            "block_hit_ratio": self.result.block_hit_ratio,
+            "recency_token_hit_ratio": self.peers["recency"].token_hit_ratio,
+            "optimal_token_hit_ratio": self.peers["optimal"].token_hit_ratio,
+            "mean_blocks_held": mean_blocks_held(self.result),
+            **{f"block_hours_{tier}": float(h) for tier, h in zip(TIERS, hours)},
+            **{name: self.costs[name] for name in ("ttft_p50_s", "ttft_mean_s", "speedup")},
+        }
+
+
+def replay_view(
+    index: RunIndex,
+    config: HeuristicConfig | None = None,
+    perplexity: float | None = None,
+    costs: TierCosts | None = None,
+) -> ReplayView:
+    """Replay one setting without capacity, and recency and optimum at its memory.
+
+    Examples
+    --------
+    >>> from trace_generator import agent_loops
+    >>> view = replay_view(index_runs(agent_loops(200)), HeuristicConfig(base_ttl=60))
+    >>> 0 < view.summary()["token_hit_ratio"] <= 1
+    True
+    """
+    result = replay_without_capacity(index, config, perplexity=perplexity)
+    return ReplayView(result, at_same_memory(index, result), result_costs(result, costs))
+
+
+class ReplayPicture:
+    """A figure that is drawn once and then only updated: hits against memory, and tiers.
+
+    Parameters
+    ----------
+    index : RunIndex
+        The trace; its curves of recency and optimum are replayed once.
+    """
+
+    def __init__(self, index: RunIndex) -> None:
+        self.index = index
+        self.figure = Figure(figsize=(9.5, 3.8), dpi=90, layout="constrained")
+        FigureCanvasAgg(self.figure)
+        self._hits, self._tiers = self.figure.subplots(1, 2, width_ratios=[3, 2])
+        self._draw_curves()
+        self._draw_tiers()
+        self.figure.draw_without_rendering()
+        self.figure.set_layout_engine("none")  # laying out again would take half of a step
+
+    def _draw_curves(self):
+        axes = self._hits
+        for name in ("optimal", "recency"):
+            ratios = [replay(self.index, name, s).token_hit_ratio for s in _CURVE_SHARES.tolist()]
+            colour, dash = POLICY_STYLES[name]
+            axes.plot(_CURVE_SHARES, ratios, dash, color=colour, label=name)
+        axes.set(xscale="log", xlim=(0.002, 1.2), ylim=(0, 1.02))
+        axes.set(xlabel="blocks held on average, share of unique", ylabel="token hit ratio")
+        (self._now,) = axes.plot([], [], "*", color="#D55E00", ms=15, label="these settings")
+        (self._same,) = axes.plot([], [], "o", color="#0072B2", ms=6, label="at the same memory")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8, loc="upper left")
+
+    def _draw_tiers(self):
+        axes, places = self._tiers, range(len(TIERS))
+        colours = [TIER_COLOURS[tier] for tier in TIERS]
+        self._served = axes.bar([p - 0.2 for p in places], [0] * 3, 0.38, color=colours)
+        self._held = axes.bar(
+            [p + 0.2 for p in places], [0] * 3, 0.38, color=colours, alpha=0.4, hatch="//"
+        )
+        axes.set(ylim=(0, 1), ylabel="share")
+        axes.set_xticks(list(places), TIERS)
+        handles = [self._served[0], self._held[0]]
+        axes.legend(handles, ["tokens served", "memory-time"], frameon=False, fontsize=8)
+        for each in (axes, self._hits):
+            each.spines[["top", "right"]].set_visible(False)
+
+    def update(self, view: ReplayView) -> None:
+        """Move the marks and bars to another setting."""
+        unique = max(self.index.trace.unique_blocks, 1)
+        share = mean_blocks_held(view.result) / unique
+        peers = [view.peers[name].token_hit_ratio for name in ("recency", "optimal")]
+        self._now.set_data([share], [view.result.token_hit_ratio])
+        self._same.set_data([share, share], peers)
+        prompts = max(1, int(view.result.trace.prompt_tokens.sum(dtype=np.int64)))
+        held = view.result.block_seconds / max(view.result.block_seconds.sum(), 1e-9)
+        served = view.result.hit_tokens.sum(axis=0) / prompts
+        for bars, heights in ((self._served, served), (self._held, held)):
+            for bar, height in zip(bars, heights):
+                bar.set_height(height)
+
+    def png(self) -> bytes:
+        """Return the picture."""
+        buffer = io.BytesIO()
+        self.figure.canvas.print_png(buffer, pil_kwargs={"compress_level": 1})
+        return buffer.getvalue()
+
+
+class ReplayTab:
+    """The widgets: sliders, a picture, a line of figures, export.
+
+    Parameters
+    ----------
+    traces : mapping of str to Trace
+        What can be chosen, by name.
+    config : HeuristicConfig, optional
+        Where the sliders start.
+    costs : TierCosts, optional
+        Of the estimated TTFT.
+    folder : path
+        Where exports go.
+    """
+
+    def __init__(
+        self,
+        traces: Mapping[str, Trace],
+        config: HeuristicConfig | None = None,
+        costs: TierCosts | None = None,
+        folder: str | Path = "data/exports",
+    ) -> None:
+        import ipywidgets as widgets
+
+        if not traces:
+            raise ValueError("traces must name at least one trace, got none")
+        self.config, self.costs, self.folder = config or HeuristicConfig(), costs, Path(folder)
+        self._traces, self._pictures = dict(traces), {}
+        self.trace = widgets.Dropdown(options=list(traces), description="trace")
+        self.sliders = {name: _slider(name, getattr(self.config, name)) for name in SLIDERS}
+        self.perplexity = widgets.FloatSlider(
+            30.0, min=1.0, max=100.0, step=1.0, description="perplexity", continuous_update=True
+        )
+        self.has_perplexity = widgets.Checkbox(False, description="give all prompts a perplexity")
+        self.image = widgets.Image(format="png")
+        self.figures = widgets.HTML()
+        self.export_button = widgets.Button(description="Export picture and CSV")
+        self.export_button.on_click(lambda _: self.export())
+        for widget in (self.trace, self.perplexity, self.has_perplexity, *self.sliders.values()):
+            widget.observe(self._changed, "value")
+        controls = [self.trace, *self.sliders.values(), self.has_perplexity, self.perplexity]
+        shown = widgets.VBox([self.image, self.figures, self.export_button])
+        self.widget = widgets.HBox([widgets.VBox(controls), shown])
+        self._changed(None)
+
+    def settings(self) -> HeuristicConfig:
+        """Return what the sliders say; a lower limit above an upper one gives way."""
+        values = {name: slider.value for name, slider in self.sliders.items()}
+        values["min_ttl"] = min(values["min_ttl"], self.config.max_ttl)
+        return replace(self.config, **values)
+
+    def _changed(self, change):
+        perplexity = self.perplexity.value if self.has_perplexity.value else None
+        picture = self._picture()
+        self.view = replay_view(picture.index, self.settings(), perplexity, self.costs)
+        picture.update(self.view)
+        self.image.value = picture.png()
+        self.figures.value = readout(self.view)
+
+    def _picture(self):
+        name = self.trace.value
+        if name not in self._pictures:
+            self._pictures[name] = ReplayPicture(index_runs(self._traces[name]))
+        return self._pictures[name]
+
+    def export(self) -> list[Path]:
+        """Write the picture, and the figures with all settings as CSV; returns the files."""
+        import pandas as pd
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        paths = [self.folder / "replay.png", self.folder / "replay.csv"]
+        paths[0].write_bytes(self.image.value)
+        row = {"trace": self.trace.value, **self.settings().to_dict(), **self.view.summary()}
+        pd.DataFrame([row]).to_csv(paths[1], index=False)
+        return paths
+
+
+def _slider(name, value):
+    import ipywidgets as widgets
+
+    low, high, step, logarithmic = SLIDERS[name]
+    kind = widgets.FloatLogSlider if logarithmic else widgets.FloatSlider
+    label = {"description": name, "style": {"description_width": "9em"}}
+    if logarithmic:
+        value = min(max(value, 10**low), 10**high)
+    return kind(value, min=low, max=high, step=step, readout_format=".3g", **label)
+
+
+def readout(view: ReplayView) -> str:
+    """Return the figures of a setting as a line of HTML."""
+    values = view.summary()
+    return (
+        f"<b>{values['token_hit_ratio']:.1%}</b> of tokens hit; with the same memory recency"
+        f" {values['recency_token_hit_ratio']:.1%}, optimum"
+        f" {values['optimal_token_hit_ratio']:.1%}. Held on average:"
+        f" {values['mean_blocks_held']:,.0f} blocks. TTFT, estimated: median"
+        f" {values['ttft_p50_s']:.2f} s, {values['speedup']:.2f} times faster than no cache."
+    )

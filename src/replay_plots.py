@@ -1,0 +1,108 @@
+"""Figures of replays: plain functions from results and tables to a matplotlib figure."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from caching_heuristics import TIERS
+from decision_plots import TIER_COLOURS
+from replay_result import ReplayResult
+from replay_tables import mean_blocks_held
+
+# Okabe and Ito's colours; what is not named here is grey.
+POLICY_STYLES = {
+    "optimal": ("#000000", "-"),
+    "heuristic_order": ("#D55E00", "-"),
+    "heuristic": ("#E69F00", "-"),
+    "ttl": ("#CC79A7", "-"),
+    "recency": ("#0072B2", "-"),
+    "lru": ("#56B4E9", "--"),
+    "fifo": ("#009E73", "--"),
+}
+
+
+def plot_policies(table: pd.DataFrame, value: str = "token_hit_ratio") -> Figure:
+    """Draw a `policy_table`: hits against capacity, a line a policy, named at its end."""
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    axes = figure.subplots()
+    for policy, rows in table.groupby("policy", sort=False):
+        colour, dash = POLICY_STYLES.get(policy, ("#999999", ":"))
+        known = policy in POLICY_STYLES or policy == "infinite"
+        axes.plot(
+            rows["share"],
+            rows[value],
+            dash,
+            color=colour,
+            marker="o" if known else ".",
+            markersize=4,
+            linewidth=1.8 if known else 1.0,
+            label=policy,
+        )
+    axes.set(xscale="log", xlabel="capacity, share of unique blocks", ylabel=_words(value))
+    axes.set_xticks(sorted(table["share"].unique()), minor=False)
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_ylim(bottom=0)
+    _finish(axes)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def plot_trade_off(sweep: pd.DataFrame, result: ReplayResult | None = None) -> Figure:
+    """Draw a `trade_off` sweep: hits against the memory that they took.
+
+    Parameters
+    ----------
+    sweep : pandas.DataFrame
+        Of `replay_tables.trade_off`.
+    result : ReplayResult, optional
+        One setting more, drawn as a star.
+    """
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for name, column in (
+        ("optimal", "share_held"),
+        ("heuristic", "share_held"),
+        ("ttl", "ttl_share_held"),
+        ("recency", "share_held"),
+    ):
+        colour, dash = POLICY_STYLES[name]
+        axes.plot(sweep[column], sweep[name], dash, color=colour, marker="o", ms=4, label=name)
+    if result is not None:
+        share = mean_blocks_held(result) / max(result.trace.unique_blocks, 1)
+        axes.plot([share], [result.token_hit_ratio], "*", color="#D55E00", ms=15, label="now")
+    axes.set(
+        xscale="log",
+        xlabel="blocks held on average, share of unique blocks",
+        ylabel="token hit ratio",
+    )
+    axes.set_ylim(bottom=0)
+    _finish(axes)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_over_time(result: ReplayResult, step_s: float = 60.0) -> Figure:
+    """Draw the share of prompt tokens that each tier served, over time."""
+    frame = result.over_time(step_s)
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    axes = figure.subplots()
+    prompts = frame["prompt_tokens"].clip(lower=1)
+    shares = [frame[f"hit_tokens_{tier}"] / prompts for tier in TIERS]
+    colours = [TIER_COLOURS[tier] for tier in TIERS]
+    axes.stackplot(frame.index, shares, labels=TIERS, colors=colours)
+    axes.set(xlabel="seconds", ylabel="share of prompt tokens", ylim=(0, 1))
+    _finish(axes)
+    axes.legend(frameon=False, ncols=3, fontsize=8, loc="upper right")
+    return figure
+
+
+def _words(name):
+    return name.replace("_", " ").removesuffix(" s") + (" (s)" if name.endswith("_s") else "")
+
+
+def _finish(axes):
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,146 @@
+"""Tables of replays: all policies at several capacities, and memory against hits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from baseline_policies import BASELINES, replay_baseline
+from caching_heuristics import HeuristicConfig
+from replay_result import ReplayResult
+from tier_costs import TierCosts, result_costs
+from trace_data import Trace
+from trace_replay import POLICY_NAMES, replay, replay_without_capacity
+from trace_runs import RunIndex, index_runs
+
+SHARES = (0.01, 0.02, 0.05, 0.10, 0.20, 0.50)  # of a trace's unique blocks
+
+
+def policy_table(
+    trace: Trace | RunIndex,
+    shares: Sequence[float] = SHARES,
+    policies: Sequence[str] = (*POLICY_NAMES, *BASELINES),
+    config: HeuristicConfig | None = None,
+    costs: TierCosts | None = None,
+    since_s: float = 0.0,
+) -> pd.DataFrame:
+    """Replay every policy at every capacity, in one tier.
+
+    Parameters
+    ----------
+    trace : Trace or RunIndex
+        What to replay.
+    shares : sequence of float
+        Capacities, as shares ]0, 1] of the unique blocks.
+    policies : sequence of str
+        Names of `trace_replay.POLICY_NAMES` and `baseline_policies.BASELINES`.
+    config, costs
+        Settings of the TTL policies; of the estimated TTFT.
+    since_s : float
+        Requests before this second warm the caches up and do not count in the ratios.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row a policy and share: policy, share, capacity_blocks,
+        block_hit_ratio, token_hit_ratio, ttft_p50_s, ttft_mean_s, speedup,
+        mean_blocks_held (NaN where the policy does not say).
+
+    Examples
+    --------
+    >>> from trace_generator import agent_loops
+    >>> table = policy_table(agent_loops(50), (0.1, 0.5), ("lru", "optimal"))
+    >>> table.shape
+    (4, 9)
+    """
+    index = trace if isinstance(trace, RunIndex) else index_runs(trace)
+    rows = []
+    for policy in policies:
+        for share in shares:
+            if policy in BASELINES:
+                result = replay_baseline(index.trace, policy, share)
+            else:
+                result = replay(index, policy, share, config)
+            rows.append({"policy": policy, "share": share, **_row(result, costs, since_s)})
+    return pd.DataFrame(rows)
+
+
+def _row(result, costs, since_s):
+    priced = result_costs(result, costs)
+    return {
+        "capacity_blocks": result.capacity_blocks[0],
+        **result.since(since_s),
+        **{name: priced[name] for name in ("ttft_p50_s", "ttft_mean_s", "speedup")},
+        "mean_blocks_held": mean_blocks_held(result),
+    }
+
+
+def mean_blocks_held(result: ReplayResult) -> float:
+    """Return the blocks that all tiers held on average over the trace's time."""
+    span_s = result.trace.span_s
+    return float(result.block_seconds.sum() / span_s) if span_s else 0.0
+
+
+def at_same_memory(index: RunIndex, result: ReplayResult) -> dict[str, ReplayResult]:
+    """Replay recency and the optimum with as much memory as a result held on average."""
+    blocks = max(1, round(mean_blocks_held(result)))
+    return {name: replay(index, name, blocks) for name in ("recency", "optimal")}
+
+
+def trade_off(
+    index: RunIndex,
+    config: HeuristicConfig | None = None,
+    base_ttls_s: Sequence[float] = (3, 10, 30, 100, 300, 1_000, 3_600, 10_000),
+) -> pd.DataFrame:
+    """Sweep the base TTL: memory held and hits, beside recency and optimum at that memory.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row a base TTL: base_ttl_s, mean_blocks_held, share_held (of unique
+        blocks), and token hit ratios of heuristic, ttl, recency and optimal. The
+        plain ``ttl`` has a memory of its own, ``ttl_share_held``.
+    """
+    config, rows = config or HeuristicConfig(), []
+    for base_s in base_ttls_s:
+        settings = {**config.to_dict(), "base_ttl": base_s}
+        settings["min_ttl"] = min(config.min_ttl, base_s)
+        changed = HeuristicConfig(**settings)
+        result = replay_without_capacity(index, changed)
+        plain = replay_without_capacity(index, changed, "ttl")
+        same = at_same_memory(index, result)
+        unique = max(index.trace.unique_blocks, 1)
+        rows.append(
+            {
+                "base_ttl_s": base_s,
+                "mean_blocks_held": mean_blocks_held(result),
+                "share_held": mean_blocks_held(result) / unique,
+                "heuristic": result.token_hit_ratio,
+                "ttl_share_held": mean_blocks_held(plain) / unique,
+                "ttl": plain.token_hit_ratio,
+                **{name: other.token_hit_ratio for name, other in same.items()},
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def wide(table: pd.DataFrame, value: str = "token_hit_ratio") -> pd.DataFrame:
+    """Return a policy table, a policy a row and a share a column; best in the middle first."""
+    frame = table.pivot(index="policy", columns="share", values=value)
+    order = np.argsort(-frame.to_numpy()[:, frame.shape[1] // 2], kind="stable")
+    return frame.iloc[order]
+
+
+def export(folder: str | Path, name: str, frame: pd.DataFrame, figure=None) -> list[Path]:
+    """Write a table as CSV and, if given, its figure as PNG; returns the files."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.csv"]
+    frame.to_csv(paths[0], index=False)
+    if figure is not None:
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[1], dpi=150)
+    return paths

@@ -1,0 +1,312 @@
+"""What stands on the replay engines: costs, tables, figures, the tab, the two commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import trace_fixtures as fixtures
+
+import replay_bench
+import replay_command
+from caching_heuristics import HeuristicConfig
+from replay_explorer import (
+    SLIDERS,
+    ReplayPicture,
+    ReplayTab,
+    readout,
+    replay_view,
+    traces_at_hand,
+)
+from replay_plots import plot_over_time, plot_policies, plot_trade_off
+from replay_tables import at_same_memory, export, mean_blocks_held, policy_table, trade_off, wide
+from tier_costs import TierCosts, calibrate, fit_costs, result_costs
+from trace_builder import make_trace
+from trace_generator import agent_loops
+from trace_replay import replay, replay_without_capacity
+from trace_runs import index_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+TRACE = agent_loops(300, seed=5)
+PNG = b"\x89PNG"
+
+
+# --- costs --------------------------------------------------------------------------------
+
+
+def test_default_costs_give_back_what_was_measured():
+    costs = TierCosts()
+    for code, seconds in enumerate((0.76, 0.83, 1.14)):
+        hits = np.zeros(3)
+        hits[code] = 1545
+        assert costs.request_ttft_s(hits, 1545) == pytest.approx(seconds)
+    assert 7.9 <= costs.request_ttft_s([0, 0, 0], 1545) <= 10.9
+
+
+def test_ttft_adds_loads_and_prefill():
+    costs = TierCosts((0.1, 0.2, 0.4), (100.0, 50.0, 10.0), 1.0, 10.0)
+    ttft_s = costs.request_ttft_s([[0, 0, 0], [100, 0, 0], [50, 50, 10]], [20, 100, 120])
+    assert ttft_s.tolist() == pytest.approx([2.0, 1.1, 0.1 + 0.2 + 0.4 + 0.5 + 1.0 + 1.0 + 1.0])
+
+
+def test_costs_of_a_replay_beside_no_cache():
+    costs = TierCosts(price_per_gib_hour=(1.0, 0.0, 0.0), engine_price_per_hour=3600.0)
+    result = replay(TRACE, "recency", 0.3)
+    figures = result_costs(result, costs)
+    assert figures["speedup"] > 1
+    assert figures["price"] == pytest.approx(figures["engine_price"] + figures["memory_price"])
+    mean_s = TRACE.prompt_tokens.sum() / costs.prefill_tokens_per_s
+    assert figures["price_without_cache"] == pytest.approx(mean_s)
+    gib_hours = result.token_seconds[0] * costs.bytes_per_token / 2**30 / 3600
+    assert figures["memory_price"] == pytest.approx(gib_hours)
+    assert result_costs(replay(make_trace([]), "lru"))["speedup"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"latency_s": (0, 0)},
+        {"latency_s": (0, -1, 0)},
+        {"bytes_per_s": (1, 0, 1)},
+        {"prefill_tokens_per_s": 0},
+        {"bytes_per_token": float("nan")},
+        {"engine_price_per_hour": -1},
+    ],
+)
+def test_bad_costs_are_named(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        TierCosts(**bad)
+
+
+def record(prompt_tokens, seconds, **hits):
+    return SimpleNamespace(prompt_tokens=prompt_tokens, generate_s=seconds, hit_tokens=hits)
+
+
+def test_costs_are_fitted_to_records():
+    """Records made from known costs give those costs back."""
+    true = TierCosts((0.1, 0.2, 0.3), (4e6, 2e6, 1e6), 1000.0, 100.0)
+    records = [record(n, n / 100.0) for n in (50, 200, 400)]
+    for code, tier in enumerate(("gpu", "disk", "remote")):
+        for n in (64, 256):
+            load_s = true.latency_s[code] + n * 1000.0 / true.bytes_per_s[code]
+            records.append(record(n + 8, load_s + 8 / 100.0, **{tier: n}))
+    records.append(record(100, 55.0, gpu=30, disk=30))  # two tiers: not used
+    fitted = fit_costs(records, TierCosts(bytes_per_token=1000.0))
+    assert fitted.latency_s == pytest.approx(true.latency_s)
+    assert fitted.bytes_per_s == pytest.approx(true.bytes_per_s)
+    assert fitted.prefill_tokens_per_s == pytest.approx(100.0)
+
+
+def test_what_cannot_be_fitted_keeps_its_default():
+    start = TierCosts()
+    assert fit_costs([], start) == start
+    faster_when_longer = [record(10, 1.0, gpu=10), record(20, 0.5, gpu=20)]
+    assert fit_costs(faster_when_longer, start).latency_s[0] == pytest.approx(0.75, rel=0.3)
+
+
+def test_calibrate_measures_the_running_stack(stack, llm):
+    from run_session import managed
+
+    cache = managed(stack, llm)
+    try:
+        costs = calibrate(cache, repeats=2, bytes_per_token=1024.0)
+        served = {tier for r in cache.records for tier, n in r.hit_tokens.items() if n}
+    finally:
+        cache.close()
+    assert served == {"gpu", "disk", "remote"}
+    assert costs.prefill_tokens_per_s != TierCosts().prefill_tokens_per_s
+    assert all(0 <= s < 5 for s in costs.latency_s)
+    with pytest.raises(ValueError, match="words must be"):
+        calibrate(cache, words=(5, 5))
+
+
+# --- tables and figures -------------------------------------------------------------------
+
+
+def test_policy_table_holds_what_replays_give(tmp_path):
+    table = policy_table(TRACE, (0.05, 0.5), ("lru", "heuristic", "optimal", "Belady"))
+    assert table.shape == (8, 9)
+    row = table[(table.policy == "lru") & (table.share == 0.5)].iloc[0]
+    result = replay(TRACE, "lru", 0.5)
+    assert row["token_hit_ratio"] == result.token_hit_ratio
+    assert row["mean_blocks_held"] == mean_blocks_held(result)
+    assert set(wide(table).index[:2]) == {"optimal", "Belady"}
+    paths = export(tmp_path / "new", "policies", table, plot_policies(table))
+    assert paths[0].read_text().startswith("policy,share,capacity_blocks,block_hit_ratio")
+    assert paths[1].read_bytes().startswith(PNG)
+
+
+def test_a_warm_up_does_not_count():
+    table = policy_table(TRACE, (0.5,), ("lru",), since_s=TRACE.span_s / 2)
+    expected = replay(TRACE, "lru", 0.5).since(TRACE.span_s / 2)["token_hit_ratio"]
+    assert table["token_hit_ratio"][0] == expected
+
+
+def test_trade_off_grows_with_the_ttl_and_the_optimum_is_above(tmp_path):
+    sweep = trade_off(index_runs(TRACE), base_ttls_s=(1, 10, 100, 1000))
+    assert np.all(np.diff(sweep["heuristic"]) >= 0)
+    assert np.all(sweep["optimal"] >= sweep["recency"] - 1e-12)
+    result = replay_without_capacity(TRACE, HeuristicConfig(base_ttl=50))
+    plot_trade_off(sweep, result).savefig(tmp_path / "a.png")
+    plot_over_time(result).savefig(tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+
+
+def test_peers_have_the_same_memory():
+    index = index_runs(TRACE)
+    result = replay_without_capacity(index, HeuristicConfig(base_ttl=20))
+    for peer in at_same_memory(index, result).values():
+        assert peer.capacity_blocks[0] == round(mean_blocks_held(result))
+
+
+# --- the tab ------------------------------------------------------------------------------
+
+
+def test_the_tab_follows_its_sliders(tmp_path):
+    tab = ReplayTab({"one": TRACE, "two": fixtures.random_trace(1)}, folder=tmp_path)
+    first, picture = tab.view.summary(), bytes(tab.image.value)
+    assert picture.startswith(PNG)
+    tab.sliders["base_ttl"].value = 3.0
+    tab.sliders["min_ttl"].value = 0.2
+    tab.sliders["disk_ttl_factor"].value = tab.sliders["remote_ttl_factor"].value = 0.1
+    assert tab.view.summary()["token_hit_ratio"] < first["token_hit_ratio"]
+    assert bytes(tab.image.value) != picture
+    assert f"{tab.view.summary()['token_hit_ratio']:.1%}" in tab.figures.value
+    tab.has_perplexity.value = True
+    tab.perplexity.value = 90.0
+    assert tab.view.result.hit_tokens[:, :2].sum() == 0  # cold: all in remote
+    tab.trace.value = "two"
+    assert tab.view.result.trace.requests == 60
+    csv, png = sorted(tab.export())
+    assert csv.read_text().startswith("trace,base_ttl") and png.read_bytes() == tab.image.value
+
+
+def test_every_slider_is_a_setting_and_moves_the_replay():
+    tab = ReplayTab({"one": TRACE}, HeuristicConfig(base_ttl=20, min_ttl=1))
+    assert set(SLIDERS) <= set(HeuristicConfig().to_dict())
+    assert tab.settings().to_dict() == pytest.approx(tab.config.to_dict())
+    for slider in tab.sliders.values():
+        for end in (slider.min, slider.max):
+            slider.value = 10**end if type(slider).__name__ == "FloatLogSlider" else end
+            assert 0 <= tab.view.summary()["token_hit_ratio"] <= 1
+
+
+def test_a_slider_step_takes_at_most_50_ms():
+    """The replay and its peers; the median of the whole conversation trace where it is."""
+    index = index_runs(fixtures.conversation() or agent_loops(6_000, seed=0))
+    seconds = []
+    for base_ttl in (30, 40, 50, 60, 80, 100, 120, 150, 200):
+        start_s = time.perf_counter()
+        replay_without_capacity(index, HeuristicConfig(base_ttl=base_ttl))
+        seconds.append(time.perf_counter() - start_s)
+    assert np.median(seconds) <= 0.05
+
+
+def test_traces_at_hand_are_the_sample_and_those_in_the_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("KV_TRACE_DIR", raising=False)
+    assert list(traces_at_hand(cache_dir=tmp_path)) == ["sample"]
+    (tmp_path / "mooncake").mkdir()
+    line = '{"timestamp": 0, "input_length": 600, "output_length": 9, "hash_ids": [0, 1]}'
+    (tmp_path / "mooncake" / "conversation_trace.jsonl").write_text(line)
+    monkeypatch.setenv("KV_TRACE_DIR", str(tmp_path))
+    assert list(traces_at_hand(cache_dir=tmp_path)) == ["conversation", "sample"]
+
+
+def test_the_plain_functions_work_without_widgets():
+    index = index_runs(TRACE)
+    view = replay_view(index, HeuristicConfig(base_ttl=30))
+    picture = ReplayPicture(index)
+    empty = picture.png()
+    picture.update(view)
+    assert picture.png() != empty and "with the same memory" in readout(view)
+    with pytest.raises(ValueError, match="at least one trace"):
+        ReplayTab({})
+
+
+# --- commands -----------------------------------------------------------------------------
+
+
+def replay_json(capsys, *arguments):
+    assert replay_command.main(["--cache-dir", "", *arguments]) == 0
+    out = capsys.readouterr().out.strip().splitlines()
+    return json.loads(out[-1])
+
+
+@pytest.mark.parametrize(
+    "policy", ["infinite", "lru", "fifo", "ttl", "heuristic", "optimal", "heuristic_order", "ARC"]
+)
+def test_make_replay_ends_with_one_line_of_json(capsys, policy):
+    figures = replay_json(capsys, "--policy", policy, "--capacity", "0.05")
+    sample = fixtures.sample()
+    assert figures["accesses"] == sample.accesses
+    assert figures["unique_blocks"] == sample.unique_blocks
+    assert 0 < figures["block_hit_ratio"] < 1 and 0 < figures["token_hit_ratio"] < 1
+    assert {"hit_blocks", "hit_tokens", "block_seconds", "moved_tokens"} <= set(figures)
+    if policy == "lru":
+        assert figures["block_hit_ratio"] == replay(sample, "lru", 0.05).block_hit_ratio
+
+
+def test_make_replay_takes_tiers_and_settings(capsys):
+    tiers = ["--policy", "heuristic", "--capacity", "50,0.2,unlimited"]
+    figures = replay_json(capsys, *tiers, "--set", "base_ttl=40", "gamma=0")
+    assert figures["capacity_blocks"] == {"gpu": 50, "disk": 259, "remote": None}
+    assert figures["settings"]["base_ttl"] == 40
+    assert figures["hit_tokens"]["disk"] > 0
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--policy", "clock"], "POLICY must be one of"),
+        (["--capacity", "many"], "CAPACITY must be"),
+        (["--capacity", "1,2"], "CAPACITY must be one value"),
+        (["--set", "speed=3"], "SET must name one of"),
+        (["--set", "base_ttl=x"], "base_ttl must be a number"),
+        (["--set", "base_ttl=-1"], "base_ttl must be > 0"),
+        (["--trace", "absent.jsonl"], "there is no trace"),
+    ],
+)
+def test_make_replay_names_what_is_wrong(capsys, arguments, reason):
+    assert replay_command.main(["--cache-dir", "", *arguments]) == 1
+    assert reason in capsys.readouterr().err
+
+
+def test_make_replay_from_the_command_line(tmp_path):
+    """As make calls it, from another folder."""
+    command = [sys.executable, "-m", "replay_command", "--policy", "optimal", "--capacity", "100"]
+    command += ["--trace", str(fixtures.SAMPLE_FILE), "--cache-dir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    for _ in range(2):  # the second time from the compact copy
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["capacity_blocks"]["gpu"] == 100
+    assert len(list(tmp_path.glob("*.npz"))) == 1
+
+
+def test_bench_replay_reports_its_keys(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(replay_bench, "bench_trace", lambda: TRACE)
+    monkeypatch.setattr(replay_bench, "_GROWTH", (10_000, 30_000))
+    arguments = ["--repeats", "1", "--largest", "30000", "--report", str(tmp_path / "r.json")]
+    assert replay_bench.main(arguments) == 0
+    figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    wanted = "ttl_accesses_per_s tiers_accesses_per_s libcachesim_accesses_per_s slider_step_ms"
+    assert set(wanted.split()) <= set(figures)
+    assert figures["lru_hits_equal_libcachesim"] is True
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["growth"] and report["versions"]["libcachesim"] == "0.3.5"
+
+
+def test_the_committed_report_holds_its_goals():
+    report = json.loads((ROOT / "data" / "reports" / "replay.json").read_text())
+    assert report["ttl_accesses_per_s"] >= 50e6 and report["tiers_accesses_per_s"] >= 20e6
+    assert report["slider_step_ms"] <= 50
+    assert [round(row["accesses"] / 1e6) for row in report["growth"]] == [1, 10, 100]
