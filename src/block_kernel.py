@@ -14,107 +14,119 @@ _compiled = njit(cache=True, _nrt=False)
 _inlined = njit(cache=True, _nrt=False, inline="always")
 
 
-@_inlined
-def _unlink(newer, older, at):
-    older[newer[at]] = older[at]
-    newer[older[at]] = newer[at]
+# Columns of a block's row: 16 bytes, so that a block is one cache line, not four.
+_NEWER, _OLDER, _TIER, _TOKENS = 0, 1, 2, 3
+_NONE = 3  # as a tier
 
 
 @_inlined
-def _link(newer, older, at, end):
-    """Put a block at a list's new end; `end` is the list's own place in the ring."""
-    old = older[end]
-    older[end], newer[at] = at, end
-    older[at], newer[old] = old, at
+def _unlink(rows, block):
+    newer, older = rows[block, _NEWER], rows[block, _OLDER]
+    rows[newer, _OLDER] = older
+    rows[older, _NEWER] = newer
 
 
-@njit(cache=True)
-def block_lists(unique):
-    """Return rings of three empty lists over so many blocks: newer, older, tier (3 = none)."""
-    newer, older = np.empty(unique + 3, np.int32), np.empty(unique + 3, np.int32)
+@_inlined
+def _link(rows, block, end):
+    """Put a block at a list's new end; `end` is the list's own row in the ring."""
+    newest = rows[end, _OLDER]
+    rows[end, _OLDER], rows[block, _NEWER] = block, end
+    rows[block, _OLDER], rows[newest, _NEWER] = newest, block
+
+
+def block_rows(sizes):
+    """Return the rows of all blocks, in no tier, and of the ends of three empty lists.
+
+    Sizes are the tokens of each block, shape (unique,); rows are (unique + 3, 4) int32.
+    """
+    unique = len(sizes)
+    rows = np.empty((unique + 3, 4), np.int32)
+    rows[:, _TIER], rows[:unique, _TOKENS] = _NONE, sizes
     for end in range(unique, unique + 3):
-        newer[end], older[end] = end, end
-    return newer, older, np.full(unique, 3, np.int8)
+        rows[end, _NEWER] = rows[end, _OLDER] = end
+    return rows
 
 
 @_compiled
-def replay_blocks(ids, offsets, arrival_s, sizes, lists, capacity, refresh, held, first, last, out):
+def replay_blocks(ids, offsets, arrival_s, rows, capacity, refresh, held, first, last, out):
     """Replay requests [first, last); returns the block-level hits.
 
     Parameters
     ----------
-    sizes : array
-        Tokens of each block.
+    rows : array
+        Of `block_rows`; kept from call to call, as `held` is.
     refresh : bool
         Whether a hit makes a block the newest (LRU) or not (FIFO).
     held : array
-        Shape (2, 3): blocks and tokens in each tier; kept from call to call.
+        Shape (2, 3): blocks and tokens in each tier.
     out : tuple of arrays
         hit_blocks, hit_tokens (requests, 3); area (2, 3); moved (4, 4) tokens.
     """
-    newer, older, tiers = lists
     hit_blocks, hit_tokens, area, moved = out
-    unique, hits = len(tiers), 0
+    gpu, hits = len(rows) - 3, 0
     for r in range(first, last):
         if r > 0:
-            dt = arrival_s[r] - arrival_s[r - 1]
-            for tier in range(3):
-                area[0, tier] += held[0, tier] * dt
-                area[1, tier] += held[1, tier] * dt
+            _tick(area, held, arrival_s[r] - arrival_s[r - 1])
         for at in range(offsets[r], offsets[r + 1]):
-            tier = tiers[ids[at]]
-            if tier == 3:
+            tier = rows[ids[at], _TIER]
+            if tier == _NONE:
                 break
             hit_blocks[r, tier] += 1
-            hit_tokens[r, tier] += sizes[ids[at]]
+            hit_tokens[r, tier] += rows[ids[at], _TOKENS]
         for at in range(offsets[r], offsets[r + 1]):
             block = ids[at]
-            tier = tiers[block]
-            hits += tier < 3
+            tier = rows[block, _TIER]
+            hits += tier < _NONE
             if tier == 0:
                 if refresh:
-                    _unlink(newer, older, block)
-                    _link(newer, older, block, unique)
+                    _unlink(rows, block)
+                    _link(rows, block, gpu)
                 continue
-            if tier < 3:
-                _unlink(newer, older, block)
+            if tier < _NONE:
+                _unlink(rows, block)
                 held[0, tier] -= 1
-                held[1, tier] -= sizes[block]
-            _enter(block, tier, 0, sizes, lists, held, moved)
-            _overflow(sizes, lists, capacity, held, moved)
+                held[1, tier] -= rows[block, _TOKENS]
+            _enter(rows, block, tier, 0, held, moved)
+            _overflow(rows, capacity, held, moved)
     return hits
 
 
 @_inlined
-def _enter(block, source, tier, sizes, lists, held, moved):
-    newer, older, tiers = lists
-    _link(newer, older, block, len(tiers) + tier)
-    tiers[block] = tier
+def _tick(area, held, dt):
+    for tier in range(3):
+        area[0, tier] += held[0, tier] * dt
+        area[1, tier] += held[1, tier] * dt
+
+
+@_inlined
+def _enter(rows, block, source, tier, held, moved):
+    _link(rows, block, len(rows) - 3 + tier)
+    rows[block, _TIER] = tier
     held[0, tier] += 1
-    held[1, tier] += sizes[block]
-    moved[source, tier] += sizes[block]
+    held[1, tier] += rows[block, _TOKENS]
+    moved[source, tier] += rows[block, _TOKENS]
 
 
 @_compiled
-def _overflow(sizes, lists, capacity, held, moved):
+def _overflow(rows, capacity, held, moved):
     """Move the oldest blocks of full tiers down, or drop them."""
-    newer, older, tiers = lists
     for tier in range(3):
         if capacity[tier] < 0:
             return
         while held[0, tier] > capacity[tier]:
-            block = newer[len(tiers) + tier]
-            _unlink(newer, older, block)
+            block = rows[len(rows) - 3 + tier, _NEWER]
+            tokens = rows[block, _TOKENS]
+            _unlink(rows, block)
             held[0, tier] -= 1
-            held[1, tier] -= sizes[block]
+            held[1, tier] -= tokens
             below = tier + 1
-            while below < 3 and capacity[below] == 0:
+            while below < _NONE and capacity[below] == 0:
                 below += 1
-            if below < 3:
-                _enter(block, tier, below, sizes, lists, held, moved)
+            if below < _NONE:
+                _enter(rows, block, tier, below, held, moved)
             else:
-                tiers[block] = 3
-                moved[tier, 3] += sizes[block]
+                rows[block, _TIER] = _NONE
+                moved[tier, _NONE] += tokens
 
 
 @njit(cache=True)

@@ -21,6 +21,7 @@ import numpy as np
 from baseline_policies import BaselineFile
 from caching_heuristics import HeuristicConfig
 from overhead_bench import machine
+from reuse_distances import lru_curve
 from trace_generator import agent_loops, tiled
 from trace_readers import read_trace
 from trace_replay import replay, replay_without_capacity
@@ -29,6 +30,7 @@ from trace_runs import index_runs
 REPORT = Path("data/reports/replay.json")
 GOALS = {"ttl_accesses_per_s": 50e6, "tiers_accesses_per_s": 20e6, "slider_step_ms": 50.0}
 _CAPACITY = 0.05  # of unique blocks
+_CURVE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # capacities of lru_curve, all in one pass
 _TIERS = (0.01, 0.05, 0.2)
 _CONFIG = HeuristicConfig(base_ttl=100)
 _GROWTH = (1_000_000, 10_000_000, 100_000_000)  # accesses
@@ -70,12 +72,16 @@ def engines(trace, repeats: int) -> dict[str, float]:
             "tiers_lru": lambda: replay(trace, "lru", _TIERS),
             "recency": lambda: replay(index, "recency", _CAPACITY),
             "lru": lambda: replay(trace, "lru", _CAPACITY),
+            "lru_curve": lambda: lru_curve(index, _CURVE),
+            "lru_curve_with_index": lambda: lru_curve(trace, _CURVE),
             "heuristic_order": lambda: replay(index, "heuristic_order", _CAPACITY, _CONFIG),
             "optimal": lambda: replay(index, "optimal", _CAPACITY),
             "libcachesim": lambda: file.hits("LRU", _CAPACITY),
         }
         seconds = median_seconds(jobs, repeats)
-        same = replay(trace, "lru", _CAPACITY).block_level_hits == file.hits("LRU", _CAPACITY)
+        theirs = file.hits("LRU", _CAPACITY)
+        same = replay(trace, "lru", _CAPACITY).block_level_hits == theirs
+        same = same and lru_curve(index, [_CAPACITY])["block_level_hits"][0] == theirs
     figures = {f"{name}_accesses_per_s": trace.accesses / s for name, s in seconds.items()}
     theirs = figures["libcachesim_accesses_per_s"]
     names = ("ttl", "ttl_with_index", "tiers", "recency", "lru")
@@ -85,7 +91,7 @@ def engines(trace, repeats: int) -> dict[str, float]:
     return {
         **figures,
         **ratios,
-        "lru_hits_equal_libcachesim": same,
+        "lru_hits_equal_libcachesim": bool(same),
         "slider_step_ms": seconds["ttl"] * 1e3,
         "accesses_per_run": trace.accesses / max(index.runs, 1),
     }
@@ -96,11 +102,8 @@ def growth(sizes=_GROWTH, repeats: int = 3) -> list[dict[str, float]]:
     start = agent_loops(10_000, seed=1, block_tokens=64, system_blocks=16, turn_blocks=3.0)
     rows = []
     for size in sizes:
-        trace = (
-            tiled(start, size)
-            if size > start.accesses
-            else start.head(int(np.searchsorted(start.offsets, size)))
-        )
+        trace = tiled(start, size)
+        trace = trace.head(int(np.searchsorted(trace.offsets, size)))
         index = index_runs(trace)
         jobs = {
             "index": lambda t=trace: index_runs(t),

@@ -130,7 +130,8 @@ class ReplayPicture:
             ratios = [replay(self.index, name, s).token_hit_ratio for s in _CURVE_SHARES.tolist()]
             colour, dash = POLICY_STYLES[name]
             axes.plot(_CURVE_SHARES, ratios, dash, color=colour, label=name)
-        axes.set(xscale="log", xlim=(0.002, 1.2), ylim=(0, 1.02))
+        most = replay(self.index, "infinite").token_hit_ratio
+        axes.set(xscale="log", xlim=(0.002, 1.2), ylim=(0, min(1.02, 1.3 * most + 0.02)))
         axes.set(xlabel="blocks held on average, share of unique", ylabel="token hit ratio")
         (self._now,) = axes.plot([], [], "*", color="#D55E00", ms=15, label="these settings")
         (self._same,) = axes.plot([], [], "o", color="#0072B2", ms=6, label="at the same memory")

@@ -11,7 +11,7 @@ from decision_plots import TIER_COLOURS
 from replay_result import ReplayResult
 from replay_tables import mean_blocks_held
 
-# Okabe and Ito's colours; what is not named here is grey.
+# Okabe and Ito's colours; what is not named here is grey, each with a mark of its own.
 POLICY_STYLES = {
     "optimal": ("#000000", "-"),
     "heuristic_order": ("#D55E00", "-"),
@@ -27,19 +27,14 @@ def plot_policies(table: pd.DataFrame, value: str = "token_hit_ratio") -> Figure
     """Draw a `policy_table`: hits against capacity, a line a policy, named at its end."""
     figure = Figure(figsize=(9, 5.2), layout="constrained")
     axes = figure.subplots()
+    others = iter("xsv^D+<>PX*hd12348" * 3)
     for policy, rows in table.groupby("policy", sort=False):
-        colour, dash = POLICY_STYLES.get(policy, ("#999999", ":"))
-        known = policy in POLICY_STYLES or policy == "infinite"
-        axes.plot(
-            rows["share"],
-            rows[value],
-            dash,
-            color=colour,
-            marker="o" if known else ".",
-            markersize=4,
-            linewidth=1.8 if known else 1.0,
-            label=policy,
-        )
+        if policy in POLICY_STYLES:
+            colour, dash = POLICY_STYLES[policy]
+            style = {"color": colour, "linestyle": dash, "marker": "o", "linewidth": 1.8}
+        else:
+            style = {"color": "#999999", "linestyle": ":", "marker": next(others), "linewidth": 1.0}
+        axes.plot(rows["share"], rows[value], markersize=4, label=policy, **style)
     axes.set(xscale="log", xlabel="capacity, share of unique blocks", ylabel=_words(value))
     axes.set_xticks(sorted(table["share"].unique()), minor=False)
     axes.minorticks_off()

@@ -23,7 +23,7 @@ class State(NamedTuple):
     marks: np.ndarray  # (segments, 4) int32: lo, g, d, m
     heap: np.ndarray  # (4, n) int32: places (see mirror); eviction by tier, then deadlines
     heap_key: np.ndarray  # (4, n) float64
-    size: np.ndarray  # (4,) int64
+    ends: np.ndarray  # (4, 3) int64: where each heap begins and ends; whether it is sorted
     held: np.ndarray  # (2, 3) int64: blocks, tokens in each tier
     area: np.ndarray  # (2, 3) float64: the same x seconds
     moved: np.ndarray  # (4, 4) int64 tokens
@@ -55,7 +55,7 @@ def new_state(segments: int) -> State:
         np.zeros((segments, 4), np.int32),
         np.empty((4, segments + 1), np.int32),
         np.empty((4, segments + 1), np.float64),
-        np.zeros(4, np.int64),
+        np.array([[0, 0, 1]] * 4, np.int64),
         np.zeros((2, 3), np.int64),
         np.zeros((2, 3), np.float64),
         np.zeros((4, 4), np.int64),
@@ -69,11 +69,18 @@ def _before(key, place, other_key, other):
     return key < other_key or (key == other_key and place < other)
 
 
-@_compiled
-def _push(s, which, key, place):
-    keys, places = s.heap_key[which], s.heap[which]
-    at = s.size[which]
-    s.size[which] += 1
+@_inlined
+def _push(keys, places, ends, key, place):
+    if ends[0] == ends[1]:
+        ends[0], ends[1], ends[2] = 0, 0, 1
+    at = ends[1]
+    if ends[2] == 1:
+        if at == 0 or not _before(key, place, keys[at - 1], places[at - 1]):
+            ends[1] = at + 1
+            keys[at], places[at] = key, place
+            return
+        at = _compact(keys, places, ends)
+    ends[1] = at + 1
     while at > 0:
         up = (at - 1) >> 1
         if not _before(key, place, keys[up], places[up]):
@@ -84,10 +91,23 @@ def _push(s, which, key, place):
 
 
 @_compiled
-def _pop(s, which):
-    keys, places = s.heap_key[which], s.heap[which]
-    s.size[which] -= 1
-    n = s.size[which]
+def _compact(keys, places, ends):
+    """Turn a sorted queue into a heap, which it already is but for its place."""
+    size = ends[1] - ends[0]
+    for at in range(size):
+        keys[at], places[at] = keys[ends[0] + at], places[ends[0] + at]
+    ends[0], ends[1], ends[2] = 0, size, 0
+    return size
+
+
+@_inlined
+def _pop(keys, places, ends):
+    """Drop the first entry: keys that came in order are a queue, others a binary heap."""
+    if ends[2]:
+        ends[0] += 1
+        return
+    ends[1] -= 1
+    n = ends[1]
     key, place = keys[n], places[n]
     at = 0
     while True:
@@ -136,7 +156,7 @@ def _next_tier(tier, r):
     return tier
 
 
-@_compiled
+@_inlined
 def _sink(s, r, segment, tier, blocks, below):
     """Move the last blocks of a segment's share of a tier to a tier below; 3 drops them."""
     end = s.marks[segment, tier + 1]
@@ -146,34 +166,36 @@ def _sink(s, r, segment, tier, blocks, below):
     s.moved[tier, below] += tokens
     if below < 3:
         if r.capacity[below] > 0 and s.marks[segment, below] == s.marks[segment, below + 1]:
-            _push(s, below, r.key[segment], r.mirror[segment])
+            _push(
+                s.heap_key[below], s.heap[below], s.ends[below], r.key[segment], r.mirror[segment]
+            )
         _hold(s, below, blocks, tokens)
     for k in range(tier + 1, min(below, 3) + 1):  # no blocks are between the two tiers
         s.marks[segment, k] = begin
 
 
-@_compiled
+@_inlined
 def _evict(s, r, first):
     """Bring each tier from `first` down to its capacity, hottest tier first."""
     for tier in range(first, 3):
         while 0 < r.capacity[tier] < s.held[0, tier]:
-            segment = r.mirror[s.heap[tier, 0]]
+            segment = r.mirror[s.heap[tier, s.ends[tier, 0]]]
             there = s.marks[segment, tier + 1] - s.marks[segment, tier]
             if there <= 0:
-                _pop(s, tier)
+                _pop(s.heap_key[tier], s.heap[tier], s.ends[tier])
                 continue
             over = s.held[0, tier] - r.capacity[tier]
             if over >= there:
-                _pop(s, tier)
+                _pop(s.heap_key[tier], s.heap[tier], s.ends[tier])
             _sink(s, r, segment, tier, min(over, there), _next_tier(tier, r))
 
 
 @_compiled
 def _expire(s, r, now_s):
     """Let every TTL that passed before `now_s` take effect, in order of time."""
-    while s.size[3] > 0 and s.heap_key[3, 0] < now_s:
-        at_s, segment = s.heap_key[3, 0], r.mirror[s.heap[3, 0]]
-        _pop(s, 3)
+    while s.ends[3, 0] < s.ends[3, 1] and s.heap_key[3, s.ends[3, 0]] < now_s:
+        at_s, segment = s.heap_key[3, s.ends[3, 0]], r.mirror[s.heap[3, s.ends[3, 0]]]
+        _pop(s.heap_key[3], s.heap[3], s.ends[3])
         if s.marks[segment, 0] >= s.marks[segment, 3]:
             continue  # all taken or evicted
         _tick(s, at_s)
@@ -187,11 +209,11 @@ def _expire(s, r, now_s):
             if there > 0 and r.until_s[segment, tier] <= at_s:
                 _sink(s, r, segment, tier, there, below)
         if s.marks[segment, 0] < s.marks[segment, 3]:
-            _push(s, 3, next_s, r.mirror[segment])
+            _push(s.heap_key[3], s.heap[3], s.ends[3], next_s, r.mirror[segment])
         _evict(s, r, 0)
 
 
-@_compiled
+@_inlined
 def _take(s, r, piece):
     """Take a piece's blocks out of the segment they were in; counts them by tier."""
     for tier in range(3):
@@ -214,7 +236,7 @@ def _take(s, r, piece):
         s.marks[old, k] = max(end, s.marks[old, k])
 
 
-@_compiled
+@_inlined
 def _put(s, r, segment):
     """Put a segment's blocks into its first tier."""
     length, tier = r.length[segment], r.tier[segment]
@@ -228,12 +250,12 @@ def _put(s, r, segment):
         known += s.counts[2, source]
     s.moved[3, tier] += max(0, tokens - known)
     if r.capacity[tier] > 0:
-        _push(s, tier, r.key[segment], r.mirror[segment])
+        _push(s.heap_key[tier], s.heap[tier], s.ends[tier], r.key[segment], r.mirror[segment])
     if len(r.until_s):
-        _push(s, 3, r.until_s[segment, tier], r.mirror[segment])
+        _push(s.heap_key[3], s.heap[3], s.ends[3], r.until_s[segment, tier], r.mirror[segment])
 
 
-@_compiled
+@_inlined
 def _count_hits(s, r, hit_blocks, hit_tokens, request):
     """Add a piece's resident blocks to the request's hits; returns whether all were."""
     for tier in range(3):
@@ -242,7 +264,7 @@ def _count_hits(s, r, hit_blocks, hit_tokens, request):
     return s.counts[0, 3] == 0
 
 
-@_compiled
+@_inlined
 def _deepest(s):
     """The tier of the last block that the last piece found."""
     tier = 2

@@ -193,8 +193,8 @@ def _replay_blocks(trace, name, blocks, progress):
     sizes = block_kernel.block_sizes(
         trace.block_ids, trace.offsets, trace.tail_tokens(), trace.unique_blocks, trace.block_tokens
     )
-    lists = block_kernel.block_lists(trace.unique_blocks)
-    arrays = (trace.block_ids, trace.offsets, trace.arrival_s, sizes, lists, capacity)
+    rows = block_kernel.block_rows(sizes)
+    arrays = (trace.block_ids, trace.offsets, trace.arrival_s, rows, capacity)
     for first, last in _chunks(trace.requests if any(blocks) else 0, progress, name):
         level_hits += block_kernel.replay_blocks(
             *arrays, BLOCK_POLICIES[name], held, first, last, (*hits, area, moved)

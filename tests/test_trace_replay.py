@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from caching_heuristics import HeuristicConfig
 from replay_plans import POLICIES, Plan, capacities
+from reuse_distances import lru_curve
 from trace_builder import make_trace
 from trace_data import Trace
 from trace_generator import agent_loops
@@ -62,7 +63,7 @@ def test_block_lists_equal_the_naive_replay(policy, capacity):
 numbers = st.sampled_from([0, 1, 2, 3, 5, 8, 13, -1])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.integers(0, 10**6),
     st.tuples(numbers, numbers, numbers).filter(any),
@@ -160,6 +161,24 @@ def test_no_policy_beats_the_optimum(share):
             ratio = replay(index, policy, share, HeuristicConfig(base_ttl=200)).block_hit_ratio
             assert ratio <= best, policy
         assert best <= replay(index, "infinite").block_hit_ratio
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6))
+def test_the_lru_curve_equals_a_replay_at_every_capacity(seed):
+    check_curve(fixtures.random_trace(seed), [0, 1, 2, 3, 5, 8, 20, 50, 1000, None])
+
+
+def test_the_lru_curve_equals_replays_of_real_traces():
+    for trace in fixtures.real_or_sample().values():
+        check_curve(trace, [1, 100, 0.01, 0.05, 0.25, 0.5, 1.0])
+
+
+def check_curve(trace, capacities):
+    curve = lru_curve(trace, capacities)
+    results = [replay(trace, "lru", capacity) for capacity in capacities]
+    for name in ("block_hit_ratio", "token_hit_ratio", "block_level_hits"):
+        assert curve[name].tolist() == [getattr(result, name) for result in results], name
 
 
 # --- runs ---------------------------------------------------------------------------------
