@@ -12,6 +12,7 @@ from dataclasses import fields
 from baseline_policies import BASELINES, replay_baseline
 from caching_heuristics import TIERS, HeuristicConfig
 from replay_result import ReplayResult
+from tier_costs import TierCosts, result_costs
 from trace_formats import FORMATS, SESSIONS_PER_HOUR
 from trace_readers import read_trace
 from trace_replay import POLICY_NAMES, replay
@@ -124,7 +125,17 @@ def _run(options):
     replay_s = time.perf_counter() - start_s - read_s
     print(describe(result), file=sys.stderr)
     settings = config.to_dict() if options.policy in ("ttl", *_HEURISTICS) else {}
-    extra = {"settings": settings, "skipped_lines": trace.skipped_lines}
+    costs = TierCosts()
+    extra = {
+        "moved_bytes": result.moved_bytes(costs.bytes_per_token),
+        **{
+            name: value
+            for name, value in result_costs(result, costs).items()
+            if "price" not in name
+        },
+        "settings": settings,
+        "skipped_lines": trace.skipped_lines,
+    }
     return without_nan(result.to_dict()) | extra | {"read_s": read_s, "replay_s": replay_s}
 
 

@@ -109,6 +109,10 @@ class ReplayResult:
             if self.moved_tokens[i, j]
         }
 
+    def moved_bytes(self, bytes_per_token: float) -> dict[str, float]:
+        """Return `moved` in bytes, for a KV cache of so many bytes a token."""
+        return {way: tokens * bytes_per_token for way, tokens in self.moved().items()}
+
     def to_dict(self) -> dict[str, Any]:
         """Return the headline figures, fit for JSON."""
         by_tier = {

@@ -98,14 +98,14 @@ def _decoded(file, path):
 
 
 @contextmanager
-def progress(source, total, name):
-    """Give a function that counts bytes, or does nothing; shown after a second only."""
+def progress(source, total, name, unit="B"):
+    """Give a function that counts bytes or files, or does nothing; shown after a second only."""
     if not source.progress:
         yield lambda n: None
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc=name, unit="B", unit_scale=True, delay=1) as bar:
+    with tqdm(total=total, desc=name, unit=unit, unit_scale=True, delay=1) as bar:
         yield bar.update
 
 
@@ -269,7 +269,7 @@ def read_weka(path: Path, source: Source) -> TraceBuilder:
         files = [files[i] for i in rng.permutation(len(files))][: source.max_sessions]
     starts_s = np.cumsum(rng.exponential(3600.0 / source.sessions_per_hour, len(files)))
     builder = None
-    with progress(source, len(files), "sessions") as bar:
+    with progress(source, len(files), "reading", " sessions") as bar:
         for session, (file, start_s) in enumerate(zip(files, starts_s)):
             with source.place(file, 1):
                 builder = _add_session(file, session, float(start_s), source, builder)
