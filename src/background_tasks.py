@@ -112,12 +112,14 @@ class Repeater:
         self._task, self._every_s = task, every_s
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
 
     def start(self) -> None:
         """Start, if it has not been started or closed yet."""
-        if self._thread is None and not self._ended.is_set():
-            self._thread = threading.Thread(target=self._run, name="kv-expiry", daemon=True)
-            self._thread.start()
+        with self._starting:  # or two callers would start two threads
+            if self._thread is None and not self._ended.is_set():
+                self._thread = threading.Thread(target=self._run, name="kv-expiry", daemon=True)
+                self._thread.start()
 
     def close(self) -> None:
         """Stop after the call that is under way."""

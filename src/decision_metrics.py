@@ -94,7 +94,7 @@ class DecisionMetrics:
         elif record.kind == "expiry":
             to_tier = record.wanted_tier or "dropped"
             self._add("expiries_total", 1, record.from_tier or "unknown", to_tier)
-        else:
+        elif record.kind == "generation":
             self._observe_generation(record)
         for move in record.moves:
             self._observe_move(move)

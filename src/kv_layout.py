@@ -140,8 +140,8 @@ class BaseController(ABC):
     ) -> dict[str, Any]:
         """Move KV from one tier to another; a copy is deleted only when another was seen.
 
-        After a demotion no copy hotter than the new position is left. A promotion
-        (to gpu) keeps the colder copies: LMCache writes L2 only when KV is first stored.
+        A demotion leaves no hotter copy. A promotion keeps the colder ones, since
+        LMCache writes L2 only when KV is first stored.
 
         Parameters
         ----------
@@ -152,29 +152,26 @@ class BaseController(ABC):
         chunks : iterable of int, optional
             Move only these chunks (indices in prefix order) of `tokens`.
         keys : sequence of str, optional
-            Move the chunks with these keys, in place of `tokens`.
+            In place of `tokens`: the chunks with these keys.
         timeout_s : float, optional
-            How long to wait for the new copy to be seen; 0 = look once.
+            How long to wait until the new copy is seen; 0 = look once.
 
         Returns
         -------
         dict
-            ``status``: ``"done"``, ``"noop"`` (nothing to move), ``"partial"``,
-            ``"timeout"`` (no copy appeared; source kept) or ``"unsupported"``; ``reason``;
-            ``moved_tokens``, ``moved_chunks``; ``skipped`` (reason -> chunks); ``from``,
-            ``to``; ``latency_s``.
+            ``status``: ``"done"``, ``"noop"`` (nothing to move), ``"partial"``, ``"timeout"``
+            (no copy appeared; source kept) or ``"unsupported"``; ``reason``; ``moved_tokens``,
+            ``moved_chunks``; ``skipped`` (reason -> chunks); ``latency_s``.
 
         Raises
         ------
-        ValueError
-            A malformed position; names it and the allowed values.
-        LMCacheUnavailable
-            LMCache does not answer.
+        ValueError, LMCacheUnavailable
+            A malformed position (named with what is allowed); LMCache does not answer.
         """
         start_s = time.perf_counter()
         source = check_position("old_position", old_position)
         target = check_position("new_position", new_position)
-        if keys is not None and not (tokens is None and chunks is None):
+        if keys is not None and (tokens, chunks) != (None, None):
             raise ValueError("give keys, or tokens (and chunks), not both")
         refusal = self._refusal(source, target, tokens)
         if refusal:

@@ -1,7 +1,4 @@
-"""Carries decisions out: claims a prompt's chunks, moves them, and takes expired ones down.
-
-No thread and no clock of its own: `MultiTierCache` calls it under one lock.
-"""
+"""Carries decisions out; no thread and no clock of its own: the manager calls it under a lock."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from typing import Any, NamedTuple
 
 from caching_heuristics import TIER_CODES, TIERS
 from kv_layout import BaseController
+from lmcache_http import LMCacheUnavailable
 from ttl_expiry import ClaimLedger, Step
 
 logger = logging.getLogger(__name__)
@@ -51,7 +49,7 @@ class KVPlacement:
 
     @property
     def unsettled(self) -> int:
-        """Claims whose KV is not yet where it belongs; `sweep` tries them again."""
+        """Claims whose KV is not yet where it belongs."""
         return len(self._unsettled) + len(self._late)
 
     # ---- one decision ------------------------------------------------------------
@@ -83,10 +81,11 @@ class KVPlacement:
         """
         owner = entry["prompt_digest"]
         claim = (entry["wanted_tier"], now_s, entry["ttl_s"])
+        self._late.pop(owner, None)
         try:
             layout = self.controller.layout(tokens)
         except Exception:
-            self._put(self._late, owner, (tokens, claim), _MAX_LATE)
+            self.claim_later(owner, tokens, claim)
             raise
         held = self._without_load_buffers(layout, cached_tokens)
         entry["chunks"], entry["chunk_keys"] = len(held), layout.keys
@@ -94,9 +93,12 @@ class KVPlacement:
         entry["hit_tokens"] = self._hits_by_tier(held, cached_tokens)
         self.ledger.claim(owner, layout.keys, *claim)
         self._unsettled.pop(owner, None)  # this decision looks at all of its chunks
-        if not all(held):
-            self.controller.check_health()  # says why, if LMCache is away
         self._settle(entry, tokens, layout, held, cached_tokens, now_s, before_moves)
+
+    def claim_later(self, owner: str, tokens: Sequence[int], claim: tuple) -> None:
+        """Let a sweep make a claim (tier, the access's time, TTL), unless one waits already."""
+        if owner not in self._late:
+            self._put(self._late, owner, (tokens, claim), _MAX_LATE)
 
     def _settle(self, entry, tokens, layout, held, cached_tokens, now_s, before_moves):
         """Move what is not where it is wanted; what cannot be moved yet is tried again later."""
@@ -104,8 +106,12 @@ class KVPlacement:
         moves = entry["moves"] = []
         if plan:
             before_moves()
+        if any(target == "gpu" for _, target, _ in plan):
+            self._forget(layout.keys)  # whatever fails now: from here on believe the directory
         done = False
         try:
+            if not all(held):
+                self.controller.check_health()  # says why, if LMCache is away
             for (source, target, timeout_s), chunks in plan.items():
                 moves.append(self._move(source, target, timeout_s, tokens=tokens, chunks=chunks))
             done = all(move["status"] not in ("timeout", "partial") for move in moves)
@@ -113,7 +119,7 @@ class KVPlacement:
             if not done:
                 wanted = entry["wanted_tier"]
                 step = Step(entry["prompt_digest"], layout.keys, wanted, wanted, entry["ttl_s"])
-                self._try_later(step, "settled", 0, now_s)
+                self._try_later(step, 0, now_s)
         if any(move["moved_chunks"] for move in moves):
             held = self.controller.layout_of(layout.keys).of(self.controller.instance_id)
             entry["tier_after"] = by_hottest(held)
@@ -198,7 +204,7 @@ class KVPlacement:
             Fields of a DecisionRecord for each claim; empty = nothing was due. What
             fails is part of its entry and is tried again by a later sweep.
         """
-        self._claim_late()
+        self._claim_late(now_s)
         due = [_Unsettled(s, "expiry", 0, now_s) for s in self.ledger.sweep(now_s, _BATCH_STEPS)]
         again = [u for u in self._unsettled.values() if u.not_before_s <= now_s][:_BATCH_STEPS]
         for unsettled in again:
@@ -207,17 +213,20 @@ class KVPlacement:
         batch = due + [unsettled for unsettled in again if unsettled.step.owner not in newer]
         return self._carry_out(batch, now_s) if batch else []
 
-    def _claim_late(self):
+    def _claim_late(self, now_s):
         """Make the claims of prompts that were generated while LMCache was away."""
-        while self._late:
-            owner, (tokens, claim) = next(iter(self._late.items()))
+        for owner, (tokens, claim) in list(self._late.items()):
             try:
                 keys = self.controller.layout(tokens).keys
             except Exception as error:
                 logger.info("a claim waits: %s", error)
-                return
+                if isinstance(error, LMCacheUnavailable):
+                    return  # so would the others
+                continue
             self.ledger.claim(owner, keys, *claim)
-            del self._late[owner]
+            self._late.pop(owner, None)
+            tier, _, ttl_s = claim
+            self.settle_later(Step(owner, tuple(keys), tier, tier, ttl_s), now_s)
 
     def _carry_out(self, batch, now_s):
         start_s = time.perf_counter()
@@ -225,6 +234,8 @@ class KVPlacement:
         before, after, failures, error = {}, {}, {}, ""
         try:
             before = after = self._tiers_of(keys)
+            if not all(before.values()):
+                self.controller.check_health()  # gone, or is only the directory empty?
             failures = self._lower(before, dict(zip(keys, self.ledger.wanted(keys, now_s))))
             after = self._tiers_of(keys)
             self._remember(after, after.values())
@@ -241,7 +252,7 @@ class KVPlacement:
             entry |= {"error": error, "manage_s": latency_s / len(batch)}
             self._complete_moves(entry["moves"], latency_s)
             if error or left:
-                self._try_later(item.step, item.kind, item.tries, now_s)
+                self._try_later(item.step, item.tries, now_s)
             if item.tries == 0 or not (error or left):  # not a record for each vain try
                 entries.append(entry)
         return entries
@@ -283,13 +294,12 @@ class KVPlacement:
 
     def settle_later(self, step: Step, now_s: float) -> None:
         """Let the next sweep move a claim's chunks down to where they are wanted."""
-        self._put(
-            self._unsettled, step.owner, _Unsettled(step, "settled", 0, now_s), _MAX_UNSETTLED
-        )
+        item = _Unsettled(step, "settled", 0, now_s)
+        self._put(self._unsettled, step.owner, item, _MAX_UNSETTLED)
 
-    def _try_later(self, step, kind, tries, now_s):
+    def _try_later(self, step, tries, now_s):
         wait_s = min(2.0**tries, _LONGEST_RETRY_S)
-        item = _Unsettled(step, kind, tries + 1, now_s + wait_s)
+        item = _Unsettled(step, "settled", tries + 1, now_s + wait_s)
         self._put(self._unsettled, step.owner, item, _MAX_UNSETTLED)
 
     @staticmethod
@@ -326,7 +336,7 @@ def _entry(item, mine, before, after, left, now_s):
         "prompt_digest": step.owner,
         "chunks": len(step.chunks),
         "ttl_s": step.ttl_s,
-        "from_tier": step.from_tier if item.kind == "expiry" else None,
+        "from_tier": step.from_tier if step.from_tier != step.tier else None,
         "wanted_tier": step.tier,
         "tier_before": by_hottest(before.get(key, ()) for key in step.chunks),
         "tier_after": by_hottest(after.get(key, ()) for key in step.chunks),

@@ -87,7 +87,7 @@ def notices(record: DecisionRecord) -> list[str]:
     """
     if record.error:
         return [f"⚠ KV not managed: {record.error}"]
-    if record.kind == "expiry":
+    if record.kind in ("expiry", "settled") and record.from_tier:
         return [_expiry_notice(record)]
     ttl = f"{record.ttl_s:.0f}s"
     lines = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import os
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 
 from agent_session import Request, SessionClock, session_requests
+from background_tasks import Repeater
 from cache_controller import LMCacheController
 from caching_heuristics import TIERS, HeuristicConfig
 from decision_log import DecisionLog, DecisionRecord
@@ -71,15 +73,13 @@ def _options(argv):
 
 def _run(options):
     requests = session_requests(options.generations, options.seed)
-    folder = options.out or RUNS_FOLDER / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    folder = options.out or new_run_folder()
     started_s = time.perf_counter()
     with _metrics(options.metrics_port) as metrics, DecisionLog(folder) as log:
-        print("Starting coordinator, LMCache server and Redis ...", flush=True)
         with session_stack(options.config, options.redis_url) as stack:
             from demo_model import model_path
 
             model = model_path(options.llm)
-            print(f"Loading vLLM with {Path(model).name} (CPU, about 20 s) ...", flush=True)
             with engine(stack, model) as llm:
                 measured = measuring(model, options.perplexity)
                 with session_manager(stack, llm, log=log, metrics=metrics, **measured) as cache:
@@ -90,6 +90,11 @@ def _run(options):
     print(summary(records))
     print(f"\nWrote the decision log and timeline.png to {folder}")
     print(f"All services are stopped. Total: {time.perf_counter() - started_s:.0f} s")
+
+
+def new_run_folder(runs: str | Path = RUNS_FOLDER) -> Path:
+    """Return the folder of a run's log and picture, named by the time (not made yet)."""
+    return Path(runs) / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
 
 
 @contextmanager
@@ -116,13 +121,16 @@ def session_stack(config_path: str | Path = "config.yaml", redis_url: str | None
     KV that an earlier run left on disk would be hits that the directory knows
     nothing of, and that therefore nobody could manage.
     """
+    _need("lmcache")
     from lmcache_stack import LMCacheStack, load_config
 
     _be_quiet()  # here already: vLLM reads these when it is first imported
     with tempfile.TemporaryDirectory(prefix="kv-session-") as folder:
         overrides = {"disk_path": folder} | ({"redis_url": redis_url} if redis_url else {})
-        config = load_config(config_path, **overrides)
-        with LMCacheStack(config, free_ports=True) as stack:
+        stack = LMCacheStack(load_config(config_path, **overrides), free_ports=True)
+        with progress("Starting coordinator, LMCache server and Redis", about_s=10):
+            stack.start()
+        with stack:
             yield stack
 
 
@@ -132,14 +140,42 @@ def engine(stack, model: str):
 
     An engine that has lost its LMCache server hangs when its process ends.
     """
+    _need("vllm")
     _be_quiet()
-    from vllm import LLM
+    with progress(f"Loading vLLM with {Path(model).name}", about_s=20):
+        from vllm import LLM
 
-    llm = LLM(**stack.engine_kwargs(model, use_tqdm_on_load=False))
+        llm = LLM(**stack.engine_kwargs(model, use_tqdm_on_load=False))
     try:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def progress(what: str, about_s: float):
+    """Show a bar that fills in about `about_s` seconds while the block runs."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=about_s, desc=what, bar_format="{desc} {bar:20} {elapsed}") as bar:
+        ticks = Repeater(lambda: bar.update(min(0.5, 0.98 * about_s - bar.n)), every_s=0.5)
+        ticks.start()
+        try:
+            yield
+            bar.update(about_s - bar.n)
+        finally:
+            ticks.close()
+
+
+def _need(package):
+    """Raise a StackError with the next step where a package is not in this Python."""
+    from stack_process import StackError
+
+    if importlib.util.find_spec(package) is None:
+        raise StackError(
+            f"{package} is not installed for {sys.executable}: run `make install`, then choose "
+            "the kernel of .venv (`make lab` does)"
+        )
 
 
 def _be_quiet():
@@ -236,7 +272,7 @@ def summary(records: Sequence[DecisionRecord]) -> str:
     """Return what came of a session: hits, moves, TTLs, time."""
     import numpy as np
 
-    expiries = [record for record in records if record.kind == "expiry"]
+    expiries = [r for r in records if r.kind == "expiry" or (r.kind == "settled" and r.from_tier)]
     generations = [record for record in records if record.kind == "generation"]
     prompt_tokens = sum(record.prompt_tokens for record in generations)
     hits = _total(record.hit_tokens for record in generations)

@@ -5,15 +5,13 @@ The storage backends are in `storage_backends` and can be imported from here.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import logging
 import threading
 import time
-from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from background_tasks import JobQueue, Repeater
 from cache_controller import BaseController
@@ -21,6 +19,8 @@ from caching_heuristics import HeuristicConfig
 from claim_recovery import recover_claims
 from decision_log import DecisionLog, DecisionRecord, read_records
 from decision_metrics import DecisionMetrics
+from generation_job import Generation, prompt_digest, text_of
+from heuristic_settings import load_settings
 from kv_placement import KVPlacement
 from lmcache_http import LMCacheError, LMCacheUnavailable
 from record_keeping import RecordKeeper, notices
@@ -40,16 +40,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-class _Job(NamedTuple):
-    """A generation whose KV cache is to be placed."""
-
-    prompt: Any
-    output: Any
-    metadata: Any
-    generate_s: float
-    time_s: float
-
-
 class MultiTierCache:
     """Generates text, and places the prompt's KV cache by the heuristics afterwards.
 
@@ -61,7 +51,8 @@ class MultiTierCache:
     llm : vllm.LLM, optional
         The engine; `set_llm` gives it later.
     config : HeuristicConfig, optional
-        Settings of the two decisions and of the expiry ladder.
+        Settings of the two decisions and of the expiry ladder; by default those that
+        the sliders have saved (``data/heuristics.yaml``), else the standard ones.
     notify : callable, optional
         Gets one line about each decision; None = silence.
     clock : callable
@@ -123,7 +114,7 @@ class MultiTierCache:
         metrics: DecisionMetrics | None = None,
     ) -> None:
         self.controller = lmcache_controller
-        self.config = config or HeuristicConfig()
+        self.config = load_settings() if config is None else config
         self.claims = ClaimLedger(self.config.ladder)
         self._records = RecordKeeper(max_records, log, metrics, notify)
         self.records = self._records.records
@@ -196,8 +187,8 @@ class MultiTierCache:
             raise TypeError("prompt must be one prompt; got a list: use generate_and_manage_batch")
         outputs, generate_s = self._generate(prompt, sampling_params)
         output = outputs[0] if isinstance(outputs, (list, tuple)) else outputs
-        self._submit(_Job(prompt, output, metadata, generate_s, self._now()))
-        return _text_of(output)
+        self._submit(prompt, output, metadata, generate_s, self._now())
+        return text_of(output)
 
     def generate_and_manage_batch(
         self,
@@ -223,17 +214,15 @@ class MultiTierCache:
 
         Raises
         ------
-        RuntimeError, TypeError
-            As `generate_and_manage`; TypeError for a single text.
-        ValueError
-            A list of metadata that is not as long as the prompts.
+        RuntimeError, TypeError, ValueError
+            No engine; a single text; not as many metadata as prompts.
 
         Notes
         -----
         A record's ``generate_s`` is the batch's time divided by its prompts.
         """
-        if isinstance(prompts, str):
-            raise TypeError("prompts must be a list of prompts, got one text")
+        if isinstance(prompts, str) or any(isinstance(prompt, int) for prompt in prompts):
+            raise TypeError("prompts must be a list of prompts, got one prompt")
         prompts = list(prompts)
         each = metadata if isinstance(metadata, (list, tuple)) else [metadata] * len(prompts)
         if len(each) != len(prompts):
@@ -245,8 +234,8 @@ class MultiTierCache:
         outputs, generate_s = self._generate(prompts, sampling_params)
         time_s = self._now()
         for prompt, output, given in zip(prompts, outputs, each):
-            self._submit(_Job(prompt, output, given, generate_s / len(prompts), time_s))
-        return [_text_of(output) for output in outputs]
+            self._submit(prompt, output, given, generate_s / len(prompts), time_s)
+        return [text_of(output) for output in outputs]
 
     def sweep(self, now_s: float | None = None) -> list[DecisionRecord]:
         """Take expired claims down the ladder now; returns a record for each."""
@@ -265,17 +254,17 @@ class MultiTierCache:
         KV that LMCache holds and the log does not name is claimed for ``base_ttl``.
         """
         if isinstance(log, (str, Path)):
-            log = read_records(log, kinds=None)
+            log = read_records(log, kinds=None) if Path(log).exists() else ()  # the first start
         with self._lock:
             return recover_claims(self._placement, log, self.clock(), self.config.base_ttl)
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until every decision so far is made; False if the time was not enough."""
-        return self._jobs.flush(timeout_s) if self._jobs else True
+        return True if self._jobs is None else self._jobs.flush(timeout_s)
 
     def close(self) -> None:
         """Make the decisions that wait, end the threads, release the connections."""
-        if self._jobs:
+        if self._jobs is not None:  # an empty queue is falsy, and its worker may be busy
             self._jobs.close()
         if self._sweeper:
             self._sweeper.close()
@@ -314,7 +303,9 @@ class MultiTierCache:
 
     # ---- managing ---------------------------------------------------------------------
 
-    def _submit(self, job):
+    def _submit(self, prompt, output, given, generate_s, time_s):
+        given = dict(given) if isinstance(given, dict) else given  # the caller may reuse its own
+        job = Generation(prompt, output, given, generate_s, time_s)
         if self._jobs is None:
             self._manage(job)
         elif not self._jobs.put(job):
@@ -322,11 +313,12 @@ class MultiTierCache:
 
     def _shed(self, job):
         self.shed_decisions += 1
+        self._claim_by_default(job)
         self._fail(job, "the queue of decisions was full", kind="shed")
 
     def _fail(self, job, reason, **fields):
-        entry = {"time_s": job.time_s or time.time(), "prompt_digest": "", "error": reason}
-        self._records.keep({**entry, "generate_s": job.generate_s, **fields})
+        entry = {"prompt_digest": "", "error": reason, "generate_s": job.generate_s, **fields}
+        self._records.keep({"time_s": time.time() if job.time_s is None else job.time_s, **entry})
 
     def _manage(self, job):
         """Decide and move; whatever fails becomes part of the record."""
@@ -340,15 +332,25 @@ class MultiTierCache:
         except Exception as error:  # a bug must not cost the caller the text either
             logger.exception("managing a prompt's KV cache failed")
             entry["error"] = f"{type(error).__name__}: {error}"
+        if "chunk_keys" not in entry:
+            self._claim_by_default(job)
         entry["manage_s"] = time.perf_counter() - start_s
         self._records.keep({**entry, "generate_s": job.generate_s})
+
+    def _claim_by_default(self, job):
+        """Let a sweep claim KV that nothing was decided about: it must not live for ever."""
+        try:
+            tokens = job.tokens(self.controller)
+            wish = ("gpu", time.time() if job.time_s is None else job.time_s, self.config.base_ttl)
+            self._placement.claim_later(prompt_digest(tokens), tokens, wish)
+        except Exception:
+            logger.exception("a prompt without a decision could not be claimed")
 
     def _decide(self, entry, job):
         """Fill `entry` step by step, so that a failure leaves what was known before it."""
         entry["time_s"] = now_s = self.clock() if job.time_s is None else job.time_s
-        tokens = getattr(job.output, "prompt_token_ids", None)
-        tokens = list(tokens or self.controller.tokenize(job.prompt))
-        entry["prompt_digest"] = _digest(tokens)
+        tokens = job.tokens(self.controller)
+        entry["prompt_digest"] = prompt_digest(tokens)
         entry["prompt"] = job.prompt if isinstance(job.prompt, str) else None
         entry["prompt_tokens"] = len(tokens)
         given = job.metadata
@@ -372,12 +374,3 @@ class MultiTierCache:
         metrics.watch("live_claims", lambda: len(self.claims))
         metrics.watch("queue_depth", lambda: len(self._jobs or ()))
         metrics.watch("tracked_patterns", lambda: len(self._measured.history or ()))
-
-
-def _text_of(output):
-    return output if isinstance(output, str) else output.outputs[0].text
-
-
-def _digest(tokens):
-    """Name a prompt by its tokens without showing them."""
-    return hashlib.sha256(array("q", tokens).tobytes()).hexdigest()[:16]

@@ -8,6 +8,7 @@ goes down the ladder gpu -> disk -> remote -> dropped.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ import numpy as np
 from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
 
 _NONE = -1  # no chunk, no claim
-_TREE = np.dtype([("parent", np.int32), ("first_claim", np.int32), ("live", np.int32, (3,))])
+_FIRST_ROWS = 1024
+_DIGEST = re.compile("[0-9a-fA-F]{1,16}")
+_TREE = np.dtype([("parent", np.int32), ("live", np.int32, (3,))])
 _CLAIM = np.dtype(
     [
         ("owner", np.uint64),
@@ -25,7 +28,7 @@ _CLAIM = np.dtype(
         ("ttl_s", np.float64),
         ("leaf", np.int32),  # slot of the claim's last chunk
         ("length", np.int32),  # chunks, counted from the leaf up
-        ("next", np.int32),  # next claim on the same leaf
+        ("next", np.int32),  # next claim in the same bucket
         ("tier", np.int8),
     ]
 )
@@ -95,6 +98,7 @@ class ClaimLedger:
         self._keys: list[bytes | str | None] = []  # row -> packed chunk key
         self._chunks, self._free_chunks = np.zeros(0, _TREE), []
         self._claims, self._free_claims = np.zeros(0, _CLAIM), []
+        self._buckets = np.full(1, _NONE, np.int32)  # owner modulo their number -> first claim
         self._live = 0
         self._next_due_s = np.inf  # no claim ends before
         self._steps: list[Step] = []  # taken, not yet handed out by sweep
@@ -137,9 +141,9 @@ class ClaimLedger:
             self._advance(now_s)
             if not chunks:
                 return
-            path = self._rows_of(chunks)
+            deadline_s, path = now_s + ttl_s, self._rows_of(chunks)
             renewed = self._find(number, path[-1])
-            self._add(number, path, TIER_CODES[tier], now_s + ttl_s, ttl_s)
+            self._add(number, path, TIER_CODES[tier], deadline_s, ttl_s)
             self._drop(renewed)  # last, so that the chunks are never without a claim
 
     def release(self, owner: str, chunks: Sequence[str]) -> bool:
@@ -216,12 +220,12 @@ class ClaimLedger:
     def _rows_of(self, chunks):
         """Return the chunks' rows, new ones where a key was unknown."""
         path, parent = [], _NONE
-        for chunk in chunks:
-            key = _packed(chunk)
+        for key in [_packed(chunk) for chunk in chunks]:  # all, before any gets a row
             slot = self._slots.get(key)
             if slot is None:
                 slot = self._new_chunk(key)
-            self._chunks["parent"][slot] = parent
+            if parent != _NONE:  # a claim may begin at an inner chunk: others need its parent
+                self._chunks["parent"][slot] = parent
             path.append(slot)
             parent = slot
         return path
@@ -232,36 +236,51 @@ class ClaimLedger:
             self._keys += [None] * (len(self._chunks) - len(self._keys))
         slot = self._free_chunks.pop()
         self._slots[key], self._keys[slot] = slot, key
-        self._chunks[slot] = (_NONE, _NONE, 0)
+        self._chunks[slot] = (_NONE, 0)
         return slot
 
     def _find(self, number, leaf):
         """Return the row of a prompt's claim on a leaf, or none."""
         if leaf == _NONE:
             return _NONE
-        row = int(self._chunks["first_claim"][leaf])
-        while row != _NONE and int(self._claims["owner"][row]) != number:
-            row = int(self._claims["next"][row])
+        row = int(self._buckets[number % len(self._buckets)])
+        while row != _NONE:
+            claim = self._claims[row]
+            if int(claim["owner"]) == number and claim["leaf"] == leaf:
+                break
+            row = int(claim["next"])
         return row
 
     def _add(self, number, path, tier, deadline_s, ttl_s):
         if not self._free_claims:
-            self._claims, self._free_claims = _grown(self._claims)
-            self._claims["deadline_s"][self._free_claims] = np.inf  # never due
-        row, leaf = self._free_claims.pop(), path[-1]
-        first = self._chunks["first_claim"][leaf]
-        self._claims[row] = (number, deadline_s, ttl_s, leaf, len(path), first, tier)
-        self._chunks["first_claim"][leaf] = row
+            self._grow_claims()
+        row, bucket = self._free_claims.pop(), number % len(self._buckets)
+        first = self._buckets[bucket]
+        self._claims[row] = (number, deadline_s, ttl_s, path[-1], len(path), first, tier)
+        self._buckets[bucket] = row
         self._chunks["live"][path, tier] += 1
         self._live += 1
         self._next_due_s = min(self._next_due_s, deadline_s)
+
+    def _grow_claims(self):
+        used = len(self._claims)  # all of its rows
+        self._claims, self._free_claims = _grown(self._claims)
+        self._claims["deadline_s"][self._free_claims] = np.inf  # never due
+        buckets = (self._claims["owner"][:used] % len(self._claims)).astype(np.int64)
+        rows = np.argsort(buckets)
+        buckets, following = buckets[rows], np.roll(rows, -1)
+        following[np.diff(buckets, append=_NONE) != 0] = _NONE  # the last one of its bucket
+        self._claims["next"][rows] = following
+        first = np.diff(buckets, prepend=_NONE) != 0
+        self._buckets = np.full(len(self._claims), _NONE, np.int32)
+        self._buckets[buckets[first]] = rows[first]
 
     def _drop(self, row):
         """Remove a claim, and the chunks that nobody claims any more."""
         if row == _NONE:
             return False
         path, claim = self._path(row), self._claims[row]
-        self._unlink(row, path[-1])
+        self._unlink(row)
         live = self._chunks["live"]
         live[path, claim["tier"]] -= 1
         for slot in path:
@@ -272,13 +291,16 @@ class ClaimLedger:
         claim["deadline_s"] = np.inf
         self._free_claims.append(row)
         self._live -= 1
+        if not self._live:
+            self._next_due_s = np.inf
         return True
 
-    def _unlink(self, row, leaf):
+    def _unlink(self, row):
         following = self._claims["next"][row]
-        before = int(self._chunks["first_claim"][leaf])
+        bucket = int(self._claims["owner"][row]) % len(self._buckets)
+        before = int(self._buckets[bucket])
         if before == row:
-            self._chunks["first_claim"][leaf] = following
+            self._buckets[bucket] = following
             return
         while int(self._claims["next"][before]) != row:
             before = int(self._claims["next"][before])
@@ -287,20 +309,16 @@ class ClaimLedger:
 
 def _grown(rows):
     """Return the table with half as many rows again, and the new rows' numbers."""
-    size = max(1024, len(rows) + len(rows) // 2)
+    size = max(_FIRST_ROWS, len(rows) + len(rows) // 2)
     table = np.zeros(size, rows.dtype)
     table[: len(rows)] = rows
     return table, list(range(size - 1, len(rows) - 1, -1))
 
 
 def _owner_number(owner):
-    try:
-        number = int(owner, 16) if len(owner) <= 16 else -1
-    except (TypeError, ValueError):
-        number = -1
-    if not 0 <= number < 2**64:
+    if not (isinstance(owner, str) and _DIGEST.fullmatch(owner)):
         raise ValueError(f"owner must be a digest of at most 16 hex digits, got {owner!r}")
-    return number
+    return int(owner, 16)
 
 
 def _packed(key):

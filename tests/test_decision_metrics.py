@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import socket
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import requests
@@ -189,3 +190,8 @@ def test_a_taken_port_is_said_in_a_sentence_and_given_back_after_close(metrics):
     server.close()
     server.close()
     metrics.serve(server.port).close()
+
+
+def test_the_readme_lists_every_metric():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert [name for name in METRICS if f"`{name}`" not in readme] == []

@@ -153,7 +153,7 @@ def test_expiry_while_lmcache_is_away_is_made_up_for(managers, stack, greedy, fr
         now[0] += 0.1
         cache.sweep()
         time.sleep(0.1)
-    assert cache.records[-1].kind == "expiry" and not cache.records[-1].error
+    assert cache.records[-1].kind == "settled" and not cache.records[-1].error
 
 
 def _tiers_or_none(cache, text):
