@@ -85,10 +85,10 @@ def _run(options):
                 with session_manager(stack, llm, log=log, metrics=metrics, **measured) as cache:
                     rows = list(run_session(cache, requests))
     records = [record for _, record in rows]
-    _write_picture(folder, rows)
+    _write_pictures(folder, rows)
     print(table(rows, requests))
     print(summary(records))
-    print(f"\nWrote the decision log and timeline.png to {folder}")
+    print(f"\nWrote the decision log, timeline.png and served.png to {folder}")
     print(f"All services are stopped. Total: {time.perf_counter() - started_s:.0f} s")
 
 
@@ -222,11 +222,20 @@ def run_session(
 
     sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
     for request in tqdm(list(requests), desc="generations", unit="prompt", disable=not progress):
-        cache.clock.advance(request.arrival_s)
-        yield from ((None, record) for record in cache.sweep())
+        yield from ((None, record) for record in _expire_until(cache, request.arrival_s))
         cache.generate_and_manage(request.prompt, sampling)
         cache.flush()  # the think time until the next request is over at once
         yield request, cache.records[-1]
+
+
+def _expire_until(cache, arrival_s):
+    """Go to a request's arrival, and let TTLs end on the way when they are due."""
+    clock = cache.clock
+    while (due_s := cache.claims.next_due_s - clock.start_s + 0.001) < arrival_s:
+        clock.advance(due_s)
+        yield from cache.sweep()
+    clock.advance(arrival_s)
+    yield from cache.sweep()
 
 
 def table(rows: Sequence[tuple[Request | None, DecisionRecord]], requests=()) -> str:
@@ -298,13 +307,19 @@ def summary(records: Sequence[DecisionRecord]) -> str:
     )
 
 
-def _write_picture(folder, rows):
-    from decision_plots import plot_session
+def _write_pictures(folder, rows):
+    from decision_plots import plot_session, plot_timeline
 
-    generations = [(request, record) for request, record in rows if request is not None]
-    labels = [f"{request.agent}, {request.kind}" for request, _ in generations]
-    figure = plot_session([record for _, record in generations], labels)
-    figure.savefig(folder / "timeline.png", dpi=150)
+    labels, kept = session_labels(rows), [record for _, record in rows]
+    plot_timeline(kept, labels).savefig(folder / "timeline.png", dpi=150)
+    served = [(record, label) for record, label in zip(kept, labels) if record.kind == "generation"]
+    plot_session(*zip(*served)).savefig(folder / "served.png", dpi=150)
+
+
+def session_labels(rows: Sequence[tuple[Request | None, DecisionRecord]]) -> list[str]:
+    """Return a name for each row of a session: the agent and the kind of its prompt."""
+    names = {record.prompt_digest: f"{r.agent}, {r.kind}" for r, record in rows if r is not None}
+    return [names.get(record.prompt_digest, record.prompt_digest) for _, record in rows]
 
 
 def _moved_chunks(records):

@@ -178,21 +178,25 @@ def chain(node, start):
     return [node[: end + 1] for end in range(min(start, len(node) - 1), len(node))]
 
 
+def mostly(common, *others):
+    """Draw from the first strategy five times as often as from each other one."""
+    return st.sampled_from([common] * 5 + [*others]).flatmap(lambda chosen: chosen)
+
+
 # Mostly whole prompts; single inner chunks are what a restart adopts.
-chunk_lists = st.one_of(
-    st.builds(chain, st.sampled_from(NODES), st.sampled_from([0, 0, 0, 9, 1])), st.just([])
-)
+chunk_lists = st.builds(chain, st.sampled_from(NODES), st.sampled_from([0, 0, 0, 9, 1]))
+chunk_lists = mostly(chunk_lists, st.just([]))
 owners = st.sampled_from(["a", "0b", "B", "f" * 16])  # two of them are one
-seconds = st.one_of(st.integers(0, 3), st.floats(0, 4))
-actions = st.one_of(
-    st.tuples(st.just("claim"), owners, chunk_lists, st.sampled_from(TIERS), seconds),
-    st.tuples(st.just("claim"), owners, chunk_lists, st.sampled_from(TIERS), seconds),
+ttls_s = st.one_of(st.integers(0, 9), st.floats(0, 9))
+claims = st.tuples(st.just("claim"), owners, chunk_lists, st.sampled_from(TIERS), ttls_s)
+others = [
     st.tuples(st.just("release"), owners, chunk_lists),
     st.tuples(st.just("wanted"), chunk_lists),
     st.tuples(st.just("sweep"), st.sampled_from([None, None, 0, 1, 2])),
-)
-jumps_s = st.one_of(seconds, st.floats(0, 40))  # 40: several rungs at once
-passed_s = st.one_of(*[st.just(0)] * 7, jumps_s)  # mostly at once, so that claims add up
+]
+actions = mostly(claims, *others)
+jumps_s = st.one_of(st.integers(0, 3), st.floats(0, 40))  # 40: several rungs at once
+passed_s = mostly(st.just(0), jumps_s)  # mostly none, so that claims add up
 factors = st.one_of(st.sampled_from([0, 0.5, 1, 2]), st.floats(0, 5))
 ladders = st.fixed_dictionaries({tier: factors for tier in TIERS})
 
@@ -205,7 +209,7 @@ def spelled(action, spelling):
 
 @settings(max_examples=300, deadline=None)
 @given(
-    ladders, st.sampled_from(sorted(SPELLINGS)), st.lists(st.tuples(passed_s, actions), min_size=10)
+    ladders, st.sampled_from(sorted(SPELLINGS)), st.lists(st.tuples(passed_s, actions), min_size=20)
 )
 def test_any_sequence_equals_the_naive_model(ladder, spelling, sequence):
     ledger, naive, now_s = ClaimLedger(ladder), NaiveLedger(ladder), 0
@@ -560,3 +564,11 @@ def test_a_sweep_over_100_000_claims_takes_at_most_50_ms(crowded, scanning):
     assert crowded._next_due_s >= 1e6 and len(crowded) == 100_000
     print(f"{statistics.median(spent_s) * 1e3:.3f} ms, at most {max(spent_s) * 1e3:.3f}")
     assert statistics.median(spent_s) <= 0.050
+
+
+@pytest.mark.parametrize("ttl_s", [float("nan"), float("inf"), -1.0])
+def test_a_time_that_never_comes_is_refused(ttl_s):
+    ledger = ClaimLedger()
+    with pytest.raises(ValueError, match="now_s . ttl_s must be >= 0 and finite"):
+        ledger.claim("0a", ["x"], "gpu", 0.0, ttl_s)
+    assert len(ledger) == 0 and ledger.wanted(["x"], 0.0) == [None]
