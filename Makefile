@@ -8,9 +8,11 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
 CONFIG ?= config.yaml
 
-# make run LLM=<folder or hub id> REDIS_URL=redis://... N=<generations>
+# make run LLM=<folder or hub id> REDIS_URL=redis://... N=<generations> METRICS_PORT=9464
 LLM ?=
 REDIS_URL ?=
+METRICS_PORT ?=
+PERPLEXITY ?= prompt
 N ?= 48
 SEED ?= 0
 
@@ -29,7 +31,7 @@ export PYTHONPATH := $(CURDIR)/src
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test up down status notebooks clean-notebooks check-notebooks lint \
-	bench-overhead demo-model replay bench-replay clean
+	bench-overhead bench-sliders replay bench-replay app lab demo-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -48,9 +50,11 @@ $(READY): requirements.txt pyproject.toml
 
 install: $(READY) ## create .venv and install the pinned packages
 
-run: $(READY) ## a session of real generations, placed across real tiers (LLM= REDIS_URL= N= SEED=)
+run: $(READY) ## real generations, placed across real tiers (LLM= REDIS_URL= N= SEED= METRICS_PORT=)
 	@$(PY) -m run_session --config $(CONFIG) --generations $(N) --seed $(SEED) \
-		$(if $(LLM),--llm '$(LLM)') $(if $(REDIS_URL),--redis-url '$(REDIS_URL)')
+		--perplexity $(PERPLEXITY) $(if $(LLM),--llm '$(LLM)') \
+		$(if $(REDIS_URL),--redis-url '$(REDIS_URL)') \
+		$(if $(METRICS_PORT),--metrics-port $(METRICS_PORT))
 
 test: $(READY) ## all tests, on the real stack, notebooks included
 	@$(PY) -m pytest
@@ -66,6 +70,12 @@ status: $(READY) ## what is running
 
 notebooks: $(READY) ## run all notebooks headless, in order
 	@$(PY) -m pytest tests/test_notebooks.py -q
+
+app: $(READY) ## sliders and plots as a page, without code (this machine only; PORT=)
+	@$(PY) -m notebook_servers app $(if $(PORT),--port $(PORT))
+
+lab: $(READY) ## JupyterLab on the notebooks (this machine only; PORT=)
+	@$(PY) -m notebook_servers lab $(if $(PORT),--port $(PORT))
 
 clean-notebooks: $(READY) ## strip outputs from the notebooks
 	@$(VENV)/bin/nbstripout notebooks/*.ipynb
@@ -83,6 +93,9 @@ replay: $(READY) ## one policy on a trace; ends with one line of JSON (TRACE= PO
 bench-replay: $(READY) ## accesses per second of the replay engines; ends with one line of JSON
 	@$(PY) -m replay_bench
 
+bench-sliders: $(READY) ## from a slider's step to the new picture in the browser (needs chromium)
+	@$(PY) -m slider_bench
+
 demo-model: $(READY) ## train data/demo_model again (about half an hour)
 	@$(PY) -m train_demo_model
 
@@ -90,4 +103,4 @@ lint: $(READY) ## ruff
 	@$(VENV)/bin/ruff check src tests && $(VENV)/bin/ruff format --check src tests
 
 clean: ## remove what runs leave behind (not .venv)
-	rm -rf cache_warm cache_lmcache run_lmcache .pytest_cache .ruff_cache .hypothesis build src/*.egg-info
+	rm -rf cache_warm cache_lmcache run_lmcache test_artifacts .pytest_cache .ruff_cache .hypothesis build src/*.egg-info

@@ -86,6 +86,7 @@ class LMCacheController(BaseController):
             f"http://{host}:{port}", connect_timeout_s, read_timeout_s, retry_after_s
         )
         self._chunk_size_tokens: int | None = None
+        self._shapes: list[dict] = []  # object keys of a chunk, without its hash
         # Tiers whose last demotion waited in vain (a dead Redis, a full disk):
         # later moves there look once and do not wait, until one succeeds.
         self._stalled_tiers: set[str] = set()
@@ -103,6 +104,7 @@ class LMCacheController(BaseController):
         engine_config = getattr(getattr(llm, "llm_engine", None), "vllm_config", None)
         if engine_config is not None:
             self.model = engine_config.model_config.model
+            self._shapes = []
 
     def layout(self, tokens: Sequence[int]) -> KVLayout:
         """Return where the directory says that each complete chunk is.
@@ -117,7 +119,38 @@ class LMCacheController(BaseController):
         tokens = check_tokens(tokens)
         if not tokens:
             return KVLayout((), {})
-        return _read_layout(self._http.lookup(self._prompt(tokens)))
+        layout = _read_layout(self._http.lookup(self._prompt(tokens)))
+        self._learn(layout)
+        return layout
+
+    def layout_of(self, keys: Sequence[str] | None = None) -> KVLayout:
+        """Return where the directory says that chunks are, by their keys (None: all).
+
+        Raises
+        ------
+        LMCacheUnavailable, LMCacheError
+            The coordinator does not answer, or refuses.
+        """
+        if keys is None:
+            pages = (self._http.list_keys(self.instance_id, tier) for tier in TIERS)
+            ours = (entry for page in pages for entry in page if self._ours(entry))
+            return _read_layout({str(entry["key"]): entry for entry in ours}.values())
+        handles = self._handles(keys) if keys else []
+        return _read_layout(self._http.lookup({"keys": handles})) if handles else KVLayout((), {})
+
+    def discard(self, keys: Sequence[str]) -> int:
+        """Delete every copy of some chunks on this instance; returns how many chunks keep one."""
+        layout, sent_at_s = self.layout_of(keys), {}
+        deadline_s = time.monotonic() + _VERIFY_S
+        while True:
+            held = dict(zip(layout.keys, layout.of(self.instance_id)))
+            by_tier = {tier: [key for key in held if tier in held[key]] for tier in TIERS}
+            left = sum(bool(tiers) for tiers in held.values())
+            self._delete(self.instance_id, layout, by_tier, sent_at_s)
+            if not left or time.monotonic() >= deadline_s:
+                return left
+            time.sleep(_POLL_S)
+            layout = self._look_again(layout)
 
     def check_health(self) -> None:
         """Raise LMCacheUnavailable if the coordinator or the server is away."""
@@ -135,6 +168,26 @@ class LMCacheController(BaseController):
             "cache_salt": self.cache_salt,
         }
 
+    def _ours(self, entry):
+        """Say whether a directory entry is of this model and tenant."""
+        key = entry["key"]
+        return key["model_name"] == self.model and key["cache_salt"] == self.cache_salt
+
+    def _handles(self, keys):
+        """Return the object keys of chunks: those of a chunk seen before, with another hash."""
+        if not self._shapes:  # a new process that looks at KV of an earlier one
+            self._learn(self.layout_of())
+        return [{**dict(shape), "chunk_hash_hex": key} for key in keys for shape in self._shapes]
+
+    def _learn(self, layout):
+        """Remember what distinguishes a chunk's object keys, one for each rank and group."""
+        if not self._shapes and layout.keys:
+            handles = layout.handles[layout.keys[0]]
+            self._shapes = [
+                {name: value for name, value in handle.items() if name != "chunk_hash_hex"}
+                for handle in handles
+            ]
+
     def _refusal(self, source, target, tokens):
         if source[1] == "remote" and target[1] == "disk":
             return "the LMCache server has no L2-to-L2 copy; promote to gpu instead"
@@ -142,7 +195,7 @@ class LMCacheController(BaseController):
             return "the LMCache server prefetches by prompt: pass the prompt's tokens"
         return super()._refusal(source, target, tokens)
 
-    def _move(self, source, target, tokens, wanted, timeout_s):
+    def _move(self, source, target, tokens, wanted, keys, timeout_s):
         tier = target[1]
         if timeout_s is None:
             timeout_s = 0.0 if tier in self._stalled_tiers else self.move_timeout_s
@@ -150,7 +203,8 @@ class LMCacheController(BaseController):
             tokens = check_tokens(tokens)
         if tier == "gpu":
             return self._promote(source, tokens, wanted, timeout_s)
-        outcome = self._demote(source, tier, tokens, wanted, timeout_s)
+        layout = self._at_source(source, tokens, wanted, keys)
+        outcome = self._demote(source, tier, layout, timeout_s)
         if unseen(tier) in outcome.skipped:
             if timeout_s > 0:  # a single look proves nothing
                 self._stalled_tiers.add(tier)
@@ -158,10 +212,9 @@ class LMCacheController(BaseController):
             self._stalled_tiers.discard(tier)
         return outcome
 
-    def _demote(self, source, tier, tokens, wanted, timeout_s):
+    def _demote(self, source, tier, layout, timeout_s):
         """Delete the hotter copies of each chunk once the directory shows one in `tier`."""
         instance = source[0]
-        layout = self._at_source(source, tokens, wanted)
         total, sent_at_s = len(layout.keys), {}
         deadline_s = time.monotonic() + timeout_s
         while layout.keys:
@@ -185,10 +238,13 @@ class LMCacheController(BaseController):
             outcome.skipped["hotter copy still shown (in use?)"] = len(unfinished) - len(waiting)
         return outcome
 
-    def _at_source(self, source, tokens, wanted):
+    def _at_source(self, source, tokens, wanted, keys):
         """Return the layout of the chunks that a demotion is about."""
         instance, source_tier = source
-        layout = self._list_tier(source) if tokens is None else self.layout(tokens)
+        if keys is not None:
+            layout = self.layout_of(keys)
+        else:
+            layout = self._list_tier(source) if tokens is None else self.layout(tokens)
         held = layout.of(instance)
         # A chunk shown nowhere has just been generated: its store is under way.
         chosen = [

@@ -177,7 +177,9 @@ def load_model(path: str) -> PreTrainedModel:
     _offline()
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # this takes a moment, and others' bars stand there
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     return model.eval()
 

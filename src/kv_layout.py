@@ -116,6 +116,18 @@ class BaseController(ABC):
     def layout(self, tokens: Sequence[int]) -> KVLayout:
         """Return where each complete chunk of `tokens` is."""
 
+    @abstractmethod
+    def layout_of(self, keys: Sequence[str] | None = None) -> KVLayout:
+        """Return where chunks are, by their keys (None: all chunks of this instance)."""
+
+    @abstractmethod
+    def discard(self, keys: Sequence[str]) -> int:
+        """Delete every copy of some chunks on this instance: final expiry.
+
+        Returns how many of them still have a copy (in use, or being written):
+        call again later.
+        """
+
     def move(
         self,
         old_position: Sequence[str],
@@ -123,14 +135,13 @@ class BaseController(ABC):
         tokens: Sequence[int] | None = None,
         *,
         chunks: Iterable[int] | None = None,
+        keys: Sequence[str] | None = None,
         timeout_s: float | None = None,
     ) -> dict[str, Any]:
         """Move KV from one tier to another; a copy is deleted only when another was seen.
 
-        After a demotion (gpu -> disk, gpu -> remote, disk -> remote) no copy
-        hotter than the new position is left. A promotion (to gpu) keeps the
-        colder copies: LMCache writes L2 only when KV is first stored, so
-        without them a later demotion would have nothing to fall back on.
+        A demotion leaves no hotter copy. A promotion keeps the colder ones, since
+        LMCache writes L2 only when KV is first stored.
 
         Parameters
         ----------
@@ -140,27 +151,28 @@ class BaseController(ABC):
             The prompt; None = everything at the old position.
         chunks : iterable of int, optional
             Move only these chunks (indices in prefix order) of `tokens`.
+        keys : sequence of str, optional
+            In place of `tokens`: the chunks with these keys.
         timeout_s : float, optional
-            How long to wait for the new copy to be seen; 0 = look once.
+            How long to wait until the new copy is seen; 0 = look once.
 
         Returns
         -------
         dict
-            ``status``: ``"done"``, ``"noop"`` (nothing to move), ``"partial"``,
-            ``"timeout"`` (no copy appeared at the new position; source kept) or
-            ``"unsupported"``; ``reason``; ``moved_tokens``, ``moved_chunks``;
-            ``skipped`` (reason -> chunks); ``from``, ``to``; ``latency_s``.
+            ``status``: ``"done"``, ``"noop"`` (nothing to move), ``"partial"``, ``"timeout"``
+            (no copy appeared; source kept) or ``"unsupported"``; ``reason``; ``moved_tokens``,
+            ``moved_chunks``; ``skipped`` (reason -> chunks); ``latency_s``.
 
         Raises
         ------
-        ValueError
-            A malformed position; names it and the allowed values.
-        LMCacheUnavailable
-            LMCache does not answer.
+        ValueError, LMCacheUnavailable
+            A malformed position (named with what is allowed); LMCache does not answer.
         """
         start_s = time.perf_counter()
         source = check_position("old_position", old_position)
         target = check_position("new_position", new_position)
+        if keys is not None and (tokens, chunks) != (None, None):
+            raise ValueError("give keys, or tokens (and chunks), not both")
         refusal = self._refusal(source, target, tokens)
         if refusal:
             outcome = Outcome(status="unsupported", reason=refusal)
@@ -168,7 +180,7 @@ class BaseController(ABC):
             outcome = Outcome(status="noop", reason="already there")
         else:
             wanted = None if chunks is None else frozenset(chunks)
-            outcome = self._move(source, target, tokens, wanted, timeout_s)
+            outcome = self._move(source, target, tokens, wanted, keys, timeout_s)
         return {
             **outcome.as_dict(self.chunk_size_tokens),
             "from": source[1],
@@ -183,7 +195,7 @@ class BaseController(ABC):
         return ""
 
     @abstractmethod
-    def _move(self, source, target, tokens, wanted, timeout_s) -> Outcome:
+    def _move(self, source, target, tokens, wanted, keys, timeout_s) -> Outcome:
         """Carry out a move that `_refusal` has let pass."""
 
 

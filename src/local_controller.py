@@ -81,18 +81,15 @@ class LocalLMCacheController(BaseController):
         payloads : sequence of bytes, optional
             KV bytes, one item a chunk; default the chunk's token ids.
         """
-        tokens = check_tokens(tokens)
-        keys = self._keys(tokens)
-        size = self.chunk_size_tokens
-        for index, key in enumerate(keys):
-            chunk = array("q", tokens[index * size : (index + 1) * size]).tobytes()
-            self._store_chunk(key, payloads[index] if payloads else chunk)
-        return len(keys)
+        chunks = self._chunks(tokens)
+        for index, (key, packed) in enumerate(chunks):
+            self._store_chunk(key, payloads[index] if payloads else packed)
+        return len(chunks)
 
     def load(self, tokens: Sequence[int]) -> list[bytes]:
         """Return the payloads of the longest stored prefix, each from its hottest tier."""
         payloads = []
-        for key in self._keys(check_tokens(tokens)):
+        for key, _ in self._chunks(tokens):
             values = (self.backends[tier].get(key) for tier in TIERS)
             payload = next((value for value in values if value is not None), None)
             if payload is None:
@@ -102,26 +99,41 @@ class LocalLMCacheController(BaseController):
 
     def note_generated(self, tokens: Sequence[int]) -> None:
         """Store the chunks that no tier holds yet, as LMCache would."""
-        tokens, size = check_tokens(tokens), self.chunk_size_tokens
         with self._lock:
-            for index, key in enumerate(self._keys(tokens)):
+            for key, packed in self._chunks(tokens):
                 if not self._held(key):
-                    chunk = array("q", tokens[index * size : (index + 1) * size]).tobytes()
-                    self._store_chunk(key, chunk)
+                    self._store_chunk(key, packed)
 
     def layout(self, tokens: Sequence[int]) -> KVLayout:
         """Return where each complete chunk of `tokens` is."""
-        return self._layout_of(self._keys(check_tokens(tokens)))
+        return self.layout_of([key for key, _ in self._chunks(tokens)])
+
+    def layout_of(self, keys: Sequence[str] | None = None) -> KVLayout:
+        """Return where chunks are, by their keys (None: all that were ever stored here)."""
+        keys = list(self._known) if keys is None else keys
+        held = tuple(self._held(key) for key in keys)
+        return KVLayout(tuple(keys), {self.instance_id: held} if any(held) else {})
+
+    def discard(self, keys: Sequence[str]) -> int:
+        """Delete every copy of some chunks."""
+        with self._lock:
+            for key in keys:
+                for backend in self.backends.values():
+                    backend.delete(key)
+                self._known.pop(key, None)
+        return sum(bool(self._held(key)) for key in keys)
 
     def close(self) -> None:
         """Close the backends."""
         for backend in self.backends.values():
             backend.close()
 
-    def _move(self, source, target, tokens, wanted, timeout_s):
+    def _move(self, source, target, tokens, wanted, keys, timeout_s):
         outcome = Outcome()
         with self._lock:
-            keys = list(self._known) if tokens is None else self._keys(check_tokens(tokens))
+            if keys is None:
+                chunks = self._known if tokens is None else dict(self._chunks(tokens))
+                keys = list(chunks)
             for index, key in enumerate(keys):
                 if wanted is None or index in wanted:
                     self._move_chunk(key, source, target[1], outcome)
@@ -154,19 +166,15 @@ class LocalLMCacheController(BaseController):
             backend.set(key, payload, self._ttl_s)
         self._known[key] = None
 
-    def _layout_of(self, keys):
-        held = tuple(self._held(key) for key in keys)
-        return KVLayout(tuple(keys), {self.instance_id: held} if any(held) else {})
-
     def _held(self, key):
         return tuple(tier for tier in TIERS if self.backends[tier].get(key) is not None)
 
-    def _keys(self, tokens):
-        """Chain the chunks' hashes, so that equal key means equal prefix."""
-        keys, size = [], self.chunk_size_tokens
+    def _chunks(self, tokens):
+        """Return the complete chunks as (key, packed tokens); keys chain the prefix's hash."""
+        tokens, size, chunks = check_tokens(tokens), self.chunk_size_tokens, []
         key = hashlib.sha256(self.model.encode()).hexdigest()
         for start in range(0, len(tokens) - size + 1, size):
-            chunk = array("q", tokens[start : start + size]).tobytes()
-            key = hashlib.sha256(key.encode() + chunk).hexdigest()
-            keys.append(key)
-        return keys
+            packed = array("q", tokens[start : start + size]).tobytes()
+            key = hashlib.sha256(key.encode() + packed).hexdigest()
+            chunks.append((key, packed))
+        return chunks

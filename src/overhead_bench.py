@@ -1,8 +1,9 @@
 """`make bench-overhead`: what managing adds to a generation, and what a decision costs.
 
-On the real stack, a seeded session is run once to warm up and then measured.
-The peer of every figure is `llm.generate` in the same call. Ends with one line
-of JSON.
+On the real stack, seeded sessions are run once to warm up and then measured, in
+turns with decisions on the caller's path ("sync") and on a worker ("background",
+without waiting for it between two generations). The peer of every figure is
+`llm.generate` in the same call. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from pathlib import Path
 
 import numpy as np
 
+from agent_session import SessionClock, session_requests
 from caching_heuristics import compute_ttl, select_backend
-from run_session import MAX_TOKENS, engine, managed, session_requests, session_stack
+from run_session import MAX_TOKENS, engine, managed, session_stack
 
 REPORT = Path("data/reports/overhead.json")
 _SCALAR_CALLS = 100_000
 _ARRAY_SIZE = 2_000_000
 _REPEATS = 9
+_TURNS = 3  # of each mode
 
 
 def decision_costs() -> dict[str, float]:
@@ -57,30 +60,60 @@ def decision_costs() -> dict[str, float]:
     }
 
 
-def generation_overhead(cache, requests) -> dict[str, float]:
-    """Run a session; returns percentiles (ms) of the time added to `llm.generate`."""
+def added_times(cache, requests) -> list[tuple[float, float]]:
+    """Run a session; returns the seconds that each call took, and of these in the engine."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
-    added_s, moved = [], []
+    called_s = []
     for request in requests:
+        cache.clock.advance(request.arrival_s)
+        cache.sweep()  # as the sweeper would, on its own thread
         start_s = time.perf_counter()
-        cache.generate_and_manage(request.prompt, sampling, request.metadata)
-        record = cache.records[-1]
-        added_s.append(time.perf_counter() - start_s - record.generate_s)
-        moved.append(any(move["moved_chunks"] for move in record.moves))
-    added_ms, moved = np.array(added_s) * 1e3, np.array(moved)
-    engine_ms = np.array([r.generate_s for r in list(cache.records)[-len(requests) :]]) * 1e3
+        cache.generate_and_manage(request.prompt, sampling)
+        called_s.append(time.perf_counter() - start_s)
+    cache.flush()
+    records = [record for record in cache.records if record.kind == "generation"]
+    return [(s, record.generate_s) for s, record in zip(called_s, records[-len(requests) :])]
+
+
+def mode_figures(name, times, records) -> dict[str, float]:
+    """Return percentiles (ms) of what a mode added to the calls, and of the engine's share."""
+    called_ms, engine_ms = np.array(times).T * 1e3
+    added_ms = called_ms - engine_ms
+    moved = np.array([any(move["moved_chunks"] for move in record.moves) for record in records])
     figures = {
-        "generations": len(requests),
-        "with_moves": int(moved.sum()),
-        **_percentiles("sync", added_ms),
-        **_percentiles("sync_without_moves", added_ms[~moved]),
-        **_percentiles("sync_with_moves", added_ms[moved]),
-        **_percentiles("engine", engine_ms),
+        f"{name}_generations": len(times),
+        f"{name}_with_moves": int(moved.sum()),
+        f"{name}_not_managed": sum(bool(record.error) for record in records),
+        **_percentiles(name, added_ms),
+        **_percentiles(f"{name}_engine", engine_ms),
+        f"{name}_share": float(added_ms.sum() / called_ms.sum()),
     }
-    figures["sync_share"] = float(added_ms.sum() / (added_ms.sum() + engine_ms.sum()))
+    if name == "sync":
+        figures |= _percentiles("sync_without_moves", added_ms[~moved])
+        figures |= _percentiles("sync_with_moves", added_ms[moved])
     return figures
+
+
+def compare_modes(stack, llm, generations: int, seed: int) -> dict[str, float]:
+    """Measure both modes in turns of the same length, on sessions of their own."""
+    times: dict[str, list] = {"sync": [], "background": []}
+    records: dict[str, list] = {"sync": [], "background": []}
+    for turn in range(2 * _TURNS + 2):
+        name = ("sync", "background")[turn % 2]
+        requests = session_requests(max(generations // _TURNS, 1), seed + turn)
+        options = {"clock": SessionClock(time.time()), "sweep_every_s": None}
+        with managed(stack, llm, background=name == "background", **options) as cache:
+            measured = added_times(cache, requests)
+            if turn >= 2:  # the first two warm up
+                times[name] += measured
+                records[name] += [r for r in cache.records if r.kind == "generation"]
+    return {
+        key: value
+        for name in times
+        for key, value in mode_figures(name, times[name], records[name]).items()
+    }
 
 
 def _percentiles(name, values_ms):
@@ -116,17 +149,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     figures = decision_costs()
-    requests = session_requests(options.generations, options.seed)
     with session_stack(options.config) as stack:
         from demo_model import model_path
 
         with engine(stack, model_path()) as llm:
-            cache = managed(stack, llm)
-            generation_overhead(cache, session_requests(8, seed=options.seed + 1))  # warm-up
-            figures |= generation_overhead(cache, requests)
-            failed = sum(bool(record.error) for record in cache.records)
-            cache.close()
-    report = {"seed": options.seed, "not_managed": failed, **machine(), **figures}
+            figures |= compare_modes(stack, llm, options.generations, options.seed)
+    report = {"seed": options.seed, **machine(), **figures}
     REPORT.parent.mkdir(parents=True, exist_ok=True)
     REPORT.write_text(json.dumps(report, indent=1) + "\n")
     _explain(figures)
@@ -136,10 +164,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _explain(figures):
-    print(f"{figures['generations']} generations, {figures['with_moves']} with moves")
-    for name in ("sync", "sync_without_moves", "sync_with_moves", "engine"):
-        values = [figures.get(f"{name}_p{q}_ms", float("nan")) for q in (50, 90, 99)]
-        print(f"  {name:20} p50 {values[0]:8.1f}  p90 {values[1]:8.1f}  p99 {values[2]:8.1f} ms")
+    for name in ("sync", "background"):
+        n, moves = figures[f"{name}_generations"], figures[f"{name}_with_moves"]
+        print(f"{name}: {n} generations, {moves} with moves; added to the caller, and the engine:")
+        rows = [key for key in figures if key.startswith(name) and key.endswith("_p50_ms")]
+        for row in (key.removesuffix("_p50_ms") for key in rows):
+            values = [figures[f"{row}_p{q}_ms"] for q in (50, 90, 99)]
+            print("  {:20} p50 {:8.2f}  p90 {:8.2f}  p99 {:8.2f} ms".format(row, *values))
     print(
         f"  one decision {figures['scalar_us']:.1f} us;"
         f" arrays {figures['array_per_s'] / 1e6:.0f} M decisions/s\n"

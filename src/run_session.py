@@ -1,28 +1,33 @@
 """`make run`: an agent-like session on the real stack, every generation managed.
 
 A few agents with a system prompt each ask questions in a seeded order; some
-questions come back, and each kind of question has its own metadata. At the end
-stand the decisions as a table, a summary, a JSON-lines file and a picture.
+questions come back. Nothing is known about them but their text: perplexity,
+access counts and time variance are measured. The session's clock jumps over the
+think times, so that hours pass, TTLs end and KV cache goes down the ladder. At
+the end stand the decisions as a table, a summary, a log and a picture.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 import os
-import random
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from agent_session import Request, SessionClock, session_requests
+from background_tasks import Repeater
 from cache_controller import LMCacheController
 from caching_heuristics import TIERS, HeuristicConfig
-from decision_log import DecisionRecord, write_records
+from decision_log import DecisionLog, DecisionRecord
+from request_metadata import PERPLEXITY_SOURCES
 from tiered_caching import MultiTierCache
 
 RUNS_FOLDER = Path("data/runs")
@@ -37,89 +42,6 @@ _QUIET = (
     ("TORCH_CPP_LOG_LEVEL", "ERROR"),
     ("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker"),
 )
-
-# Kind of request -> what the caller knows about it (perplexity, time variance).
-_KINDS = {
-    "template": (9.0, 0.05),  # the same form again and again
-    "code": (16.0, 0.15),
-    "chat": (33.0, 0.30),
-    "bursty": (14.0, 0.70),  # predictable text at unpredictable times
-    "noise": (72.0, 0.40),  # logs, keys, binary dumps
-}
-_AGENTS = ("code reviewer", "data analyst", "release manager")
-_RULES = (
-    "Read the whole request before you answer.",
-    "Name the file and the line for every finding.",
-    "Prefer a small change that can be tested.",
-    "Say what you measured and what you only assume.",
-    "Never print a password, a token or a private key.",
-    "If two answers are possible, give the simpler one first.",
-)
-_SUBJECTS = "parser scheduler tokenizer allocator planner logger session index".split()
-
-
-@dataclass(frozen=True)
-class Request:
-    """One request of the session: who asks, what kind, the prompt and its metadata."""
-
-    agent: str
-    kind: str
-    prompt: str
-    metadata: dict[str, float]
-
-
-def session_requests(count: int, seed: int = 0) -> list[Request]:
-    """Return a seeded session in which prompts share system prompts and come back.
-
-    Parameters
-    ----------
-    count : int
-        Requests, >= 1.
-    seed : int
-        Equal seeds give equal sessions.
-
-    Examples
-    --------
-    >>> requests = session_requests(40)
-    >>> len({r.prompt for r in requests}) < len(requests)  # some repeat
-    True
-    """
-    if count < 1:
-        raise ValueError(f"count must be >= 1, got {count}")
-    rng = random.Random(seed)
-    asked: list[Request] = []
-    seen: Counter[str] = Counter()
-    for _ in range(count):
-        again = asked and rng.random() < 0.4
-        old = rng.choice(asked) if again else _new_request(rng)
-        metadata = {
-            **dict(zip(("perplexity", "time_variance"), _KINDS[old.kind])),
-            "access_count": seen[old.prompt],
-            "seconds_since_access": rng.choice([5.0, 60.0, 600.0, 5400.0]) if again else 0.0,
-        }
-        seen[old.prompt] += 1
-        asked.append(Request(old.agent, old.kind, old.prompt, metadata))
-    return asked
-
-
-def _new_request(rng: random.Random) -> Request:
-    agent, kind = rng.choice(_AGENTS), rng.choice(list(_KINDS))
-    rules = "\n".join(f"{n}. {rule}" for n, rule in enumerate(_RULES * 3, start=1))
-    body = _question(rng, kind)
-    return Request(agent, kind, f'"""You are a {agent}.\n{rules}\n"""\n{body}', {})
-
-
-def _question(rng: random.Random, kind: str) -> str:
-    subject, number = rng.choice(_SUBJECTS), rng.randrange(1000)
-    if kind == "noise":
-        alphabet = "".join(map(chr, range(33, 127)))
-        return "".join(rng.choice(alphabet) for _ in range(160))
-    if kind == "code":
-        lines = [f"    {subject}_{i} = self.{subject}.get({i + number})" for i in range(8)]
-        return f"class {subject.title()}{number}:\n" + "\n".join(lines)
-    if kind == "template":
-        return f"Report {number}. " + f"Status of the {subject}: open. Owner: none. " * 6
-    return f"Question {number}: why does the {subject} need so long, and what would you try? " * 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,29 +65,53 @@ def _options(argv):
     parser.add_argument("--redis-url", help="use this Redis instead of the embedded one")
     parser.add_argument("--generations", type=int, default=48, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--perplexity", choices=PERPLEXITY_SOURCES, default="prompt")
+    parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics on loopback")
     parser.add_argument("--out", type=Path, help=f"folder of the results ({RUNS_FOLDER}/<time>)")
     return parser.parse_args(argv)
 
 
 def _run(options):
     requests = session_requests(options.generations, options.seed)
+    folder = options.out or new_run_folder()
     started_s = time.perf_counter()
-    print("Starting coordinator, LMCache server and Redis ...", flush=True)
-    with session_stack(options.config, options.redis_url) as stack:
-        from demo_model import model_path
+    with _metrics(options.metrics_port) as metrics, DecisionLog(folder) as log:
+        with session_stack(options.config, options.redis_url) as stack:
+            from demo_model import model_path
 
-        model = model_path(options.llm)
-        print(f"Loading vLLM with {Path(model).name} (CPU, about 20 s) ...", flush=True)
-        with engine(stack, model) as llm:
-            cache = managed(stack, llm)
-            records = list(run_session(cache, requests))
-            cache.close()
-    folder = options.out or RUNS_FOLDER / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    _write_results(folder, requests, records)
-    print(table(requests, records))
+            model = model_path(options.llm)
+            with engine(stack, model) as llm:
+                measured = measuring(model, options.perplexity)
+                with session_manager(stack, llm, log=log, metrics=metrics, **measured) as cache:
+                    rows = list(run_session(cache, requests))
+    records = [record for _, record in rows]
+    _write_pictures(folder, rows)
+    print(table(rows, requests))
     print(summary(records))
-    print(f"\nWrote {folder}/decisions.jsonl and {folder}/timeline.png")
+    print(f"\nWrote the decision log, timeline.png and served.png to {folder}")
     print(f"All services are stopped. Total: {time.perf_counter() - started_s:.0f} s")
+
+
+def new_run_folder(runs: str | Path = RUNS_FOLDER) -> Path:
+    """Return the folder of a run's log and picture, named by the time (not made yet)."""
+    return Path(runs) / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+
+
+@contextmanager
+def _metrics(port):
+    """Serve metrics while the session runs; None without a port."""
+    if port is None:
+        yield None
+        return
+    from decision_metrics import DecisionMetrics
+
+    metrics = DecisionMetrics()
+    server = metrics.serve(port)
+    print(f"Metrics: http://127.0.0.1:{server.port}/metrics")
+    try:
+        yield metrics
+    finally:
+        server.close()
 
 
 @contextmanager
@@ -175,13 +121,16 @@ def session_stack(config_path: str | Path = "config.yaml", redis_url: str | None
     KV that an earlier run left on disk would be hits that the directory knows
     nothing of, and that therefore nobody could manage.
     """
+    _need("lmcache")
     from lmcache_stack import LMCacheStack, load_config
 
     _be_quiet()  # here already: vLLM reads these when it is first imported
     with tempfile.TemporaryDirectory(prefix="kv-session-") as folder:
         overrides = {"disk_path": folder} | ({"redis_url": redis_url} if redis_url else {})
-        config = load_config(config_path, **overrides)
-        with LMCacheStack(config, free_ports=True) as stack:
+        stack = LMCacheStack(load_config(config_path, **overrides), free_ports=True)
+        with progress("Starting coordinator, LMCache server and Redis", about_s=10):
+            stack.start()
+        with stack:
             yield stack
 
 
@@ -191,14 +140,42 @@ def engine(stack, model: str):
 
     An engine that has lost its LMCache server hangs when its process ends.
     """
+    _need("vllm")
     _be_quiet()
-    from vllm import LLM
+    with progress(f"Loading vLLM with {Path(model).name}", about_s=20):
+        from vllm import LLM
 
-    llm = LLM(**stack.engine_kwargs(model, use_tqdm_on_load=False))
+        llm = LLM(**stack.engine_kwargs(model, use_tqdm_on_load=False))
     try:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def progress(what: str, about_s: float):
+    """Show a bar that fills in about `about_s` seconds while the block runs."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=about_s, desc=what, bar_format="{desc} {bar:20} {elapsed}") as bar:
+        ticks = Repeater(lambda: bar.update(min(0.5, 0.98 * about_s - bar.n)), every_s=0.5)
+        ticks.start()
+        try:
+            yield
+            bar.update(about_s - bar.n)
+        finally:
+            ticks.close()
+
+
+def _need(package):
+    """Raise a StackError with the next step where a package is not in this Python."""
+    from stack_process import StackError
+
+    if importlib.util.find_spec(package) is None:
+        raise StackError(
+            f"{package} is not installed for {sys.executable}: run `make install`, then choose "
+            "the kernel of .venv (`make lab` does)"
+        )
 
 
 def _be_quiet():
@@ -213,74 +190,144 @@ def managed(stack, llm, config: HeuristicConfig | None = None, **options) -> Mul
     return MultiTierCache(controller, llm, config=config, **{"notify": None, **options})
 
 
-def run_session(cache: MultiTierCache, requests: Iterable[Request]) -> Iterator[DecisionRecord]:
-    """Generate and manage each request; yields the records, with a progress bar on stderr."""
+def measuring(model: str, source: str = "prompt") -> dict[str, object]:
+    """Return the options of a manager that measures perplexities of `model`'s prompts.
+
+    The source ``"prompt"`` loads the model a second time, beside the engine.
+    """
+    from demo_model import prompt_perplexity
+
+    scorer = functools.partial(prompt_perplexity, path=model) if source == "prompt" else None
+    return {"perplexity_source": source, "scorer": scorer}
+
+
+def session_manager(stack, llm, config: HeuristicConfig | None = None, **options):
+    """Return a manager in background mode on a session's clock, to be used by `run_session`."""
+    clock = SessionClock(time.time())
+    return managed(stack, llm, config, clock=clock, background=True, sweep_every_s=None, **options)
+
+
+def run_session(
+    cache: MultiTierCache, requests: Iterable[Request], progress: bool = True
+) -> Iterator[tuple[Request | None, DecisionRecord]]:
+    """Generate and manage each request at its arrival on the manager's `SessionClock`.
+
+    Yields
+    ------
+    tuple
+        A request with its record; None with the record of a TTL that ended.
+    """
     from tqdm.auto import tqdm
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
-    for request in tqdm(list(requests), desc="generations", unit="prompt"):
-        cache.generate_and_manage(request.prompt, sampling, request.metadata)
-        yield cache.records[-1]
+    for request in tqdm(list(requests), desc="generations", unit="prompt", disable=not progress):
+        yield from ((None, record) for record in _expire_until(cache, request.arrival_s))
+        cache.generate_and_manage(request.prompt, sampling)
+        cache.flush()  # the think time until the next request is over at once
+        yield request, cache.records[-1]
 
 
-def table(requests: Sequence[Request], records: Sequence[DecisionRecord]) -> str:
-    """Return the decisions as a text table, one line a generation."""
+def _expire_until(cache, arrival_s):
+    """Go to a request's arrival, and let TTLs end on the way when they are due."""
+    clock = cache.clock
+    while (due_s := cache.claims.next_due_s - clock.start_s + 0.001) < arrival_s:
+        clock.advance(due_s)
+        yield from cache.sweep()
+    clock.advance(arrival_s)
+    yield from cache.sweep()
+
+
+def table(rows: Sequence[tuple[Request | None, DecisionRecord]], requests=()) -> str:
+    """Return the decisions as a text table: one line a generation, one a TTL that ended."""
     lines = [
-        "\n  # agent            kind      tokens  perpl. var. uses     TTL  hit tokens (tier)"
-        "     wanted  now in              moves"
+        "\n   #  time agent            kind      tokens  perpl. var. uses     TTL"
+        "  hit tokens (tier)      wanted  now in               moves"
     ]
-    for number, (request, record) in enumerate(zip(requests, records), start=1):
-        metadata = record.metadata
-        moves = ", ".join(_short_move(move) for move in record.moves) or "-"
-        lines.append(
-            f"{number:3d} {request.agent:16} {request.kind:9} {record.prompt_tokens:6d}"
-            f"  {metadata['perplexity']:6.1f} {metadata['time_variance']:4.2f}"
-            f" {metadata['access_count']:4d} {record.ttl_s or 0:6.0f}s"
-            f"  {_parts(record.hit_tokens):22} {record.wanted_tier or '?':7}"
-            f" {_parts(record.tier_after):19} {record.error or moves}"
-        )
+    numbers: dict[str, int] = {}
+    start_s = rows[0][1].time_s - rows[0][0].arrival_s if rows and rows[0][0] else 0.0
+    count = 0
+    for request, record in rows:
+        clock = _hours(record.time_s - start_s)
+        if request is None:
+            lines.append(f"     {clock} {_expiry_line(record, numbers)}")
+            continue
+        count += 1
+        numbers[record.prompt_digest] = count
+        lines.append(f"{count:4d} {clock} {_generation_line(request, record)}")
     return "\n".join(lines)
+
+
+def _generation_line(request, record):
+    known = {"perplexity": float("nan"), "time_variance": 0.0, "access_count": 0}
+    metadata = {**known, **record.metadata}
+    moves = ", ".join(_short_move(move) for move in record.moves) or "-"
+    return (
+        f"{request.agent:16} {request.kind:9} {record.prompt_tokens:6d}"
+        f"  {metadata['perplexity']:6.1f} {metadata['time_variance']:4.2f}"
+        f" {metadata['access_count']:4d} {record.ttl_s or 0:6.0f}s"
+        f"  {_parts(record.hit_tokens):22} {record.wanted_tier or '?':7}"
+        f" {_parts(record.tier_after):20} {record.error or moves}"
+    )
+
+
+def _expiry_line(record, numbers):
+    what = f"#{numbers.get(record.prompt_digest, '?')}: TTL in {record.from_tier or 'tier'} ended"
+    moves = ", ".join(_short_move(move) for move in record.moves)
+    return f"  ↓ {what}, {record.error or moves or 'its chunks stay where others want them'}"
 
 
 def summary(records: Sequence[DecisionRecord]) -> str:
     """Return what came of a session: hits, moves, TTLs, time."""
     import numpy as np
 
-    prompt_tokens = sum(record.prompt_tokens for record in records)
-    hits = _total(record.hit_tokens for record in records)
-    moves = Counter()
-    for record in records:
-        for move in record.moves:
-            moves[f"{move['from']}→{move['to']} {move['status']}"] += move["moved_chunks"]
-    ttls = [record.ttl_s for record in records if record.ttl_s]
+    expiries = [r for r in records if r.kind == "expiry" or (r.kind == "settled" and r.from_tier)]
+    generations = [record for record in records if record.kind == "generation"]
+    prompt_tokens = sum(record.prompt_tokens for record in generations)
+    hits = _total(record.hit_tokens for record in generations)
+    ttls = [record.ttl_s for record in generations if record.ttl_s]
     ttl = np.percentile(ttls, [10, 50, 90]) if ttls else [np.nan] * 3
-    generate = np.array([record.generate_s for record in records])
-    manage = np.array([record.manage_s for record in records])
-    failed = sum(bool(record.error) for record in records)
+    generate = np.array([record.generate_s for record in generations] or [np.nan])
+    manage = np.array([record.manage_s for record in generations] or [np.nan])
+    failed = sum(bool(record.error) for record in generations)
     hit_share = sum(hits.values()) / max(prompt_tokens, 1)
     return "\n".join(
         (
-            f"\n{len(records)} generations, {prompt_tokens} prompt tokens, {failed} not managed",
+            f"\n{len(generations)} generations, {prompt_tokens} prompt tokens,"
+            f" {failed} not managed",
             f"  hit tokens      {sum(hits.values())} ({hit_share:.0%}): {_parts(hits) or 'none'}",
-            f"  wanted tiers    {_parts(Counter(r.wanted_tier for r in records))}",
-            f"  chunks moved    {_parts(moves) or 'none'}",
+            f"  wanted tiers    {_parts(Counter(r.wanted_tier or 'none' for r in generations))}",
+            f"  chunks moved    {_parts(_moved_chunks(generations)) or 'none'}",
+            f"  TTLs that ended {len(expiries)}: {_parts(_moved_chunks(expiries)) or 'no move'}",
             "  TTL             p10 {:.0f} s, p50 {:.0f} s, p90 {:.0f} s".format(*ttl),
-            f"  per generation  {np.median(generate) * 1e3:.0f} ms in the engine (p50),"
-            f" managing {np.median(manage) * 1e3:.1f} ms (p50),"
+            f"  per generation  {np.median(generate) * 1e3:.0f} ms in the engine (p50); managing,"
+            f" in the background: {np.median(manage) * 1e3:.1f} ms (p50),"
             f" {np.percentile(manage, 90) * 1e3:.1f} ms (p90)",
-            f"  managing took   {manage.sum() / (manage.sum() + generate.sum()):.1%} of the time",
         )
     )
 
 
-def _write_results(folder, requests, records):
-    from decision_plots import plot_session
+def _write_pictures(folder, rows):
+    from decision_plots import plot_session, plot_timeline
 
-    folder.mkdir(parents=True, exist_ok=True)
-    write_records(folder / "decisions.jsonl", records)
-    labels = [f"{request.agent}, {request.kind}" for request in requests]
-    plot_session(records, labels).savefig(folder / "timeline.png", dpi=150)
+    labels, kept = session_labels(rows), [record for _, record in rows]
+    plot_timeline(kept, labels).savefig(folder / "timeline.png", dpi=150)
+    served = [(record, label) for record, label in zip(kept, labels) if record.kind == "generation"]
+    plot_session(*zip(*served)).savefig(folder / "served.png", dpi=150)
+
+
+def session_labels(rows: Sequence[tuple[Request | None, DecisionRecord]]) -> list[str]:
+    """Return a name for each row of a session: the agent and the kind of its prompt."""
+    names = {record.prompt_digest: f"{r.agent}, {r.kind}" for r, record in rows if r is not None}
+    return [names.get(record.prompt_digest, record.prompt_digest) for _, record in rows]
+
+
+def _moved_chunks(records):
+    moves = Counter()
+    for record in records:
+        for move in record.moves:
+            moves[f"{move['from']}→{move['to']} {move['status']}"] += move["moved_chunks"]
+    return moves
 
 
 def _total(counts: Iterable) -> Counter:
@@ -295,6 +342,10 @@ def _parts(counts) -> str:
     order = {name: place for place, name in enumerate(TIERS)}
     names = sorted(counts, key=lambda name: (order.get(name, len(order)), str(name)))
     return ", ".join(f"{name} {counts[name]}" for name in names if counts[name])
+
+
+def _hours(seconds) -> str:
+    return f"{int(seconds // 3600):2d}h{int(seconds % 3600 // 60):02d}"
 
 
 def _short_move(move) -> str:

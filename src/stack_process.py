@@ -25,6 +25,10 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # LMCache colours its log even in a file
 class StackError(RuntimeError):
     """The stack cannot be started, attached to or stopped; the message says what to do."""
 
+    def _render_traceback_(self) -> list[str]:
+        """Show the message alone in a notebook: IPython asks for this."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 @dataclass
 class Child:

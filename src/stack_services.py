@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import socket
-import urllib.error
 import urllib.request
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -215,7 +215,7 @@ def get_json(url: str):
     try:
         with _DIRECT.open(url, timeout=HTTP_TIMEOUT_S) as response:
             return json.load(response)
-    except (OSError, ValueError, urllib.error.URLError):
+    except (OSError, ValueError, http.client.HTTPException):  # URLError is an OSError
         return None
 
 

@@ -5,20 +5,26 @@ The storage backends are in `storage_backends` and can be imported from here.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import logging
 import threading
 import time
-from array import array
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from background_tasks import JobQueue, Repeater
 from cache_controller import BaseController
-from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
-from decision_log import DecisionRecord
+from caching_heuristics import HeuristicConfig
+from claim_recovery import recover_claims
+from decision_log import DecisionLog, DecisionRecord, read_records
+from decision_metrics import DecisionMetrics
+from generation_job import Generation, prompt_digest, text_of
+from heuristic_settings import load_settings
+from kv_placement import KVPlacement
 from lmcache_http import LMCacheError, LMCacheUnavailable
+from record_keeping import RecordKeeper, notices
+from request_metadata import PromptHistory, RequestMetadata, with_logprobs
 from storage_backends import BaseBackend, InMemoryBackend, LocalDiskBackend, RemoteBackend
 from ttl_expiry import ClaimLedger
 
@@ -33,11 +39,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_MAX_DEFERRED = 1_000  # prompts; a few kB of token ids each
-_MAX_SETTLE_TRIES = 20  # later looks at a demotion that found no copy to fall back on
-_EXPIRE_EVERY_S = 30.0
-_MAX_REMEMBERED = 200_000  # chunks; about 150 bytes each
-
 
 class MultiTierCache:
     """Generates text, and places the prompt's KV cache by the heuristics afterwards.
@@ -45,17 +46,36 @@ class MultiTierCache:
     Parameters
     ----------
     lmcache_controller : BaseController
-        Says where KV is, and moves it.
+        Says where KV is, and moves it. One manager for one LMCache server: a second
+        one would know nothing of this one's claims.
     llm : vllm.LLM, optional
         The engine; `set_llm` gives it later.
     config : HeuristicConfig, optional
-        Settings of the two decisions.
+        Settings of the two decisions and of the expiry ladder; by default those that
+        the sliders have saved (``data/heuristics.yaml``), else the standard ones.
     notify : callable, optional
         Gets one line about each decision; None = silence.
     clock : callable
         Unix time in seconds, for deadlines and records.
     max_records : int
         Records kept in memory; the oldest go first.
+    background : bool
+        Decide and move on a worker thread; `generate_and_manage` returns at once.
+    max_queue : int
+        Decisions that may wait for the worker; beyond that the oldest is given up.
+    sweep_every_s : float, optional
+        How often expired claims are taken down the ladder; None = only by `sweep`.
+    perplexity_source : str
+        Where a perplexity comes from that the caller does not give: ``"generation"``
+        (the engine's log-probabilities of the answer, no extra pass), ``"prompt"``
+        (`scorer`, once a new prompt) or ``"off"``.
+    scorer : callable, optional
+        Token ids -> perplexity, such as `demo_model.prompt_perplexity`. It never
+        touches the engine.
+    log : DecisionLog, optional
+        Every record is appended; `recover` reads them after a restart.
+    metrics : DecisionMetrics, optional
+        Counts every record.
 
     Notes
     -----
@@ -65,13 +85,13 @@ class MultiTierCache:
     Examples
     --------
     >>> from cache_controller import LocalLMCacheController
-    >>> memory = {tier: InMemoryBackend() for tier in TIERS}
+    >>> memory = {tier: InMemoryBackend() for tier in ("gpu", "disk", "remote")}
     >>> class Echo:  # stands for vllm.LLM
     ...     def generate(self, prompt, sampling_params):
     ...         return prompt.upper()
     >>> local = LocalLMCacheController(chunk_size_tokens=4, backends=memory)
-    >>> cache = MultiTierCache(local, Echo())
-    >>> cache.generate_and_manage("what is KV?", None, {"perplexity": 35.0})
+    >>> with MultiTierCache(local, Echo()) as cache:
+    ...     cache.generate_and_manage("what is KV?", None, {"perplexity": 35.0})
     ✓ Moved KV from gpu to disk (TTL: 3534s)
     'WHAT IS KV?'
     """
@@ -85,20 +105,37 @@ class MultiTierCache:
         notify: Callable[[str], Any] | None = print,
         clock: Callable[[], float] = time.time,
         max_records: int = 10_000,
+        background: bool = False,
+        max_queue: int = 1_000,
+        sweep_every_s: float | None = 1.0,
+        perplexity_source: str = "generation",
+        scorer: Callable[[Sequence[int]], float] | None = None,
+        log: DecisionLog | None = None,
+        metrics: DecisionMetrics | None = None,
     ) -> None:
         self.controller = lmcache_controller
-        self.config = config or HeuristicConfig()
-        self.records: deque[DecisionRecord] = deque(maxlen=max_records)
-        self.claims = ClaimLedger()
-        self._notify = notify
-        self._clock = clock
+        self.config = load_settings() if config is None else config
+        self.claims = ClaimLedger(self.config.ladder)
+        self._records = RecordKeeper(max_records, log, metrics, notify)
+        self.records = self._records.records
+        self.clock = clock
+        self._placement = KVPlacement(lmcache_controller, self.claims)
+        self._measured = RequestMetadata(None, perplexity_source, scorer)
         self._lock = threading.Lock()
-        self._deferred: OrderedDict[str, tuple] = OrderedDict()  # demotions to try again
-        self._last_tier: OrderedDict[str, str] = OrderedDict()  # chunk key -> where last seen
-        self._next_expiry_s = 0.0
+        self._jobs = JobQueue(self._manage, self._shed, max_queue) if background else None
+        self._sweeper = Repeater(self.sweep, sweep_every_s) if sweep_every_s is not None else None
+        self.shed_decisions = 0
         self._llm: Any = None
         if llm is not None:
             self.set_llm(llm)
+        if metrics is not None:
+            self._watch(metrics)
+
+    def __enter__(self) -> MultiTierCache:
+        return self
+
+    def __exit__(self, *_exc_info: object) -> None:
+        self.close()
 
     def set_llm(self, llm: Any) -> None:
         """Set the engine: anything with vLLM's ``generate(prompt, sampling_params)``."""
@@ -107,6 +144,12 @@ class MultiTierCache:
         takes_tqdm = "use_tqdm" in inspect.signature(llm.generate).parameters
         self._generate_options = {"use_tqdm": False} if takes_tqdm else {}
         self.controller.attach_engine(llm)
+        engine_config = getattr(getattr(llm, "llm_engine", None), "vllm_config", None)
+        self._max_logprobs = getattr(
+            getattr(engine_config, "model_config", None), "max_logprobs", 0
+        )
+        if engine_config is not None:
+            self._measured.vocab_size = engine_config.model_config.get_vocab_size()
 
     def generate_and_manage(
         self,
@@ -121,10 +164,11 @@ class MultiTierCache:
         prompt : str
             The prompt.
         sampling_params : vllm.SamplingParams
-            Handed to the engine as it is.
+            Handed to the engine; a copy that also asks for log-probabilities where
+            the perplexity is measured from them.
         metadata : mapping, optional
             ``perplexity``, ``time_variance``, ``access_count``,
-            ``seconds_since_access``; see `compute_ttl`.
+            ``seconds_since_access``; see `compute_ttl`. What is not given is measured.
 
         Returns
         -------
@@ -136,229 +180,197 @@ class MultiTierCache:
         RuntimeError
             Before an engine was set.
         TypeError
-            For a list of prompts; call once for each. The engine's own errors pass through;
-            nothing else is ever raised.
+            For a list of prompts: use `generate_and_manage_batch`. The engine's own
+            errors pass through; nothing else is ever raised.
         """
-        if self._llm is None:
-            raise RuntimeError("no engine yet: call set_llm(llm) first")
         if isinstance(prompt, list) and not (prompt and all(isinstance(t, int) for t in prompt)):
-            raise TypeError("prompt must be one prompt; got a list")  # the rest would be lost
-        start_s = time.perf_counter()
-        outputs = self._llm.generate(prompt, sampling_params, **self._generate_options)
+            raise TypeError("prompt must be one prompt; got a list: use generate_and_manage_batch")
+        outputs, generate_s = self._generate(prompt, sampling_params)
         output = outputs[0] if isinstance(outputs, (list, tuple)) else outputs
-        self._manage(prompt, output, metadata, time.perf_counter() - start_s)
-        return output if isinstance(output, str) else output.outputs[0].text
+        self._submit(prompt, output, metadata, generate_s, self._now())
+        return text_of(output)
+
+    def generate_and_manage_batch(
+        self,
+        prompts: Sequence[str],
+        sampling_params: Any,
+        metadata: Mapping[str, float] | Sequence[Mapping[str, float] | None] | None = None,
+    ) -> list[str]:
+        """Generate texts in one engine batch, then place each prompt's KV cache.
+
+        Parameters
+        ----------
+        prompts : sequence of str
+            The prompts, shape (n,).
+        sampling_params : vllm.SamplingParams or sequence of them
+            One for all, or one each.
+        metadata : mapping or sequence of mapping, optional
+            One for all, or one each (None = all measured), shape (n,).
+
+        Returns
+        -------
+        list of str
+            The generated texts, shape (n,).
+
+        Raises
+        ------
+        RuntimeError, TypeError, ValueError
+            No engine; a single text; not as many metadata as prompts.
+
+        Notes
+        -----
+        A record's ``generate_s`` is the batch's time divided by its prompts.
+        """
+        if isinstance(prompts, str) or any(isinstance(prompt, int) for prompt in prompts):
+            raise TypeError("prompts must be a list of prompts, got one prompt")
+        prompts = list(prompts)
+        each = metadata if isinstance(metadata, (list, tuple)) else [metadata] * len(prompts)
+        if len(each) != len(prompts):
+            raise ValueError(
+                f"metadata must have {len(prompts)} items (one a prompt), got {len(each)}"
+            )
+        if not prompts:
+            return []
+        outputs, generate_s = self._generate(prompts, sampling_params)
+        time_s = self._now()
+        for prompt, output, given in zip(prompts, outputs, each):
+            self._submit(prompt, output, given, generate_s / len(prompts), time_s)
+        return [text_of(output) for output in outputs]
+
+    def sweep(self, now_s: float | None = None) -> list[DecisionRecord]:
+        """Take expired claims down the ladder now; returns a record for each."""
+        swept: list[DecisionRecord] = []
+        while True:
+            with self._lock:
+                entries = self._placement.sweep(self.clock() if now_s is None else now_s)
+            if not entries:
+                return swept
+            for entry in entries:
+                swept.append(self._records.keep(entry))
+
+    def recover(self, log: str | Path | Iterable[DecisionRecord]) -> dict[str, int]:
+        """Make the claims again that an earlier process has logged; see `recover_claims`.
+
+        KV that LMCache holds and the log does not name is claimed for ``base_ttl``.
+        """
+        if isinstance(log, (str, Path)):
+            log = read_records(log, kinds=None) if Path(log).exists() else ()  # the first start
+        with self._lock:
+            return recover_claims(self._placement, log, self.clock(), self.config.base_ttl)
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until every decision so far is made; False if the time was not enough."""
+        return True if self._jobs is None else self._jobs.flush(timeout_s)
 
     def close(self) -> None:
-        """Release the controller's connections."""
+        """Make the decisions that wait, end the threads, release the connections."""
+        if self._jobs is not None:  # an empty queue is falsy, and its worker may be busy
+            self._jobs.close()
+        if self._sweeper:
+            self._sweeper.close()
         self.controller.close()
 
-    def _manage(self, prompt, output, metadata, generate_s):
+    # ---- generating ------------------------------------------------------------------
+
+    def _generate(self, prompts, sampling_params):
+        if self._llm is None:
+            raise RuntimeError("no engine yet: call set_llm(llm) first")
+        if self._sweeper:
+            self._sweeper.start()
+        asked = self._asking_for_logprobs(sampling_params)
+        start_s = time.perf_counter()
+        outputs = self._llm.generate(prompts, asked, **self._generate_options)
+        return outputs, time.perf_counter() - start_s
+
+    def _asking_for_logprobs(self, sampling_params):
+        """Return sampling parameters from whose answer a perplexity can be measured."""
+        limit = min(self._measured.logprobs_wanted, self._max_logprobs)
+        if limit <= 0:
+            return sampling_params
+        try:
+            if isinstance(sampling_params, (list, tuple)):
+                return [with_logprobs(each, limit) for each in sampling_params]
+            return with_logprobs(sampling_params, limit)
+        except Exception:  # the engine judges the caller's object, not we
+            logger.exception("log-probabilities cannot be asked for")
+            return sampling_params
+
+    def _now(self):
+        try:
+            return self.clock()
+        except Exception:  # a caller's clock; `_decide` will meet and record it again
+            return None
+
+    # ---- managing ---------------------------------------------------------------------
+
+    def _submit(self, prompt, output, given, generate_s, time_s):
+        given = dict(given) if isinstance(given, dict) else given  # the caller may reuse its own
+        job = Generation(prompt, output, given, generate_s, time_s)
+        if self._jobs is None:
+            self._manage(job)
+        elif not self._jobs.put(job):
+            self._fail(job, "RuntimeError: the manager is closed")
+
+    def _shed(self, job):
+        self.shed_decisions += 1
+        self._claim_by_default(job)
+        self._fail(job, "the queue of decisions was full", kind="shed")
+
+    def _fail(self, job, reason, **fields):
+        entry = {"prompt_digest": "", "error": reason, "generate_s": job.generate_s, **fields}
+        self._records.keep({"time_s": time.time() if job.time_s is None else job.time_s, **entry})
+
+    def _manage(self, job):
         """Decide and move; whatever fails becomes part of the record."""
         start_s = time.perf_counter()
         entry: dict[str, Any] = {"time_s": time.time(), "prompt_digest": "", "error": ""}
         try:
             with self._lock:
-                self._decide(entry, prompt, output, metadata)
+                self._decide(entry, job)
         except (LMCacheUnavailable, LMCacheError, ValueError) as error:
             entry["error"] = f"{type(error).__name__}: {error}"
         except Exception as error:  # a bug must not cost the caller the text either
             logger.exception("managing a prompt's KV cache failed")
             entry["error"] = f"{type(error).__name__}: {error}"
+        if "chunk_keys" not in entry:
+            self._claim_by_default(job)
         entry["manage_s"] = time.perf_counter() - start_s
-        entry["moves"] = tuple(entry.get("moves", ()))
-        record = DecisionRecord(generate_s=generate_s, **entry)
-        self.records.append(record)
-        self._tell(record)
+        self._records.keep({**entry, "generate_s": job.generate_s})
 
-    def _decide(self, entry, prompt, output, metadata):
+    def _claim_by_default(self, job):
+        """Let a sweep claim KV that nothing was decided about: it must not live for ever."""
+        try:
+            tokens = job.tokens(self.controller)
+            wish = ("gpu", time.time() if job.time_s is None else job.time_s, self.config.base_ttl)
+            self._placement.claim_later(prompt_digest(tokens), tokens, wish)
+        except Exception:
+            logger.exception("a prompt without a decision could not be claimed")
+
+    def _decide(self, entry, job):
         """Fill `entry` step by step, so that a failure leaves what was known before it."""
-        entry["time_s"] = now_s = self._clock()
-        tokens = list(getattr(output, "prompt_token_ids", None) or self.controller.tokenize(prompt))
-        owner = entry["prompt_digest"] = _digest(tokens)
+        entry["time_s"] = now_s = self.clock() if job.time_s is None else job.time_s
+        tokens = job.tokens(self.controller)
+        entry["prompt_digest"] = prompt_digest(tokens)
+        entry["prompt"] = job.prompt if isinstance(job.prompt, str) else None
         entry["prompt_tokens"] = len(tokens)
-        metadata = {} if metadata is None else metadata
-        entry["metadata"] = dict(metadata) if isinstance(metadata, Mapping) else {}
-        entry["ttl_s"] = ttl_s = float(self.config.ttl(metadata))
-        entry["wanted_tier"] = tier = str(self.config.tier(metadata))
-
+        given = job.metadata
+        entry["metadata"] = dict(given) if isinstance(given, Mapping) else {}
+        metadata, sources = self._measure(given, tokens, job.output, now_s)
+        entry["metadata"], entry["metadata_sources"] = metadata, sources
+        entry["ttl_s"] = float(self.config.ttl(metadata))
+        entry["wanted_tier"] = str(self.config.tier(metadata))
         self.controller.note_generated(tokens)
-        layout = self.controller.layout(tokens)
-        cached_tokens = getattr(output, "num_cached_tokens", None) or 0
-        held = self._without_load_buffers(layout, cached_tokens)
-        entry["chunks"] = len(held)
-        entry["tier_before"] = entry["tier_after"] = _by_hottest(held)
-        entry["hit_tokens"] = self._hits_by_tier(held, cached_tokens)
-        if now_s >= self._next_expiry_s:
-            self.claims.expire(now_s)  # else a long-lived process keeps every claim
-            self._next_expiry_s = now_s + _EXPIRE_EVERY_S
-        self.claims.claim(owner, layout.keys, tier, now_s + ttl_s)
-        if not all(held):
-            self.controller.check_health()  # says why, if LMCache is away
-        wanted = self.claims.wanted(layout.keys, now_s)
-        moves = entry["moves"] = []
-        try:
-            self._move_all(tokens, held, wanted, cached_tokens, moves)
-        except Exception:
-            self._defer(owner, tokens)
-            raise
-        if any(move["status"] in ("timeout", "partial") for move in moves):
-            self._defer(owner, tokens)
-        if any(move["moved_chunks"] for move in entry["moves"]):
-            held = self.controller.layout(tokens).of(self.controller.instance_id)
-            entry["tier_after"] = _by_hottest(held)
-        self._remember(layout.keys, held)
-        if any(move["to"] == "gpu" and move["status"] != "done" for move in moves):
-            self._forget(layout.keys)  # it may be there, or still come: believe the directory
-        self._settle_oldest(owner, now_s)
-
-    def _without_load_buffers(self, layout, cached_tokens):
-        """Return each chunk's tiers, less the L1 copies that a load from L2 has just made.
-
-        The directory shows such a copy for an instant, until the delete that
-        follows the load; a chunk that was colder and has been a hit since
-        cannot have become hot by itself.
-        """
-        held = layout.of(self.controller.instance_id)
-        hits = self._chunks(cached_tokens, held)
-        colder = [TIER_CODES[self._last_tier.get(key, "gpu")] for key in layout.keys[:hits]]
-        served = tuple(
-            tuple(tier for tier in tiers if TIER_CODES[tier] >= code) or tiers
-            for tiers, code in zip(held, colder)
-        )
-        return served + held[hits:]
-
-    def _remember(self, keys, held):
-        """Keep where each chunk was last seen, for the next look (bounded)."""
-        for key, tiers in zip(keys, held):
-            self._last_tier.pop(key, None)
-            if tiers:
-                self._last_tier[key] = tiers[0]
-        while len(self._last_tier) > _MAX_REMEMBERED:
-            self._last_tier.popitem(last=False)
-
-    def _forget(self, keys):
-        for key in keys:
-            self._last_tier.pop(key, None)
-
-    def _chunks(self, tokens, held):
-        """Return how many chunks `tokens` tokens of prefix touch."""
-        return -(-tokens // self.controller.chunk_size_tokens) if tokens and held else 0
-
-    def _hits_by_tier(self, held, cached_tokens):
-        """Split the engine's cached-token count by the tier that each chunk came from."""
-        hits: dict[str, int] = {}
-        left = cached_tokens
-        for tiers in held[: self._chunks(cached_tokens, held)]:
-            tier = tiers[0] if tiers else "none"
-            tokens = min(self.controller.chunk_size_tokens, left)
-            hits[tier] = hits.get(tier, 0) + tokens
-            left -= tokens
-        return hits
-
-    def _move_all(self, tokens, held, wanted, cached_tokens, moves):
-        """Move each group of chunks to its wanted tier; adds the statuses to `moves`."""
-        fresh_from = self._chunks(cached_tokens, held)  # from here on just computed
-        plan: dict[tuple[str, str, float | None], list[int]] = {}
-        for index, (tiers, tier) in enumerate(zip(held, wanted)):
-            fresh = index >= fresh_from
-            source = tiers[0] if tiers else "gpu"
-            target = tier if fresh or not tiers else _reachable(tiers, tier)
-            if source != target and target is not None:
-                # Only a store that is still under way is worth waiting for.
-                timeout_s = None if fresh or target == "gpu" else 0.0
-                plan.setdefault((source, target, timeout_s), []).append(index)
-        for (source, target, timeout_s), chunks in plan.items():
-            moves.append(self._move(source, target, tokens, chunks, timeout_s))
-
-    def _move(self, source, target, tokens, chunks, timeout_s):
-        instance = self.controller.instance_id
-        return self.controller.move(
-            [instance, source], [instance, target], tokens, chunks=chunks, timeout_s=timeout_s
+        cached_tokens = getattr(job.output, "num_cached_tokens", None) or 0
+        self._placement.place(
+            entry, tokens, cached_tokens, now_s, before_moves=lambda: self._records.claim(entry)
         )
 
-    def _defer(self, owner, tokens, tries=0):
-        self._deferred[owner] = (tokens, tries)
-        while len(self._deferred) > _MAX_DEFERRED:
-            self._deferred.popitem(last=False)
+    def _measure(self, given, tokens, output, now_s):
+        if self._measured.history is None:  # the controller may have to ask the server
+            self._measured.history = PromptHistory(self.controller.chunk_size_tokens)
+        return self._measured.complete(given, tokens, output, now_s)
 
-    def _settle_oldest(self, current_owner, now_s):
-        """Try one earlier prompt again whose demotion found no copy to fall back on."""
-        owner = next((o for o in self._deferred if o != current_owner), None)
-        if owner is None:
-            return
-        tokens, tries = self._deferred.pop(owner)
-        settled, moves = False, []
-        try:
-            layout = self.controller.layout(tokens)
-            held = layout.of(self.controller.instance_id)
-            wanted = self.claims.wanted(layout.keys, now_s)
-            self._move_all(tokens, held, wanted, len(tokens), moves)
-            unmet = any(_has_nothing_colder(*pair) for pair in zip(held, wanted))
-            settled = not unmet and all(move["status"] in ("done", "noop") for move in moves)
-            self._forget(layout.keys)
-        except Exception as error:  # must not be booked on the current prompt
-            logger.warning("settling %s failed: %s", owner, error)
-        if not settled and tries < _MAX_SETTLE_TRIES:
-            self._defer(owner, tokens, tries + 1)  # at the end of the queue
-
-    def _tell(self, record):
-        """Give the decision's one-line notice to `notify`; its failure is logged only."""
-        if self._notify is None:
-            return
-        try:
-            for line in notices(record):
-                self._notify(line)
-        except Exception:
-            logger.exception("notify failed")
-
-
-def notices(record: DecisionRecord) -> list[str]:
-    """Return the one-line notices about a decision.
-
-    Examples
-    --------
-    >>> notices(DecisionRecord(0.0, "a", ttl_s=7200.0, tier_after={"remote": 3}))
-    ['✓ KV in remote, TTL: 7200s']
-    """
-    if record.error:
-        return [f"⚠ KV not managed: {record.error}"]
-    ttl = f"{record.ttl_s:.0f}s"
-    lines = []
-    for move in record.moves:
-        path = f"from {move['from']} to {move['to']}"
-        if move["moved_chunks"]:
-            lines.append(f"✓ Moved KV {path} (TTL: {ttl})")
-        elif move["status"] != "noop":
-            lines.append(f"⚠ KV not moved {path}: {move['reason']}")
-    held = [tier for tier in TIERS if record.tier_after.get(tier)]
-    return lines or [f"✓ KV in {'+'.join(held) or record.wanted_tier}, TTL: {ttl}"]
-
-
-def _reachable(tiers, wanted):
-    """Return where a chunk can go that wants `wanted`: there, else the next colder copy.
-
-    LMCache cannot write a missing L2 copy, so a chunk in gpu and remote that
-    wants disk goes to remote; one that only remote holds stays there.
-    """
-    if wanted in (None, "gpu") or wanted in tiers:
-        return wanted
-    colder = [tier for tier in tiers if TIER_CODES[tier] > TIER_CODES[wanted]]
-    return colder[0] if colder else tiers[0]
-
-
-def _has_nothing_colder(tiers, wanted):
-    """Say whether a chunk still waits for the copy that would let it go where it is wanted."""
-    return wanted not in (None, "gpu") and tiers and TIER_CODES[tiers[-1]] < TIER_CODES[wanted]
-
-
-def _by_hottest(held):
-    """Count chunks by their hottest tier; ``none`` are not seen anywhere (yet)."""
-    counts = Counter(tiers[0] if tiers else "none" for tiers in held)
-    return {tier: counts[tier] for tier in (*TIERS, "none") if counts[tier]}
-
-
-def _digest(tokens):
-    """Name a prompt by its tokens without showing them."""
-    packed = array("q", tokens).tobytes()
-    return hashlib.sha256(packed).hexdigest()[:16]
+    def _watch(self, metrics):
+        metrics.watch("live_claims", lambda: len(self.claims))
+        metrics.watch("queue_depth", lambda: len(self._jobs or ()))
+        metrics.watch("tracked_patterns", lambda: len(self._measured.history or ()))

@@ -16,6 +16,7 @@ import redis_fixtures
 os.environ.setdefault("LMCACHE_TRACK_USAGE", "false")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ["KV_HEURISTICS_FILE"] = os.devnull + ".absent"  # the defaults, whatever was saved here
 
 _TOPICS = "cache tensor prefix token block chunk tier model agent server queue worker".split()
 

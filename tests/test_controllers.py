@@ -229,6 +229,64 @@ def test_remote_to_disk(on, fresh_text):
         assert on.controller.lookup(tokens)[on.controller.instance_id] == ["disk", "remote"]
 
 
+def test_the_layout_by_keys_is_the_layout_by_tokens(on, fresh_text):
+    first, second = (on.put(fresh_text()) for _ in range(2))
+    for tokens in (first, second):
+        wait_for(on.controller, tokens, list(TIERS))
+    one, two = on.controller.layout(first), on.controller.layout(second)
+    here = on.controller.instance_id
+    both = on.controller.layout_of(one.keys + two.keys[:1])
+    assert both.keys == one.keys + two.keys[:1]
+    assert both.of(here) == one.of(here) + two.of(here)[:1]
+    assert on.controller.layout_of([]).keys == ()
+    everything = dict(zip((whole := on.controller.layout_of()).keys, whole.of(here)))
+    assert set(one.keys + two.keys) <= set(everything)
+    assert all(everything[key] == TIERS for key in one.keys)
+
+
+@pytest.mark.parametrize(("source", "target"), DEMOTIONS)
+def test_demotion_by_keys_moves_these_chunks_only(on, fresh_text, source, target):
+    tokens = on.put(fresh_text())
+    bring_to(on.controller, tokens, source)
+    keys = on.controller.layout(tokens).keys
+    status = move(on.controller, source, target, None, keys=keys[1:])
+    assert (status["status"], status["moved_chunks"]) == ("done", len(keys) - 1)
+    held = on.controller.layout(tokens).of(on.controller.instance_id)
+    assert [tiers[0] for tiers in held] == [source] + [target] * (len(keys) - 1)
+
+
+def test_discarded_chunks_are_in_no_tier(on, fresh_text):
+    tokens = on.put(fresh_text())
+    wait_for(on.controller, tokens, list(TIERS))
+    keys = on.controller.layout(tokens).keys
+    deadline_s = time.monotonic() + 10
+    while on.controller.discard(keys[1:]):  # still being written somewhere
+        assert time.monotonic() < deadline_s
+    held = on.controller.layout_of(keys).of(on.controller.instance_id)
+    assert held == (TIERS, *[()] * (len(keys) - 1))
+    assert on.controller.discard(keys[1:]) == 0  # nothing left: fine
+
+
+def test_keys_and_tokens_together_are_refused(on):
+    with pytest.raises(ValueError, match="keys, or tokens"):
+        move(on.controller, "gpu", "disk", [1, 2], keys=["ab"])
+
+
+def test_a_new_controller_finds_chunks_by_their_keys_alone(stack, llm, greedy, fresh_text):
+    side = OnLMCache(stack, llm, greedy)
+    tokens = side.put(fresh_text())
+    wait_for(side.controller, tokens, list(TIERS))
+    keys = side.controller.layout(tokens).keys
+    later = LMCacheController(stack.host, stack.port, model=side.controller.model)
+    assert later.layout_of(keys).of(later.instance_id) == (TIERS,) * len(keys)
+    stranger = LMCacheController(stack.host, stack.port, model="another model")
+    assert (
+        stranger.layout_of(keys).of(stranger.instance_id) == () and stranger.layout_of().keys == ()
+    )
+    for controller in (side.controller, later, stranger):
+        controller.close()
+
+
 def test_everything_at_a_position(on, fresh_text):
     prompts = [on.put(fresh_text()) for _ in range(2)]
     for tokens in prompts:

@@ -58,7 +58,8 @@ def test_usage_of_the_requirements_document(stack, llm, greedy, capsys, fresh_te
     assert output == llm.generate(prompt, sampling_params, use_tqdm=False)[0].outputs[0].text
     assert capsys.readouterr().out == "✓ Moved KV from gpu to disk (TTL: 1767s)\n"
     cache_manager.generate_and_manage(prompt, sampling_params, {"perplexity": 35.0})
-    assert capsys.readouterr().out == "✓ KV in disk, TTL: 3534s\n"
+    # 3534 s on first sight; one earlier access, which the manager has counted, gives more
+    assert capsys.readouterr().out == "✓ KV in disk, TTL: 4146s\n"
     cache_manager.close()
 
 
@@ -67,10 +68,26 @@ def test_without_engine_is_a_clear_error(stack):
         MultiTierCache(LMCacheController(stack.host, stack.port)).generate_and_manage("x", None)
 
 
-def test_metadata_is_optional(cache, greedy, fresh_text):
-    assert cache.generate_and_manage(fresh_text(), greedy)
-    record = cache.records[-1]
-    assert (record.error, record.ttl_s, record.wanted_tier) == ("", 3600.0, "gpu")
+def test_metadata_is_optional_and_measured(cache, greedy, fresh_text):
+    text = fresh_text()
+    for uses in range(3):
+        assert cache.generate_and_manage(text, greedy)
+        record = cache.records[-1]
+        assert record.error == "" and record.metadata["access_count"] == uses
+        assert record.metadata["perplexity"] >= 1.0
+        assert record.metadata_sources == {
+            "perplexity": "generation",
+            "access_count": "history",
+            "time_variance": "history",
+            "seconds_since_access": "history",
+        }
+    assert 0.0 < record.metadata["seconds_since_access"] < 60.0
+    assert 0.0 <= record.metadata["time_variance"] < 0.6
+    config = cache.config
+    assert (record.ttl_s, record.wanted_tier) == (
+        config.ttl(record.metadata),
+        config.tier(record.metadata),
+    )
 
 
 # ---- decisions become placements, and placements serve ------------------------------
@@ -170,8 +187,8 @@ def test_a_bug_anywhere_in_the_decision_path_costs_no_text(cache, greedy, fresh_
     for owner, name in [
         (cache.controller, "layout"),
         (cache.claims, "claim"),
-        (cache, "_clock"),
-        (cache, "_notify"),
+        (cache, "clock"),
+        (cache._records, "_notify"),
     ]:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, broken)

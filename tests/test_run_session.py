@@ -10,14 +10,13 @@ import threading
 from pathlib import Path
 
 import pytest
+from local_managers import CHUNK, HOT, LADDER_S, WARM, hottest, local_manager
 
-from caching_heuristics import TIERS
+from agent_session import SessionClock
+from caching_heuristics import TIERS, HeuristicConfig
 from decision_log import DecisionRecord, read_records
 from decision_plots import TIER_COLOURS, plot_session
-from local_controller import LocalLMCacheController
 from run_session import session_requests, summary, table
-from storage_backends import InMemoryBackend
-from tiered_caching import MultiTierCache
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,10 +35,14 @@ def run_cli(*arguments):
 def test_the_whole_run_on_a_real_redis(tmp_path, redis_url):
     done = run_cli("--generations", 6, "--redis-url", redis_url, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr[-2000:]
-    records = list(read_records(tmp_path / "run" / "decisions.jsonl"))
-    assert len(records) == 6 and not any(record.error for record in records)
+    assert list((tmp_path / "run").glob("decisions-*.jsonl"))
+    records = list(read_records(tmp_path / "run"))
+    generations = [record for record in records if record.kind == "generation"]
+    assert len(generations) == 6 and not any(record.error for record in records)
+    assert all(record.prompt is None for record in records)  # the text only on request
+    assert {"prompt", "history"} <= set(generations[0].metadata_sources.values())
     assert (tmp_path / "run" / "timeline.png").read_bytes().startswith(b"\x89PNG")
-    for words in ("6 generations", "hit tokens", "chunks moved", "TTL", "managing took"):
+    for words in ("6 generations", "hit tokens", "chunks moved", "TTLs that ended", "managing"):
         assert words in done.stdout
     assert "of-the-tests" not in done.stdout + done.stderr  # Redis' password
     assert "Traceback" not in done.stderr
@@ -67,7 +70,18 @@ def test_sessions_are_seeded_and_shared():
     assert len(set(prompts)) < len(prompts)  # some come back
     systems = {prompt.split('"""\n')[0] for prompt in prompts}
     assert len(systems) == 3  # three agents share theirs
-    assert len({request.kind for request in one}) == 5
+    assert len({request.kind for request in one}) == 4
+    arrivals_s = [request.arrival_s for request in one]
+    assert arrivals_s[0] == 0.0 and arrivals_s == sorted(arrivals_s)
+
+
+def test_a_session_clock_goes_where_it_is_told_and_never_back():
+    clock = SessionClock(start_s=100.0)
+    seen = []
+    for to_s in (0.0, 25.0, 10.0, 25.0, 30.0):
+        clock.advance(to_s)
+        seen.append(clock())
+    assert seen == [100.0, 125.0, 125.0, 125.0, 130.0]
 
 
 class Upper:
@@ -79,9 +93,8 @@ class Upper:
 
 @pytest.fixture
 def local_cache():
-    backends = {tier: InMemoryBackend() for tier in TIERS}
-    controller = LocalLMCacheController(chunk_size_tokens=8, backends=backends)
-    return MultiTierCache(controller, Upper(), notify=None)
+    with local_manager(llm=Upper(), config=HeuristicConfig()) as cache:
+        yield cache
 
 
 def test_sixteen_threads_lose_no_text_and_no_record(local_cache):
@@ -105,19 +118,42 @@ def test_short_and_empty_prompts(local_cache):
     assert not any(record.error or record.moves for record in local_cache.records)
 
 
-def test_table_summary_and_picture_say_what_the_records_say(local_cache):
-    requests = session_requests(5)
+def run_locally(requests):
+    """What `run_session` yields, without vLLM; and the manager."""
+    clock = SessionClock(1e9)
+    cache = local_manager(clock=clock, background=True, perplexity_source="off")
+    rows = []
     for request in requests:
-        local_cache.generate_and_manage(request.prompt, None, request.metadata)
-    failed = DecisionRecord(0.0, "x", metadata=requests[0].metadata, error="LMCache is away")
-    requests, records = [*requests, requests[0]], [*local_cache.records, failed]
-    rows = table(requests, records).splitlines()[-6:]
-    for request, record, row in zip(requests, records, rows):
-        assert request.agent in row and str(record.prompt_tokens) in row
-        assert (record.wanted_tier or "?") in row
-    assert "LMCache is away" in rows[-1]
-    assert "6 generations" in summary(records) and "1 not managed" in summary(records)
+        clock.advance(request.arrival_s)
+        rows += [(None, record) for record in cache.sweep()]
+        cache.generate_and_manage(request.prompt, None)
+        assert cache.flush(10)
+        rows.append((request, cache.records[-1]))
+    return rows, cache
 
+
+def test_table_summary_and_picture_say_what_the_records_say():
+    requests = session_requests(12)
+    rows, cache = run_locally(requests)
+    assert [record.prompt for request, record in rows if request] == [r.prompt for r in requests]
+    failed = DecisionRecord(rows[-1][1].time_s, "f0", error="LMCache is away")
+    rows.append((requests[0], failed))
+    lines = table(rows).splitlines()[-len(rows) :]
+    for (request, record), line in zip(rows, lines):
+        if request is None:
+            assert f"TTL in {record.from_tier} ended" in line
+            assert all(f"{move['from']}→{move['to']}" in line for move in record.moves)
+            continue
+        assert request.agent in line and str(record.prompt_tokens) in line
+        assert (record.wanted_tier or "?") in line
+    assert "LMCache is away" in lines[-1]
+    records = [record for _, record in rows]
+    ended = len(rows) - 13
+    assert ended > 0
+    for words in ("13 generations", "1 not managed", f"TTLs that ended {ended}:"):
+        assert words in summary(records)
+
+    records = [record for request, record in rows if request]
     tiers = plot_session(records).axes[1]
     drawn = {tier: 0 for tier in (*TIERS, "none")}
     from matplotlib.colors import to_hex
@@ -154,55 +190,89 @@ def test_a_longer_prompt_leaves_the_shared_chunks_where_they_are(local_cache):
     assert controller.load(longer)[:2] == [b"real", b"bytes"]
 
 
-def test_ended_claims_are_forgotten(local_cache):
-    now = [0.0]
-    local_cache._clock = lambda: now[0]
+def test_ended_claims_are_forgotten():
+    cache = local_manager()
     for number in range(50):
-        local_cache.generate_and_manage(f"prompt number {number}", None)
-        now[0] += 4000.0  # beyond the TTL of an hour
-    assert len(local_cache.claims) <= 2
+        cache.generate_and_manage(f"prompt number {number}", None, HOT)
+        cache.clock.now_s += LADDER_S  # beyond gpu, disk and remote
+    assert len(cache.claims) <= 2
+    cache.sweep()
+    assert len(cache.claims) == 0 and not any(cache.controller.layout_of().tiers)
 
 
-def test_a_demotion_is_tried_again_until_its_copy_is_there(local_cache, monkeypatch):
+class NoCopies:
+    """Makes a controller one that, like LMCache, cannot write a missing copy to disk."""
+
+    def __init__(self, controller):
+        self._controller, self._move = controller, controller.move
+
+    def __call__(self, source, target, *args, **options):
+        held = self._controller.backends[target[1]]
+        keys = options.get("keys") or self._controller.layout(options["tokens"]).keys
+        if any(held.get(key) is None for key in keys):
+            late = {"status": "timeout", "reason": f"no copy in {target[1]} seen"}
+            ends = {"from": source[1], "to": target[1]}
+            return {**late, **ends, "moved_chunks": 0, "moved_tokens": 0, "skipped": {}}
+        return self._move(source, target, *args, **options)
+
+
+def test_a_demotion_is_tried_again_until_its_copy_is_there(monkeypatch):
     """LMCache's store was slow: the copy appears after the move has given up."""
-    controller, here = local_cache.controller, local_cache.controller.instance_id
-    move = type(controller).move
-    late = {"status": "timeout", "reason": "no copy in disk seen", "moved_chunks": 0}
-    with monkeypatch.context() as patch:
-        answer = {**late, "from": "gpu", "to": "disk", "moved_tokens": 0, "skipped": {}}
-        patch.setattr(controller, "move", lambda *_args, **_options: answer)
-        local_cache.generate_and_manage("the slow prompt", None, {"perplexity": 35.0})
-        tokens = controller.tokenize("the slow prompt")
-        for backend in (controller.backends["disk"], controller.backends["remote"]):
-            for key in controller.layout(tokens).keys:
-                backend.delete(key)
-        for number in range(3):  # nothing to fall back on: it stays queued
-            local_cache.generate_and_manage(f"other {number}", None)
-        assert list(local_cache._deferred)
-    assert move is type(controller).move
-    value = b"late"
-    for key in controller.layout(tokens).keys:
-        controller.backends["disk"].set(key, value, 60)
-    local_cache.generate_and_manage("yet another", None)
-    assert not local_cache._deferred
-    assert controller.lookup(tokens)[here] == ["disk"]
+    cache = local_manager()
+    controller, prompt = cache.controller, "the slow prompt!"
+    store = controller.note_generated
+
+    def slow_store(tokens):
+        store(tokens)
+        for key in controller.layout(tokens).keys:
+            for tier in ("disk", "remote"):
+                controller.backends[tier].delete(key)
+
+    monkeypatch.setattr(controller, "move", NoCopies(controller))
+    monkeypatch.setattr(controller, "note_generated", slow_store)
+    cache.generate_and_manage(prompt, None, WARM)
+    assert cache.records[-1].moves[0]["status"] == "timeout"
+    for _ in range(5):  # nothing to fall back on: it stays queued
+        cache.clock.now_s += 4
+        assert cache.sweep() == []
+        assert cache._placement.unsettled == 1 and hottest(cache, prompt) == ["gpu", "gpu"]
+    for key in controller.layout(controller.tokenize(prompt)).keys:
+        controller.backends["disk"].set(key, b"late", 60)
+    cache.clock.now_s += 60  # the longest pause between two tries
+    (record,) = cache.sweep()
+    assert (record.kind, record.wanted_tier, record.error) == ("settled", "disk", "")
+    assert cache._placement.unsettled == 0
+    assert hottest(cache, prompt) == ["disk", "disk"]
+    assert controller.load(controller.tokenize(prompt)) == [b"late"] * (len(prompt) // CHUNK)
 
 
-def test_a_failing_second_move_keeps_the_first_in_the_record(local_cache, monkeypatch):
-    controller = local_cache.controller
-    local_cache.generate_and_manage("01234567 the hot prompt", None, {"perplexity": 12.0})
-    move = controller.move
+def test_a_failing_second_move_keeps_the_first_in_the_record(monkeypatch):
+    cache = local_manager()
+    controller, move = cache.controller, cache.controller.move
+    shared = "0" * CHUNK  # once in gpu, it has to go to disk; the new chunk comes from gpu too
+    cache.generate_and_manage(shared + "1" * CHUNK, None, WARM)
+    cold = {**HOT, "perplexity": 90.0}
 
-    def fails_to_disk(old, new, *args, **options):
-        if new[1] == "remote":
+    def fails_from_gpu(old, new, *args, **options):
+        if old[1] == "gpu":
             raise ConnectionError("Redis is away")
         return move(old, new, *args, **options)
 
-    monkeypatch.setattr(controller, "move", fails_to_disk)
-    local_cache.generate_and_manage("76543210 a cold prompt", None, {"perplexity": 80.0})
-    record = local_cache.records[-1]
-    assert record.error == "ConnectionError: Redis is away" and record.moves == ()
-    assert list(local_cache._deferred) == [record.prompt_digest]
-    local_cache.generate_and_manage("another prompt, warm", None, {"perplexity": 35.0})
-    assert not local_cache.records[-1].error  # the failing retry is not booked here
-    assert record.prompt_digest in local_cache._deferred
+    with monkeypatch.context() as patch:
+        patch.setattr(controller, "move", fails_from_gpu)
+        cache.clock.now_s += 200  # the first claim has gone to remote
+        cache.generate_and_manage(shared + "2" * CHUNK, None, cold)
+        record = cache.records[-1]
+        assert record.error == "ConnectionError: Redis is away"
+        assert [(move["from"], move["to"], move["status"]) for move in record.moves] == [
+            ("disk", "remote", "done")
+        ]
+        cache.generate_and_manage("another prompt, warm", None, WARM)
+        assert cache.records[-1].error == "ConnectionError: Redis is away"  # its own
+        assert cache._placement.unsettled == 2
+        cache.generate_and_manage("short", None, WARM)
+        assert not cache.records[-1].error  # a failing retry is not booked here
+    cache.clock.now_s += 1
+    kinds = sorted(record.kind for record in cache.sweep())
+    assert kinds == ["expiry", "settled", "settled"] and cache._placement.unsettled == 0
+    assert hottest(cache, shared + "2" * CHUNK) == ["remote", "remote"]

@@ -17,7 +17,7 @@ import yaml
 import stack_reconcile
 from lmcache_stack import StackConfig, StackError, load_config
 from stack_process import Child, load_state, save_state, spawn
-from stack_services import SERVICES, arguments_of, child_env, pick_ports
+from stack_services import SERVICES, arguments_of, child_env, get_json, pick_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -199,3 +199,10 @@ def test_corrections_are_paged_and_minimal(monkeypatch):
 
 def test_service_names_are_the_documented_ones():
     assert SERVICES == ("redis", "coordinator", "server")
+
+
+def test_another_protocols_answer_is_no_coordinator(redis_url):
+    """Redis answers HTTP with a line that no HTTP client understands."""
+    from urllib.parse import urlsplit
+
+    assert get_json(f"http://127.0.0.1:{urlsplit(redis_url).port}/openapi.json") is None

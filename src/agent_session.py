@@ -1,0 +1,124 @@
+"""A seeded session of a few agents: shared system prompts, questions that come back, think times.
+
+Nothing but texts and times: what the heuristics need to know is measured.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from demo_model import CODE_PROMPT, PROSE_PROMPT, random_characters
+
+AGENTS = ("code reviewer", "data analyst", "release manager")
+_RULES = (
+    "Read the whole request before you answer.",
+    "Name the file and the line for every finding.",
+    "Prefer a small change that can be tested.",
+    "Say what you measured and what you only assume.",
+    "Never print a password, a token or a private key.",
+    "If two answers are possible, give the simpler one first.",
+)
+_SUBJECTS = "parser scheduler tokenizer allocator planner logger session index".split()
+
+# Kind of prompt -> mean think time in seconds, and whether it comes back like clockwork.
+_KINDS = {
+    "template": (120.0, True),  # a report, filled in every few minutes
+    "code": (180.0, True),
+    "prose": (420.0, False),
+    "noise": (900.0, False),  # logs, keys, binary dumps
+}
+_RETURNS = 0.5  # share of requests that ask again what was asked before
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request of the session: when it comes, who asks, what kind, the prompt."""
+
+    arrival_s: float
+    agent: str
+    kind: str
+    prompt: str
+
+
+class SessionClock:
+    """A clock that stands still between requests, so that hours of think time take no time.
+
+    Examples
+    --------
+    >>> clock = SessionClock(start_s=100.0)
+    >>> clock.advance(25.0); clock()
+    125.0
+    """
+
+    def __init__(self, start_s: float) -> None:
+        self.start_s = start_s
+        self._passed_s = 0.0
+
+    def __call__(self) -> float:
+        return self.start_s + self._passed_s
+
+    def advance(self, to_s: float) -> None:
+        """Go to `to_s` seconds after the start; never back."""
+        self._passed_s = max(self._passed_s, to_s)
+
+
+def session_requests(count: int, seed: int = 0) -> list[Request]:
+    """Return a seeded session in which prompts share system prompts and come back.
+
+    Parameters
+    ----------
+    count : int
+        Requests, >= 1.
+    seed : int
+        Equal seeds give equal sessions.
+
+    Returns
+    -------
+    list of Request
+        In order of arrival, which is in seconds since the start.
+
+    Examples
+    --------
+    >>> requests = session_requests(40)
+    >>> len({r.prompt for r in requests}) < len(requests)  # some repeat
+    True
+    """
+    if count < 1:
+        raise ValueError(f"count must be >= 1, got {count}")
+    rng = random.Random(seed)
+    asked: list[Request] = []
+    arrival_s = 0.0
+    for _ in range(count):
+        again = asked and rng.random() < _RETURNS
+        agent, kind, prompt = _again(rng, asked) if again else _new_prompt(rng)
+        mean_s, regular = _KINDS[kind]
+        think_s = mean_s if regular else rng.expovariate(1 / mean_s)
+        arrival_s += think_s if asked else 0.0
+        asked.append(Request(arrival_s, agent, kind, prompt))
+    return asked
+
+
+def _again(rng, asked):
+    """Return an earlier request, sooner a recent one."""
+    old = asked[-1 - min(int(rng.expovariate(0.25)), len(asked) - 1)]
+    return old.agent, old.kind, old.prompt
+
+
+def _new_prompt(rng):
+    agent, kind = rng.choice(AGENTS), rng.choice(list(_KINDS))
+    rules = "\n".join(f"{n}. {rule}" for n, rule in enumerate(_RULES * 2, start=1))
+    return agent, kind, f'"""You are a {agent}.\n{rules}\n"""\n{_body(rng, kind)}'
+
+
+def _body(rng, kind):
+    subject, number = rng.choice(_SUBJECTS), rng.randrange(1000)
+    if kind == "noise":
+        return random_characters(400, rng.randrange(2**32))
+    if kind == "code":
+        return CODE_PROMPT.replace("Limiter", subject.title()).replace("10", str(number))
+    if kind == "template":
+        return f"Report {number}. " + f"Status of the {subject}: open. Owner: none.\n" * 15
+    sentences = PROSE_PROMPT.split(". ")
+    rng.shuffle(sentences)
+    return f"About the {subject}, note {number}. " + ". ".join(sentences)

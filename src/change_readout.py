@@ -1,0 +1,80 @@
+"""What other settings change in a run, in words and as a small table (HTML)."""
+
+from __future__ import annotations
+
+import html
+
+from caching_heuristics import TIERS
+from decision_changes import Changes
+from decision_panels import TIER_COLOURS
+
+_CELL = 'style="padding:1px 14px 1px 0;text-align:right"'
+
+
+def sentence(found: Changes, decisions: int) -> str:
+    """Say how many decisions change tier, and from where to where.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> moved = np.array([[3, 2, 0], [0, 4, 0], [0, 1, 0]])
+    >>> sentence(Changes(moved, np.ones(3), np.ones(3)), 10)
+    '3 of 10 decisions change tier: gpu→disk 2, remote→disk 1'
+    """
+    if not decisions:
+        return "There is no run to compare with"
+    ways = [
+        f"{old}→{new} {found.moved[i, j]}"
+        for i, old in enumerate(TIERS)
+        for j, new in enumerate(TIERS)
+        if i != j and found.moved[i, j]
+    ]
+    return f"{found.changed} of {decisions} decisions change tier" + (
+        f": {', '.join(ways)}" if ways else ""
+    )
+
+
+def readout(found: Changes, decisions: int, source: str = "") -> str:
+    """Return the sentence, and a table of decisions and memory-time by tier, as HTML.
+
+    Parameters
+    ----------
+    found : Changes
+        Between the run and the settings.
+    decisions : int
+        How many the run made.
+    source : str
+        Where the run's log is.
+    """
+    of_run = f" <span style='color:#666'>({html.escape(source)})</span>" if source else ""
+    text = f"<b>{sentence(found, decisions)}</b>{of_run}"
+    if not decisions:
+        return text
+    before, after = found.moved.sum(axis=1), found.moved.sum(axis=0)
+    rows = [
+        _row(name, before[i], after[i], found.before_token_s[i], found.after_token_s[i])
+        for i, name in enumerate(TIERS)
+    ]
+    heads = ("tier", "decisions", "memory-time (million token-seconds)", "change")
+    head = "".join(f"<th {_CELL}>{title}</th>" for title in heads)
+    return f"{text}<table style='line-height:1.35'><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _row(name, before, after, before_token_s, after_token_s):
+    square = f"<span style='color:{TIER_COLOURS[name]}'>■</span> {name}"
+    cells = (
+        square,
+        f"{before} → {after}",
+        f"{before_token_s / 1e6:,.2f} → {after_token_s / 1e6:,.2f}",
+        _relative(before_token_s, after_token_s),
+    )
+    return "<tr>" + "".join(f"<td {_CELL}>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _relative(before, after):
+    """Say how much more or less there is."""
+    if abs(after - before) < 5e-4 * before or before == after:
+        return "unchanged"
+    if not before:
+        return "new"
+    return f"x {after / before:,.3g}" if after > 10 * before else f"{after / before - 1:+.1%}"

@@ -1,0 +1,186 @@
+"""What other settings would have decided in a run: tiers that change, memory-time that moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
+from decision_log import DecisionRecord
+
+_DEFAULTS = HeuristicConfig()
+_NEUTRAL_PERPLEXITY = 30.0  # where the TTL's perplexity factor is 0
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """A run's decisions as arrays, in the order of time; shape (n,) each.
+
+    ``perplexity`` is NaN where none was known. ``gap_s`` are the seconds until
+    the same prompt was decided again; infinite where it never came back.
+    """
+
+    perplexity: np.ndarray
+    time_variance: np.ndarray
+    access_count: np.ndarray
+    seconds_since_access: np.ndarray
+    tokens: np.ndarray
+    gap_s: np.ndarray
+    ttl_s: np.ndarray
+    tier: np.ndarray  # codes: indices into TIERS
+
+    def __len__(self) -> int:
+        return len(self.tier)
+
+    def decide(self, config: HeuristicConfig) -> tuple[np.ndarray, np.ndarray]:
+        """Return TTLs (s) and tier codes that `config` would have chosen, shape (n,) each."""
+        absent = np.isnan(self.perplexity)
+        metadata = {
+            "time_variance": self.time_variance,
+            "access_count": self.access_count,
+            "seconds_since_access": self.seconds_since_access,
+        }
+        neutral = np.where(absent, _NEUTRAL_PERPLEXITY, self.perplexity)
+        ttl_s = config.ttl(metadata | {"perplexity": neutral})
+        # An unknown perplexity never makes a prompt cold, nor keeps it out of gpu.
+        known = np.where(absent, config.hot_threshold, self.perplexity)
+        return ttl_s, tier_codes(config.tier(metadata | {"perplexity": known}))
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What changes between a run and other settings.
+
+    ``moved[i, j]`` prompts go from tier i to tier j, shape (3, 3);
+    ``before_token_s`` and ``after_token_s`` are memory-time by tier, in
+    token-seconds, shape (3,).
+    """
+
+    moved: np.ndarray
+    before_token_s: np.ndarray
+    after_token_s: np.ndarray
+
+    @property
+    def changed(self) -> int:
+        """How many decisions choose another tier."""
+        return int(self.moved.sum() - np.trace(self.moved))
+
+
+def read_decisions(records: Iterable[DecisionRecord]) -> Decisions:
+    """Return the generations of a log that were decided, as arrays.
+
+    Examples
+    --------
+    >>> records = [DecisionRecord(t, "a", 8, ttl_s=60.0, wanted_tier="gpu") for t in (0.0, 5.0)]
+    >>> read_decisions(records).gap_s
+    array([ 5., inf])
+    """
+    decided = sorted(filter(_is_decided, records), key=lambda record: record.time_s)
+
+    def column(name, default):
+        return np.array([float(r.metadata.get(name, default)) for r in decided])
+
+    return Decisions(
+        perplexity=column("perplexity", np.nan),
+        time_variance=column("time_variance", 0.0),
+        access_count=column("access_count", 0.0),
+        seconds_since_access=column("seconds_since_access", 0.0),
+        tokens=np.array([float(r.prompt_tokens) for r in decided]),
+        gap_s=_gaps(decided),
+        ttl_s=np.array([float(r.ttl_s) for r in decided]),
+        tier=np.array([TIER_CODES[r.wanted_tier] for r in decided], dtype=int),
+    )
+
+
+def changes(
+    decisions: Decisions, config: HeuristicConfig, before: HeuristicConfig | None = None
+) -> Changes:
+    """Compare what a run decided with what `config` would have decided.
+
+    Parameters
+    ----------
+    decisions : Decisions
+        Of the run; its own TTLs and tiers are the "before".
+    config : HeuristicConfig
+        The other settings.
+    before : HeuristicConfig, optional
+        The run's settings; only their ladder factors count. Default `HeuristicConfig()`.
+
+    Examples
+    --------
+    >>> record = DecisionRecord(
+    ...     0.0, "a", 100, metadata={"perplexity": 12.0}, ttl_s=60.0, wanted_tier="gpu"
+    ... )
+    >>> found = changes(read_decisions([record]), HeuristicConfig(hot_threshold=10.0))
+    >>> found.changed, found.moved[0].tolist()  # from gpu to gpu, disk, remote
+    (1, [0, 1, 0])
+    """
+    ttl_s, tier = decisions.decide(config) if len(decisions) else (np.zeros(0), decisions.tier)
+    moved = np.zeros((3, 3), dtype=int)
+    np.add.at(moved, (decisions.tier, tier), 1)
+    old_s = held_seconds(decisions.ttl_s, decisions.tier, decisions.gap_s, before)
+    new_s = held_seconds(ttl_s, tier, decisions.gap_s, config)
+    return Changes(moved, old_s @ decisions.tokens, new_s @ decisions.tokens)
+
+
+def held_seconds(
+    ttl_s: np.ndarray,
+    tier: np.ndarray,
+    gap_s: np.ndarray,
+    config: HeuristicConfig | None = None,
+) -> np.ndarray:
+    """Return how long each decision holds its KV in each tier, seconds, shape (3, n).
+
+    A decision places KV in `tier` for `ttl_s`; then it goes one rung down the
+    ladder gpu -> disk -> remote, for the TTL times the factor of the new rung,
+    until it is dropped. The prompt's next access (after `gap_s`) ends all that.
+
+    Examples
+    --------
+    >>> held_seconds(np.array([60.0]), np.array([1]), np.array([100.0])).ravel()
+    array([ 0., 60., 40.])
+    """
+    ladder = (config or HeuristicConfig()).ladder
+    held, start_s = np.zeros((3, len(ttl_s))), np.zeros(len(ttl_s))
+    for code, name in enumerate(TIERS):
+        below_s = np.where(tier < code, ttl_s * ladder[name], 0.0)
+        stay_s = np.where(tier == code, ttl_s, below_s)
+        held[code] = np.clip(gap_s - start_s, 0.0, stay_s)
+        start_s = start_s + stay_s
+    return held
+
+
+def tier_codes(names: np.ndarray) -> np.ndarray:
+    """Return tier names as indices into `TIERS`, shape (n,) -> (n,).
+
+    Examples
+    --------
+    >>> tier_codes(np.array(["remote", "gpu"]))
+    array([2, 0])
+    """
+    order = np.argsort(TIERS)
+    return order[np.searchsorted(TIERS, names, sorter=order)]
+
+
+def _is_decided(record):
+    """Say whether a record is of a generation whose metadata the heuristics accept."""
+    if record.kind != "generation" or not record.ttl_s or record.wanted_tier not in TIER_CODES:
+        return False
+    try:
+        _DEFAULTS.ttl(record.metadata)
+        _DEFAULTS.tier(record.metadata)
+    except ValueError:  # a log that somebody edited
+        return False
+    return True
+
+
+def _gaps(decided):
+    gaps, seen = np.full(len(decided), np.inf), {}
+    for index, record in enumerate(decided):
+        if record.prompt_digest in seen:
+            earlier = seen[record.prompt_digest]
+            gaps[earlier] = record.time_s - decided[earlier].time_s
+        seen[record.prompt_digest] = index
+    return gaps

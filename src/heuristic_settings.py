@@ -1,0 +1,152 @@
+"""The tuned settings on disk: `HeuristicConfig` as a small commented YAML file."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from caching_heuristics import HeuristicConfig
+
+FILE_NAME = "heuristics.yaml"
+PATH_VARIABLE = "KV_HEURISTICS_FILE"
+
+_NOTES = {
+    "base_ttl": "seconds",
+    "min_ttl": "seconds",
+    "max_ttl": "seconds",
+    "alpha": "weight of the access count",
+    "gamma": "weight of the time variance, 0..1",
+    "hot_threshold": "perplexity up to which a prompt may be in gpu",
+    "cold_threshold": "perplexity above which a prompt goes to remote",
+    "recent_seconds": "seconds since the last access that count as recent",
+    "variance_threshold": "time variance from which on a prompt goes to disk, 0..1",
+    "disk_ttl_factor": "TTL on disk after gpu's has passed, as a multiple",
+    "remote_ttl_factor": "TTL in remote after disk's has passed, as a multiple",
+}
+
+
+def default_path() -> Path:
+    """Return where the settings lie: ``KV_HEURISTICS_FILE``, else in ``data/`` here or one up."""
+    if named := os.environ.get(PATH_VARIABLE):
+        return Path(named)
+    folders = (Path("data"), Path("..", "data"))
+    return next((f for f in folders if f.is_dir()), folders[0]) / FILE_NAME
+
+
+def load_settings(path: str | Path | None = None) -> HeuristicConfig:
+    """Return the saved settings; the defaults where there is no file.
+
+    Parameters
+    ----------
+    path : str or Path, optional
+        A YAML file; default `default_path()`. Fields it leaves out have their defaults.
+
+    Raises
+    ------
+    ValueError
+        Names the file and the field, its value and the allowed range.
+
+    Examples
+    --------
+    >>> load_settings("no/such/file.yaml") == HeuristicConfig()
+    True
+    """
+    path = default_path() if path is None else Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return HeuristicConfig()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    try:
+        return settings_from(_parse(text))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def settings_from(values: Mapping[str, Any]) -> HeuristicConfig:
+    """Return the settings that a mapping holds; a wrong name is answered with the nearest one.
+
+    Examples
+    --------
+    >>> settings_from({"alpha": 0.5}).alpha
+    0.5
+    >>> settings_from({"alhpa": 0.5})
+    Traceback (most recent call last):
+        ...
+    ValueError: there is no setting 'alhpa'; did you mean 'alpha'?
+    """
+    names = [field.name for field in fields(HeuristicConfig)]
+    for name in values:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
+            raise ValueError(f"there is no setting {name!r}; {hint}")
+    return HeuristicConfig(**{name: _number(value) for name, value in values.items()})
+
+
+def save_settings(config: HeuristicConfig, path: str | Path | None = None) -> Path:
+    """Write the settings, atomically, so that a reader never sees half a file; returns the path.
+
+    Examples
+    --------
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save_settings(HeuristicConfig(alpha=0.5), Path(folder, "new", "mine.yaml"))
+    ...     load_settings(path) == HeuristicConfig(alpha=0.5)
+    True
+    """
+    path = default_path() if path is None else Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(to_yaml(config))
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise
+    return path
+
+
+def to_yaml(config: HeuristicConfig) -> str:
+    """Return the settings as YAML, a comment beside each.
+
+    Examples
+    --------
+    >>> print(to_yaml(HeuristicConfig()).splitlines()[1])
+    base_ttl: 3600.0  # seconds
+    """
+    lines = ["# Settings of the two decisions (HeuristicConfig); absent ones have their defaults."]
+    for name, value in config.to_dict().items():
+        text = yaml.safe_dump(value).splitlines()[0]  # as YAML spells numbers
+        note = _NOTES.get(name)
+        lines.append(f"{name}: {text}  # {note}" if note else f"{name}: {text}")
+    return "\n".join(lines) + "\n"
+
+
+def _parse(text):
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
+    if values is None:  # an empty file
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"must hold `name: number` lines, got {text.strip()[:60]!r}")
+    return values
+
+
+def _number(value):
+    """Return what YAML 1.1 takes for text but means a number, such as 1e6."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

@@ -1,0 +1,108 @@
+"""Where a decision's record goes: memory, the log, the metrics, and a line to the user.
+
+None of them can break a generation: what fails is logged, and said in the record.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from caching_heuristics import TIERS
+from decision_log import DecisionLog, DecisionRecord
+from decision_metrics import DecisionMetrics
+
+logger = logging.getLogger(__name__)
+
+_CLAIM_FIELDS = ("time_s", "prompt_digest", "chunks", "chunk_keys", "ttl_s", "wanted_tier")
+
+
+class RecordKeeper:
+    """Keeps records, and passes them on.
+
+    Parameters
+    ----------
+    max_records : int
+        Kept in memory; the oldest go first.
+    log : DecisionLog, optional
+        Gets every record.
+    metrics : DecisionMetrics, optional
+        Counts every record.
+    notify : callable, optional
+        Gets one line about each record.
+    """
+
+    def __init__(
+        self,
+        max_records: int,
+        log: DecisionLog | None = None,
+        metrics: DecisionMetrics | None = None,
+        notify: Callable[[str], Any] | None = None,
+    ) -> None:
+        self.records: deque[DecisionRecord] = deque(maxlen=max_records)
+        self._log, self._metrics, self._notify = log, metrics, notify
+
+    def claim(self, entry: Mapping[str, Any]) -> None:
+        """Write a claim down before KV moves: a process killed meanwhile must not lose it."""
+        self._write(DecisionRecord(kind="claim", **{name: entry[name] for name in _CLAIM_FIELDS}))
+
+    def keep(self, entry: Mapping[str, Any]) -> DecisionRecord:
+        """Return the record made of `entry`, after it has gone everywhere."""
+        record = DecisionRecord(**{**entry, "moves": tuple(entry.get("moves", ()))})
+        problem = self._write(record)
+        if problem and not record.error:
+            record = replace(record, error=problem)
+        self.records.append(record)
+        try:
+            if self._metrics is not None:
+                self._metrics.observe(record)
+            for line in notices(record) if self._notify else ():
+                self._notify(line)
+        except Exception:
+            logger.exception("telling about a decision failed")
+        return record
+
+    def _write(self, record):
+        """Append to the log; returns what went wrong, or an empty string."""
+        if self._log is None:
+            return ""
+        try:
+            self._log.append(record)
+        except Exception as error:  # a full disk; or a value that no JSON can hold
+            logger.warning("the decision log cannot be written: %s", error)
+            return f"the decision log cannot be written: {type(error).__name__}: {error}"
+        return ""
+
+
+def notices(record: DecisionRecord) -> list[str]:
+    """Return the one-line notices about a decision.
+
+    Examples
+    --------
+    >>> notices(DecisionRecord(0.0, "a", ttl_s=7200.0, tier_after={"remote": 3}))
+    ['✓ KV in remote, TTL: 7200s']
+    """
+    if record.error:
+        return [f"⚠ KV not managed: {record.error}"]
+    if record.kind in ("expiry", "settled") and record.from_tier:
+        return [_expiry_notice(record)]
+    ttl = f"{record.ttl_s:.0f}s"
+    lines = []
+    for move in record.moves:
+        path = f"from {move['from']} to {move['to']}"
+        if move["moved_chunks"]:
+            lines.append(f"✓ Moved KV {path} (TTL: {ttl})")
+        elif move["status"] != "noop":
+            lines.append(f"⚠ KV not moved {path}: {move['reason']}")
+    held = [tier for tier in TIERS if record.tier_after.get(tier)]
+    return lines or [f"✓ KV in {'+'.join(held) or record.wanted_tier}, TTL: {ttl}"]
+
+
+def _expiry_notice(record):
+    ended = f"✓ TTL in {record.from_tier} ended"
+    if record.wanted_tier is None:
+        return f"{ended}: KV dropped"
+    return f"{ended}: KV now belongs in {record.wanted_tier} (TTL: {record.ttl_s:.0f}s)"

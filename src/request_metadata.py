@@ -1,0 +1,382 @@
+"""Measures what the heuristics need: access counts, time variance, recency, perplexity.
+
+Nothing here reads a clock, a file or a model: times, outputs and scorers are passed in.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import math
+import numbers
+import threading
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+MEASURE_LOGPROBS = 20  # vLLM's default max_logprobs: an engine refuses more
+PERPLEXITY_SOURCES = ("generation", "prompt", "off")
+_COUNTED = ("access_count", "time_variance", "seconds_since_access")
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """A prompt's longest prefix that was seen before, as it was before this access.
+
+    `time_variance` is CV/(1+CV) of the seconds between its accesses, this one
+    included; CV = population standard deviation / mean. 0.0 before there are two gaps.
+    """
+
+    access_count: int = 0  # 0 if no prefix was seen before
+    seconds_since_access: float = 0.0  # 0.0 if no prefix was seen before
+    time_variance: float = 0.0  # 0..1
+    pattern_chunks: int = 0  # its length
+    is_new: bool = True  # the prompt's last complete-chunk prefix was not seen before
+    key: int | None = None  # of that last prefix, 64 bits; None without a complete chunk
+
+
+class PromptHistory:
+    """Accesses of each *pattern*, a chunk-aligned token prefix, in bounded memory.
+
+    The least recently seen are forgotten first, and of one prompt the longer
+    prefix before the shorter, so a pattern's own prefixes are always known.
+    Some 70 bytes a pattern. Safe for concurrent use. Patterns are told apart by
+    a 64-bit hash: among 200,000, two are mixed up with probability 1e-9.
+
+    Examples
+    --------
+    >>> history = PromptHistory(chunk_size_tokens=2)
+    >>> history.observe([1, 2, 3, 4], now_s=0).is_new
+    True
+    >>> seen = history.observe([1, 2, 9, 9, 9], now_s=60)  # shares one chunk
+    >>> seen.access_count, seen.seconds_since_access, seen.pattern_chunks, len(history)
+    (1, 60.0, 1, 3)
+    """
+
+    # A churning dict costs up to 180 bytes a pattern: hence a hash table of flat
+    # arrays. Slot 0 is no pattern: it ends each bucket's chain, and in the ring
+    # it stands between the newest pattern and the oldest.
+
+    def __init__(self, chunk_size_tokens: int, max_patterns: int = 200_000) -> None:
+        self.chunk_size_tokens = int(_check("chunk_size_tokens", chunk_size_tokens))
+        self.max_patterns = int(_check("max_patterns", max_patterns))  # slots are int32
+        self._lock = threading.Lock()
+        self._buckets = array("i", [0] * 16)  # first slot of each; a power of two
+        # Columns by slot. Full arrays grow by a sixteenth, so little of them is unused.
+        self._columns = [array(code, [0]) for code in "Qiiiqdddd"]
+        self._key, self._next, self._older, self._newer, self._count = self._columns[:5]
+        # seconds, seconds, sum of squared deviations in s^2 (Welford 1962), NaN = unknown
+        self._last_s, self._gap_mean_s, self._gap_m2, self._perplexity = self._columns[5:]
+        self._count[0], self._perplexity[0] = 1, math.nan  # a prompt with nothing known
+
+    def __len__(self) -> int:
+        return len(self._key) - 1
+
+    def observe(self, tokens: Sequence[int], now_s: float) -> Observation:
+        """Count an access, at `now_s` seconds, of each complete-chunk prefix of the token ids.
+
+        A clock that goes backwards gives a gap of 0.
+        """
+        keys = self._pattern_keys(tokens)
+        # Within these, squared gaps stay far from the largest float.
+        now_s = float(_check("now_s", now_s, -1e100, 1e100, numbers.Real))
+        if not keys:
+            return Observation()
+        with self._lock:
+            known, slot, gap_s = self._count_accesses(keys, now_s)
+            count, variance = self._count[slot] - 1, self._time_variance(slot)
+        return Observation(count, gap_s, variance, known, known < len(keys), keys[-1])
+
+    def perplexity(self, key: int | None) -> float | None:
+        """Return the perplexity noted for the pattern, None if there is none."""
+        with self._lock:
+            value = self._perplexity[self._find(key)]
+        return None if math.isnan(value) else value
+
+    def note_perplexity(self, key: int | None, value: float) -> None:
+        """Keep a pattern's perplexity (> 0) as long as the pattern; unknown keys are ignored."""
+        value = _check_perplexity(value)
+        with self._lock:
+            if slot := self._find(key):
+                self._perplexity[slot] = value
+
+    def _pattern_keys(self, tokens):
+        """Return the 64-bit keys of the prefixes of 1, 2, ... complete chunks."""
+        data = memoryview(_as_int64(tokens)).cast("B")
+        step = 8 * self.chunk_size_tokens  # bytes
+        hasher = hashlib.blake2b(digest_size=8)
+        keys = []
+        for end in range(step, len(data) + 1, step):
+            hasher.update(data[end - step : end])
+            keys.append(int.from_bytes(hasher.digest(), "little"))
+        return keys
+
+    def _count_accesses(self, keys, now_s):
+        """Return how many of the prompt's patterns were known, the last one's slot and gap."""
+        known = last_slot = newer = 0
+        gap_s = 0.0
+        for key in keys[: self.max_patterns]:  # longer prefixes would be forgotten at once
+            if slot := self._find(key):
+                known, last_slot, gap_s = known + 1, slot, self._add_access(slot, now_s)
+            else:
+                slot = self._insert(key, now_s)
+            self._move(slot, newer)
+            newer = slot
+        return known, last_slot, gap_s
+
+    def _add_access(self, slot, now_s):
+        """Update the slot's statistics; return the seconds since its last access."""
+        gap_s = max(0.0, now_s - self._last_s[slot])
+        gaps = self._count[slot]  # this one included: the first access has none
+        deviation = gap_s - self._gap_mean_s[slot]
+        self._gap_mean_s[slot] += deviation / gaps
+        self._gap_m2[slot] += deviation * (gap_s - self._gap_mean_s[slot])
+        self._last_s[slot], self._count[slot] = now_s, gaps + 1
+        return gap_s
+
+    def _time_variance(self, slot):
+        gaps, mean = self._count[slot] - 1, self._gap_mean_s[slot]
+        if gaps < 2 or mean <= 0.0:
+            return 0.0
+        deviation = math.sqrt(max(0.0, self._gap_m2[slot]) / gaps)
+        return deviation / (mean + deviation)
+
+    def _find(self, key):
+        """Return the key's slot, 0 if there is none or the key is None."""
+        slot = self._buckets[(key or 0) & (len(self._buckets) - 1)]
+        while slot and self._key[slot] != key:
+            slot = self._next[slot]
+        return slot
+
+    def _insert(self, key, now_s):
+        """Return a slot for a new key, seen once: an unused one, or else the oldest."""
+        if len(self) < self.max_patterns:
+            slot = self._append_slot()
+        else:
+            slot = self._newer[0]
+            self._leave_bucket(slot)
+        self._key[slot], self._count[slot], self._last_s[slot] = key, 1, now_s
+        self._gap_mean_s[slot], self._gap_m2[slot], self._perplexity[slot] = 0.0, 0.0, math.nan
+        self._enter_bucket(slot)
+        return slot
+
+    def _append_slot(self):
+        slot = len(self._key)
+        for column in self._columns:
+            column.append(0)
+        self._older[slot] = self._newer[slot] = slot  # a ring of its own
+        if slot > len(self._buckets):
+            self._buckets = array("i", [0]) * (2 * len(self._buckets))
+            for earlier in range(1, slot):
+                self._enter_bucket(earlier)
+        return slot
+
+    def _enter_bucket(self, slot):
+        bucket = self._key[slot] & (len(self._buckets) - 1)
+        self._next[slot] = self._buckets[bucket]
+        self._buckets[bucket] = slot
+
+    def _leave_bucket(self, slot):
+        column, at = self._buckets, self._key[slot] & (len(self._buckets) - 1)
+        while column[at] != slot:
+            column, at = self._next, column[at]
+        column[at] = self._next[slot]
+
+    def _move(self, slot, newer):
+        """Move the slot in the ring to just behind `newer`; behind 0 it is the newest."""
+        before, after = self._older[slot], self._newer[slot]
+        self._newer[before], self._older[after] = after, before
+        before = self._older[newer]
+        self._older[slot], self._newer[slot] = before, newer
+        self._newer[before] = self._older[newer] = slot
+
+
+def output_perplexity(output: Any, vocab_size: int) -> float | None:
+    """Return exp of the mean predictive entropy of the generated text, >= 1.
+
+    Entropy, not the sampled token's log-probability: greedy decoding always
+    takes the likeliest token, so that says little about how predictable the
+    text is; and the model's own entropy does not depend on the temperature.
+    The probability that the listed tokens leave is spread evenly over the rest of
+    the vocabulary: an upper bound, exact where all tokens are listed. None where
+    ``output.outputs[0].logprobs`` holds no usable ones; see `with_logprobs`.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace as Made
+    >>> position = {token: Made(logprob=math.log(0.25)) for token in range(4)}
+    >>> output_perplexity(Made(outputs=[Made(logprobs=[position])]), vocab_size=1000)
+    4.0
+    """
+    _check("vocab_size", vocab_size)
+    try:
+        entropy = _mean_entropy(output.outputs[0].logprobs, vocab_size)
+    except Exception:  # an output of any other shape: a measurement must not lose the text
+        return None
+    return math.exp(max(0.0, entropy)) if math.isfinite(entropy) else None
+
+
+def _mean_entropy(positions, vocab_size):
+    """Mean entropy in nats over the positions; NaN where they hold no probabilities."""
+    rows = [[entry.logprob for entry in position.values()] for position in positions if position]
+    if not rows:
+        return math.nan
+    listed = np.array([len(row) for row in rows])  # (positions,)
+    starts = np.cumsum(listed) - listed
+    logprob = np.array([value for row in rows for value in row], float)  # (sum of listed,)
+    logprob = np.clip(logprob, -1e4, 1.0)  # 0 * -inf is NaN; exp of a logit may overflow
+    p = np.exp(logprob)
+    total = np.add.reduceat(p, starts)
+    if not total.max() <= 1.01:  # NaN, or an engine set to list logits
+        return math.nan
+    unlisted = np.maximum(vocab_size - listed, 0)
+    rest = np.where(unlisted, np.maximum(1.0 - total, 0.0), 0.0)
+    # 0 ln 0 counts as 0, and so does a rest that no token is left for.
+    rest_nats = rest @ np.log(np.maximum(rest, 1e-99) / np.maximum(unlisted, 1))
+    return float(-(p @ logprob) - rest_nats) / len(rows)
+
+
+def with_logprobs(sampling_params: Any, limit: int = MEASURE_LOGPROBS) -> Any:
+    """Return sampling parameters that ask for the log-probabilities of `limit` tokens.
+
+    A changed copy; the caller's own object where it already asks for as many,
+    or where that would mean something else: several sequences, chosen
+    token ids, or another kind of parameters, such as vLLM's for beam search.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace as Params
+    >>> asked = Params(n=1, logprobs=None)
+    >>> with_logprobs(asked).logprobs, asked.logprobs
+    (20, None)
+    """
+    asked = getattr(sampling_params, "logprobs", limit)
+    fewer = asked is None or (isinstance(asked, int) and 0 <= asked < limit)
+    others = ("n", "best_of", "logprob_token_ids")
+    if not fewer or any(getattr(sampling_params, name, None) not in (None, 1) for name in others):
+        return sampling_params
+    # A copy of the clone: vLLM allows clone() to return the object itself.
+    asking = copy.copy(getattr(sampling_params, "clone", lambda: sampling_params)())
+    asking.logprobs = limit
+    return asking
+
+
+class RequestMetadata:
+    """Completes a request's metadata: what the caller did not give is measured.
+
+    Parameters
+    ----------
+    history : PromptHistory or None
+        Where accesses are counted and perplexities kept; to be set before `complete`.
+    perplexity_source : str
+        ``"generation"``: `output_perplexity`. ``"prompt"``: `scorer`, once per
+        pattern. ``"off"``: none.
+    scorer : callable
+        Token ids -> perplexity (> 0), for ``"prompt"``; called by one thread at a time.
+    vocab_size : int
+        For `output_perplexity`. The default is Gemma-3's: few are larger, and for
+        smaller ones the result is still an upper bound.
+
+    Examples
+    --------
+    >>> measure = RequestMetadata(PromptHistory(2), "prompt", scorer=lambda tokens: 12.5)
+    >>> metadata, sources = measure.complete({"access_count": 3}, [1, 2], None, now_s=0)
+    >>> [(metadata[name], sources[name]) for name in ("access_count", "perplexity")]
+    [(3, 'caller'), (12.5, 'prompt')]
+    """
+
+    def __init__(
+        self,
+        history: PromptHistory | None,
+        perplexity_source: str = "generation",
+        scorer: Callable[[Sequence[int]], float] | None = None,
+        vocab_size: int = 262_144,
+    ) -> None:
+        if perplexity_source not in PERPLEXITY_SOURCES:
+            allowed = ", ".join(map(repr, PERPLEXITY_SOURCES))
+            raise ValueError(f"perplexity_source must be {allowed}, got {perplexity_source!r}")
+        if not callable(scorer) and (scorer is not None or perplexity_source == "prompt"):
+            raise ValueError(f"scorer must be callable (token ids -> perplexity), got {scorer!r}")
+        self.history, self.perplexity_source, self._scorer = history, perplexity_source, scorer
+        self.vocab_size = _check("vocab_size", vocab_size)
+        self._scoring = threading.RLock()  # so that no pattern is scored twice at once
+
+    @property
+    def logprobs_wanted(self) -> int:
+        """How many log-probabilities a generated token should come with."""
+        return MEASURE_LOGPROBS if self.perplexity_source == "generation" else 0
+
+    def complete(
+        self, given: Mapping[str, Any] | None, tokens: Sequence[int], output: Any, now_s: float
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Count the access; return the metadata, and by heuristic field where it is from.
+
+        That is ``"caller"`` (`given` is kept as it is, unknown fields too), ``"history"``,
+        ``"generation"``, ``"prompt"``, ``"remembered"`` or ``"absent"``.
+        """
+        seen = self.history.observe(tokens, now_s)
+        given = {} if given is None else given
+        if not isinstance(given, Mapping):
+            raise ValueError(f"metadata must be a mapping of field names to numbers, got {given!r}")
+        metadata = dict(given)
+        sources = dict.fromkeys((*_COUNTED, "perplexity"), "caller")
+        for name in _COUNTED:
+            if name not in given:
+                metadata[name], sources[name] = getattr(seen, name), "history"
+        if "perplexity" not in given:
+            value, sources["perplexity"] = self._perplexity(seen.key, tokens, output)
+            if value is not None:
+                metadata["perplexity"] = value
+        return metadata, sources
+
+    def _perplexity(self, key, tokens, output):
+        """Return a perplexity, None if there is none, and where it came from."""
+        if self.perplexity_source == "off":
+            return None, "absent"
+        if self.perplexity_source == "prompt":
+            value = self._score(key, tokens)
+        elif (value := output_perplexity(output, self.vocab_size)) is not None:
+            self.history.note_perplexity(key, value)
+        if value is not None:
+            return value, self.perplexity_source
+        value = self.history.perplexity(key)
+        return value, "absent" if value is None else "remembered"
+
+    def _score(self, key, tokens):
+        """Return the pattern's noted score, else ask the scorer and note it."""
+        with self._scoring:
+            value = self.history.perplexity(key)
+            if value is not None or key is None:
+                return value
+            try:
+                value = _check_perplexity(self._scorer(tokens))
+                self.history.note_perplexity(key, value)
+            except Exception as error:  # whatever a scorer does, the text is not lost
+                logger.warning("the prompt was not scored: %s: %s", type(error).__name__, error)
+            return value
+
+
+def _as_int64(tokens):
+    try:
+        if not isinstance(tokens, (str, bytes, bytearray)):  # array() would reinterpret bytes
+            return array("q", tokens)
+    except (TypeError, OverflowError):
+        pass
+    raise ValueError(f"tokens must be a sequence of integers within int64, got {tokens!r:.80}")
+
+
+def _check(name, value, lowest=1, highest=2**31 - 2, kind=numbers.Integral):
+    if isinstance(value, bool) or not isinstance(value, kind) or not lowest <= value <= highest:
+        noun = "an integer" if kind is numbers.Integral else "a number"
+        raise ValueError(f"{name} must be {noun} in {lowest}..{highest}, got {value!r}")
+    return value
+
+
+def _check_perplexity(value):
+    return float(_check("perplexity", value, 1e-300, 1e300, numbers.Real))

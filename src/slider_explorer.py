@@ -1,0 +1,282 @@
+"""Sliders over the decision plots: tune the heuristics, see what changes, take it along."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import math
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import ipywidgets as widgets
+
+from caching_heuristics import HeuristicConfig
+from change_readout import readout
+from decision_changes import changes, read_decisions
+from decision_log import DecisionRecord
+from heuristic_settings import FILE_NAME, load_settings, save_settings
+from live_picture import LivePicture
+from plot_export import all_figures, export_plots
+from slider_controls import Control, setting_of
+
+PRESETS = {
+    "Default": {},
+    "Busy traffic": {"base_ttl": 200.0, "min_ttl": 5.0, "recent_seconds": 300.0},
+    "Keep long": {"base_ttl": 86_400.0, "alpha": 0.5, "recent_seconds": 86_400.0},
+}
+
+_UNDO_DEPTH = 100
+_ONE_DRAG_S = 0.8  # changes of one control closer than this are undone together
+
+
+class Explorer(widgets.VBox):
+    """Sliders for every setting, a picture and a readout that follow; a widget.
+
+    Parameters
+    ----------
+    records : iterable of DecisionRecord
+        A run's log; the readout says what would change in it.
+    config : HeuristicConfig, optional
+        First settings; default the saved ones.
+    data_folder : str or Path
+        Holds ``heuristics.yaml`` and ``exports/``.
+    source : str
+        Where the records come from, for the readout and the exports.
+    clock : callable
+        Seconds, for telling one drag of a slider from the next.
+
+    Attributes
+    ----------
+    config : HeuristicConfig
+        The settings in force: the last valid ones.
+    errors : dict of str to str
+        What is wrong with the controls as they stand, by field.
+    drawn : int
+        Pictures drawn so far.
+
+    Examples
+    --------
+    >>> explorer = Explorer([], HeuristicConfig())
+    >>> explorer.update(alpha=0.5).alpha
+    0.5
+    >>> explorer.update(hot_threshold=80).hot_threshold  # above cold_threshold: not taken
+    20.0
+    >>> explorer.errors["hot_threshold"]
+    'must be > 0 and <= cold_threshold (50.0), got 80.0'
+    """
+
+    def __init__(
+        self,
+        records: Iterable[DecisionRecord],
+        config: HeuristicConfig | None = None,
+        data_folder: str | Path = "data",
+        source: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._records, self._folder, self._source = list(records), Path(data_folder), source
+        self.settings_path = self._folder / FILE_NAME
+        self.config = config or load_settings(self.settings_path)
+        self._first, self._clock = self.config, clock
+        self._decisions = read_decisions(self._records)
+        self._undo: list[dict[str, float]] = []
+        self._last_change = ("", -math.inf)
+        self._waiting: asyncio.Handle | None = None
+        self.errors: dict[str, str] = {}
+        self.drawn = 0
+        self._picture = LivePicture(self._decisions)
+        self.controls = {
+            name: Control(name, value, self._control_changed)
+            for name, value in self.config.to_dict().items()
+        }
+        self._latest = self.values
+        self.image = widgets.Image(format="png", layout=widgets.Layout(width="100%"))
+        self.image.add_class("kv-picture")
+        self.readout = widgets.HTML()
+        self.readout.add_class("kv-readout")
+        super().__init__([self.image, self.readout, self._sliders(), self._buttons()])
+        self.layout.max_width = "1240px"
+        self.redraw()
+
+    # ---- settings ----------------------------------------------------------------
+
+    @property
+    def values(self) -> dict[str, float]:
+        """What the controls say, valid or not."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    def update(self, **settings: float) -> HeuristicConfig:
+        """Set controls and redraw at once: the plain function under the sliders.
+
+        Parameters
+        ----------
+        **settings
+            Fields of `HeuristicConfig`. An invalid combination is shown at its
+            controls, and the last valid picture stays.
+
+        Returns
+        -------
+        HeuristicConfig
+            The settings in force.
+
+        Raises
+        ------
+        TypeError
+            If there is no such setting.
+        """
+        unknown = sorted(set(settings) - set(self.controls))
+        if unknown:
+            raise TypeError(f"no such setting: {', '.join(unknown)}")
+        self._remember("")
+        self._show(self.values | settings)
+        self.redraw()
+        return self.config
+
+    def undo(self) -> None:
+        """Go back one change (a whole drag is one)."""
+        if self._undo:
+            self._last_change = ("", -math.inf)
+            self._show(self._undo.pop())
+            self.redraw()
+
+    def reset(self) -> None:
+        """Go back to the settings that the explorer was opened with."""
+        self.update(**self._first.to_dict())
+
+    def apply_preset(self, name: str) -> HeuristicConfig:
+        """Set all controls to a preset; see `PRESETS`."""
+        return self.update(**HeuristicConfig(**PRESETS[name]).to_dict())
+
+    def _show(self, values):
+        for name, value in values.items():
+            self.controls[name].set(value)
+        self._latest = self.values
+
+    def _control_changed(self, name, value):
+        """A person moved a control: redraw soon, with the newest values only."""
+        self._remember(name)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # no kernel around us
+            self.redraw()
+            return
+        if self._waiting is None:
+            self._waiting = loop.call_soon(self.redraw)
+
+    def _remember(self, name):
+        """Keep the values so far for undo, unless this goes on with the drag before it."""
+        last_name, last_s = self._last_change
+        now_s = self._clock()
+        if not name or name != last_name or now_s - last_s > _ONE_DRAG_S:
+            self._undo = [*self._undo, self._latest][-_UNDO_DEPTH:]
+        self._last_change = (name, now_s)
+        self._latest = self.values
+
+    def redraw(self) -> None:
+        """Draw the newest settings; keeps the last valid picture if they are not valid."""
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+        try:
+            config = HeuristicConfig(**self.values)
+        except ValueError as error:
+            self._explain(str(error))
+            return
+        self._explain("")
+        self.config = config
+        self.drawn += 1
+        self.image.value = self._picture.png(config)
+        self.readout.value = readout(
+            changes(self._decisions, config, self._first), len(self._decisions), self._source
+        )
+
+    def _explain(self, message):
+        """Show an error at every control that it names."""
+        named = [name for name in self.controls if re.search(rf"\b{name}\b", message)]
+        self.errors = {name: message.removeprefix(f"{name} ") for name in named}
+        for name, control in self.controls.items():
+            control.say(self.errors.get(name, ""))
+
+    # ---- take it along -----------------------------------------------------------
+
+    def save(self) -> Path:
+        """Write the settings in force to ``heuristics.yaml``; returns its path."""
+        return save_settings(self.config, self.settings_path)
+
+    def export(self, name: str = "explorer") -> list[Path]:
+        """Write all plots of the settings in force to ``exports/<name>/``; returns the files."""
+        figures = all_figures(self.config, self._records)
+        facts = {"decisions": len(self._decisions), "source": self._source}
+        return export_plots(self._folder / "exports", name, figures, self.config, **facts)
+
+    # ---- layout ------------------------------------------------------------------
+
+    def _sliders(self):
+        groups: dict[str, list] = {}
+        for name, control in self.controls.items():
+            groups.setdefault(setting_of(name).group, []).append(control.widget)
+        columns = [
+            widgets.VBox([widgets.HTML(f"<b>{title}</b>"), *parts], layout=_column())
+            for title, parts in groups.items()
+        ]
+        return widgets.HBox(columns, layout=widgets.Layout(flex_flow="row wrap", grid_gap="24px"))
+
+    def _buttons(self):
+        self.name = widgets.Text("explorer", layout=widgets.Layout(width="140px"))
+        self.name.add_class("kv-export-name")
+        self.status = widgets.HTML()
+        self.status.add_class("kv-status")
+        presets = [
+            _button(name, "Set all sliders", lambda _, name=name: self.apply_preset(name))
+            for name in PRESETS
+        ]
+        line = [
+            widgets.Label("Presets"),
+            *presets,
+            _button("Undo", "Take the last change back", lambda _: self.undo()),
+            _button("Reset", "As opened", lambda _: self.reset()),
+            _button("Save settings", f"Write {self.settings_path}", self._save_pressed, "success"),
+            _button("Export plots", "PNG, SVG, PDF and JSON", self._export_pressed, "primary"),
+            widgets.Label("as"),
+            self.name,
+        ]
+        row = widgets.HBox(line, layout=widgets.Layout(flex_flow="row wrap", margin="8px 0 0 0"))
+        return widgets.VBox([row, self.status])
+
+    def _save_pressed(self, _):
+        self._report(lambda: f"Saved {self.save()}")
+
+    def _export_pressed(self, _):
+        self.status.value = "Exporting ..."
+        self._report(lambda: _exported(self.export(self.name.value)))
+
+    def _report(self, work):
+        """Do what a button asks; say what came of it, also if it failed."""
+        invalid = f" (the last valid settings; see {', '.join(self.errors)})" if self.errors else ""
+        try:
+            text = html.escape(work() + invalid)
+        except (OSError, ValueError) as error:
+            text = f'<span style="color:#B00020">⚠ {html.escape(str(error))}</span>'
+        self.status.value = text
+
+
+def _column():
+    """Two side by side where there is room for 430 pixels each."""
+    return widgets.Layout(flex="1 1 430px", max_width="560px")
+
+
+def _button(text, tooltip, on_click, style=""):
+    button = widgets.Button(
+        description=text,
+        tooltip=tooltip,
+        button_style=style,
+        layout=widgets.Layout(width="auto"),
+    )
+    button.add_class(f"kv-{text.lower().replace(' ', '-')}")
+    button.on_click(on_click)
+    return button
+
+
+def _exported(paths):
+    return f"Exported {len(paths)} files to {paths[0].parent}"

@@ -1,0 +1,297 @@
+"""TTLs that end on the real stack: the ladder, renewal, shared prompts, a killed process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cache_controller import LMCacheController
+from caching_heuristics import HeuristicConfig
+from decision_log import DecisionLog, read_records
+from demo_model import example_prompts, prompt_perplexity
+from tiered_caching import MultiTierCache
+
+ROOT = Path(__file__).parents[1]
+HOT = {"perplexity": 12.0, "time_variance": 0.0, "access_count": 0}
+COLD = {"perplexity": 80.0, "time_variance": 0.0, "access_count": 0}
+# perplexity 12 gives 1.1 x base_ttl: about 2.2 s in gpu, 2.2 s on disk, 4.4 s in Redis
+SHORT = HeuristicConfig(base_ttl=2, min_ttl=0.1, disk_ttl_factor=1, remote_ttl_factor=2)
+
+
+def controller_of(stack):
+    return LMCacheController(stack.host, stack.port, instance_id=stack.instance_id)
+
+
+@pytest.fixture
+def managers(stack, llm):
+    """A function that makes managers with short TTLs; all are closed at the end."""
+    made = []
+
+    def make(**options):
+        made.append(
+            MultiTierCache(
+                controller_of(stack), llm, **{"config": SHORT, "notify": None, **options}
+            )
+        )
+        return made[-1]
+
+    yield make
+    for manager in made:
+        manager.close()
+
+
+def tiers_of(cache, text):
+    """Return the hottest tier of each chunk, by the directory."""
+    layout = cache.controller.layout(cache.controller.tokenize(text))
+    return [tiers[0] if tiers else None for tiers in layout.of(cache.controller.instance_id)]
+
+
+def wait_for(cache, text, tier, limit_s=20.0):
+    deadline_s = time.monotonic() + limit_s
+    while set(tiers_of(cache, text)) != {tier}:
+        assert time.monotonic() < deadline_s, (
+            tier,
+            tiers_of(cache, text),
+            list(cache.records)[-3:],
+        )
+        time.sleep(0.05)
+
+
+def generations(cache):
+    return [record for record in cache.records if record.kind == "generation"]
+
+
+def test_one_prompt_goes_down_the_whole_ladder_and_a_renewed_one_stays(
+    managers, llm, greedy, fresh_text
+):
+    now = [1000.0]
+    cache = managers(clock=lambda: now[0], sweep_every_s=None)
+    text, renewed = fresh_text(), fresh_text()
+    first = cache.generate_and_manage(text, greedy, HOT)
+    cache.generate_and_manage(renewed, greedy, HOT)
+    wait_for(cache, text, "gpu")
+    served = []
+    for passed_s, tier in ((2.3, "disk"), (2.3, "remote"), (4.6, None)):
+        for _ in range(4):  # the other prompt is used four times in that time
+            now[0] += passed_s / 4
+            assert [r.error for r in cache.sweep() if r.error] == []
+            cache.generate_and_manage(renewed, greedy, HOT)
+        wait_for(cache, text, tier)  # the directory shows it nowhere above
+        wait_for(cache, renewed, "gpu")
+        # The engine alone, so that the generation does not renew the claim.
+        output = llm.generate(text, greedy, use_tqdm=False)[0]
+        served.append(output.num_cached_tokens or 0)
+        assert output.outputs[0].text == first
+    tokens = len(cache.controller.tokenize(text))
+    assert served[0] == served[1] >= tokens // 32 * 32 - 1 and served[2] == 0  # recomputed
+    expiries = [r for r in cache.records if r.kind == "expiry"]
+    assert {r.prompt_digest for r in expiries} == {generations(cache)[0].prompt_digest}
+    steps = [(r.from_tier, r.wanted_tier) for r in expiries]
+    assert steps == [("gpu", "disk"), ("disk", "remote"), ("remote", None)]
+    assert {tier for r in generations(cache)[2:] for tier in r.hit_tokens} == {"gpu"}
+
+
+def test_the_sweeper_does_it_by_itself_and_the_next_generation_is_served_from_there(
+    managers, greedy, fresh_text
+):
+    slower = HeuristicConfig(base_ttl=2, min_ttl=0.1, disk_ttl_factor=50)
+    cache = managers(config=slower, sweep_every_s=0.2)
+    text = fresh_text()
+    first = cache.generate_and_manage(text, greedy, HOT)
+    wait_for(cache, text, "disk", limit_s=15)
+    assert cache.generate_and_manage(text, greedy, HOT) == first
+    assert set(generations(cache)[-1].hit_tokens) == {"disk"}
+    wait_for(cache, text, "gpu")  # access renews: promoted again
+    wait_for(cache, text, "disk", limit_s=15)
+
+
+def test_a_shared_system_prompt_stays_hot_while_one_of_its_two_users_expires(
+    managers, greedy, fresh_text
+):
+    now = [1000.0]
+    cache = managers(clock=lambda: now[0], sweep_every_s=None)
+    system = fresh_text(200)
+    leaving, staying = system + " first " + fresh_text(60), system + " second " + fresh_text(60)
+    cache.generate_and_manage(leaving, greedy, HOT)
+    now[0] += 1.5
+    cache.generate_and_manage(staying, greedy, HOT)
+    shared = generations(cache)[-1].hit_tokens["gpu"] // 32
+    assert shared >= 3
+    now[0] += 1.0
+    (record,) = cache.sweep()
+    assert record.prompt_digest == generations(cache)[0].prompt_digest and not record.error
+    wait_for(cache, staying, "gpu")
+    placed = tiers_of(cache, leaving)
+    assert set(placed[:shared]) == {"gpu"} and set(placed[shared:]) == {"disk"}
+
+
+def test_expiry_while_lmcache_is_away_is_made_up_for(managers, stack, greedy, fresh_text):
+    now = [1000.0]
+    patient = HeuristicConfig(base_ttl=2, min_ttl=0.1, disk_ttl_factor=1000)
+    cache = managers(config=patient, clock=lambda: now[0], sweep_every_s=None)
+    text = fresh_text()
+    cache.generate_and_manage(text, greedy, HOT)
+    tokens, here = cache.controller.tokenize(text), cache.controller.instance_id
+    while cache.controller.lookup(tokens).get(here) != ["gpu", "disk", "remote"]:
+        time.sleep(0.05)
+    time.sleep(2.0)  # for the coordinator's checkpoint, or it forgets the copies below
+    stack.kill("coordinator")
+    now[0] += 2.3
+    (record,) = cache.sweep()
+    assert "LMCacheUnavailable" in record.error and record.wanted_tier == "disk"
+    stack.start_one("coordinator")
+    deadline_s = time.monotonic() + 30
+    while set(_tiers_or_none(cache, text)) != {"disk"}:
+        assert time.monotonic() < deadline_s
+        now[0] += 0.1
+        cache.sweep()
+        time.sleep(0.1)
+    assert cache.records[-1].kind == "settled" and not cache.records[-1].error
+
+
+def _tiers_or_none(cache, text):
+    try:
+        return tiers_of(cache, text)
+    except Exception:  # its breaker is still open
+        return [None]
+
+
+# ---- measured perplexities --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["generation", "prompt"])
+def test_perplexities_order_prompts_as_expected(managers, greedy, source):
+    scorer = prompt_perplexity if source == "prompt" else None
+    from vllm import SamplingParams
+
+    cache = managers(config=HeuristicConfig(), perplexity_source=source, scorer=scorer)
+    sampling = SamplingParams(temperature=0.0, max_tokens=16)
+    for name in ("template", "prose", "noise"):
+        cache.generate_and_manage(example_prompts()[name], sampling)
+    template, prose, noise = generations(cache)
+    assert not any(record.error for record in cache.records)
+    values = [record.metadata["perplexity"] for record in (template, prose, noise)]
+    assert values == sorted(values) and values[2] > 1.5 * values[1] > 1.5 * values[0]
+    assert {r.metadata_sources["perplexity"] for r in (template, prose, noise)} == {source}
+    assert [r.wanted_tier for r in (template, prose, noise)] == ["gpu", "disk", "remote"]
+    assert sampling.logprobs is None  # the caller's object is as it was
+
+
+def test_scoring_hits_never_touches_the_engine(managers, greedy, fresh_text):
+    """prompt_logprobs on a prompt that hits LMCache would kill it."""
+    cache = managers(perplexity_source="prompt", scorer=prompt_perplexity)
+    text = fresh_text()
+    for _ in range(3):
+        cache.generate_and_manage(text, greedy)
+    assert [bool(r.hit_tokens) for r in generations(cache)] == [False, True, True]
+    assert [r.metadata_sources["perplexity"] for r in generations(cache)] == ["prompt"] * 3
+    assert [r.metadata["access_count"] for r in generations(cache)] == [0, 1, 2]
+
+
+# ---- a killed process ---------------------------------------------------------------------
+
+_VICTIM = """
+import json, sys
+from cache_controller import LMCacheController
+from caching_heuristics import HeuristicConfig
+from decision_log import DecisionLog
+from tiered_caching import MultiTierCache
+
+host, port, instance, model, folder = json.loads(sys.argv[1])
+controller = LMCacheController(host, port, model, instance_id=instance)
+
+class Served:  # the engine's answers: its KV is in LMCache already
+    def __init__(self, tokens):
+        self.prompt_token_ids, self.num_cached_tokens = tokens, len(tokens)
+    outputs = [type("Completion", (), {"text": "", "logprobs": None})]
+
+class Engine:
+    def generate(self, prompt, sampling_params):
+        return [Served(prompt)]
+
+cache = MultiTierCache(
+    controller, Engine(), config=HeuristicConfig(base_ttl=100), notify=None, log=DecisionLog(folder)
+)
+prompts = json.loads(sys.stdin.readline())
+print("ready", flush=True)
+for turn in range(1000):
+    for tokens in prompts:
+        perplexity = (80.0, 12.0, 35.0)[(turn + len(tokens)) % 3]
+        cache.generate_and_manage(tokens, None, {"perplexity": perplexity})
+"""
+
+
+def run_victim(stack, controller, folder, prompts, seconds):
+    """Let a process manage `prompts` in a loop, and kill it after `seconds`."""
+    arguments = [stack.host, stack.port, stack.instance_id, controller.model, str(folder)]
+    victim = subprocess.Popen(
+        [sys.executable, "-c", _VICTIM, json.dumps(arguments)],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    victim.stdin.write(json.dumps(prompts) + "\n")
+    victim.stdin.flush()
+    assert victim.stdout.readline() == "ready\n"
+    time.sleep(seconds)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+
+
+def test_a_process_killed_during_moves_loses_no_claim_and_leaves_no_kv_for_ever(
+    managers, stack, llm, greedy, fresh_text, tmp_path
+):
+    now = [time.time()]
+    config = HeuristicConfig(base_ttl=100, disk_ttl_factor=1, remote_ttl_factor=1)
+    log = DecisionLog(tmp_path / "log")
+    cache = managers(config=config, clock=lambda: now[0], sweep_every_s=None, log=log)
+    texts = [fresh_text() for _ in range(6)]
+    prompts = [cache.controller.tokenize(text) for text in texts]
+    answers = [llm.generate(text, greedy, use_tqdm=False)[0].outputs[0].text for text in texts]
+    for round_, seconds in enumerate((0.4, 0.9, 1.3)):
+        run_victim(stack, cache.controller, tmp_path / "log", prompts, seconds)
+        after = managers(config=config, clock=lambda: now[0], sweep_every_s=None, log=log)
+        now[0] = time.time()
+        found = after.recover(tmp_path / "log")
+        logged = {
+            record.prompt_digest: record
+            for record in read_records(tmp_path / "log", kinds=("claim", "generation"))
+        }
+        assert found["claims"] >= len(logged) > 0, round_
+        assert all(after.claims.wanted(r.chunk_keys, now[0]) for r in logged.values())
+        deadline_s = time.monotonic() + 20
+        while not _all_where_logged(after, logged, now[0]):
+            assert time.monotonic() < deadline_s
+            now[0] += 0.5
+            after.sweep()
+        for text, answer in zip(texts, answers):  # from wherever it is: the same tokens
+            assert llm.generate(text, greedy, use_tqdm=False)[0].outputs[0].text == answer
+    now[0] += 1000.0  # beyond the whole ladder
+    deadline_s = time.monotonic() + 30
+    while after.controller.layout_of().of(stack.instance_id).count(()) < len(
+        after.controller.layout_of().keys
+    ):
+        assert time.monotonic() < deadline_s, "some KV is immortal"
+        now[0] += 1.0
+        after.sweep()
+        time.sleep(0.05)
+    assert len(after.claims) == 0
+
+
+def _all_where_logged(cache, logged, now_s):
+    """Say whether no chunk is hotter than the last logged decisions want it."""
+    order = {"gpu": 0, "disk": 1, "remote": 2}
+    for record in logged.values():
+        wanted = cache.claims.wanted(record.chunk_keys, now_s)
+        held = cache.controller.layout_of(record.chunk_keys).of(cache.controller.instance_id)
+        if any(t and w and order[t[0]] < order[w] for t, w in zip(held, wanted)):
+            return False
+    return True
