@@ -264,10 +264,12 @@ def _slider(name, value):
 def readout(view: ReplayView) -> str:
     """Return the figures of a setting as a line of HTML."""
     values = view.summary()
+    hours = ", ".join(f"{tier} {values[f'block_hours_{tier}']:,.0f}" for tier in TIERS)
     return (
         f"<b>{values['token_hit_ratio']:.1%}</b> of tokens hit; with the same memory recency"
         f" {values['recency_token_hit_ratio']:.1%}, optimum"
-        f" {values['optimal_token_hit_ratio']:.1%}. Held on average:"
-        f" {values['mean_blocks_held']:,.0f} blocks. TTFT, estimated: median"
-        f" {values['ttft_p50_s']:.2f} s, {values['speedup']:.2f} times faster than no cache."
+        f" {values['optimal_token_hit_ratio']:.1%}.<br>Held on average:"
+        f" {values['mean_blocks_held']:,.0f} blocks; block-hours: {hours}.<br>TTFT, estimated:"
+        f" median {values['ttft_p50_s']:.2f} s, mean {values['ttft_mean_s']:.2f} s,"
+        f" {values['speedup']:.2f} times faster than no cache."
     )

@@ -139,11 +139,22 @@ def test_decision_logs_give_their_generations(tmp_path):
     assert trace.block_tokens == 32  # the power of two that fits 70 // 2 and 96 // 3
 
 
-def test_decision_records_of_this_version_are_recognised(tmp_path):
+def test_decision_records_that_this_kit_writes(tmp_path):
     path = tmp_path / "log.jsonl"
-    write_records(path, [DecisionRecord(1.0, "d", prompt_tokens=5)])
+    keys = tuple(f"{number:064x}" for number in range(3))
+    records = [
+        DecisionRecord(50.0, "d", prompt_tokens=70, chunks=2, chunk_keys=keys[:2]),
+        DecisionRecord(52.0, "d", prompt_tokens=70, kind="expiry", chunk_keys=keys[:2]),
+        DecisionRecord(60.5, "e", prompt_tokens=99, chunks=3, chunk_keys=keys),
+    ]
+    write_records(path, records)
     assert detect_format(path) == "decisions"
-    assert read_trace(path).requests == 1
+    trace = read_trace(path)
+    assert trace.block_ids.tolist() == [0, 1, 0, 1, 2]
+    assert (trace.block_tokens, trace.arrival_s.tolist()) == (32, [0.0, 10.5])
+    write_records(path, [DecisionRecord(61.0, "f", prompt_tokens=64, chunks=2)])
+    with pytest.raises(ValueError, match="line 4: chunk_keys is missing"):
+        read_trace(path)
 
 
 def test_agentic_sessions_with_sub_agents(tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from caching_heuristics import HeuristicConfig
 from replay_plans import POLICIES, Plan, capacities
+from request_metadata import PromptHistory
 from reuse_distances import lru_curve
 from trace_builder import make_trace
 from trace_data import Trace
@@ -216,6 +217,18 @@ def test_blocks_of_a_run_share_their_history(seed):
             at += 1
         for block in trace.request(r).tolist():
             history.times[block].append(now_s)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_metadata_are_what_the_live_manager_measures(seed):
+    """A trace's decisions start from the numbers that `PromptHistory` gives in a running kit."""
+    trace = fixtures.random_trace(seed).without_tails()
+    metadata, history = index_runs(trace).metadata(), PromptHistory(trace.block_tokens)
+    for r in range(trace.requests):
+        seen = history.observe(np.repeat(trace.request(r), trace.block_tokens), trace.arrival_s[r])
+        assert metadata["access_count"][r] == seen.access_count
+        assert metadata["seconds_since_access"][r] == seen.seconds_since_access
+        assert metadata["time_variance"][r] == pytest.approx(seen.time_variance, abs=1e-12)
 
 
 @settings(max_examples=40, deadline=None)
