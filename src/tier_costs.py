@@ -202,13 +202,23 @@ def calibrate(
     """
     if len(set(words)) < 2 or min(words) < 1 or repeats < 1:
         raise ValueError(f"words must be two different lengths >= 1, got {words!r}")
-    rng, records = random.Random(seed), []
-    for number in range(repeats + 1):
+    rng, records, number = random.Random(seed), [], 0
+    while number <= repeats or (number <= repeats + _MORE and _unseen(records)):
         for length in words:
             made = _serve_from_each_tier(cache, _text(rng, length))
             records += made if number else []
+        number += 1
     start = TierCosts() if bytes_per_token is None else TierCosts(bytes_per_token=bytes_per_token)
     return fit_costs(records, start)
+
+
+_MORE = 4  # rounds more while a tier has served nothing: a busy server moves late
+
+
+def _unseen(records):
+    """Return the tiers that served none of the records alone."""
+    alone = [{tier for tier, n in record.hit_tokens.items() if n} for record in records]
+    return [tier for tier in TIERS if {tier} not in alone]
 
 
 _PLACING = (  # metadata that place a prompt in gpu, disk, remote, for the next time

@@ -117,12 +117,14 @@ def test_calibrate_measures_the_running_stack(stack, llm):
     cache = managed(stack, llm)
     try:
         costs = calibrate(cache, repeats=2, bytes_per_token=1024.0)
-        served = {tier for r in cache.records for tier, n in r.hit_tokens.items() if n}
+        records = list(cache.records)
+        served = {tier for r in records for tier, n in r.hit_tokens.items() if n}
     finally:
         cache.close()
-    assert served == {"gpu", "disk", "remote"}
+    assert served == {"gpu", "disk", "remote"}, [(r.hit_tokens, r.error) for r in records]
     assert costs.prefill_tokens_per_s != TierCosts().prefill_tokens_per_s
-    assert all(0 <= s < 5 for s in costs.latency_s)
+    assert all(0 <= s < 30 for s in costs.latency_s), costs
+    assert all(rate > 0 for rate in costs.bytes_per_s)
     with pytest.raises(ValueError, match="words must be"):
         calibrate(cache, words=(5, 5))
 
