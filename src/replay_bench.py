@@ -33,6 +33,17 @@ _CAPACITY = 0.05  # of unique blocks
 _CURVE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # capacities of lru_curve, all in one pass
 _TIERS = (0.01, 0.05, 0.2)
 _CONFIG = HeuristicConfig(base_ttl=100)
+_GROWING = ("index", "ttl", "tiers", "lru")
+_COMPARED = (
+    "ttl",
+    "ttl_with_index",
+    "tiers",
+    "tiers_recency",
+    "recency",
+    "lru",
+    "lru_curve",
+    "lru_curve_with_index",
+)
 _GROWTH = (1_000_000, 10_000_000, 100_000_000)  # accesses
 
 
@@ -86,7 +97,7 @@ def engines(trace, repeats: int) -> dict[str, float]:
     theirs = figures["libcachesim_accesses_per_s"]
     names = ("ttl", "ttl_with_index", "tiers", "recency", "lru")
     ratios = {
-        f"{name}_vs_libcachesim": figures[f"{name}_accesses_per_s"] / theirs for name in names
+        f"{name}_vs_libcachesim": figures[f"{name}_accesses_per_s"] / theirs for name in _COMPARED
     }
     return {
         **figures,

@@ -231,18 +231,14 @@ def index_runs(trace: Trace) -> RunIndex:
     ValueError
         The ids are not prefix-chained, or a request has a block twice.
     """
-    size = max(1024, 3 * trace.requests)
-    while True:
-        columns = np.empty((4, size), np.int32)
-        offsets = np.empty(trace.requests + 1, np.int64)
-        last = np.full(trace.unique_blocks, -1, np.int32)
-        runs, bad = _index(trace.block_ids, trace.offsets, last, columns, offsets)
-        if bad >= 0:
-            raise ValueError(f"block_ids must be prefix-chained, request {bad} is not")
-        if runs <= size:
-            break
-        size *= 4
-    request, previous, start, length = columns[:, :runs].copy()
+    # As long as they could become; the system gives memory only where something is written.
+    columns = np.empty((6, trace.accesses + 1), np.int32)
+    offsets = np.empty(trace.requests + 1, np.int64)
+    last = np.full(trace.unique_blocks, -1, np.int32)
+    runs, bad = _index(trace.block_ids, trace.offsets, last, columns, offsets)
+    if bad >= 0:
+        raise ValueError(f"block_ids must be prefix-chained, request {bad} is not")
+    request, previous, start, length = columns[:4, :runs]
     short = np.zeros(runs, np.int32)
     ends = offsets[1:][trace.blocks > 0] - 1
     short[ends] = (trace.block_tokens - trace.tail_tokens())[trace.blocks > 0]
@@ -251,14 +247,9 @@ def index_runs(trace: Trace) -> RunIndex:
 
 @njit(cache=True)
 def _index(ids, offsets, last, columns, run_offsets):
-    """Fill the runs' columns; returns how many there are and the first bad request, else -1.
-
-    Stops where the columns are too small.
-    """
-    size = columns.shape[1]
+    """Fill the runs' columns; returns how many there are and the first bad request, else -1."""
     request, previous, start, length = columns[0], columns[1], columns[2], columns[3]
-    taken = np.zeros(size, np.int32)
-    depth = np.zeros(size, np.int32)
+    taken, depth = columns[4], columns[5]  # blocks taken by later requests; blocks before
     run = -1
     run_offsets[0] = 0
     for r in range(len(offsets) - 1):
@@ -271,10 +262,8 @@ def _index(ids, offsets, last, columns, run_offsets):
                     return run + 1, r
                 run += 1
                 before = old
-                if run == size:
-                    return run + 1, -1
                 request[run], previous[run], length[run] = r, old, 0
-                depth[run], start[run] = at - offsets[r], 0
+                depth[run], start[run], taken[run] = at - offsets[r], 0, 0
                 if old >= 0:
                     start[run] = taken[old]
                     if depth[old] + taken[old] != depth[run]:
