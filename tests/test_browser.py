@@ -73,6 +73,7 @@ def check_invalid_and_undo(explorer, server):
     explorer.type("cold_threshold", 2)
     explorer.page.wait_for_selector(".kv-message-hot_threshold:visible")
     assert "must be > 0 and <= cold_threshold (2.0)" in explorer.message("hot_threshold")
+    explorer.page.wait_for_selector(".kv-message-cold_threshold:visible")
     assert explorer.message("cold_threshold") and not explorer.message("alpha")
     explorer.settle()
     assert explorer.picture == picture

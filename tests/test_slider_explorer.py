@@ -391,6 +391,9 @@ def test_a_folder_or_a_binary_file_is_an_error_too(tmp_path):
 
 
 def test_the_default_place_is_found_from_the_notebooks_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("KV_HEURISTICS_FILE", str(tmp_path / "elsewhere.yaml"))
+    assert default_path() == tmp_path / "elsewhere.yaml"
+    monkeypatch.delenv("KV_HEURISTICS_FILE")
     (tmp_path / "data").mkdir()
     (tmp_path / "notebooks").mkdir()
     for folder in (tmp_path, tmp_path / "notebooks"):
