@@ -95,7 +95,6 @@ def engines(trace, repeats: int) -> dict[str, float]:
         same = same and lru_curve(index, [_CAPACITY])["block_level_hits"][0] == theirs
     figures = {f"{name}_accesses_per_s": trace.accesses / s for name, s in seconds.items()}
     theirs = figures["libcachesim_accesses_per_s"]
-    names = ("ttl", "ttl_with_index", "tiers", "recency", "lru")
     ratios = {
         f"{name}_vs_libcachesim": figures[f"{name}_accesses_per_s"] / theirs for name in _COMPARED
     }
