@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import html
 import io
 import os
 from collections.abc import Mapping
@@ -20,23 +22,23 @@ from decision_plots import TIER_COLOURS
 from replay_plots import POLICY_STYLES
 from replay_result import ReplayResult
 from replay_tables import at_same_memory, mean_blocks_held
+from slider_controls import Control
 from tier_costs import TierCosts, result_costs
 from trace_data import Trace
 from trace_readers import read_trace
 from trace_replay import replay, replay_without_capacity
 from trace_runs import RunIndex, index_runs
 
-# Slider -> (lowest, highest, step, whether logarithmic: then the ends are powers of ten).
-SLIDERS = {
-    "base_ttl": (0.0, 5.0, 0.05, True),
-    "min_ttl": (-1.0, 3.0, 0.1, True),
-    "alpha": (0.0, 2.0, 0.05, False),
-    "gamma": (0.0, 1.0, 0.05, False),
-    "recent_seconds": (0.0, 5.0, 0.05, True),
-    "variance_threshold": (0.0, 1.0, 0.05, False),
-    "disk_ttl_factor": (-1.0, 2.0, 0.05, True),
-    "remote_ttl_factor": (-1.0, 2.0, 0.05, True),
-}
+SLIDERS = (
+    "base_ttl",
+    "min_ttl",
+    "alpha",
+    "gamma",
+    "recent_seconds",
+    "variance_threshold",
+    "disk_ttl_factor",
+    "remote_ttl_factor",
+)
 _CURVE_SHARES = np.geomspace(0.002, 1.0, 12)  # of unique blocks
 
 
@@ -202,29 +204,52 @@ class ReplayTab:
         self.config, self.costs, self.folder = config or HeuristicConfig(), costs, Path(folder)
         self._traces, self._pictures = dict(traces), {}
         self.trace = widgets.Dropdown(options=list(traces), description="trace")
-        self.sliders = {name: _slider(name, getattr(self.config, name)) for name in SLIDERS}
-        self.perplexity = widgets.FloatSlider(
-            30.0, min=1.0, max=100.0, step=1.0, description="perplexity", continuous_update=True
-        )
+        self.sliders = {
+            name: Control(name, getattr(self.config, name), self._changed) for name in SLIDERS
+        }
+        self.perplexity = widgets.FloatSlider(30.0, min=1.0, max=100.0, description="perplexity")
         self.has_perplexity = widgets.Checkbox(False, description="give all prompts a perplexity")
-        self.image = widgets.Image(format="png")
+        self.image = widgets.Image(format="png", layout=widgets.Layout(width="100%"))
         self.figures = widgets.HTML()
-        self.export_button = widgets.Button(description="Export picture and CSV")
+        wide = widgets.Layout(width="200px")
+        self.export_button = widgets.Button(description="Export picture and CSV", layout=wide)
         self.export_button.on_click(lambda _: self.export())
-        for widget in (self.trace, self.perplexity, self.has_perplexity, *self.sliders.values()):
+        self._waiting: asyncio.Handle | None = None
+        for widget in (self.trace, self.perplexity, self.has_perplexity):
             widget.observe(self._changed, "value")
-        controls = [self.trace, *self.sliders.values(), self.has_perplexity, self.perplexity]
+        settings = [control.widget for control in self.sliders.values()]
+        controls = [self.trace, *settings, self.has_perplexity, self.perplexity]
         shown = widgets.VBox([self.image, self.figures, self.export_button])
-        self.widget = widgets.HBox([widgets.VBox(controls), shown])
-        self._changed(None)
+        columns = [widgets.VBox(controls, layout=_column("440px")), shown]
+        shown.layout = _column("780px")
+        self.widget = widgets.HBox(columns, layout=widgets.Layout(flex_flow="row wrap"))
+        self.redraw()
 
     def settings(self) -> HeuristicConfig:
         """Return what the sliders say; a lower limit above an upper one gives way."""
-        values = {name: slider.value for name, slider in self.sliders.items()}
+        values = {name: control.value for name, control in self.sliders.items()}
         values["min_ttl"] = min(values["min_ttl"], self.config.max_ttl)
         return replace(self.config, **values)
 
-    def _changed(self, change):
+    def _changed(self, *_change):
+        """Redraw soon, with the newest values only; at once where no kernel is around us."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self.redraw()
+            return
+        if self._waiting is None:
+            self._waiting = loop.call_soon(self.redraw)
+
+    def redraw(self) -> None:
+        """Replay and draw the settings as they stand; impossible ones are named, not drawn."""
+        self._waiting = None
+        try:
+            self._replay()
+        except ValueError as error:
+            self.figures.value = f'<span style="color:#B00020">⚠ {html.escape(str(error))}</span>'
+
+    def _replay(self):
         perplexity = self.perplexity.value if self.has_perplexity.value else None
         picture = self._picture()
         self.view = replay_view(picture.index, self.settings(), perplexity, self.costs)
@@ -250,15 +275,10 @@ class ReplayTab:
         return paths
 
 
-def _slider(name, value):
+def _column(width):
     import ipywidgets as widgets
 
-    low, high, step, logarithmic = SLIDERS[name]
-    kind = widgets.FloatLogSlider if logarithmic else widgets.FloatSlider
-    label = {"description": name, "style": {"description_width": "9em"}}
-    if logarithmic:
-        value = min(max(value, 10**low), 10**high)
-    return kind(value, min=low, max=high, step=step, readout_format=".3g", **label)
+    return widgets.Layout(flex=f"1 1 {width}", max_width=width)
 
 
 def readout(view: ReplayView) -> str:

@@ -175,9 +175,10 @@ def test_the_tab_follows_its_sliders(tmp_path):
     tab = ReplayTab({"one": TRACE, "two": fixtures.random_trace(1)}, folder=tmp_path)
     first, picture = tab.view.summary(), bytes(tab.image.value)
     assert picture.startswith(PNG)
-    tab.sliders["base_ttl"].value = 3.0
-    tab.sliders["min_ttl"].value = 0.2
-    tab.sliders["disk_ttl_factor"].value = tab.sliders["remote_ttl_factor"].value = 0.1
+    tab.sliders["base_ttl"].entry.value = 3.0
+    tab.sliders["min_ttl"].entry.value = 0.2
+    for name in ("disk_ttl_factor", "remote_ttl_factor"):
+        tab.sliders[name].slider.value = 0.1
     assert tab.view.summary()["token_hit_ratio"] < first["token_hit_ratio"]
     assert bytes(tab.image.value) != picture
     assert f"{tab.view.summary()['token_hit_ratio']:.1%}" in tab.figures.value
@@ -190,11 +191,22 @@ def test_the_tab_follows_its_sliders(tmp_path):
     assert csv.read_text().startswith("trace,base_ttl") and png.read_bytes() == tab.image.value
 
 
+def test_impossible_settings_are_named_and_the_last_picture_stays():
+    tab = ReplayTab({"one": TRACE})
+    picture = bytes(tab.image.value)
+    tab.sliders["gamma"].entry.value = 7.0
+    assert "gamma must be 0..1, got 7" in tab.figures.value
+    assert bytes(tab.image.value) == picture
+    tab.sliders["gamma"].entry.value = 0.5
+    assert "of tokens hit" in tab.figures.value
+
+
 def test_every_slider_is_a_setting_and_moves_the_replay():
     tab = ReplayTab({"one": TRACE}, HeuristicConfig(base_ttl=20, min_ttl=1))
     assert set(SLIDERS) <= set(HeuristicConfig().to_dict())
     assert tab.settings().to_dict() == pytest.approx(tab.config.to_dict())
-    for slider in tab.sliders.values():
+    for control in tab.sliders.values():
+        slider = control.slider
         for end in (slider.min, slider.max):
             slider.value = 10**end if type(slider).__name__ == "FloatLogSlider" else end
             assert 0 <= tab.view.summary()["token_hit_ratio"] <= 1
