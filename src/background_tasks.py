@@ -39,6 +39,7 @@ class JobQueue:
             raise ValueError(f"max_jobs must be a whole number >= 1, got {max_jobs!r}")
         self._work, self._shed, self._max_jobs = work, shed, max_jobs
         self._jobs: deque = deque()
+        self._current: Any = None
         self._busy = self._closed = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None  # starts with the first job
@@ -53,8 +54,9 @@ class JobQueue:
             if self._closed:
                 return False
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="kv-decisions", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="kv-decisions", daemon=True)
+                thread.start()  # may fail: then there is no thread to wait for
+                self._thread = thread
             while len(self._jobs) >= self._max_jobs:
                 shed.append(self._jobs.popleft())
             self._jobs.append(job)
@@ -62,6 +64,11 @@ class JobQueue:
         for old in shed:
             self._shed(old)
         return True
+
+    def oldest(self) -> Any:
+        """Return the job that is being done, else the first that waits; None if there is none."""
+        with self._changed:
+            return self._current if self._busy else (self._jobs[0] if self._jobs else None)
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until every job put so far is done; False if `timeout_s` seconds were not enough."""
@@ -85,13 +92,14 @@ class JobQueue:
                 if not self._jobs:
                     return
                 job, self._busy = self._jobs.popleft(), True
+                self._current = job
             try:
                 self._work(job)
             except Exception:
                 logger.exception("a background job failed")
             finally:
                 with self._changed:
-                    self._busy = False
+                    self._busy, self._current = False, None
                     self._changed.notify_all()
 
 
@@ -114,12 +122,18 @@ class Repeater:
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
 
+    @property
+    def must_stop(self) -> bool:
+        """Whether the calling task runs on this thread, and `close` waits for it."""
+        return self._ended.is_set() and self._thread is threading.current_thread()
+
     def start(self) -> None:
         """Start, if it has not been started or closed yet."""
         with self._starting:  # or two callers would start two threads
             if self._thread is None and not self._ended.is_set():
-                self._thread = threading.Thread(target=self._run, name="kv-expiry", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="kv-expiry", daemon=True)
+                thread.start()  # may fail: then there is no thread to wait for
+                self._thread = thread
 
     def close(self) -> None:
         """Stop after the call that is under way."""

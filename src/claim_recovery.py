@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from decision_log import DecisionRecord
-from kv_placement import KVPlacement, is_above
+from kv_placement import KVPlacement
+from placement_rules import is_above
 from ttl_expiry import Step
 
 logger = logging.getLogger(__name__)
@@ -52,13 +53,20 @@ def recover_claims(
     claimed = dict(zip(held, placement.ledger.wanted(list(held), now_s)))  # by this process too
     orphans = [k for k, tiers in held.items() if tiers and k not in known and claimed[k] is None]
     for key in orphans:
-        placement.ledger.claim(key[:16], [key], held[key][0], now_s, adopted_ttl_s)
+        _adopt(placement, key, held[key][0], now_s, adopted_ttl_s)
     misplaced = _misplaced(latest, held, placement.ledger, now_s)
     for record in misplaced:
         tier = record.wanted_tier
         step = Step(record.prompt_digest, record.chunk_keys, tier, tier, record.ttl_s)
         placement.settle_later(step, now_s)
     return {"claims": len(latest), "adopted": len(orphans), "misplaced": len(misplaced)}
+
+
+def _adopt(placement, key, tier, now_s, ttl_s):
+    """Claim a chunk, and log it: else each restart would give it a new TTL."""
+    placement.ledger.claim(key[:16], [key], tier, now_s, ttl_s)
+    claim = {"prompt_digest": key[:16], "chunk_keys": (key,), "chunks": 1, "wanted_tier": tier}
+    placement.log_claim({**claim, "time_s": now_s, "ttl_s": ttl_s})
 
 
 def _claim_again(ledger, record):

@@ -1,13 +1,20 @@
-"""One generation whose KV cache is to be placed, as the engine has answered it."""
+"""The engine, and one generation whose KV cache is to be placed."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
+import logging
+import math
+import time
 from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from kv_layout import BaseController
+from request_metadata import with_logprobs
+
+logger = logging.getLogger(__name__)
 
 
 class Generation(NamedTuple):
@@ -35,6 +42,47 @@ class Generation(NamedTuple):
         """Return the prompt's token ids: the engine's, else the controller's."""
         tokens = getattr(self.output, "prompt_token_ids", None)
         return list(tokens or controller.tokenize(self.prompt))
+
+
+class Engine:
+    """Anything with vLLM's ``generate(prompts, sampling_params)``, asked for log-probabilities.
+
+    Parameters
+    ----------
+    llm : vllm.LLM
+        Or a stand-in without vLLM's configuration.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+        # vLLM draws a progress bar for every call unless told not to.
+        takes_tqdm = "use_tqdm" in inspect.signature(llm.generate).parameters
+        self._options = {"use_tqdm": False} if takes_tqdm else {}
+        config = getattr(getattr(llm, "llm_engine", None), "vllm_config", None)
+        model = getattr(config, "model_config", None)
+        self.vocab_size = model.get_vocab_size() if model is not None else None
+        most = getattr(model, "max_logprobs", 0)
+        self._max_logprobs = math.inf if most < 0 else most  # -1 = no limit
+
+    def generate(self, prompts: Any, sampling_params: Any, logprobs: int) -> tuple[Any, float]:
+        """Return the outputs and the seconds they took, with `logprobs` a token if it can."""
+        asked = self._asking(sampling_params, min(logprobs, self._max_logprobs))
+        start_s = time.perf_counter()
+        outputs = self._llm.generate(prompts, asked, **self._options)
+        return outputs, time.perf_counter() - start_s
+
+    @staticmethod
+    def _asking(sampling_params, logprobs):
+        """Return sampling parameters from whose answer a perplexity can be measured."""
+        if logprobs <= 0:
+            return sampling_params
+        try:
+            if isinstance(sampling_params, (list, tuple)):
+                return [with_logprobs(each, logprobs) for each in sampling_params]
+            return with_logprobs(sampling_params, logprobs)
+        except Exception:  # the engine judges the caller's object, not we
+            logger.exception("log-probabilities cannot be asked for")
+            return sampling_params
 
 
 def text_of(output: Any) -> str:

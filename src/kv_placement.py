@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from caching_heuristics import TIER_CODES, TIERS
 from kv_layout import BaseController
 from lmcache_http import LMCacheUnavailable
+from placement_rules import by_hottest, has_nothing_colder, reachable
 from ttl_expiry import ClaimLedger, Step
 
 logger = logging.getLogger(__name__)
 
 _BATCH_STEPS = 256  # expired claims a sweep looks up and moves at once
+_BATCH_LATE = 32  # look-ups of a sweep for claims that could not be made before
 _MAX_LATE = 1_000  # prompts whose claim waits for LMCache; a few kB of token ids each
 _MAX_UNSETTLED = 100_000  # claims whose KV could not yet go where it belongs
 _MAX_REMEMBERED = 200_000  # chunks; about 150 bytes each
@@ -38,11 +40,25 @@ class KVPlacement:
         Says where KV is, and moves it.
     ledger : ClaimLedger
         The claims.
+    log_claim : callable
+        Gets the fields of each claim before its KV moves: the place to write it down.
+
+    Attributes
+    ----------
+    has_lost_claims : bool
+        A bounded table was full: some KV may have no claim until it is adopted.
     """
 
-    def __init__(self, controller: BaseController, ledger: ClaimLedger) -> None:
+    def __init__(
+        self,
+        controller: BaseController,
+        ledger: ClaimLedger,
+        log_claim: Callable[[Mapping[str, Any]], Any] = lambda _entry: None,
+    ) -> None:
         self.controller = controller
         self.ledger = ledger
+        self.log_claim = log_claim
+        self.has_lost_claims = False
         self._last_tier: OrderedDict[str, str] = OrderedDict()  # chunk key -> where last seen
         self._unsettled: OrderedDict[str, _Unsettled] = OrderedDict()  # by prompt digest
         self._late: OrderedDict[str, tuple] = OrderedDict()  # claims not yet made, by digest
@@ -60,7 +76,6 @@ class KVPlacement:
         tokens: Sequence[int],
         cached_tokens: int,
         now_s: float,
-        before_moves: Callable[[], Any] = lambda: None,
     ) -> None:
         """Claim a prompt's chunks as ``entry`` has decided, and move them there.
 
@@ -75,9 +90,6 @@ class KVPlacement:
             Of these, how many the engine did not have to compute.
         now_s : float
             The access, seconds.
-        before_moves : callable
-            Called once the claim is made, if something will move: the place to
-            write the claim down.
         """
         owner = entry["prompt_digest"]
         claim = (entry["wanted_tier"], now_s, entry["ttl_s"])
@@ -93,19 +105,19 @@ class KVPlacement:
         entry["hit_tokens"] = self._hits_by_tier(held, cached_tokens)
         self.ledger.claim(owner, layout.keys, *claim)
         self._unsettled.pop(owner, None)  # this decision looks at all of its chunks
-        self._settle(entry, tokens, layout, held, cached_tokens, now_s, before_moves)
+        self._settle(entry, tokens, layout, held, cached_tokens, now_s)
 
     def claim_later(self, owner: str, tokens: Sequence[int], claim: tuple) -> None:
         """Let a sweep make a claim (tier, the access's time, TTL), unless one waits already."""
         if owner not in self._late:
             self._put(self._late, owner, (tokens, claim), _MAX_LATE)
 
-    def _settle(self, entry, tokens, layout, held, cached_tokens, now_s, before_moves):
+    def _settle(self, entry, tokens, layout, held, cached_tokens, now_s):
         """Move what is not where it is wanted; what cannot be moved yet is tried again later."""
         plan = self._plan(held, self.ledger.wanted(layout.keys, now_s), cached_tokens)
         moves = entry["moves"] = []
         if plan:
-            before_moves()
+            self.log_claim(entry)
         if any(target == "gpu" for _, target, _ in plan):
             self._forget(layout.keys)  # whatever fails now: from here on believe the directory
         done = False
@@ -214,19 +226,27 @@ class KVPlacement:
         return self._carry_out(batch, now_s) if batch else []
 
     def _claim_late(self, now_s):
-        """Make the claims of prompts that were generated while LMCache was away."""
-        for owner, (tokens, claim) in list(self._late.items()):
+        """Make some of the claims of prompts that were generated while LMCache was away."""
+        for owner, (tokens, claim) in list(self._late.items())[:_BATCH_LATE]:
             try:
                 keys = self.controller.layout(tokens).keys
+                self.ledger.claim(owner, keys, *claim)
+            except LMCacheUnavailable as error:
+                logger.info("claims wait: %s", error)
+                return  # so would the others
             except Exception as error:
-                logger.info("a claim waits: %s", error)
-                if isinstance(error, LMCacheUnavailable):
-                    return  # so would the others
+                logger.warning("a claim could not be made: %s: %s", type(error).__name__, error)
+                self._late.pop(owner, None)
+                self.has_lost_claims = True
                 continue
-            self.ledger.claim(owner, keys, *claim)
             self._late.pop(owner, None)
+            self._log_late(owner, keys, claim)
             tier, _, ttl_s = claim
             self.settle_later(Step(owner, tuple(keys), tier, tier, ttl_s), now_s)
+
+    def _log_late(self, owner, keys, claim):
+        names = ("prompt_digest", "chunk_keys", "chunks", "wanted_tier", "time_s", "ttl_s")
+        self.log_claim(dict(zip(names, (owner, tuple(keys), len(keys), *claim))))
 
     def _carry_out(self, batch, now_s):
         start_s = time.perf_counter()
@@ -279,7 +299,7 @@ class KVPlacement:
             if left:
                 failures |= dict.fromkeys(self._still_above(keys, target), (target, reason))
         # A chunk that has nothing colder to fall back on waits for a copy to appear.
-        stuck = [key for key, tiers in held.items() if _has_nothing_colder(tiers, wanted[key])]
+        stuck = [key for key, tiers in held.items() if has_nothing_colder(tiers, wanted[key])]
         return {key: (wanted[key], "no colder copy seen") for key in stuck} | failures
 
     def _still_above(self, keys, target):
@@ -302,13 +322,13 @@ class KVPlacement:
         item = _Unsettled(step, "settled", tries + 1, now_s + wait_s)
         self._put(self._unsettled, step.owner, item, _MAX_UNSETTLED)
 
-    @staticmethod
-    def _put(table, key, value, limit):
+    def _put(self, table, key, value, limit):
         """Add the newest entry of a bounded table; the oldest go."""
         table.pop(key, None)
         table[key] = value
         while len(table) > limit:
             table.popitem(last=False)
+            self.has_lost_claims |= table is not self._last_tier
 
 
 def _entry(item, mine, before, after, left, now_s):
@@ -342,42 +362,3 @@ def _entry(item, mine, before, after, left, now_s):
         "tier_after": by_hottest(after.get(key, ()) for key in step.chunks),
         "moves": moves,
     }
-
-
-def reachable(tiers: Sequence[str], wanted: str | None) -> str | None:
-    """Return where a chunk can go that wants `wanted`: there, else the next colder copy.
-
-    LMCache cannot write a missing L2 copy, so a chunk in gpu and remote that
-    wants disk goes to remote; one that only remote holds stays there.
-
-    Examples
-    --------
-    >>> reachable(("gpu", "remote"), "disk"), reachable(("gpu", "disk"), "remote")
-    ('remote', 'gpu')
-    """
-    if wanted in (None, "gpu") or wanted in tiers:
-        return wanted
-    colder = [tier for tier in tiers if TIER_CODES[tier] > TIER_CODES[wanted]]
-    return colder[0] if colder else tiers[0]
-
-
-def by_hottest(held: Iterable[Sequence[str]]) -> Mapping[str, int]:
-    """Count chunks by their hottest tier; ``none`` are not seen anywhere (yet).
-
-    Examples
-    --------
-    >>> by_hottest([("gpu", "disk"), ("disk",), ()])
-    {'gpu': 1, 'disk': 1, 'none': 1}
-    """
-    counts = Counter(tiers[0] if tiers else "none" for tiers in held)
-    return {tier: counts[tier] for tier in (*TIERS, "none") if counts[tier]}
-
-
-def is_above(tier: str, other: str) -> bool:
-    """Say whether a tier is hotter than another."""
-    return TIER_CODES[tier] < TIER_CODES[other]
-
-
-def _has_nothing_colder(tiers, wanted):
-    """Say whether a chunk still waits for the copy that would let it go where it is wanted."""
-    return wanted not in (None, "gpu") and bool(tiers) and is_above(tiers[-1], wanted)

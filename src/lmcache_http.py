@@ -19,7 +19,7 @@ from urllib3.exceptions import ReadTimeoutError
 # uvicorn closes connections idle for 5 s, so a first try may meet a dead one.
 _CONNECTION_RETRIES = 2
 _MAX_DELETE_KEYS = 10_000  # the server's own limit (object_service.MAX_DELETE_BATCH)
-_PAGE_KEYS = 10_000  # the directory's own limit
+_PAGE_KEYS = 10_000  # the directory's own limit of a listing
 
 _SERVER_TIER = {"gpu": ("l1", None), "disk": ("l2", "fs"), "remote": ("l2", "resp")}
 
@@ -142,8 +142,17 @@ class LMCacheHTTP:
         self._session.close()
 
     def lookup(self, query: dict[str, Any]) -> list[dict]:
-        """Return the directory's entries for ``token_ids`` or ``keys``."""
-        return self._call(self._coordinator, "POST", "/directory/lookup", query)["results"]
+        """Return the directory's entries for ``token_ids`` or ``keys`` (these in pages)."""
+        keys = query.get("keys")
+        pages = (
+            [query]
+            if keys is None
+            else [{"keys": keys[at : at + _PAGE_KEYS]} for at in range(0, len(keys), _PAGE_KEYS)]
+        )
+        found: list[dict] = []
+        for page in pages:  # an answer of 100,000 keys would take longer than the time limit
+            found += self._call(self._coordinator, "POST", "/directory/lookup", page)["results"]
+        return found
 
     def list_keys(self, instance_id: str, tier: str) -> list[dict]:
         """Return the directory's entries (with all their placements) of keys in one tier."""

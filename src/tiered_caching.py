@@ -5,7 +5,6 @@ The storage backends are in `storage_backends` and can be imported from here.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 import time
@@ -19,12 +18,12 @@ from caching_heuristics import HeuristicConfig
 from claim_recovery import recover_claims
 from decision_log import DecisionLog, DecisionRecord, read_records
 from decision_metrics import DecisionMetrics
-from generation_job import Generation, prompt_digest, text_of
+from generation_job import Engine, Generation, prompt_digest, text_of
 from heuristic_settings import load_settings
 from kv_placement import KVPlacement
 from lmcache_http import LMCacheError, LMCacheUnavailable
 from record_keeping import RecordKeeper, notices
-from request_metadata import PromptHistory, RequestMetadata, with_logprobs
+from request_metadata import PromptHistory, RequestMetadata
 from storage_backends import BaseBackend, InMemoryBackend, LocalDiskBackend, RemoteBackend
 from ttl_expiry import ClaimLedger
 
@@ -119,7 +118,7 @@ class MultiTierCache:
         self._records = RecordKeeper(max_records, log, metrics, notify)
         self.records = self._records.records
         self.clock = clock
-        self._placement = KVPlacement(lmcache_controller, self.claims)
+        self._placement = KVPlacement(lmcache_controller, self.claims, self._records.claim)
         self._measured = RequestMetadata(None, perplexity_source, scorer)
         self._lock = threading.Lock()
         self._jobs = JobQueue(self._manage, self._shed, max_queue) if background else None
@@ -140,16 +139,10 @@ class MultiTierCache:
     def set_llm(self, llm: Any) -> None:
         """Set the engine: anything with vLLM's ``generate(prompt, sampling_params)``."""
         self._llm = llm
-        # vLLM draws a progress bar for every call unless told not to.
-        takes_tqdm = "use_tqdm" in inspect.signature(llm.generate).parameters
-        self._generate_options = {"use_tqdm": False} if takes_tqdm else {}
+        self._engine = Engine(llm)
         self.controller.attach_engine(llm)
-        engine_config = getattr(getattr(llm, "llm_engine", None), "vllm_config", None)
-        self._max_logprobs = getattr(
-            getattr(engine_config, "model_config", None), "max_logprobs", 0
-        )
-        if engine_config is not None:
-            self._measured.vocab_size = engine_config.model_config.get_vocab_size()
+        if self._engine.vocab_size:
+            self._measured.vocab_size = self._engine.vocab_size
 
     def generate_and_manage(
         self,
@@ -221,9 +214,9 @@ class MultiTierCache:
         -----
         A record's ``generate_s`` is the batch's time divided by its prompts.
         """
-        if isinstance(prompts, str) or any(isinstance(prompt, int) for prompt in prompts):
+        is_text, prompts = isinstance(prompts, str), list(prompts)
+        if is_text or any(isinstance(prompt, int) for prompt in prompts):
             raise TypeError("prompts must be a list of prompts, got one prompt")
-        prompts = list(prompts)
         each = metadata if isinstance(metadata, (list, tuple)) else [metadata] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(
@@ -240,19 +233,37 @@ class MultiTierCache:
     def sweep(self, now_s: float | None = None) -> list[DecisionRecord]:
         """Take expired claims down the ladder now; returns a record for each."""
         swept: list[DecisionRecord] = []
-        while True:
+        while not (self._sweeper and self._sweeper.must_stop):  # `recover` takes the rest up again
             with self._lock:
-                entries = self._placement.sweep(self.clock() if now_s is None else now_s)
+                now = self._before_waiting(self.clock() if now_s is None else now_s)
+                self._adopt_lost_claims(now)
+                entries = self._placement.sweep(now)
             if not entries:
-                return swept
-            for entry in entries:
-                swept.append(self._records.keep(entry))
+                break
+            swept += [self._records.keep(entry) for entry in entries]
+        return swept
+
+    def _before_waiting(self, now_s):
+        """Return the time up to which all accesses are known: a decision that waits renews."""
+        oldest = self._jobs.oldest() if self._jobs is not None else None
+        return now_s if oldest is None or oldest.time_s is None else min(now_s, oldest.time_s)
+
+    def _adopt_lost_claims(self, now_s):
+        """Claim KV whose claim had to give way to others in a full table."""
+        if not self._placement.has_lost_claims:
+            return
+        try:
+            recover_claims(self._placement, (), now_s, self.config.base_ttl)
+            self._placement.has_lost_claims = False
+        except (LMCacheUnavailable, LMCacheError) as error:
+            logger.info("adopting KV without a claim waits: %s", error)
 
     def recover(self, log: str | Path | Iterable[DecisionRecord]) -> dict[str, int]:
         """Make the claims again that an earlier process has logged; see `recover_claims`.
 
         KV that LMCache holds and the log does not name is claimed for ``base_ttl``.
         """
+        self._start_sweeper()  # what is claimed again must end without a generation too
         if isinstance(log, (str, Path)):
             log = read_records(log, kinds=None) if Path(log).exists() else ()  # the first start
         with self._lock:
@@ -275,25 +286,15 @@ class MultiTierCache:
     def _generate(self, prompts, sampling_params):
         if self._llm is None:
             raise RuntimeError("no engine yet: call set_llm(llm) first")
-        if self._sweeper:
-            self._sweeper.start()
-        asked = self._asking_for_logprobs(sampling_params)
-        start_s = time.perf_counter()
-        outputs = self._llm.generate(prompts, asked, **self._generate_options)
-        return outputs, time.perf_counter() - start_s
+        self._start_sweeper()
+        return self._engine.generate(prompts, sampling_params, self._measured.logprobs_wanted)
 
-    def _asking_for_logprobs(self, sampling_params):
-        """Return sampling parameters from whose answer a perplexity can be measured."""
-        limit = min(self._measured.logprobs_wanted, self._max_logprobs)
-        if limit <= 0:
-            return sampling_params
+    def _start_sweeper(self):
         try:
-            if isinstance(sampling_params, (list, tuple)):
-                return [with_logprobs(each, limit) for each in sampling_params]
-            return with_logprobs(sampling_params, limit)
-        except Exception:  # the engine judges the caller's object, not we
-            logger.exception("log-probabilities cannot be asked for")
-            return sampling_params
+            if self._sweeper:
+                self._sweeper.start()
+        except RuntimeError:  # no more threads: the text matters more
+            logger.exception("the sweeper could not be started")
 
     def _now(self):
         try:
@@ -306,10 +307,13 @@ class MultiTierCache:
     def _submit(self, prompt, output, given, generate_s, time_s):
         given = dict(given) if isinstance(given, dict) else given  # the caller may reuse its own
         job = Generation(prompt, output, given, generate_s, time_s)
-        if self._jobs is None:
-            self._manage(job)
-        elif not self._jobs.put(job):
-            self._fail(job, "RuntimeError: the manager is closed")
+        try:
+            if self._jobs is None:
+                self._manage(job)
+            elif not self._jobs.put(job):
+                self._fail(job, "RuntimeError: the manager is closed")
+        except RuntimeError as error:  # no more threads
+            self._fail(job, f"RuntimeError: {error}")
 
     def _shed(self, job):
         self.shed_decisions += 1
@@ -361,9 +365,7 @@ class MultiTierCache:
         entry["wanted_tier"] = str(self.config.tier(metadata))
         self.controller.note_generated(tokens)
         cached_tokens = getattr(job.output, "num_cached_tokens", None) or 0
-        self._placement.place(
-            entry, tokens, cached_tokens, now_s, before_moves=lambda: self._records.claim(entry)
-        )
+        self._placement.place(entry, tokens, cached_tokens, now_s)
 
     def _measure(self, given, tokens, output, now_s):
         if self._measured.history is None:  # the controller may have to ask the server

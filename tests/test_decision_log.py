@@ -517,7 +517,9 @@ def test_kinds_are_chosen(tmp_path, kinds, expected):
 
 
 def test_unknown_kinds_and_missing_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="kinds must be among generation, claim, expiry, shed"):
+    with pytest.raises(
+        ValueError, match="kinds must be among generation, claim, expiry, settled, shed"
+    ):
         read_records(tmp_path, ["claims"])
     with pytest.raises(FileNotFoundError):
         list(read_records(tmp_path / "none.jsonl"))

@@ -500,10 +500,11 @@ def test_one_prompt_that_always_fails_does_not_hold_up_the_others(cache):
 
     cache.controller.layout = choosy
     cache.sweep()
-    assert len(cache.claims) == 1 and cache._placement.unsettled == 1
+    assert hottest(cache, PROMPT) == ["disk", "disk"]
+    cache.sweep()  # what cannot be claimed as a prompt is claimed chunk by chunk
+    assert cache._placement.unsettled == 0
     cache.controller.layout = layout
-    cache.sweep()
-    assert len(cache.claims) == 2 and cache._placement.unsettled == 0
+    assert_all_claimed_and_none_too_hot(cache)
 
 
 def test_a_move_that_fails_at_generation_time_is_made_by_a_sweep(cache):
@@ -676,4 +677,87 @@ def test_kv_whose_decision_was_shed_is_claimed_all_the_same():
     assert cache.flush(10) and cache.shed_decisions >= 2
     cache.sweep()
     assert len(cache.claims) == 4
+    cache.close()
+
+
+def test_recovered_claims_end_without_any_generation(tmp_path):
+    """The sweeper runs from `recover` on, not only from the first generation."""
+    controller = local_controller()
+    with DecisionLog(tmp_path) as log:
+        cache = local_manager(controller, log=log)
+        cache.generate_and_manage(PROMPT, None, HOT)
+    later = local_manager(controller, clock=Clock(1e7), sweep_every_s=0.01)
+    later.recover(tmp_path)
+    deadline_s = time.monotonic() + 10
+    while any(hottest(later, PROMPT)):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    later.close()
+
+
+def test_restarts_do_not_renew_adopted_kv(tmp_path):
+    """KV that no record names gets one TTL, however often the process is restarted."""
+    controller, clock = local_controller(), Clock()
+    controller.note_generated(controller.tokenize(PROMPT))
+    for restart in range(4):
+        with DecisionLog(tmp_path) as log:
+            cache = local_manager(controller, clock=clock, log=log)
+            found = cache.recover(tmp_path)
+            assert found["adopted"] == (2 if restart == 0 else 0)
+            clock.now_s += 0.6 * CONFIG.base_ttl
+            cache.sweep()
+    assert "gpu" not in hottest(cache, PROMPT)
+
+
+def test_an_access_whose_decision_waits_is_not_overtaken_by_the_sweeper():
+    clock = Clock()
+    cache = local_manager(clock=clock, background=True)
+    cache.generate_and_manage(PROMPT, None, HOT)
+    assert cache.flush(10)
+    clock.now_s += HOT_TTL_S - 1
+    go, observe = threading.Event(), cache._measured.complete
+    cache._measured.complete = lambda *given: go.wait(10) and observe(*given)
+    cache.generate_and_manage(PROMPT, None, HOT)  # in time; its decision hangs
+    clock.now_s += 2
+    sweeper = threading.Thread(target=cache.sweep)
+    sweeper.start()
+    go.set()
+    sweeper.join()
+    assert cache.flush(10) and cache.sweep() == []
+    assert hottest(cache, PROMPT) == ["gpu"] * 2
+    cache.close()
+
+
+def test_one_bad_reading_of_the_clock_does_not_end_expiry():
+    clock = Clock()
+    cache = local_manager(clock=clock)
+    clock.now_s = float("nan")
+    assert cache.generate_and_manage("first " + PROMPT, None, HOT)
+    clock.now_s = 1000.0
+    cache.generate_and_manage(PROMPT, None, HOT)
+    clock.now_s += 1e7
+    cache.sweep()
+    cache.sweep()
+    clock.now_s += 1e7
+    cache.sweep()
+    assert_nothing_is_immortal(cache)
+
+
+def test_a_generator_of_prompts_is_a_batch(cache):
+    texts = cache.generate_and_manage_batch((f"{n} {PROMPT}" for n in range(3)), None)
+    assert len(texts) == 3 and len(cache.records) == 3
+
+
+def test_no_more_threads_costs_no_text(monkeypatch):
+    cache = local_manager(background=True, sweep_every_s=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            threading.Thread,
+            "start",
+            lambda self: (_ for _ in ()).throw(RuntimeError("can't start new thread")),
+        )
+        assert cache.generate_and_manage(PROMPT, None, HOT)
+    assert "can't start new thread" in cache.records[-1].error
+    assert cache.generate_and_manage(PROMPT, None, HOT) and cache.flush(10)
+    assert cache.records[-1].error == ""
     cache.close()
