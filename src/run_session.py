@@ -27,6 +27,7 @@ from background_tasks import Repeater
 from cache_controller import LMCacheController
 from caching_heuristics import TIERS, HeuristicConfig
 from decision_log import DecisionLog, DecisionRecord
+from heuristic_settings import FILE_NAME, save_settings
 from request_metadata import PERPLEXITY_SOURCES
 from tiered_caching import MultiTierCache
 
@@ -83,6 +84,7 @@ def _run(options):
             with engine(stack, model) as llm:
                 measured = measuring(model, options.perplexity)
                 with session_manager(stack, llm, log=log, metrics=metrics, **measured) as cache:
+                    save_settings(cache.config, folder / FILE_NAME)
                     rows = list(run_session(cache, requests))
     records = [record for _, record in rows]
     _write_pictures(folder, rows)

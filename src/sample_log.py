@@ -19,6 +19,8 @@ import numpy as np
 
 from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
 from decision_log import DecisionRecord, read_records, write_records
+from heuristic_settings import FILE_NAME as SETTINGS_FILE
+from heuristic_settings import load_settings
 
 FILE_NAME = "sample_decisions.jsonl"
 
@@ -166,6 +168,11 @@ def latest_log(data_folder: str | Path = "data") -> Path:
         newest[log.parent] = max(log.stat().st_mtime, newest.get(log.parent, 0.0))
     runs = sorted(newest, key=lambda folder: (newest[folder], folder.name), reverse=True)
     return next(filter(_has_decisions, runs), Path(data_folder, FILE_NAME))
+
+
+def settings_of(log: str | Path) -> HeuristicConfig:
+    """Return the settings that a run was made with: those in its folder, else the defaults."""
+    return load_settings(Path(log) / SETTINGS_FILE) if Path(log).is_dir() else HeuristicConfig()
 
 
 def _has_decisions(folder):

@@ -44,6 +44,8 @@ class Explorer(widgets.VBox):
         Holds ``heuristics.yaml`` and ``exports/``.
     source : str
         Where the records come from, for the readout and the exports.
+    run_config : HeuristicConfig, optional
+        The run's own settings: its ladder factors are the "before". Default `HeuristicConfig()`.
     clock : callable
         Seconds, for telling one drag of a slider from the next.
 
@@ -73,12 +75,13 @@ class Explorer(widgets.VBox):
         config: HeuristicConfig | None = None,
         data_folder: str | Path = "data",
         source: str = "",
+        run_config: HeuristicConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._records, self._folder, self._source = list(records), Path(data_folder), source
         self.settings_path = self._folder / FILE_NAME
         self.config = config or load_settings(self.settings_path)
-        self._first, self._clock = self.config, clock
+        self._first, self._run_config, self._clock = self.config, run_config, clock
         self._decisions = read_decisions(self._records)
         self._undo: list[dict[str, float]] = []
         self._last_change = ("", -math.inf)
@@ -187,9 +190,8 @@ class Explorer(widgets.VBox):
         self.config = config
         self.drawn += 1
         self.image.value = self._picture.png(config)
-        self.readout.value = readout(
-            changes(self._decisions, config, self._first), len(self._decisions), self._source
-        )
+        found = changes(self._decisions, config, self._run_config)
+        self.readout.value = readout(found, len(self._decisions), self._source)
 
     def _explain(self, message):
         """Show an error at every control that it names."""

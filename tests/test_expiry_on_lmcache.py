@@ -260,11 +260,11 @@ def test_a_process_killed_during_moves_loses_no_claim_and_leaves_no_kv_for_ever(
         run_victim(stack, cache.controller, tmp_path / "log", prompts, seconds)
         after = managers(config=config, clock=lambda: now[0], sweep_every_s=None, log=log)
         now[0] = time.time()
-        found = after.recover(tmp_path / "log")
         logged = {
             record.prompt_digest: record
             for record in read_records(tmp_path / "log", kinds=("claim", "generation"))
         }
+        found = after.recover(tmp_path / "log")  # logs the claims on KV that it adopts
         assert found["claims"] >= len(logged) > 0, round_
         assert all(after.claims.wanted(r.chunk_keys, now[0]) for r in logged.values())
         deadline_s = time.monotonic() + 20

@@ -16,7 +16,7 @@ from PIL import Image
 from caching_heuristics import HeuristicConfig
 from decision_changes import changes, read_decisions
 from heuristic_settings import default_path, load_settings, save_settings, settings_from, to_yaml
-from sample_log import sample_records
+from sample_log import sample_records, settings_of
 from slider_controls import SETTINGS, Control
 from slider_explorer import PRESETS, Explorer
 
@@ -410,3 +410,15 @@ def test_a_new_field_gets_a_slider_without_being_listed(monkeypatch):
     control = Control("remote_ttl_factor", 24.0, lambda *_: None)
     assert isinstance(control.slider, widgets.FloatLogSlider) and control.slider.value == 24.0
     assert settings_from({"remote_ttl_factor": 2.0}).remote_ttl_factor == 2.0
+
+
+def test_the_runs_own_ladder_is_the_before_whatever_was_saved_since(records, tmp_path):
+    before = Explorer(records, HeuristicConfig(), tmp_path).readout.value
+    saved = HeuristicConfig(disk_ttl_factor=40.0)
+    opened = Explorer(records, saved, tmp_path, run_config=HeuristicConfig())
+    opened.update(disk_ttl_factor=4.0)
+    assert opened.readout.value == before
+    folder = tmp_path / "run"
+    save_settings(saved, folder / "heuristics.yaml")
+    assert settings_of(folder) == saved
+    assert settings_of(tmp_path / "sample.jsonl") == HeuristicConfig()
