@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     try:
         figures = _run(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -12,14 +13,17 @@ from trace_data import COLUMNS, Trace
 
 
 class TraceBuilder:
-    """Collects requests one by one in about 4 bytes an access plus 20 a distinct block.
+    """Collects requests one by one in about 4 bytes an access plus 24 a distinct block.
 
     Parameters
     ----------
     block_tokens : int
         Tokens in a complete block, >= 1.
     chained : bool
-        Whether equal keys already mean equal prefixes; False chains them.
+        Whether equal keys already mean equal prefixes, which is then checked;
+        False chains them.
+    shown : callable
+        Gives a key as a message shows it.
 
     Examples
     --------
@@ -30,11 +34,13 @@ class TraceBuilder:
     [0, 1, 2, 3]
     """
 
-    def __init__(self, block_tokens: int, chained: bool = True) -> None:
+    def __init__(
+        self, block_tokens: int, chained: bool = True, shown: Callable[[int], Any] = int
+    ) -> None:
         if block_tokens < 1:
             raise ValueError(f"block_tokens must be >= 1, got {block_tokens}")
         self.block_tokens = int(block_tokens)
-        self._raw = None if chained else DenseIds()
+        self._raw, self._shown = None if chained else DenseIds(), shown
         self._dense = DenseIds()
         self._ids, self._ends = array("i"), array("q", [0])
         self._arrival_s = array("d")
@@ -51,10 +57,16 @@ class TraceBuilder:
         output_tokens: int = 0,
         session: int = -1,
     ) -> None:
-        """Append a request: its blocks' 64-bit keys in prefix order, seconds, tokens."""
-        keys = np.asarray(keys, np.int64)
+        """Append a request: its blocks' 64-bit keys in prefix order, seconds, tokens.
+
+        Raises
+        ------
+        ValueError
+            A known key follows another than before; nothing is appended.
+        """
+        keys, arrival_s = np.asarray(keys, np.int64), float(arrival_s)
         if self._raw is None:
-            ids = self._dense.ids(keys)
+            ids = self._dense.prefixes(keys, self._shown)
         else:
             ids = self._dense.chain(self._raw.ids(keys))
         self._ids.frombytes(memoryview(ids).cast("B") if len(ids) else b"")
@@ -123,6 +135,7 @@ class DenseIds:
     def __init__(self) -> None:
         self._slots = np.full(1024, -1, np.int32)  # hash -> dense id; a power of two
         self._keys = np.empty(512, np.int64)  # dense id -> key
+        self._parents = np.empty(0, np.int32)  # dense id -> that before it, -1: none
         self._count = 0
 
     def __len__(self) -> int:
@@ -133,6 +146,41 @@ class DenseIds:
         self._reserve(len(keys))
         out = np.empty(len(keys), np.int32)
         self._count = _number_keys(keys, self._slots, self._keys, self._count, out)
+        return out
+
+    def prefixes(self, keys: np.ndarray, shown: Callable[[int], Any] = int) -> np.ndarray:
+        """Return `ids` of keys in prefix order, each of which always follows the same key.
+
+        Raises
+        ------
+        ValueError
+            A known key follows another than before; this row is forgotten.
+
+        Examples
+        --------
+        >>> dense = DenseIds()
+        >>> dense.prefixes(np.array([70, 50])).tolist()
+        [0, 1]
+        >>> dense.prefixes(np.array([90, 50]))
+        Traceback (most recent call last):
+        ValueError: id 50 follows 90 here and 70 before: ids must be prefix-chained
+        """
+        self._reserve(len(keys))
+        if len(self._parents) < len(self._keys):
+            grown = np.empty(len(self._keys), np.int32)
+            grown[: self._count] = self._parents[: self._count]
+            self._parents = grown
+        out = np.empty(len(keys), np.int32)
+        tables = self._slots, self._keys, self._parents
+        count, bad = _number_prefixes(keys, *tables, self._count, out)
+        if bad >= 0:
+            parent = self._parents[out[bad]]
+            here = shown(int(keys[bad - 1])) if bad else "nothing"
+            before = shown(int(self._keys[parent])) if parent >= 0 else "nothing"
+            _forget(self._slots, self._keys, self._count, count)
+            follows = f"id {shown(int(keys[bad]))} follows {here} here and {before} before"
+            raise ValueError(f"{follows}: ids must be prefix-chained")
+        self._count = count
         return out
 
     def chain(self, ids: np.ndarray) -> np.ndarray:
@@ -189,6 +237,28 @@ def _number_keys(row, slots, keys, count, out):
         out[i] = _number_one(row[i], slots, keys, count)
         count = max(count, out[i] + 1)
     return count
+
+
+@njit(cache=True)
+def _number_prefixes(row, slots, keys, parents, count, out):
+    """Return the new count and the first place whose key has another parent, or -1."""
+    parent = np.int32(-1)
+    for i in range(len(row)):
+        out[i] = _number_one(row[i], slots, keys, count)
+        if out[i] == count:
+            parents[count] = parent
+            count += 1
+        elif parents[out[i]] != parent:
+            return count, i
+        parent = out[i]
+    return count, -1
+
+
+@njit(cache=True)
+def _forget(slots, keys, kept, count):
+    """Take back the last keys; in reverse, so that no probe runs into a gap."""
+    for number in range(count - 1, kept - 1, -1):
+        slots[_slot_of(keys[number], slots, keys)] = -1
 
 
 @njit(cache=True)

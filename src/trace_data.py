@@ -7,7 +7,10 @@ prefixes, so one id always has one parent and one depth. Readers chain what is n
 from __future__ import annotations
 
 import os
+import struct
 import tempfile
+import zipfile
+import zlib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -177,9 +180,47 @@ def load_trace(path: str | Path) -> Trace:
             if int(file["version"]) != CACHE_VERSION:
                 raise ValueError(f"version {file['version']}, wanted {CACHE_VERSION}")
             values = {f.name: file[f.name] for f in fields(Trace)}
-    except (KeyError, EOFError, OSError, ValueError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+            _check_columns(values)
+    except FileNotFoundError:
+        raise
+    except _UNREADABLE as error:
         raise ValueError(f"{path} is not a trace file of this kit: {error}") from error
     plain = {name: value if name in COLUMNS else value.item() for name, value in values.items()}
     return Trace(**plain)
+
+
+_UNREADABLE = (  # what NumPy raises at files that it did not write
+    *(KeyError, EOFError, OSError, ValueError, TypeError, AttributeError, RuntimeError),
+    *(OverflowError, MemoryError, SyntaxError, zipfile.BadZipFile, zlib.error, struct.error),
+)
+
+
+def _check_columns(values):
+    """Raise where arrays are not those of a trace: engines index with them unchecked."""
+    for name, dtype in COLUMNS.items():
+        right = values[name].dtype == dtype and values[name].ndim == 1
+        _want(right, f"{name} must be {np.dtype(dtype)}, shape (n,)")
+    for name in ("block_tokens", "unique_blocks", "skipped_lines", "name"):
+        kind = "U" if name == "name" else "i"
+        right = values[name].dtype.kind == kind and values[name].ndim == 0
+        _want(right, f"{name} must be one {'text' if kind == 'U' else 'integer'}")
+    ids, offsets, arrival_s = (values[name] for name in ("block_ids", "offsets", "arrival_s"))
+    unique, requests = int(values["unique_blocks"]), len(arrival_s)
+    _want(len(offsets) == requests + 1, "offsets must be one more than requests")
+    for name in ("prompt_tokens", "output_tokens", "sessions"):
+        _want(len(values[name]) == requests, f"{name} must be one a request")
+    ends = offsets[0] == 0 and offsets[-1] == len(ids)
+    _want(ends and np.all(offsets[1:] >= offsets[:-1]), "offsets must ascend over block_ids")
+    ascending = np.all(np.isfinite(arrival_s)) and np.all(arrival_s[1:] >= arrival_s[:-1])
+    _want(ascending, "arrival_s must ascend")
+    _want(0 <= unique <= len(ids), "unique_blocks must be <= the length of block_ids")
+    inside = not len(ids) or 0 <= ids.min() <= ids.max() < unique
+    _want(inside, f"block_ids must be 0..{unique - 1}")
+    counts = [values["block_tokens"] - 1, values["skipped_lines"]]
+    counts += [values[name].min(initial=0) for name in ("prompt_tokens", "output_tokens")]
+    _want(min(counts) >= 0, "block_tokens must be >= 1, tokens and skipped_lines >= 0")
+
+
+def _want(right, reason):
+    if not right:
+        raise ValueError(reason)

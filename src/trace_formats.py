@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
+import itertools
 import json
 import math
 import os
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from trace_builder import TraceBuilder
 
 SESSIONS_PER_HOUR = 30.0  # of agentic sessions that are overlaid, unless told otherwise
+LINE_LIMIT = 64 << 20  # bytes
+SESSION_LIMIT = 1 << 30  # bytes of a session's file, decompressed
 _LOWEST_KEY = -(2**63)
+_DAMAGE = (EOFError, OSError, zlib.error)  # of a file that cannot be read to its end
+_BAD = (ValueError, TypeError, KeyError, OverflowError, AttributeError, RecursionError, *_DAMAGE)
 
 
 @dataclass
@@ -47,54 +53,72 @@ class Source:
         """Turn an error inside into one that names file and line, or count it."""
         try:
             yield
-        except (ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:
+        except _BAD as error:
             if not self.skip_bad:
                 raise ValueError(f"{path}, line {line}: {_reason(error)}") from error
             self.skipped += 1
 
 
 @contextmanager
-def open_text(path: str | Path) -> Iterator[io.TextIOBase]:
-    """Open a text file, gzipped or not (by its first bytes, whatever its name)."""
+def open_bytes(path: str | Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Open a file, gzipped or not (by its first bytes, whatever its name).
+
+    Gives its content and the file itself, whose ``tell`` says how much of it was read.
+    """
     with open(path, "rb") as raw:
         zipped = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         with gzip.GzipFile(fileobj=raw) if zipped else raw as stream:
-            yield io.TextIOWrapper(stream, encoding="utf-8")
+            yield stream, raw
 
 
 def _lines(path, source):
     """Yield (line number, record) of a JSON-lines file; bad JSON is a bad line."""
-    with open_text(path) as file, progress(source, os.path.getsize(path), path.name) as bar:
-        for number, line in enumerate(_decoded(file, path), start=1):
-            bar(len(line))
-            if line.strip():
-                record = None
+    with progress(source, os.path.getsize(path), path.name) as bar:
+        for number, line in text_lines(path, source, bar):
+            record = None
+            with source.place(path, number):
+                record = _record(line)
+            if record is not None:
+                yield number, record
+
+
+def text_lines(path: Path, source: Source, bar=lambda size: None) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number, line) of a file, without blank lines; `bar` gets the bytes read.
+
+    A line that is too long is a bad line. What is damaged is an error, also
+    where bad lines are skipped: nothing after it can be read.
+    """
+    with open_bytes(path) as (file, raw):
+        seen = 0
+        for number in itertools.count(1):
+            line = _line(file, LINE_LIMIT + 1, path, number)
+            if not line:
+                return
+            bar(raw.tell() - seen)
+            seen = raw.tell()
+            if len(line) > LINE_LIMIT and not line.endswith(b"\n"):
                 with source.place(path, number):
-                    record = _record(line)
-                if record is not None:
-                    yield number, record
+                    raise ValueError(f"line longer than {LINE_LIMIT >> 20} MiB")
+                while line and not line.endswith(b"\n"):
+                    line = _line(file, LINE_LIMIT, path, number)
+            elif line.strip():
+                yield number, line
+
+
+def _line(file, limit, path, number):
+    try:
+        return file.readline(limit)
+    except _DAMAGE as error:
+        raise ValueError(f"{path}, line {number}: damaged: {error}") from error
 
 
 def _record(line):
-    record = json.loads(line)
+    text = line.decode()
+    record = json.loads(text)
     if not isinstance(record, dict):
-        raise ValueError(f"must be a JSON object, got {line.strip()[:40]!r}")
+        raise ValueError(f"must be a JSON object, got {text.strip()[:40]!r}")
     return record
-
-
-def _decoded(file, path):
-    """Yield lines; what is not text, or a gzip file cut short, is an error with its line."""
-    number = 0
-    while True:
-        number += 1
-        try:
-            line = file.readline()
-        except (EOFError, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-        if not line:
-            return
-        yield line
 
 
 @contextmanager
@@ -130,16 +154,21 @@ def _tokens(record, name, default=None):
     return int(value)
 
 
-def _keys(record, name):
-    """Return the list of integer block ids of a record as int64."""
+def _keys(record, name, chained=True):
+    """Return the list of integer block ids of a record as int64; chained ones differ."""
     values = record[name]
     if not isinstance(values, list):
         raise ValueError(f"{name} must be a list of integers, got {values!r:.60}")
     if not values:
         return np.empty(0, np.int64)
-    keys = np.array(values)
-    if keys.dtype.kind not in "iu" or keys.ndim != 1:
+    if set(map(type, values)) != {int}:  # of types, so that true is not 1
         raise ValueError(f"{name} must be a list of integers, got {values!r:.60}")
+    keys = np.array(values)
+    if keys.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be a list of 64-bit integers, got {values!r:.60}")
+    if chained and len(set(values)) < len(values):
+        twice = Counter(values).most_common(1)[0][0]
+        raise ValueError(f"{name} must not name a block twice in one request, got {twice} again")
     return keys.astype(np.int64)  # ids beyond int64 wrap: they are names, not numbers
 
 
@@ -163,6 +192,10 @@ def _hash_keys(record, name, scope=0):
         raise ValueError(f"{name} must be a list of hashes, got {values!r:.60}")
     keys = np.array([_hash_key(value) for value in values], np.int64)
     return keys ^ np.int64((scope * 0x9E3779B97F4A7C15 + 2**63) % 2**64 + _LOWEST_KEY)
+
+
+def _hash_text(key):
+    return f"0x...{key % 2**64:016x}"  # of the first model the end of what its log says
 
 
 def _check_blocks(keys, prompt_tokens, block_tokens):
@@ -193,15 +226,15 @@ def read_qwen(path: Path, source: Source) -> TraceBuilder:
     chats: dict[int, int] = {}  # chat -> session: its first chat's number
     for line, record in _lines(path, source):
         with source.place(path, line):
-            keys = _keys(record, "hash_ids")
+            keys = _keys(record, "hash_ids", chained=False)
             prompt = _tokens(record, "input_length")
             _check_blocks(keys, prompt, builder.block_tokens)
             arrival_s = _number(record, "timestamp", -math.inf)
             output = _tokens(record, "output_length", 0)
             parent = _number(record, "parent_chat_id", -math.inf, -1)
             session = chats.get(parent, source.number(record["chat_id"]))
-            chats[record["chat_id"]] = session
             builder.add(keys, arrival_s, prompt, output, session)
+            chats[record["chat_id"]] = session
     return builder
 
 
@@ -216,19 +249,21 @@ def read_lmcache(path: Path, source: Source) -> TraceBuilder:
         for line, record in _lines(file, source):
             with source.place(file, line):
                 chunk = _tokens(record, "chunk_size")
-                builder = builder or TraceBuilder(source.block_tokens or chunk)
-                if chunk != builder.block_tokens:
-                    raise ValueError(f"chunk_size must be {builder.block_tokens}, got {chunk}")
+                size = builder.block_tokens if builder else source.block_tokens or chunk
+                if chunk != size or not chunk:
+                    raise ValueError(f"chunk_size must be {size or '>= 1'}, got {chunk}")
                 keys = _hash_keys(record, "chunk_hashes", source.number(record["model_name"]))
                 prompt = _tokens(record, "seq_len")
                 _check_blocks(keys, prompt, chunk)
-                builder.add(keys, _number(record, "timestamp", -math.inf), prompt)
+                arrival_s = float(_number(record, "timestamp", -math.inf))
+                builder = builder or TraceBuilder(size, shown=_hash_text)
+                builder.add(keys, arrival_s, prompt)
     return builder or TraceBuilder(source.block_tokens or 256)
 
 
 def read_decisions(path: Path, source: Source) -> TraceBuilder:
     """Read this kit's decision log: its generations, by their chained ``chunk_keys``."""
-    builder = TraceBuilder(source.block_tokens or _chunk_tokens(path, source))
+    builder = TraceBuilder(source.block_tokens or _chunk_tokens(path), shown=_hash_text)
     for line, record in _lines(path, source):
         with source.place(path, line):
             if record.get("kind", "generation") != "generation":
@@ -242,14 +277,17 @@ def read_decisions(path: Path, source: Source) -> TraceBuilder:
     return builder
 
 
-def _chunk_tokens(path, source):
-    """Return the chunk size that fits all records: chunks = prompt_tokens // size."""
+def _chunk_tokens(path):
+    """Return the chunk size that fits all usable records: chunks = prompt_tokens // size."""
     low, high = 1, 2**31
     quiet = Source(skip_bad=True)
-    for _, record in _lines(path, quiet):
-        tokens, chunks = record.get("prompt_tokens"), len(record.get("chunk_keys") or ())
-        if chunks and isinstance(tokens, int):
-            low, high = max(low, tokens // (chunks + 1) + 1), min(high, tokens // chunks)
+    for line, record in _lines(path, quiet):
+        with quiet.place(path, line):
+            keys, tokens = record.get("chunk_keys") or [], _tokens(record, "prompt_tokens")
+            _check_blocks(keys, tokens, 1)
+            if keys:
+                low = max(low, tokens // (len(keys) + 1) + 1)
+                high = min(high, tokens // len(keys))
     if high == 2**31:
         return 256  # LMCache's default; no record has a chunk
     if low > high:
@@ -285,22 +323,36 @@ def _session_files(folder):
 
 
 def _add_session(file, session, start_s, source, builder):
-    with open_text(file) as text:
-        content = json.load(text)
+    content = json.loads(_whole(file).decode())
     if not isinstance(content, dict) or not isinstance(content.get("requests"), list):
         raise ValueError("a session must be a JSON object with a list of requests")
-    size = _tokens(content, "block_size")
-    builder = builder or TraceBuilder(source.block_tokens or size)
+    size, requests = _tokens(content, "block_size"), list(_flat(content["requests"], start_s))
+    builder = builder or TraceBuilder(source.block_tokens or size, shown=_local_id)
     if size != builder.block_tokens:
         raise ValueError(f"block_size must be {builder.block_tokens}, got {size}")
-    for number, (at_s, request) in enumerate(_flat(content["requests"], start_s), start=1):
+    for number, (at_s, request) in enumerate(requests, start=1):
         try:
             _add_agent_request(builder, request, at_s, session, source)
-        except (ValueError, KeyError, TypeError) as error:
+        except _BAD as error:
             if not source.skip_bad:
                 raise ValueError(f"request {number}: {_reason(error)}") from error
             source.skipped += 1
     return builder
+
+
+def _whole(file):
+    """Return a file's content, decompressed; read in pieces, as its size is not known."""
+    content = bytearray()
+    with open_bytes(file) as (stream, _):
+        while piece := stream.read(1 << 20):
+            content += piece
+            if len(content) > SESSION_LIMIT:
+                raise ValueError(f"session larger than {SESSION_LIMIT >> 20} MiB decompressed")
+    return content
+
+
+def _local_id(key):
+    return key & 0xFFFFFFFF
 
 
 def _flat(requests, start_s):

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from pathlib import Path
 
 from trace_data import CACHE_VERSION, Trace, load_trace, save_trace
-from trace_formats import FORMATS, SESSIONS_PER_HOUR, Source, open_text
+from trace_formats import FORMATS, SESSIONS_PER_HOUR, Source, text_lines
+
+READER_VERSION = 2  # of what readers refuse: a copy made by an older one is not used
 
 
 def read_trace(
@@ -39,7 +42,8 @@ def read_trace(
         milliseconds. None keeps none.
     skip_bad : bool
         Skip lines that cannot be used and count them in ``skipped_lines``
-        instead of raising.
+        instead of raising. A damaged ``.gz`` of lines is an error all the same:
+        nothing after the damage can be read.
     progress : bool
         Show a bar on stderr once reading takes more than a second.
     seed, sessions_per_hour, max_sessions
@@ -78,7 +82,10 @@ def _read(path, format, source, cache_dir):
         return load_trace(path)
     cached = cache_dir and Path(cache_dir) / _cache_name(path, format, source)
     if cached and cached.exists():
-        return load_trace(cached)
+        try:
+            return load_trace(cached)
+        except ValueError as error:
+            warnings.warn(f"{error}; {path} is read anew", stacklevel=3)
     name = format or detect_format(path)
     if name not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
@@ -96,8 +103,9 @@ def detect_format(path: str | Path) -> str:
         return "lmcache" if any(path.glob("lookup_hashes_*.jsonl*")) else "weka"
     if path.name.removesuffix(".gz").endswith(".json"):
         return "weka"
-    with open_text(path) as file:
-        first = next((line for line in file if line.strip()), "")
+    lines = text_lines(path, Source())
+    first = next((line for _, line in lines), b"").decode(errors="replace")
+    lines.close()
     for name, mark in (("lmcache", "chunk_hashes"), ("qwen", "chat_id"), ("mooncake", "hash_ids")):
         if f'"{mark}"' in first:
             return name
@@ -109,6 +117,6 @@ def detect_format(path: str | Path) -> str:
 def _cache_name(path, format, source):
     """Name a trace's compact copy after everything it depends on."""
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-    parts = [CACHE_VERSION, str(path.resolve()), format, source]
+    parts = [CACHE_VERSION, READER_VERSION, str(path.resolve()), format, source]
     parts += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return f"{path.name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.npz"

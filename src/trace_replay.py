@@ -23,6 +23,7 @@ from trace_runs import RunIndex, index_runs
 
 BLOCK_POLICIES = {"lru": True, "fifo": False}  # name -> whether a hit refreshes
 POLICY_NAMES = (*BLOCK_POLICIES, *POLICIES)
+_NEED_CAPACITY = ("recency", "heuristic_order", "optimal")  # they say what to evict, not when
 _CHUNK = 16_384  # requests between two steps of the progress bar
 
 
@@ -93,6 +94,11 @@ def replay_without_capacity(
 
     Equal to ``replay(trace, policy, (None, None, None), config)``.
 
+    Raises
+    ------
+    ValueError
+        For a policy that orders evictions (its plan has a key): nothing is evicted here.
+
     Examples
     --------
     >>> from trace_generator import agent_loops
@@ -104,7 +110,7 @@ def replay_without_capacity(
     True
     """
     index = trace if isinstance(trace, RunIndex) else index_runs(trace)
-    plan = _plan(index, policy, config or HeuristicConfig(), metadata)
+    plan = _plan_without_capacity(index, policy, config or HeuristicConfig(), metadata)
     segments, trace, hits = plan.segments, plan.index.trace, _hit_arrays(index.trace)
     columns = (segments.offsets, segments.request, segments.length, segments.short, segments.rest)
     ttl_s = np.full(segments.count, np.inf) if plan.ttl_s is None else plan.ttl_s
@@ -139,6 +145,22 @@ def _plan(index, policy, config, metadata):
             raise ValueError(f"policy must be one of {', '.join(POLICY_NAMES)}, got {policy!r}")
         policy = POLICIES[policy]
     return policy(index, config, **metadata)
+
+
+def _plan_without_capacity(index, policy, config, metadata):
+    known = [name for name in POLICIES if name not in _NEED_CAPACITY]
+    if isinstance(policy, str) and policy not in known:
+        raise ValueError(
+            f"without capacity, policy must be one of {', '.join(known)}, got {policy!r};"
+            f" `replay` takes a capacity and {', '.join(POLICY_NAMES)}"
+        )
+    plan = _plan(index, policy, config, metadata)
+    if plan.key is not None:
+        raise ValueError(
+            f"policy {_name(policy)!r} orders evictions (its plan has a key), which needs"
+            " a capacity: use `replay`"
+        )
+    return plan
 
 
 def _hit_arrays(trace):

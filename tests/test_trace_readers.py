@@ -13,9 +13,11 @@ import trace_fixtures as fixtures
 from hypothesis import given
 from hypothesis import strategies as st
 
+import trace_formats
 from decision_log import DecisionRecord, write_records
+from replay_command import main
 from trace_builder import DenseIds, TraceBuilder, make_trace
-from trace_data import load_trace, save_trace
+from trace_data import CACHE_VERSION, load_trace, save_trace
 from trace_formats import FORMATS
 from trace_generator import SAMPLE, agent_loops, tiled, write_mooncake
 from trace_readers import detect_format, read_trace
@@ -193,7 +195,19 @@ BAD = {
     "ids": (json.dumps(MOONCAKE | {"hash_ids": [1, "a"]}), "hash_ids must be a list"),
     "floats": (json.dumps(MOONCAKE | {"hash_ids": [1.5]}), "hash_ids must be a list"),
     "nested": (json.dumps(MOONCAKE | {"hash_ids": [[1], [2]]}), "hash_ids must be a list"),
-    "ragged": (json.dumps(MOONCAKE | {"hash_ids": [[1], [2, 3]]}), "inhomogeneous"),
+    "ragged": (json.dumps(MOONCAKE | {"hash_ids": [[1], [2, 3]]}), "hash_ids must be a list"),
+    "true": (json.dumps(MOONCAKE | {"hash_ids": [True, False]}), "hash_ids must be a list"),
+    "some true": (json.dumps(MOONCAKE | {"hash_ids": [4, True]}), "hash_ids must be a list"),
+    "vast ids": (json.dumps(MOONCAKE | {"hash_ids": [4, 2**70]}), "list of 64-bit integers"),
+    "twice": (json.dumps(MOONCAKE | {"hash_ids": [7, 8, 7]}), "a block twice .*, got 7 again"),
+    "moved": (
+        json.dumps(MOONCAKE | {"hash_ids": [70, 71, 9]}),
+        "id 9 follows 71 here and 5 before: ids must be prefix-chained",
+    ),
+    "first": (json.dumps(MOONCAKE | {"hash_ids": [5]}), "id 5 follows nothing here and 4 before"),
+    "late": (json.dumps(MOONCAKE | {"hash_ids": [6, 4]}), "id 4 follows 6 here and nothing before"),
+    "vast time": (json.dumps(MOONCAKE | {"timestamp": 10**400}), "too large"),
+    "deep": ("[" * 200_000, "recursion"),
     "too many": (json.dumps(MOONCAKE | {"input_length": 100}), "3 blocks of 512 tokens"),
 }
 
@@ -209,6 +223,150 @@ def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path, name):
     assert f"{path}, line 3: " in str(caught.value)
     trace = read_trace(path, skip_bad=True)
     assert (trace.requests, trace.skipped_lines) == (2, 1)
+    assert trace.block_ids.tolist() == [0, 1, 2] * 2 and trace.unique_blocks == 3  # no trace of it
+
+
+def test_bytes_that_are_no_text_are_a_bad_line(tmp_path):
+    path, good = tmp_path / "a.jsonl", json.dumps(MOONCAKE).encode()
+    path.write_bytes(good + b"\n{\xff}\n" + good)
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: 'utf-8' codec"):
+        read_trace(path)
+    assert read_trace(path, skip_bad=True).skipped_lines == 1
+
+
+def test_ids_must_be_chained_where_a_format_says_so(tmp_path):
+    hashes = ["0x" + "cd" * 32, LMCACHE["chunk_hashes"][1]]
+    lines = {
+        "lmcache": [LMCACHE, LMCACHE | {"chunk_hashes": hashes}],
+        "decisions": [decision(["a", "b"], 70, 1.0), decision(["c", "b"], 70, 2.0)],
+    }
+    for format, records in lines.items():
+        path = write_lines(tmp_path / format, *records)
+        with pytest.raises(ValueError, match=rf"{format}, line 2: id 0x\S+ follows 0x\S+ here"):
+            read_trace(path)
+        assert read_trace(path, skip_bad=True).requests == 1
+    requests = [SESSION["requests"][0], {**SESSION["requests"][2], "hash_ids": [3, 2]}]
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps({**SESSION, "requests": requests}))
+    with pytest.raises(ValueError, match="request 2: id 2 follows 3 here and 1 before"):
+        read_trace(path)
+    same = QWEN | {"hash_ids": [8, 8, 8]}  # a block's own id: its text may come again
+    assert read_trace(write_lines(tmp_path / "q", same)).unique_blocks == 3
+
+
+def test_a_bad_first_line_decides_nothing_for_the_others(tmp_path):
+    bad = LMCACHE | {"chunk_size": 7, "seq_len": 1}
+    path = write_lines(tmp_path / "l", bad, LMCACHE)
+    trace = read_trace(path, skip_bad=True)
+    assert (trace.block_tokens, trace.requests, trace.skipped_lines) == (256, 1, 1)
+    records = [decision([], 9, 0.0, chunk_keys=5), decision(["a"], 1, 0.0), decision(["a"], 40, 1)]
+    records[1]["chunk_keys"] = ["a", "b", "c"]  # more chunks than tokens
+    path = write_lines(tmp_path / "d", *records)
+    with pytest.raises(ValueError, match="d, line 1: chunk_keys must be a list"):
+        read_trace(path)
+    assert read_trace(path, skip_bad=True).block_tokens == 32
+
+
+def damaged(data):
+    """Change bytes in the middle of gzipped data."""
+    half = len(data) // 2
+    return data[:half] + bytes(255 - byte for byte in data[half : half + 40]) + data[half + 40 :]
+
+
+BAD_FILES = {
+    "cut short": lambda data: data[:-20],
+    "damaged": damaged,
+    "no gzip": lambda data: b"\x1f\x8b" + bytes(40),
+    "deep": lambda data: b"[" * 200_000,
+    "no text": lambda data: b"\xff\xfe\xfd",
+    "no time": lambda data: json.dumps(
+        {**SESSION, "requests": [SESSION["requests"][0], {**SESSION["requests"][2], "t": "x"}]}
+    ).encode(),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_session_file_is_named_or_skipped_and_counted(tmp_path, name, capsys):
+    data = gzip.compress(json.dumps({**SESSION, "id": "x" * 200}).encode())
+    (tmp_path / "a.json.gz").write_bytes(data)
+    (tmp_path / "b.json.gz").write_bytes(BAD_FILES[name](data))
+    with pytest.raises(ValueError, match=r"b\.json\.gz, line 1: "):
+        read_trace(tmp_path)
+    trace = read_trace(tmp_path, skip_bad=True)
+    assert (trace.requests, trace.skipped_lines) == (3, 1)
+    assert main(["--trace", str(tmp_path), "--cache-dir", ""]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("at", ["first line", "later"])
+def test_a_damaged_gzip_of_lines_is_an_error_also_where_bad_lines_are_skipped(tmp_path, at, capsys):
+    rng, path = np.random.default_rng(0), tmp_path / "a.jsonl.gz"
+    first = {"timestamp": 0, "input_length": 0, "hash_ids": []}
+    lines = [first | {"x": rng.bytes(99).hex()} for _ in range(1 if at == "first line" else 9000)]
+    path.write_bytes(damaged(gzip.compress(write_lines(tmp_path / "b", *lines).read_bytes())))
+    for skip_bad in (False, True):
+        with pytest.raises(ValueError, match=r"a\.jsonl\.gz, line \d+: "):
+            read_trace(path, skip_bad=skip_bad)
+    assert main(["--trace", str(path), "--cache-dir", ""]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}, line ") and error.count("\n") == 1
+    assert main(["--trace", str(tmp_path), "--format", "mooncake", "--cache-dir", ""]) == 1
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_lines_have_a_longest_length(tmp_path, monkeypatch, zipped):
+    monkeypatch.setattr(trace_formats, "LINE_LIMIT", 1 << 20)
+    good, path = json.dumps(MOONCAKE), tmp_path / "a.jsonl"
+    fits = good + " " * ((1 << 20) - len(good))
+    text = f"{good}\n{fits}\n{fits} \n{fits * 3}\n{good}"
+    path.write_bytes(gzip.compress(text.encode()) if zipped else text.encode())
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 3: line longer than 1 MiB"):
+        read_trace(path)
+    trace = read_trace(path, skip_bad=True)
+    assert (trace.requests, trace.skipped_lines) == (3, 2)
+    path.write_text(fits * 2)
+    with pytest.raises(ValueError, match="line 1: line longer than 1 MiB"):
+        detect_format(path)
+
+
+def test_the_longest_line_is_64_mib_and_takes_little_memory(tmp_path):
+    assert (trace_formats.LINE_LIMIT, trace_formats.SESSION_LIMIT) == (64 << 20, 1 << 30)
+    path = tmp_path / "a.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(200):
+            file.write(b" " * (1 << 20))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="line 1: line longer than 64 MiB"):
+        read_trace(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200 << 20
+
+
+def test_sessions_have_a_largest_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(trace_formats, "SESSION_LIMIT", 4 << 20)
+    (tmp_path / "a.json").write_text(json.dumps(SESSION))
+    data = json.dumps(SESSION).encode() + b" " * (40 << 20)
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(data, compresslevel=1))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"b\.json\.gz, line 1: session larger than 4 MiB"):
+        read_trace(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+    assert read_trace(tmp_path, skip_bad=True).skipped_lines == 1
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_progress_counts_the_bytes_of_the_file(tmp_path, zipped):
+    path, counted = tmp_path / "a.jsonl", []
+    rng = np.random.default_rng(0)
+    write_lines(path, *[MOONCAKE | {"x": rng.bytes(50).hex()} for _ in range(9000)])
+    if zipped:
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    for _ in trace_formats.text_lines(path, trace_formats.Source(), counted.append):
+        assert sum(counted) <= path.stat().st_size
+    assert sum(counted) == path.stat().st_size and max(counted) < sum(counted)
 
 
 def test_a_session_that_is_broken_is_named(tmp_path):
@@ -271,6 +429,58 @@ def test_a_file_that_is_no_copy_is_refused(tmp_path):
     assert repr(read_trace(tmp_path / "y.npz")) == repr(fixtures.sample())
 
 
+def test_a_bad_copy_is_named_and_read_anew(tmp_path):
+    path, cache = write_lines(tmp_path / "a.jsonl", MOONCAKE), tmp_path / "cache"
+    wanted = read_trace(path, cache_dir=cache)
+    (copy,) = cache.iterdir()
+    good = copy.read_bytes()
+    for bad in (good[:-300], b"PK\x03\x04" + bytes(50), b"", good.replace(b"<i4", b"|O4")):
+        copy.write_bytes(bad)
+        with pytest.raises(ValueError, match="is not a trace file of this kit"):
+            load_trace(copy)
+        with pytest.warns(UserWarning, match=r"is not a trace file.*a\.jsonl is read anew"):
+            assert repr(read_trace(path, cache_dir=cache)) == repr(wanted)
+        assert copy.read_bytes() == good
+
+
+def int32(*values):
+    return np.array(values, np.int32)
+
+
+@pytest.mark.parametrize(
+    "values, reason",
+    [
+        ({"block_ids": np.array([0, 1, 0], np.int64)}, "block_ids must be int32"),
+        ({"block_ids": np.array([0, 1, 0], object)}, "allow_pickle"),
+        ({"block_ids": int32(0, 1, 2)}, r"block_ids must be 0\.\.1"),
+        ({"block_ids": int32(0, -1, 1)}, r"block_ids must be 0\.\.1"),
+        ({"block_ids": int32([0, 1, 0])}, "block_ids must be int32, shape"),
+        ({"offsets": np.array([0, 2])}, "offsets must be one more"),
+        ({"offsets": np.array([1, 2, 3])}, "offsets must ascend"),
+        ({"offsets": np.array([0, 2, 4])}, "offsets must ascend"),
+        ({"offsets": np.array([0, 4, 3])}, "offsets must ascend"),
+        ({"arrival_s": np.array([1.0, 0.0])}, "arrival_s must ascend"),
+        ({"arrival_s": np.array([0.0, np.nan])}, "arrival_s must ascend"),
+        ({"sessions": int32(0)}, "sessions must be one a request"),
+        ({"prompt_tokens": int32(-1, 5)}, "tokens and skipped_lines >= 0"),
+        ({"block_tokens": 0}, "block_tokens must be >= 1"),
+        ({"block_tokens": "x"}, "block_tokens must be one integer"),
+        ({"unique_blocks": 2**40}, "unique_blocks must be <="),
+        ({"name": 5}, "name must be one text"),
+        ({"version": "x"}, "not a trace file"),
+    ],
+)
+def test_a_copy_with_other_values_is_refused(tmp_path, values, reason):
+    trace, path = make_trace([[0, 1], [0]], [0.0, 1.0]), tmp_path / "t.npz"
+    plain = {name: getattr(trace, name) for name in trace.__dataclass_fields__}
+    np.savez(path, **{"version": CACHE_VERSION, **plain})
+    assert repr(load_trace(path)) == repr(trace)
+    np.savez(path, **{"version": CACHE_VERSION, **plain, **values})
+    with pytest.raises(ValueError, match=reason) as caught:
+        load_trace(path)
+    assert str(path) in str(caught.value)
+
+
 def test_second_load_takes_at_most_a_fifth_of_a_second(tmp_path):
     trace = fixtures.conversation() or agent_loops(12_000, seed=0)
     save_trace(trace, tmp_path / "t.npz")
@@ -289,7 +499,8 @@ def test_memory_is_at_most_40_bytes_per_access(distinct):
     builder.add([1, 2], 0.0, 32)  # compiled before memory is counted
     tracemalloc.start()
     for number in range(accesses // 20):
-        builder.add(rng.integers(0, 2**40 if distinct else 1000, 20), float(number), 320)
+        first = 20 * int(rng.integers(1, 2**36 if distinct else 50))
+        builder.add(range(first, first + 20), float(number), 320)
     trace = builder.finish()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -303,6 +514,23 @@ def test_dense_ids_equal_a_dictionary(rows):
     for row in rows:
         got = dense.ids(np.array(row, np.int64)).tolist()
         assert got == [expected.setdefault(key, len(expected)) for key in row]
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=8), max_size=40), st.integers(1, 2000))
+def test_a_row_that_is_not_chained_is_forgotten_whole(rows, factor):
+    dense, numbers, parents = DenseIds(), {}, {}
+    for row in rows:
+        row = [value * factor << 9 for value in row]
+        new, known = dict(parents), dict(numbers)
+        right = all(new.setdefault(b, a) == a for a, b in zip([None, *row], row))
+        ids = [known.setdefault(key, len(known)) for key in row]
+        if right:
+            numbers, parents = known, new
+            assert dense.prefixes(np.array(row, np.int64)).tolist() == ids
+        else:
+            with pytest.raises(ValueError, match="prefix-chained"):
+                dense.prefixes(np.array(row, np.int64))
+        assert len(dense) == len(numbers)
 
 
 @given(st.lists(st.lists(st.integers(0, 3), max_size=8), max_size=20))
