@@ -6,6 +6,7 @@ libCacheSim (libcachesim 0.3.5): https://github.com/1a1a11a/libCacheSim
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -28,6 +29,9 @@ BASELINES = {  # name -> libcachesim's class
     "LIRS": "LIRS",
     "Belady": "Belady",
 }
+# Blocks: below, a part of libcachesim's policy (a window of 1 %, a queue of 10 %) rounds
+# to none: W-TinyLFU never hits then, or aborts the process, as S3-FIFO does.
+LEAST_BLOCKS = {"W-TinyLFU": 100, "S3-FIFO": 10}
 _RECORD = np.dtype(  # libCacheSim's oracleGeneral format
     [("time_s", "<u4"), ("key", "<u8"), ("size", "<u4"), ("next_access", "<i8")]
 )
@@ -61,7 +65,7 @@ class BaselineFile:
     def __exit__(self, *error) -> None:
         self._folder.cleanup()
 
-    def hits(self, policy: str, capacity) -> int:
+    def hits(self, policy: str, capacity) -> int | float:
         """Return the accesses that hit, counted inside libCacheSim: its fastest way.
 
         Parameters
@@ -70,9 +74,16 @@ class BaselineFile:
             One of `BASELINES`.
         capacity : int or float
             Blocks, or a share in ]0, 1] of the trace's unique blocks.
+
+        Returns
+        -------
+        int or float
+            NaN below the policy's `LEAST_BLOCKS`: that would say nothing of the policy.
         """
         import libcachesim
 
+        if _is_unknown(policy, capacity, self.trace):
+            return math.nan
         cache = _cache(policy, capacity, self.trace)
         if not self.trace.accesses or cache is None:
             return 0
@@ -87,7 +98,8 @@ def replay_baseline(trace: Trace, policy: str, capacity=None) -> ReplayResult:
 
     A request's hit is the run of hits at its start: until the first miss nothing
     is inserted. About 2 M accesses/s; `BaselineFile.hits` is faster, but counts
-    blocks whose prefix is gone as hits too.
+    blocks whose prefix is gone as hits too. Below a policy's `LEAST_BLOCKS` nothing
+    is known: hits and ratios are NaN, ``block_level_hits`` is None.
 
     Examples
     --------
@@ -100,6 +112,10 @@ def replay_baseline(trace: Trace, policy: str, capacity=None) -> ReplayResult:
 
     blocks = capacities(capacity, trace)
     size = blocks[0] if blocks[0] >= 0 else max(trace.unique_blocks, 1)
+    unknown, moved = np.full((2, 3), np.nan), np.zeros((4, 4), np.int64)
+    if _is_unknown(policy, size, trace):
+        hits = np.full((2, trace.requests, 3), np.nan)
+        return ReplayResult(trace, policy, blocks, *hits, *unknown, moved)
     cache, hit = _cache(policy, size, trace), np.zeros(trace.accesses, bool)
     request = libcachesim.Request()
     request.obj_size = 1
@@ -109,13 +125,28 @@ def replay_baseline(trace: Trace, policy: str, capacity=None) -> ReplayResult:
         request.obj_id = block
         request.next_access_vtime = after[at]
         hit[at] = cache.get(request)
+    hits = _prefix_hits(trace, hit)
+    return ReplayResult(trace, policy, blocks, *hits, *unknown, moved, int(hit.sum()))
+
+
+def _prefix_hits(trace, hit):
+    """Return hit blocks and hit tokens of each request, in the first tier."""
     hits = np.zeros((2, trace.requests, 3), np.int64)
     hits[0, :, 0] = _leading(hit, trace.offsets)
     whole = (hits[0, :, 0] == trace.blocks) & (trace.blocks > 0)
     hits[1, :, 0] = hits[0, :, 0] * trace.block_tokens
     hits[1, whole, 0] -= trace.block_tokens - trace.tail_tokens()[whole]
-    unknown, moved = np.full((2, 3), np.nan), np.zeros((4, 4), np.int64)
-    return ReplayResult(trace, policy, blocks, *hits, *unknown, moved, int(hit.sum()))
+    return hits
+
+
+def _size(capacity, trace):
+    size, _, _ = capacities(capacity, trace)
+    return trace.unique_blocks if size < 0 else size
+
+
+def _is_unknown(policy, capacity, trace):
+    """Say whether libcachesim could answer with its rounding only, not with the policy."""
+    return 0 < _size(capacity, trace) < LEAST_BLOCKS.get(policy, 0)
 
 
 def _cache(policy, capacity, trace):
@@ -124,8 +155,7 @@ def _cache(policy, capacity, trace):
 
     if policy not in BASELINES:
         raise ValueError(f"policy must be one of {', '.join(BASELINES)}, got {policy!r}")
-    size, _, _ = capacities(capacity, trace)
-    size = trace.unique_blocks if size < 0 else size
+    size = _size(capacity, trace)
     if not size:
         return None
     # Its default, 24, would clear 128 MiB of hash table for each cache.

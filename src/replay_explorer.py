@@ -9,6 +9,7 @@ import asyncio
 import html
 import io
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,8 @@ SLIDERS = (
     "min_ttl",
     "alpha",
     "gamma",
+    "hot_threshold",
+    "cold_threshold",
     "recent_seconds",
     "variance_threshold",
     "disk_ttl_factor",
@@ -187,7 +190,7 @@ class ReplayTab:
     costs : TierCosts, optional
         Of the estimated TTFT.
     folder : path
-        Where exports go.
+        Where exports go: ``replay_<trace>.png`` and ``.csv``.
     """
 
     def __init__(
@@ -210,7 +213,8 @@ class ReplayTab:
         self.perplexity = widgets.FloatSlider(30.0, min=1.0, max=100.0, description="perplexity")
         self.has_perplexity = widgets.Checkbox(False, description="give all prompts a perplexity")
         self.image = widgets.Image(format="png", layout=widgets.Layout(width="100%"))
-        self.figures = widgets.HTML()
+        self.figures, self.status = widgets.HTML(), widgets.HTML()
+        self._drawn: dict[str, object] = {}  # what the picture shows: trace, settings, figures
         wide = widgets.Layout(width="200px")
         self.export_button = widgets.Button(description="Export picture and CSV", layout=wide)
         self.export_button.on_click(lambda _: self.export())
@@ -219,7 +223,7 @@ class ReplayTab:
             widget.observe(self._changed, "value")
         settings = [control.widget for control in self.sliders.values()]
         controls = [self.trace, *settings, self.has_perplexity, self.perplexity]
-        shown = widgets.VBox([self.image, self.figures, self.export_button])
+        shown = widgets.VBox([self.image, self.figures, self.export_button, self.status])
         columns = [widgets.VBox(controls, layout=_column("440px")), shown]
         shown.layout = _column("780px")
         self.widget = widgets.HBox(columns, layout=widgets.Layout(flex_flow="row wrap"))
@@ -247,15 +251,17 @@ class ReplayTab:
         try:
             self._replay()
         except ValueError as error:
-            self.figures.value = f'<span style="color:#B00020">⚠ {html.escape(str(error))}</span>'
+            self.figures.value = _warning(str(error))
 
     def _replay(self):
         perplexity = self.perplexity.value if self.has_perplexity.value else None
-        picture = self._picture()
-        self.view = replay_view(picture.index, self.settings(), perplexity, self.costs)
+        picture, config = self._picture(), self.settings()
+        self.view = replay_view(picture.index, config, perplexity, self.costs)
         picture.update(self.view)
         self.image.value = picture.png()
         self.figures.value = readout(self.view)
+        drawn = {"trace": self.trace.value, **config.to_dict(), "perplexity": perplexity}
+        self._drawn = drawn | self.view.summary()
 
     def _picture(self):
         name = self.trace.value
@@ -264,15 +270,35 @@ class ReplayTab:
         return self._pictures[name]
 
     def export(self) -> list[Path]:
-        """Write the picture, and the figures with all settings as CSV; returns the files."""
+        """Write what is shown, as picture and CSV; returns the files, none if that failed.
+
+        Impossible settings are not drawn, so the last possible ones are written. The
+        line under the button says where the files went, or why there are none.
+        """
+        try:
+            paths = self._write()
+        except OSError as error:
+            self.status.value = _warning(f"not exported: {error}")
+            return []
+        names = " and ".join(map(str, paths))
+        self.status.value = html.escape(f"exported to {names}" if paths else "nothing to export")
+        return paths
+
+    def _write(self):
         import pandas as pd
 
+        if not self._drawn:
+            return []
         self.folder.mkdir(parents=True, exist_ok=True)
-        paths = [self.folder / "replay.png", self.folder / "replay.csv"]
+        stem = re.sub(r"[^\w.-]+", "_", f"replay_{self._drawn['trace']}")
+        paths = [self.folder / f"{stem}.{kind}" for kind in ("png", "csv")]
         paths[0].write_bytes(self.image.value)
-        row = {"trace": self.trace.value, **self.settings().to_dict(), **self.view.summary()}
-        pd.DataFrame([row]).to_csv(paths[1], index=False)
+        pd.DataFrame([self._drawn]).to_csv(paths[1], index=False)
         return paths
+
+
+def _warning(text):
+    return f'<span style="color:#B00020">⚠ {html.escape(text)}</span>'
 
 
 def _column(width):

@@ -47,7 +47,9 @@ def policy_table(
     pandas.DataFrame
         A row a policy and share: policy, share, capacity_blocks,
         block_hit_ratio, token_hit_ratio, ttft_p50_s, ttft_mean_s, speedup,
-        mean_blocks_held (NaN where the policy does not say).
+        mean_blocks_held (NaN where the policy does not say). Below the
+        `baseline_policies.LEAST_BLOCKS` of a policy all of them are NaN: left out
+        of figures, empty in CSV.
 
     Examples
     --------

@@ -1,8 +1,8 @@
 """Time to first token, and cost, of requests whose hits per tier are known.
 
-A linear model: each tier that serves a request costs its latency once and its
-bandwidth for what it loads; what no tier has is prefilled. The defaults were
-measured on this kit's stack with two cores and no GPU; `calibrate` measures yours.
+A linear model: every request costs the engine's fixed time, each tier that serves it
+its latency once and its bandwidth for what it loads; what no tier has is prefilled. The
+defaults were measured on this kit's stack with two cores and no GPU; `calibrate` measures yours.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ class TierCosts:
     price_per_gib_hour : tuple of float
         Of memory held in each tier, the same currency; nobody's prices are
         assumed, so 0 until given.
+    start_s : float
+        Fixed time of the engine, seconds of every request, hit or not, >= 0.
 
     Raises
     ------
@@ -72,6 +74,7 @@ class TierCosts:
     prefill_tokens_per_s: float = _PROMPT_TOKENS / _RECOMPUTE_S
     engine_price_per_hour: float = 1.0
     price_per_gib_hour: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    start_s: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -79,7 +82,7 @@ class TierCosts:
             by_tier = "tuple" in str(field.type)
             if by_tier and len(values) != len(TIERS):
                 raise ValueError(f"{field.name} must have one value for each of {TIERS}")
-            may_be_zero = field.name == "latency_s" or "price" in field.name
+            may_be_zero = field.name in ("latency_s", "start_s") or "price" in field.name
             for value in values if by_tier else (values,):
                 if not (0 <= value < math.inf and (may_be_zero or value > 0)):
                     allowed = ">= 0" if may_be_zero else "> 0"
@@ -91,7 +94,7 @@ class TierCosts:
         loads_s = np.where(hits > 0, self.latency_s, 0.0)
         loads_s = loads_s + hits * self.bytes_per_token / np.array(self.bytes_per_s)
         missing = prompts - hits.sum(axis=-1)
-        return loads_s.sum(axis=-1) + missing / self.prefill_tokens_per_s
+        return self.start_s + loads_s.sum(axis=-1) + missing / self.prefill_tokens_per_s
 
     def memory_price(self, token_seconds) -> float:
         """Return the price of memory-time, token-seconds by tier (3,)."""
@@ -135,9 +138,10 @@ def _percentile(values, rank):
 def fit_costs(records: Iterable[Any], costs: TierCosts | None = None) -> TierCosts:
     """Return costs fitted to decision records of real generations.
 
-    The prefill rate comes from records without hits, then each tier's latency
-    and bandwidth from the records that it alone served, both by least squares.
-    A tier without two prompt lengths keeps what it had.
+    The engine's fixed time and the prefill rate come from records without hits,
+    then, with both taken off, each tier's latency and bandwidth from the records
+    that it alone served, by least squares; no time is taken for less than 0.
+    What has no two prompt lengths keeps what it had.
 
     Parameters
     ----------
@@ -148,11 +152,12 @@ def fit_costs(records: Iterable[Any], costs: TierCosts | None = None) -> TierCos
     """
     costs, rows = costs or TierCosts(), list(records)
     cold = [(r.prompt_tokens, r.generate_s) for r in rows if not sum(r.hit_tokens.values())]
-    start_s, prefill_s = _line(cold) or (0.0, 1 / costs.prefill_tokens_per_s)
+    start_s, prefill_s = _line(cold) or (costs.start_s, 1 / costs.prefill_tokens_per_s)
+    start_s = max(0.0, start_s)
     latency_s, bytes_per_s = list(costs.latency_s), list(costs.bytes_per_s)
     for code, tier in enumerate(TIERS):
         loads = [
-            (tokens, r.generate_s - (r.prompt_tokens - tokens) * prefill_s)
+            (tokens, max(0.0, r.generate_s - start_s - (r.prompt_tokens - tokens) * prefill_s))
             for r in rows
             if (tokens := r.hit_tokens.get(tier, 0)) == sum(r.hit_tokens.values()) > 0
         ]
@@ -164,6 +169,7 @@ def fit_costs(records: Iterable[Any], costs: TierCosts | None = None) -> TierCos
         latency_s=tuple(latency_s),
         bytes_per_s=tuple(bytes_per_s),
         prefill_tokens_per_s=1 / prefill_s,
+        start_s=start_s,
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import trace_fixtures as fixtures
 
-from baseline_policies import BASELINES, BaselineFile, next_accesses, replay_baseline
+from baseline_policies import BASELINES, LEAST_BLOCKS, BaselineFile, next_accesses, replay_baseline
+from tier_costs import result_costs
 from trace_builder import make_trace
 from trace_generator import agent_loops
 from trace_replay import replay
@@ -47,7 +50,7 @@ def test_lru_and_fifo_equal_on_random_traces(seed):
 @pytest.mark.parametrize("policy", BASELINES)
 def test_both_ways_count_the_same_hits(policy):
     with BaselineFile(SMALL) as file:
-        for share in (0.1, 0.5):
+        for share in (0.15, 0.5):
             result = replay_baseline(SMALL, policy, share)
             assert result.block_level_hits == file.hits(policy, share)
             assert result.hit_blocks.sum() <= result.block_level_hits
@@ -55,18 +58,42 @@ def test_both_ways_count_the_same_hits(policy):
         assert result.hit_blocks.sum() > 0
 
 
+@pytest.mark.parametrize("policy", BASELINES)
+def test_every_baseline_hits_with_half_of_the_sample(policy):
+    sample = fixtures.sample()
+    with BaselineFile(sample) as file:
+        assert file.hits(policy, 0.5) > 0
+    assert replay_baseline(sample, policy, 0.5).token_hit_ratio > 0
+
+
+@pytest.mark.parametrize("policy, least", LEAST_BLOCKS.items())
+def test_below_its_least_blocks_a_policy_is_not_known(policy, least):
+    sample = fixtures.sample()
+    with BaselineFile(sample) as file:
+        for blocks in (1, least - 1):  # libcachesim would abort the process with one
+            assert math.isnan(file.hits(policy, blocks))
+            result = replay_baseline(sample, policy, blocks)
+            assert math.isnan(result.token_hit_ratio) and math.isnan(result.block_hit_ratio)
+            assert math.isnan(result.since(60.0)["token_hit_ratio"])
+            assert result.block_level_hits is None
+            assert math.isnan(result_costs(result)["ttft_mean_s"])
+        assert file.hits(policy, 0) == 0
+        assert file.hits(policy, least) >= 0
+    assert replay_baseline(sample, policy, least).token_hit_ratio >= 0
+
+
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.4])
 def test_no_baseline_hits_more_blocks_than_belady(share):
     with BaselineFile(SMALL) as file:
         hits = {policy: file.hits(policy, share) for policy in BASELINES}
-    assert max(hits.values()) == hits["Belady"]
+    assert np.nanmax(list(hits.values())) == hits["Belady"]
 
 
 def test_no_baseline_beats_the_prefix_optimum():
     for share in (0.05, 0.2):
         best = replay(SMALL, "optimal", share).block_hit_ratio
         for policy in BASELINES:
-            assert replay_baseline(SMALL, policy, share).block_hit_ratio <= best, policy
+            assert not replay_baseline(SMALL, policy, share).block_hit_ratio > best, policy
 
 
 def test_next_accesses():

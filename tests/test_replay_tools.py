@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import trace_fixtures as fixtures
 
@@ -54,6 +56,9 @@ def test_ttft_adds_loads_and_prefill():
     costs = TierCosts((0.1, 0.2, 0.4), (100.0, 50.0, 10.0), 1.0, 10.0)
     ttft_s = costs.request_ttft_s([[0, 0, 0], [100, 0, 0], [50, 50, 10]], [20, 100, 120])
     assert ttft_s.tolist() == pytest.approx([2.0, 1.1, 0.1 + 0.2 + 0.4 + 0.5 + 1.0 + 1.0 + 1.0])
+    with_start = replace(costs, start_s=0.5).request_ttft_s([[0, 0, 0], [100, 0, 0]], [20, 100])
+    assert with_start.tolist() == pytest.approx([2.5, 1.6])
+    assert TierCosts().start_s == 0.0
 
 
 def test_costs_of_a_replay_beside_no_cache():
@@ -78,6 +83,7 @@ def test_costs_of_a_replay_beside_no_cache():
         {"prefill_tokens_per_s": 0},
         {"bytes_per_token": float("nan")},
         {"engine_price_per_hour": -1},
+        {"start_s": -0.1},
     ],
 )
 def test_bad_costs_are_named(bad):
@@ -104,11 +110,32 @@ def test_costs_are_fitted_to_records():
     assert fitted.prefill_tokens_per_s == pytest.approx(100.0)
 
 
+def test_the_fit_finds_the_engines_fixed_time():
+    """Seconds at lengths that were not fitted are predicted, cold and hit."""
+    records = [record(n, 0.05 + n / 1000) for n in (50, 200, 400)]
+    tiers = ("gpu", "disk", "remote")
+    records += [record(n, 0.05 + n / 1e5, **{tier: n}) for tier in tiers for n in (64, 256)]
+    fitted = fit_costs(records, TierCosts(bytes_per_token=1000.0))
+    assert fitted.start_s == pytest.approx(0.05) and max(fitted.latency_s) < 1e-6
+    for n in (10, 100, 1_000, 20_000):
+        assert fitted.request_ttft_s([0, 0, 0], n) == pytest.approx(0.05 + n / 1000, rel=0.01)
+        for hits in np.eye(3) * n:
+            assert fitted.request_ttft_s(hits, n) == pytest.approx(0.05 + n / 1e5, rel=0.01)
+
+
+def test_the_fitted_fixed_time_is_never_below_0():
+    records = [record(n, n / 100 - 0.1) for n in (50, 200)]
+    assert fit_costs(records).start_s == 0.0
+    faster_than_the_engine = [record(n, 0.5 + n / 1000) for n in (50, 200)]
+    faster_than_the_engine += [record(n, 0.2, gpu=n) for n in (50, 200)]
+    assert fit_costs(faster_than_the_engine).latency_s[0] == 0.0
+
+
 def test_what_cannot_be_fitted_keeps_its_default():
-    start = TierCosts()
+    start = TierCosts(start_s=0.25)
     assert fit_costs([], start) == start
     faster_when_longer = [record(10, 1.0, gpu=10), record(20, 0.5, gpu=20)]
-    assert fit_costs(faster_when_longer, start).latency_s[0] == pytest.approx(0.75, rel=0.3)
+    assert fit_costs(faster_when_longer, TierCosts()).latency_s[0] == pytest.approx(0.75, rel=0.3)
 
 
 def test_calibrate_measures_the_running_stack(stack, llm):
@@ -143,6 +170,22 @@ def test_policy_table_holds_what_replays_give(tmp_path):
     paths = export(tmp_path / "new", "policies", table, plot_policies(table))
     assert paths[0].read_text().startswith("policy,share,capacity_blocks,block_hit_ratio")
     assert paths[1].read_bytes().startswith(PNG)
+
+
+def test_points_that_are_not_known_are_left_out(tmp_path):
+    """W-TinyLFU below 100 blocks: a gap in the line, an empty cell."""
+    shares = (50 / TRACE.unique_blocks, 0.5)
+    table = policy_table(TRACE, shares, ("lru", "W-TinyLFU"))
+    ratios = wide(table).loc["W-TinyLFU"]
+    assert np.isnan(ratios.iloc[0]) and ratios.iloc[1] > 0
+    figure = plot_policies(table)
+    (drawn,) = (line for line in figure.axes[0].lines if line.get_label() == "W-TinyLFU")
+    assert np.isfinite(drawn.get_ydata()).tolist() == [False, True]
+    csv, png = export(tmp_path, "gap", table, figure)
+    row = next(line for line in csv.read_text().splitlines() if line.startswith("W-TinyLFU"))
+    assert row.split(",")[3:] == [""] * 6 and png.read_bytes().startswith(PNG)
+    alone = plot_policies(policy_table(TRACE, shares[:1], ("W-TinyLFU",)))
+    alone.savefig(tmp_path / "alone.png")
 
 
 def test_a_warm_up_does_not_count():
@@ -187,8 +230,31 @@ def test_the_tab_follows_its_sliders(tmp_path):
     assert tab.view.result.hit_tokens[:, :2].sum() == 0  # cold: all in remote
     tab.trace.value = "two"
     assert tab.view.result.trace.requests == 60
+
+
+def test_the_tab_exports_what_it_shows(tmp_path):
+    tab = ReplayTab({"one/<b>": TRACE}, folder=tmp_path / "a<b")
     csv, png = sorted(tab.export())
+    assert (csv.name, png.name) == ("replay_one_b_.csv", "replay_one_b_.png")
     assert csv.read_text().startswith("trace,base_ttl") and png.read_bytes() == tab.image.value
+    assert np.isnan(pd.read_csv(csv)["perplexity"][0])
+    assert "exported to" in tab.status.value and "a&lt;b" in tab.status.value
+    tab.perplexity.value, tab.has_perplexity.value = 55.0, True
+    tab.sliders["hot_threshold"].entry.value = 500.0  # above the cold one: not drawn
+    assert "hot_threshold" in tab.figures.value
+    row = pd.read_csv(sorted(tab.export())[0]).iloc[0]
+    assert row["perplexity"] == 55.0 and row["hot_threshold"] == tab.config.hot_threshold
+    assert row["token_hit_ratio"] == pytest.approx(tab.view.summary()["token_hit_ratio"])
+
+
+def test_an_export_that_fails_is_told(tmp_path):
+    (tmp_path / "a<file").write_text("not a folder")
+    tab = ReplayTab({"one": TRACE}, folder=tmp_path / "a<file" / "exports")
+    assert tab.export() == []
+    assert "not exported" in tab.status.value and "a&lt;file" in tab.status.value
+    tab.folder = tmp_path
+    assert [path.name for path in tab.export()] == ["replay_one.png", "replay_one.csv"]
+    assert "not exported" not in tab.status.value
 
 
 def test_impossible_settings_are_named_and_the_last_picture_stays():
@@ -210,17 +276,43 @@ def test_every_slider_is_a_setting_and_moves_the_replay():
         for end in (slider.min, slider.max):
             slider.value = 10**end if type(slider).__name__ == "FloatLogSlider" else end
             assert 0 <= tab.view.summary()["token_hit_ratio"] <= 1
+        control.entry.value = getattr(tab.config, control.name)
+        assert "of tokens hit" in tab.figures.value
+
+
+def test_the_thresholds_move_prompts_between_tiers():
+    tab = ReplayTab({"one": TRACE})
+    tab.perplexity.value, tab.has_perplexity.value = 50.0, True
+    for low, high, tier in ((20.0, 40.0, 2), (20.0, 90.0, 1), (60.0, 90.0, 0)):
+        tab.sliders["cold_threshold"].entry.value = high
+        tab.sliders["hot_threshold"].entry.value = low
+        assert tab.view.result.hit_tokens.sum(axis=0).argmax() == tier
 
 
 def test_a_slider_step_takes_at_most_50_ms():
-    """The replay and its peers; the median of the whole conversation trace where it is."""
+    """The replay alone, median, on the whole conversation trace where it is.
+
+    What a person waits for, peers at the same memory and picture included, is
+    within 250 ms: room for a busy machine.
+    """
     index = index_runs(fixtures.conversation() or agent_loops(6_000, seed=0))
+    picture = ReplayPicture(index)
+
+    def step(config):
+        picture.update(replay_view(index, config))
+        picture.png()
+
+    assert median_s(lambda config: replay_without_capacity(index, config)) <= 0.05
+    assert median_s(step) <= 0.25
+
+
+def median_s(job):
     seconds = []
     for base_ttl in (30, 40, 50, 60, 80, 100, 120, 150, 200):
         start_s = time.perf_counter()
-        replay_without_capacity(index, HeuristicConfig(base_ttl=base_ttl))
+        job(HeuristicConfig(base_ttl=base_ttl))
         seconds.append(time.perf_counter() - start_s)
-    assert np.median(seconds) <= 0.05
+    return np.median(seconds)
 
 
 def test_traces_at_hand_are_the_sample_and_those_in_the_folder(tmp_path, monkeypatch):

@@ -155,6 +155,29 @@ def test_the_formula_as_eviction_order_beats_recency():
         assert later["token_hit_ratio"] == pytest.approx(published, abs=2e-3)
 
 
+def test_default_settings_are_recency_and_gamma_1_spoils_the_order():
+    """What the README says of the whole conversation trace; on the sample, that all run."""
+    real, tuned = fixtures.conversation(), HeuristicConfig(alpha=1, gamma=0.25, base_ttl=250)
+    index, plain = index_runs(real or fixtures.sample()), HeuristicConfig()
+    wanted = [("recency", plain), ("heuristic", plain), ("heuristic_order", plain)]
+    wanted.append(("heuristic_order", tuned))
+    for share, figures in DEFAULT_FIGURES.items():
+        ratios = [replay(index, name, share, config).token_hit_ratio for name, config in wanted]
+        assert all(0 <= ratio <= 1 for ratio in ratios)
+        if real is not None:
+            recency, heuristic, order, tuned_order = ratios
+            assert round(heuristic, 3) == round(recency, 3)
+            assert order < 0.03 and order < recency / 10 and tuned_order > recency
+            assert [recency, order, tuned_order] == pytest.approx(figures, abs=5e-5)
+
+
+# Share -> tokens, whole trace: recency (and heuristic), heuristic_order as is and tuned.
+DEFAULT_FIGURES = {
+    0.01: (0.0535, 0.0010, 0.1098),
+    0.02: (0.0808, 0.0017, 0.1504),
+    0.05: (0.1996, 0.0075, 0.2206),
+    0.10: (0.2844, 0.0217, 0.2989),
+}
 # Share -> (ours, the design note's, whose prototype's settings are not all known).
 ORDER_FIGURES = {
     0.01: (0.1182, 0.120),
@@ -303,6 +326,23 @@ def test_a_learned_policy_is_a_function_of_the_runs():
     result = replay(trace, longest_gone_first, 10, weight=2.0)
     assert result.policy == "longest_gone_first"
     assert 0 < result.block_hit_ratio < replay(trace, "infinite").block_hit_ratio
+
+
+@pytest.mark.parametrize("policy", ["lru", "fifo", "recency", "heuristic_order", "optimal", "no"])
+def test_without_capacity_there_is_no_order_of_eviction(policy):
+    with pytest.raises(ValueError, match=f"one of infinite, ttl, heuristic, got '{policy}'"):
+        replay_without_capacity(fixtures.random_trace(0), policy=policy)
+
+
+def test_without_capacity_plans_may_be_functions_but_have_no_key():
+    def mine(index, config, key=None):
+        return Plan(index, "run", key=key, ttl_s=np.full(index.runs, 5.0))
+
+    index = index_runs(fixtures.random_trace(0))
+    one, two = replay_without_capacity(index, policy=mine), replay(index, mine, UNLIMITED)
+    assert np.array_equal(one.hit_tokens, two.hit_tokens)
+    with pytest.raises(ValueError, match="'mine' orders evictions .* use `replay`"):
+        replay_without_capacity(index, policy=mine, key=np.zeros(index.runs))
 
 
 def test_wrong_arguments_are_named():
