@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    print(json.dumps(figures))
+    print(json.dumps(figures, allow_nan=False))
     return 0
 
 
@@ -136,7 +136,7 @@ def _run(options):
         "settings": settings,
         "skipped_lines": trace.skipped_lines,
     }
-    return without_nan(result.to_dict()) | extra | {"read_s": read_s, "replay_s": replay_s}
+    return without_nan(result.to_dict() | extra) | {"read_s": read_s, "replay_s": replay_s}
 
 
 _HEURISTICS = ("heuristic", "heuristic_order")

@@ -94,10 +94,11 @@ class ReplayResult:
         import pandas as pd
 
         columns = {"requests": 1, "prompt_tokens": self.trace.prompt_tokens.astype(np.int64)}
-        hits = self.hit_tokens.astype(np.int64)
+        hits = self.hit_tokens  # NaN where nothing is known, which a plain sum would make 0
         columns |= {f"hit_tokens_{tier}": hits[:, code] for code, tier in enumerate(TIERS)}
-        frame = pd.DataFrame(columns, index=pd.Index(groups, name=name)).groupby(level=0).sum()
-        hit = frame[[f"hit_tokens_{tier}" for tier in TIERS]].sum(axis=1)
+        groups = pd.DataFrame(columns, index=pd.Index(groups, name=name)).groupby(level=0)
+        frame = groups.sum(min_count=1)
+        hit = frame[[f"hit_tokens_{tier}" for tier in TIERS]].sum(axis=1, min_count=1)
         return frame.assign(token_hit_ratio=hit / frame["prompt_tokens"].clip(lower=1))
 
     def moved(self) -> dict[str, int]:

@@ -18,6 +18,7 @@ import trace_fixtures as fixtures
 
 import replay_bench
 import replay_command
+from baseline_policies import replay_baseline
 from caching_heuristics import HeuristicConfig
 from replay_explorer import (
     SLIDERS,
@@ -358,6 +359,22 @@ def test_make_replay_ends_with_one_line_of_json(capsys, policy):
     assert set(wanted.split()) <= set(figures)
     if policy == "lru":
         assert figures["block_hit_ratio"] == replay(sample, "lru", 0.05).block_hit_ratio
+
+
+def test_what_a_baseline_cannot_answer_is_null_and_nan_not_zero(capsys):
+    def no_constant(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    assert (
+        replay_command.main(["--cache-dir", "", "--policy", "W-TinyLFU", "--capacity", "12"]) == 0
+    )
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    figures = json.loads(line, parse_constant=no_constant)
+    assert figures["token_hit_ratio"] is None and figures["ttft_p50_s"] is None
+    unknown = replay_baseline(TRACE, "W-TinyLFU", 5)
+    for frame in (unknown.over_time(), unknown.by_session()):
+        assert len(frame) and frame["token_hit_ratio"].isna().all()
+        assert (frame["requests"] > 0).all()
 
 
 def test_make_replay_takes_tiers_and_settings(capsys):
