@@ -1,0 +1,320 @@
+"""The contenders of `make bench`: one vLLM engine each, and what stands behind it.
+
+Each serves the same requests and says of every one when its first token came,
+which tier served how many of its tokens, and how much memory its hot tier held.
+Think times pass on a clock of the session's own; what LMCache does by the real
+clock (storing, evicting once a second) is waited for between two requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import requests
+
+from agent_session import SessionClock
+from cache_controller import LMCacheController
+from caching_heuristics import HeuristicConfig
+from run_session import managed
+from speedup_workloads import CHUNK_TOKENS, BenchRequest
+from tier_costs import TierCosts, calibrate
+
+NONE, PREFIX, LMCACHE, RETAIN = "no cache", "vLLM prefix cache", "LMCache", "LMCache, retain"
+KIT, TUNED = "kit, defaults", "kit, tuned"
+ORDER = (NONE, PREFIX, LMCACHE, RETAIN, KIT, TUNED)
+MAIN_SHARE = 0.25  # of the working set, in the hot tier
+ANSWER_TOKENS = 4  # a TTFT needs one; a perplexity from the answer some more
+_QUIET_S = 3.0  # the longest wait for LMCache to have stored and evicted
+_POLL_S = 0.02
+_WATERMARK = 0.8  # LMCache's default: above it, it evicts
+
+
+@dataclass
+class Served:
+    """One request's outcome.
+
+    Parameters
+    ----------
+    ttft_s, call_s : float
+        Until the engine's first token; the whole call, seconds.
+    prompt_tokens, cached_tokens : int
+        Tokens, and of these what the engine did not compute.
+    hit_tokens : dict
+        Tier -> tokens that it served.
+    manage_s, engine_s : float
+        Of the kit: seconds to decide and move, in the background; in the engine.
+    moved_chunks : int
+        Chunks that the kit moved because of this request.
+    perplexity : float
+        As the kit measured it; NaN without the kit.
+    """
+
+    ttft_s: float
+    call_s: float
+    prompt_tokens: int
+    cached_tokens: int
+    hit_tokens: dict[str, int] = field(default_factory=dict)
+    manage_s: float = 0.0
+    engine_s: float = 0.0
+    moved_chunks: int = 0
+    perplexity: float = float("nan")
+    error: str = ""
+
+
+class Contender:
+    """An engine without LMCache: no cache at all, or vLLM's own prefix cache.
+
+    Parameters
+    ----------
+    name : str
+        In the tables.
+    llm : vllm.LLM
+        The engine, with ``disable_log_stats=False``.
+    hot_blocks : int
+        Blocks of its prefix cache; 0 = it has none.
+    bytes_per_token : int
+        KV cache of a token.
+    """
+
+    def __init__(self, name: str, llm: Any, hot_blocks: int, bytes_per_token: int) -> None:
+        self.name, self.llm = name, llm
+        self.hot_blocks = hot_blocks
+        self.bytes_per_token = bytes_per_token
+        self.hot_byte_seconds = 0.0
+        self._now_s = 0.0
+        self._seen: set[int] = set()
+
+    def reset(self, settings: HeuristicConfig | None = None) -> None:
+        """Forget everything, for the next pass."""
+        self.hot_byte_seconds, self._now_s = 0.0, 0.0
+        self._seen = set()
+        if self.hot_blocks and not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache")
+
+    def warm_up(self) -> None:
+        """Generate a few times, with log-probabilities too: first calls take seconds."""
+        for length in (40, 400, 1_600):
+            prompt = {"prompt_token_ids": list(range(300, 300 + length))}
+            for logprobs in (None, 20):
+                params = sampling()
+                params.logprobs = logprobs
+                self.llm.generate(prompt, params, use_tqdm=False)
+
+    @property
+    def hot_bytes(self) -> int:
+        """Bytes that the hot tier holds now.
+
+        vLLM frees a cached block only to reuse it, so its prefix cache holds what
+        it has seen until its pool is full.
+        """
+        blocks = min(len(self._seen), self.hot_blocks)
+        return blocks * CHUNK_TOKENS * self.bytes_per_token
+
+    def advance(self, arrival_s: float) -> None:
+        """Let the session's time pass until the next request."""
+        self.hot_byte_seconds += self.hot_bytes * (arrival_s - self._now_s)
+        self._now_s = arrival_s
+
+    def serve(self, request: BenchRequest, blocks: Sequence[int]) -> Served:
+        """Generate; `blocks` are the prompt's complete chunks, numbered."""
+        output, call_s = generate(self.llm, request)
+        self._seen.update(blocks)
+        cached = output.num_cached_tokens or 0
+        hits = {"gpu": cached} if cached else {}
+        ttft_s = output.metrics.first_token_latency
+        return Served(ttft_s, call_s, len(request.tokens), cached, hits, engine_s=call_s)
+
+    def settle(self) -> None:
+        """Wait until the request's KV is stored: the next contender's turn must not pay for it."""
+
+    def rest(self) -> None:
+        """Wait until the hot tier has room again, at the end of a round."""
+
+    def expired_chunks(self) -> int:
+        """Chunks that went down the ladder because a TTL had ended: none without a manager."""
+        return 0
+
+    def close(self) -> None:
+        """End the engine."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+class LMCacheContender(Contender):
+    """An engine on an LMCache server of its own; with `settings`, managed by the kit."""
+
+    def __init__(self, name: str, llm: Any, stack: Any, bytes_per_token: int) -> None:
+        super().__init__(name, llm, 0, bytes_per_token)
+        self.stack = stack
+        self._http = requests.Session()
+        self._http.trust_env = False  # no proxy between us and loopback
+        self._watched = WatchedEngine(llm)
+        self._used = 0
+        self._look: LMCacheController | None = None
+        self._cache: Any = None
+
+    def reset(self, settings: HeuristicConfig | None = None) -> None:
+        """Empty every tier; start a manager anew if there are settings."""
+        self._release()
+        self.hot_byte_seconds, self._now_s = 0.0, 0.0
+        self._look = LMCacheController(
+            self.stack.host, self.stack.port, instance_id=self.stack.instance_id
+        )
+        self._look.attach_engine(self.llm)
+        self._empty()
+        if settings is not None:
+            options = {"clock": SessionClock(0.0), "background": True, "sweep_every_s": None}
+            self._cache = managed(self.stack, self._watched, settings, **options)
+
+    def _empty(self):
+        deadline_s = time.monotonic() + 30.0
+        while keys := self._look.layout_of().keys:
+            self._look.discard(keys)
+            if time.monotonic() > deadline_s:
+                raise RuntimeError(f"{self.name}: LMCache does not give up {len(keys)} chunks")
+        self.settle()
+
+    @property
+    def hot_bytes(self) -> int:
+        """Bytes of LMCache's memory tier in use, as its server last said."""
+        return self._used
+
+    def advance(self, arrival_s: float) -> None:
+        """Let time pass, and TTLs end on the way when they are due."""
+        if self._cache is None:
+            return super().advance(arrival_s)
+        while (due_s := self._cache.claims.next_due_s + 0.001) < arrival_s:
+            super().advance(max(due_s, self._now_s))
+            self._cache.clock.advance(due_s)
+            self._cache.sweep()
+            self._used = self._status()[2]
+        self._cache.clock.advance(arrival_s)
+        self._cache.sweep()
+        return super().advance(arrival_s)
+
+    def serve(self, request: BenchRequest, blocks: Sequence[int]) -> Served:
+        """Generate, and let the manager decide and move before the next contender's turn."""
+        held = self._look.layout(request.tokens).of(self.stack.instance_id)
+        if self._cache is None:
+            output, call_s = generate(self.llm, request)
+            served = Served(0.0, call_s, len(request.tokens), 0, engine_s=call_s)
+        else:
+            output, served = self._serve_managed(request)
+        served.ttft_s = output.metrics.first_token_latency
+        served.cached_tokens = output.num_cached_tokens or 0
+        served.hit_tokens = hits_by_tier(held, served.cached_tokens)
+        return served
+
+    def _serve_managed(self, request):
+        cache, start_s = self._cache, time.perf_counter()
+        cache.generate_and_manage(list(request.tokens), sampling())
+        call_s = time.perf_counter() - start_s
+        cache.flush()
+        record = cache.records[-1]
+        served = Served(0.0, call_s, record.prompt_tokens, 0)
+        served.manage_s, served.engine_s = record.manage_s, record.generate_s
+        served.moved_chunks = sum(move["moved_chunks"] for move in record.moves)
+        served.perplexity = record.metadata.get("perplexity", float("nan"))
+        served.error = record.error
+        return self._watched.last, served
+
+    def settle(self) -> None:
+        """Wait until LMCache has stored what it was given."""
+        self._wait_while(lambda at_work, usage: at_work)
+
+    def rest(self) -> None:
+        """Wait until LMCache is below its watermark; it evicts once a second at most."""
+        self._wait_while(lambda at_work, usage: at_work or usage >= _WATERMARK)
+
+    def _wait_while(self, busy):
+        deadline_s = time.monotonic() + _QUIET_S
+        while True:
+            at_work, usage, self._used = self._status()
+            if not busy(at_work, usage) or time.monotonic() > deadline_s:
+                return
+            time.sleep(_POLL_S)
+
+    def expired_chunks(self) -> int:
+        """Chunks that went down the ladder because a TTL had ended."""
+        records = self._cache.records if self._cache else ()
+        ended = [record for record in records if record.kind in ("expiry", "settled")]
+        return sum(move["moved_chunks"] for record in ended for move in record.moves)
+
+    def _status(self):
+        """Return the work that waits, the share of the memory tier in use, and its bytes."""
+        answer = self._http.get(f"{self.stack.server_http_url}/status", timeout=10).json()
+        storage = answer["storage_manager"]
+        l1, store = storage["l1_manager"], storage["store_controller"]
+        at_work = store["pending_keys_count"] + store["in_flight_task_count"]
+        at_work += l1["write_locked_count"] + l1["temporary_count"]
+        at_work += storage["prefetch_controller"]["in_flight_request_count"]
+        return at_work, l1["memory_usage_ratio"], l1["memory_used_bytes"]
+
+    def calibrate(self) -> TierCosts:
+        """Measure what loading from each tier and prefilling cost on this stack."""
+        self.reset()
+        options = {"clock": SessionClock(0.0), "sweep_every_s": None}
+        with managed(self.stack, self.llm, HeuristicConfig(), **options) as cache:
+            return calibrate(cache, (20, 250, 500), bytes_per_token=self.bytes_per_token)
+
+    def _release(self):
+        for thing in (self._cache, self._look):
+            if thing is not None:
+                thing.close()
+        self._cache = self._look = None
+
+    def close(self) -> None:
+        """End the manager, then the engine, then the stack."""
+        self._release()
+        self._http.close()
+        super().close()
+        self.stack.stop()
+
+
+class WatchedEngine:
+    """Passes calls on to an engine and keeps its last answer, metrics included."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm, self.last = llm, None
+        self.llm_engine, self.get_tokenizer = llm.llm_engine, llm.get_tokenizer
+
+    def generate(self, prompts: Any, sampling_params: Any, use_tqdm: bool = False) -> list:
+        """Generate as the engine does."""
+        prompts = {"prompt_token_ids": prompts}
+        outputs = self._llm.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        self.last = outputs[0]
+        return outputs
+
+
+def sampling():
+    """Return the sampling parameters of every request."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
+
+
+def generate(llm: Any, request: BenchRequest) -> tuple[Any, float]:
+    """Return the engine's answer and the seconds that the call took."""
+    start_s = time.perf_counter()
+    prompt = {"prompt_token_ids": list(request.tokens)}
+    output = llm.generate(prompt, sampling(), use_tqdm=False)[0]
+    return output, time.perf_counter() - start_s
+
+
+def hits_by_tier(held: Sequence[Sequence[str]], cached_tokens: int) -> dict[str, int]:
+    """Split the engine's cached tokens by the hottest tier each chunk was in before.
+
+    Examples
+    --------
+    >>> hits_by_tier([("gpu", "disk"), ("disk",), ()], 64)
+    {'gpu': 32, 'disk': 32}
+    """
+    hits: dict[str, int] = {}
+    for number, tiers in enumerate(held):
+        tokens = min(CHUNK_TOKENS, cached_tokens - number * CHUNK_TOKENS)
+        if tokens > 0:
+            tier = tiers[0] if tiers else "none"
+            hits[tier] = hits.get(tier, 0) + tokens
+    return hits

@@ -1,0 +1,312 @@
+"""What `make bench` measured: tables with intervals, a figure, a text that says who lost.
+
+A row a contender, hot tier and workload; means over seeds with 95 % confidence
+intervals (Student's t). Comparisons are paired: the same seed, the same requests.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from caching_heuristics import HeuristicConfig
+from heuristic_settings import save_settings
+from speedup_contenders import KIT, LMCACHE, MAIN_SHARE, NONE, ORDER, PREFIX, RETAIN, TUNED
+from speedup_truth import replay_truth
+from speedup_workloads import Workload
+from tier_costs import TierCosts
+
+RUNS, REQUESTS, FIGURES = "speedup.csv", "speedup_requests.csv.gz", "speedup.json"
+SETTINGS, PICTURE = "speedup_heuristics.yaml", "speedup.png"
+KEYS = ["workload", "hot_share", "contender"]
+COLOURS = {
+    NONE: "#888888",
+    PREFIX: "#e69f00",
+    LMCACHE: "#0072b2",
+    RETAIN: "#56b4e9",
+    KIT: "#d55e00",
+    TUNED: "#009e73",
+}
+# 97.5 % quantiles of Student's t, by degrees of freedom from 1
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclass(frozen=True, eq=False)
+class BenchResult:
+    """What a run measured.
+
+    Parameters
+    ----------
+    requests : pandas.DataFrame
+        A row a request and contender.
+    totals : pandas.DataFrame
+        A row a pass and contender: hot-tier byte·seconds, expired chunks, sizes.
+    workloads : dict
+        By name and seed; what the truth check replays.
+    costs : TierCosts
+        As calibrated in the same run.
+    """
+
+    requests: pd.DataFrame
+    totals: pd.DataFrame
+    workloads: dict[tuple[str, int], Workload]
+    costs: TierCosts
+
+
+def by_seed(result: BenchResult) -> pd.DataFrame:
+    """Return the figures of each workload, hot tier, contender and seed, a row each."""
+    keys = [*KEYS, "seed"]
+    groups = result.requests.groupby(keys, sort=False)
+    frame = pd.DataFrame(
+        {f"ttft_p{q}_ms": groups["ttft_s"].quantile(q / 100) * 1e3 for q in (50, 90, 99)}
+    )
+    prompts = groups["prompt_tokens"].sum()
+    for tier in ("gpu", "disk", "remote", "none"):
+        frame[f"hit_{tier}"] = groups[f"hit_{tier}"].sum() / prompts
+    frame["recomputed_tokens"] = prompts - groups["cached_tokens"].sum()
+    frame["moved_chunks"] = groups["moved_chunks"].sum()
+    frame["manage_p50_ms"] = groups["manage_s"].median() * 1e3
+    frame["manage_p90_ms"] = groups["manage_s"].quantile(0.9) * 1e3
+    added_s = result.requests["call_s"] - result.requests["engine_s"]
+    by = [result.requests[key] for key in keys]
+    frame["added_p50_ms"] = added_s.groupby(by, sort=False).median() * 1e3
+    frame["not_managed"] = groups["error"].apply(lambda errors: sum(map(bool, errors)))
+    totals = result.totals.set_index(keys)
+    frame["moved_chunks"] += totals["expired_chunks"]
+    frame["hot_mb_s"] = totals["hot_byte_seconds"] / 1e6
+    frame["hot_mean_mb"] = frame["hot_mb_s"] / totals["span_s"]
+    for name in ("hot_tokens", "working_set", "span_s", "wall_s"):
+        frame[name] = totals[name]
+    return frame.reset_index()
+
+
+def summary(seeds: pd.DataFrame) -> pd.DataFrame:
+    """Return means over seeds, and the half widths of their 95 % intervals (columns ``±...``)."""
+    groups = seeds.drop(columns="seed").groupby(KEYS, sort=False)
+    means, counts = groups.mean(), groups.size()
+    half = groups.std().mul(counts.map(_t).div(np.sqrt(counts)), axis=0)
+    return means.join(half.add_prefix("±")).reset_index()
+
+
+def _t(seeds):
+    return _T[min(seeds - 1, len(_T)) - 1] if seeds > 1 else math.nan
+
+
+def compared(seeds: pd.DataFrame, to: str = LMCACHE) -> pd.DataFrame:
+    """Return each contender's figures as multiples of another's, paired by seed, with intervals."""
+    names = ["ttft_p50_ms", "ttft_p90_ms", "hot_mb_s"]
+    at = ["workload", "hot_share", "seed"]
+    peer = seeds[seeds["contender"] == to].set_index(at)[names]
+    others = seeds.set_index([*at, "contender"])[names]
+    # Logarithms: ratios of times are skewed, and their mean is not that of the inverse.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(others.div(peer)).replace(-np.inf, np.nan)
+    groups = logs.reset_index("seed", drop=True).groupby(KEYS, sort=False)
+    counts = groups.size()
+    half = groups.std().mul(counts.map(_t).div(np.sqrt(counts)), axis=0)
+    mean = groups.mean()
+    frames = {"": np.exp(mean), "_low": np.exp(mean - half), "_high": np.exp(mean + half)}
+    return pd.concat([f.add_suffix(end) for end, f in frames.items()], axis=1).reset_index()
+
+
+# ---- text ------------------------------------------------------------------------
+
+
+def table(seeds: pd.DataFrame) -> str:
+    """Return the summary as text: a line a contender, the reader's units."""
+    rows = summary(seeds)
+    lines = []
+    for (workload, _share), part in rows.groupby(["workload", "hot_share"], sort=False):
+        hot, working = part["hot_tokens"].iloc[0], part["working_set"].iloc[0]
+        lines.append(
+            f"\n{workload}, hot tier {hot / working:.0%} of the working set"
+            f" ({hot:.0f} of {working:.0f} tokens)\n"
+            "                     TTFT ms                              tokens served by       "
+            "recomputed   hot tier         chunks  managing\n"
+            "                     p50          p90          p99         gpu  disk  remote     "
+            "tokens       MB held          moved   p50 ms"
+        )
+        lines += [_line(row) for _, row in part.sort_values("contender", key=_order).iterrows()]
+    return "\n".join(lines)
+
+
+def _order(names):
+    return names.map(ORDER.index)
+
+
+def _line(row):
+    times = " ".join(f"{row[n]:5.0f} ±{row['±' + n]:<4.0f} " for n in _times())
+    served = f"{row.hit_gpu:5.0%} {row.hit_disk:5.0%} {row.hit_remote:7.0%}"
+    held = f"{row.hot_mean_mb:6.2f} ±{row['±hot_mean_mb']:<5.2f}"
+    manage = f"{row.manage_p50_ms:6.1f}" if row.contender in (KIT, TUNED) else "     -"
+    return (
+        f"  {row.contender:18} {times} {served}   {row.recomputed_tokens:8.0f}"
+        f"     {held}  {row.moved_chunks:6.0f}   {manage}"
+    )
+
+
+def _times():
+    return [f"ttft_p{q}_ms" for q in (50, 90, 99)]
+
+
+def verdict(seeds: pd.DataFrame) -> str:
+    """Return who needs how much hot memory at which TTFT, against LMCache as it comes."""
+    lines = ["\nAgainst LMCache as it comes, paired by seed (95 % interval); below 1 is better:"]
+    rows = compared(seeds)
+    for name in (KIT, TUNED, RETAIN, PREFIX):
+        for row in rows[rows["contender"] == name].itertuples():
+            lines.append(
+                f"  {name:18} {row.workload:8} {row.hot_share:4.0%}"
+                f"  hot memory {_ratio(row, 'hot_mb_s')}"
+                f"  TTFT p50 {_ratio(row, 'ttft_p50_ms')}  p90 {_ratio(row, 'ttft_p90_ms')}"
+                f"  {_word(row)}"
+            )
+    return "\n".join(lines)
+
+
+def _ratio(row, name):
+    low, high = getattr(row, f"{name}_low"), getattr(row, f"{name}_high")
+    return f"{getattr(row, name):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _word(row):
+    """Say in a word what the intervals allow to say."""
+    lost = [n for n in ("hot_mb_s", "ttft_p50_ms", "ttft_p90_ms") if getattr(row, n + "_low") > 1]
+    won = [n for n in ("hot_mb_s", "ttft_p50_ms", "ttft_p90_ms") if getattr(row, n + "_high") < 1]
+    short = {"hot_mb_s": "memory", "ttft_p50_ms": "p50", "ttft_p90_ms": "p90"}
+    parts = [f"better: {', '.join(short[n] for n in won)}"] if won else []
+    parts += [f"WORSE: {', '.join(short[n] for n in lost)}"] if lost else []
+    return "; ".join(parts) or "no difference beyond noise"
+
+
+def headline(result: BenchResult) -> dict[str, Any]:
+    """Return the goal's figures: agentic sessions at `MAIN_SHARE`, the kit against LMCache."""
+    seeds = by_seed(result)
+    rows = compared(seeds).set_index(KEYS)
+    figures = {}
+    for name, short in ((KIT, "kit"), (TUNED, "tuned")):
+        row = rows.loc[("agentic", MAIN_SHARE, name)]
+        figures |= {f"{short}_{key}_ratio": float(row[key]) for key in _GOAL}
+        figures |= {f"{short}_{key}_ratio_high": float(row[key + "_high"]) for key in _GOAL}
+    return figures
+
+
+_GOAL = ("hot_mb_s", "ttft_p50_ms", "ttft_p90_ms")
+
+
+# ---- figure ----------------------------------------------------------------------
+
+
+def picture(seeds: pd.DataFrame) -> Figure:
+    """Draw TTFT against the memory held in the hot tier; further down and left is better."""
+    rows = summary(seeds)
+    workloads = list(dict.fromkeys(rows["workload"]))
+    shares = sorted(set(rows["hot_share"]))
+    figure = Figure(figsize=(3.6 * len(shares), 2.9 * len(workloads) + 0.6), layout="constrained")
+    grid = figure.subplots(len(workloads), len(shares), squeeze=False, sharey="row")
+    for line, workload in zip(grid, workloads):
+        for axes, share in zip(line, shares):
+            part = rows[(rows["workload"] == workload) & (rows["hot_share"] == share)]
+            _panel(axes, part)
+            axes.set_title(f"{workload}, hot tier {share:.0%}", fontsize=10)
+        line[0].set_ylabel("TTFT, ms")
+    for axes in grid[-1]:
+        axes.set_xlabel("mean memory held in the hot tier, MB")
+    handles, labels = grid[0][shares.index(MAIN_SHARE)].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _panel(axes, part):
+    for _, row in part.sort_values("contender", key=_order).iterrows():
+        colour = COLOURS[row.contender]
+        for name, fill in (("ttft_p50_ms", colour), ("ttft_p90_ms", "white")):
+            axes.errorbar(
+                row.hot_mean_mb,
+                row[name],
+                yerr=np.nan_to_num(row["±" + name]),
+                xerr=np.nan_to_num(row["±hot_mean_mb"]),
+                fmt="o",
+                color=colour,
+                mfc=fill,
+                capsize=2,
+                label=f"{row.contender} (full: p50, open: p90)" if fill == colour else None,
+            )
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=-0.3)
+    axes.grid(alpha=0.3)
+
+
+# ---- files -----------------------------------------------------------------------
+
+
+def write_report(
+    result: BenchResult,
+    settings: Mapping[str, HeuristicConfig],
+    figures: Mapping[str, Any],
+    folder: str | Path,
+) -> str:
+    """Write the tables, the figures, the settings and the picture; returns the text."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    seeds, truth = by_seed(result), replay_truth(result, settings)
+    text = "\n".join((table(seeds), verdict(seeds), truth_text(truth)))
+    seeds.round(4).to_csv(folder / RUNS, index=False)
+    _write_gzip(folder / REQUESTS, result.requests.round(5).to_csv(index=False))
+    save_settings(settings[TUNED], folder / SETTINGS)
+    report = {**figures, **headline(result), "costs": asdict(result.costs)}
+    report |= {"truth": truth.to_dict("records"), "text": text.splitlines()}
+    (folder / FIGURES).write_text(json.dumps(rounded(report), indent=1) + "\n")
+    picture(seeds).savefig(folder / PICTURE, dpi=150)
+    return text
+
+
+def truth_text(truth: pd.DataFrame) -> str:
+    """Return the truth check as text."""
+    lines = [
+        "\nDoes the replay tell the truth? Requests whose hit tokens by tier are equal, and the"
+        " median error of the predicted TTFT:"
+    ]
+    for row in truth.itertuples():
+        lines.append(
+            f"  {row.contender:14} {row.workload:8} {row.hot_share:4.0%}"
+            f"  trace_replay {row.replay_equal:6.1%}  model of LMCache {row.model_equal:6.1%}"
+            f"  ({row.model_differ} of {row.requests} differ)"
+            f"  TTFT {row.ttft_error:5.1%} (hits as measured {row.ttft_error_of_hits:5.1%})"
+        )
+    return "\n".join(lines)
+
+
+def _write_gzip(path, text):
+    with open(path, "wb") as file:
+        file.write(gzip.compress(text.encode(), mtime=0))
+
+
+def read_report(folder: str | Path = "data/reports") -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return the figures by seed and the JSON report of the last (or the committed) run.
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing was run or committed there.
+    """
+    folder = Path(folder)
+    return pd.read_csv(folder / RUNS), json.loads((folder / FIGURES).read_text())
+
+
+def rounded(value: Any) -> Any:
+    """Return a JSON value with short numbers, null for what is not finite."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,102 @@
+"""Does the replay tell the truth? What it predicts, request by request, beside what was measured.
+
+Twice: by `trace_replay`, which knows a capacity and a policy, and by
+`lmcache_model`, which knows LMCache's own rules and runs the manager's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from caching_heuristics import TIERS, HeuristicConfig
+from lmcache_model import EVICTION_WATERMARK, replay_on_lmcache
+from speedup_contenders import KIT, LMCACHE, RETAIN, TUNED
+from speedup_workloads import CHUNK_TOKENS
+from trace_replay import replay
+
+_COLUMNS = [f"hit_{tier}" for tier in TIERS]
+
+
+def replay_truth(result: Any, settings: Mapping[str, HeuristicConfig]) -> pd.DataFrame:
+    """Compare predictions with measurements of all contenders on LMCache.
+
+    Parameters
+    ----------
+    result : BenchResult
+        A run.
+    settings : mapping
+        Contender -> its settings, of those that were managed.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row a workload, hot tier and contender: ``replay_equal`` and
+        ``model_equal``, the share of requests with equal hit tokens in every tier;
+        ``model_differ``; ``ttft_error``, the median of \\|predicted - measured\\| /
+        measured with the model's hits, ``ttft_error_of_hits`` with the measured ones.
+    """
+    rows = []
+    keys = ["workload", "hot_share", "contender"]
+    for (workload, share, name), part in result.requests.groupby(keys, sort=False):
+        if name not in (LMCACHE, RETAIN, KIT, TUNED):
+            continue
+        checks = [
+            predict(result, seed_part, name, settings.get(name))
+            for _, seed_part in part.groupby("seed", sort=False)
+        ]
+        equal, by_model, errors, of_hits = (np.concatenate(c) for c in zip(*checks))
+        rows.append(
+            {
+                "workload": workload,
+                "hot_share": share,
+                "contender": name,
+                "requests": len(equal),
+                "replay_equal": float(equal.mean()),
+                "model_equal": float(by_model.mean()),
+                "model_differ": int((~by_model).sum()),
+                "ttft_error": float(np.median(errors)),
+                "ttft_error_of_hits": float(np.median(of_hits)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def predict(
+    result: Any, measured: pd.DataFrame, name: str, config: HeuristicConfig | None
+) -> tuple[np.ndarray, ...]:
+    """Return, by request of one pass: equal by replay, by the model, and both TTFT errors."""
+    first = measured.iloc[0]
+    workload = result.workloads[(first["workload"], first["seed"])]
+    at = ["workload", "hot_share", "seed", "contender"]
+    same = (result.totals[at] == first[at]).all(axis=1)
+    hot_chunks = int(result.totals.loc[same, "hot_tokens"].iloc[0]) // CHUNK_TOKENS
+    hits = measured[_COLUMNS].to_numpy()
+    fast = _fast(workload, hot_chunks, config, measured)
+    model = replay_on_lmcache(
+        workload.trace(),
+        [request.tokens for request in workload.requests],
+        hot_chunks,
+        config,
+        retain=name == RETAIN,
+        perplexity=measured["perplexity"].to_numpy(),
+    ).hit_tokens
+    prompts, ttft_s = measured["prompt_tokens"].to_numpy(), measured["ttft_s"].to_numpy()
+    errors = [
+        np.abs(result.costs.request_ttft_s(h, prompts) - ttft_s) / ttft_s for h in (model, hits)
+    ]
+    return (fast == hits).all(axis=1), (model == hits).all(axis=1), *errors
+
+
+def _fast(workload, hot_chunks, config, measured):
+    """Replay with the capacity at which LMCache starts to evict; disk and Redis hold all."""
+    capacity = (int(EVICTION_WATERMARK * hot_chunks), None, None)
+    trace = workload.trace()
+    if config is None:
+        return replay(trace, "recency", capacity).hit_tokens
+    # What was measured of a perplexity; a request without one is neutral (30).
+    perplexity = measured["perplexity"].fillna(30.0).to_numpy()
+    return replay(trace, "heuristic", capacity, config, perplexity=perplexity).hit_tokens

@@ -1,0 +1,253 @@
+"""Prompts for `make bench`: traces scaled to a small model's context, with text of its own.
+
+A trace knows which prompts share how long a prefix, not their text. Here each
+session gets text of one kind, and a prompt that shares a prefix in the trace
+shares the same share of its tokens: perplexity, hits and TTFT are then real.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from demo_model import CODE_PROMPT, PROSE_PROMPT, TEMPLATE_LINE, random_characters
+from trace_builder import TraceBuilder, make_trace
+from trace_data import Trace
+from trace_generator import agent_loops
+from trace_readers import read_trace
+
+CHUNK_TOKENS = 32  # as in config.yaml
+LONGEST_PROMPT = 1_900  # tokens; the engine takes 2,048 with its answer
+_TAIL = 24  # tokens that a prompt has at most beyond its last chunk: no answer completes it
+_KINDS = ("code", "prose", "template", "noise")
+_KIND_SHARES = (0.5, 0.25, 0.2, 0.05)
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """One request: seconds since the start, session, kind of text, prompt token ids."""
+
+    arrival_s: float
+    session: int
+    kind: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests in order of arrival, and where they come from.
+
+    Parameters
+    ----------
+    name : str
+        ``"agentic"``, ``"chat"`` or ``"control"``.
+    source : str
+        What was scaled or generated.
+    requests : tuple of BenchRequest
+        The requests.
+    token_scale : tuple of float
+        Smallest and largest factor that prompt lengths were multiplied by.
+    """
+
+    name: str
+    source: str
+    requests: tuple[BenchRequest, ...]
+    token_scale: tuple[float, float] = (1.0, 1.0)
+
+    @property
+    def span_s(self) -> float:
+        """Seconds from the first to the last arrival."""
+        return self.requests[-1].arrival_s if self.requests else 0.0
+
+    def trace(self, chunk_tokens: int = CHUNK_TOKENS) -> Trace:
+        """Return the requests as a `Trace` of complete chunks, for the replay engines."""
+        builder = TraceBuilder(chunk_tokens, chained=False)
+        for request in self.requests:
+            chunks = _chunks_of(request.tokens, chunk_tokens)
+            keys = [hash(chunk) for chunk in chunks]  # ints: equal in every process
+            builder.add(keys, request.arrival_s, len(request.tokens), session=request.session)
+        return builder.finish(self.name)
+
+    def working_set_tokens(self, chunk_tokens: int = CHUNK_TOKENS) -> int:
+        """Return the tokens of all distinct chunks: what an unlimited cache would hold."""
+        return self.trace(chunk_tokens).unique_blocks * chunk_tokens
+
+
+def _chunks_of(tokens, size):
+    return [tokens[at : at + size] for at in range(0, len(tokens) - size + 1, size)]
+
+
+def make_workload(name: str, seed: int, requests: int, model: str) -> Workload:
+    """Return a seeded workload.
+
+    Parameters
+    ----------
+    name : str
+        ``"agentic"``: sessions of the trace folder ``weka-agentic`` in
+        ``KV_TRACE_DIR``, or generated agent loops without one. ``"chat"``: short
+        generated conversations under a few system prompts. ``"control"``: no
+        prompt shares anything with another.
+    seed : int
+        Equal seeds give equal workloads.
+    requests : int
+        Requests, >= 1.
+    model : str
+        Folder of the model whose tokenizer makes the text.
+
+    Examples
+    --------
+    >>> from demo_model import model_path
+    >>> control = make_workload("control", 0, 3, model_path())
+    >>> len(control.requests), control.trace().unique_blocks == control.trace().accesses
+    (3, True)
+    """
+    if name not in WORKLOADS:
+        raise ValueError(f"workload must be one of {', '.join(WORKLOADS)}, got {name!r}")
+    if requests < 1:
+        raise ValueError(f"requests must be >= 1, got {requests}")
+    trace, source, cut = WORKLOADS[name](seed, requests)
+    return Workload(name, source, *_with_text(trace, seed, model, cut))
+
+
+def _agentic(seed, requests):
+    """Return sessions of real agents where a trace is there, with their real think times."""
+    folder = Path(os.environ.get("KV_TRACE_DIR") or ".") / "weka-agentic"
+    if not folder.is_dir():
+        trace = agent_loops(
+            requests, seed, block_tokens=64, system_blocks=80, turn_blocks=5.0, turns=6.0
+        )
+        return trace, f"generated agent loops, seed {seed}", True
+    count = -(-requests // _TURNS)
+    trace = read_trace(
+        folder, "weka", seed=seed, sessions_per_hour=_SESSIONS_PER_HOUR, max_sessions=2 * count
+    )
+    return _first_turns(trace, count, requests), "WEKA agentic coding sessions", True
+
+
+_TURNS = 5  # requests taken of each session
+_SESSIONS_PER_HOUR = 90.0
+
+
+def _first_turns(trace, sessions, requests):
+    """Return the first requests of the first sessions that have enough of them."""
+    order = [np.flatnonzero(trace.sessions == s)[:_TURNS] for s in np.unique(trace.sessions)]
+    long = sorted((rows for rows in order if len(rows) == _TURNS), key=lambda rows: rows[0])
+    rows = np.sort(np.concatenate(long[:sessions]))[:requests]
+    builder = TraceBuilder(trace.block_tokens)
+    for row in rows:
+        blocks, tokens = trace.request(row), int(trace.prompt_tokens[row])
+        builder.add(blocks, trace.arrival_s[row], tokens, session=int(trace.sessions[row]))
+    return builder.finish(trace.name)
+
+
+def _chat(seed, requests):
+    trace = agent_loops(
+        requests,
+        seed,
+        block_tokens=CHUNK_TOKENS,
+        agents=4,
+        system_blocks=8,
+        turn_blocks=24.0,
+        turns=2.2,
+        pause_s=40.0,
+        sessions_per_hour=90.0,
+    )
+    return trace, f"generated conversations, seed {seed}", False
+
+
+def _control(seed, requests):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(20, 58, requests)
+    starts = np.cumsum(sizes) - sizes
+    blocks = [range(start, start + size) for start, size in zip(starts, sizes)]
+    arrival_s = np.cumsum(rng.exponential(30.0, requests))
+    trace = make_trace(blocks, arrival_s, block_tokens=CHUNK_TOKENS, sessions=range(requests))
+    return trace, f"generated, no prompt twice, seed {seed}", False
+
+
+WORKLOADS: dict[str, Callable[[int, int], tuple[Trace, str, bool]]] = {
+    "agentic": _agentic,
+    "chat": _chat,
+    "control": _control,
+}
+
+
+# ---- text ------------------------------------------------------------------------
+
+
+def _with_text(trace, seed, model, scaled):
+    """Return the requests of a trace with tokens, and the lowest and highest scale."""
+    rng = random.Random(seed)
+    kinds = {s: rng.choices(_KINDS, _KIND_SHARES)[0] for s in np.unique(trace.sessions).tolist()}
+    scales = {s: _scale(trace, s) if scaled else 1.0 for s in kinds}
+    streams = {s: _Stream(model, kind, rng.getrandbits(32)) for s, kind in kinds.items()}
+    owner: dict[int, int] = {}  # block -> the last request that has it
+    made: list[BenchRequest] = []
+    for row in range(trace.requests):
+        session, blocks = int(trace.sessions[row]), trace.request(row).tolist()
+        length = _length(int(trace.prompt_tokens[row]) * scales[session])
+        known = next((n for n, block in enumerate(blocks) if block not in owner), len(blocks))
+        shared: Sequence[int] = ()
+        if known:
+            prefix = int(known * trace.block_tokens * scales[session])
+            shared = made[owner[blocks[known - 1]]].tokens[: min(prefix, length)]
+        tokens = (*shared, *streams[session].take(length - len(shared)))
+        owner.update(dict.fromkeys(blocks, row))
+        made.append(BenchRequest(float(trace.arrival_s[row]), session, kinds[session], tokens))
+    return tuple(made), (min(scales.values()), max(scales.values()))
+
+
+def _scale(trace, session):
+    longest = int(trace.prompt_tokens[trace.sessions == session].max())
+    return min(1.0, LONGEST_PROMPT / longest)
+
+
+def _length(tokens):
+    """Return whole tokens within the context, not so many that an answer completes a chunk."""
+    tokens = int(min(max(tokens, CHUNK_TOKENS), LONGEST_PROMPT))
+    tokens -= max(0, tokens % CHUNK_TOKENS - _TAIL)
+    return tokens + (tokens % CHUNK_TOKENS == 0)  # an engine computes the last token itself
+
+
+class _Stream:
+    """Endless tokens of one kind of text; seeded, so that no two sessions share any."""
+
+    def __init__(self, model, kind, seed):
+        self._tokenize = _tokenizer(model)
+        self._kind, self._rng = kind, random.Random(seed)
+        self._tokens = self._tokenize(f"# session {self._rng.getrandbits(32):x}\n")
+
+    def take(self, count):
+        """Return the next tokens."""
+        while len(self._tokens) < count:
+            self._tokens = self._tokens + self._tokenize(_TEXTS[self._kind](self._rng))
+        taken, self._tokens = self._tokens[:count], self._tokens[count:]
+        return taken
+
+
+def _prose(rng):
+    sentences = PROSE_PROMPT.split(". ")
+    rng.shuffle(sentences)
+    return ". ".join(sentences)
+
+
+_TEXTS = {
+    "code": lambda rng: CODE_PROMPT.replace("Limiter", f"Worker{rng.randrange(1000)}"),
+    "prose": _prose,
+    "template": lambda rng: f"Report {rng.randrange(1000)}. {TEMPLATE_LINE}" * 4,
+    "noise": lambda rng: random_characters(400, rng.getrandbits(32)),
+}
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return lambda text: tokenizer.encode(text, add_special_tokens=False)
