@@ -6,6 +6,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
+AGENTS := $(VENV)/.installed-agents
 CONFIG ?= config.yaml
 
 # make run LLM=<folder or hub id> REDIS_URL=redis://... N=<generations> METRICS_PORT=9464
@@ -13,6 +14,7 @@ LLM ?=
 REDIS_URL ?=
 METRICS_PORT ?=
 PERPLEXITY ?= prompt
+API_KEY_ENV ?= KV_API_KEY
 N ?= 48
 SEED ?= 0
 
@@ -30,8 +32,8 @@ export DO_NOT_TRACK := 1
 export PYTHONPATH := $(CURDIR)/src
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test up down status notebooks clean-notebooks check-notebooks lint \
-	bench-overhead bench-sliders replay bench-replay app lab demo-model clean
+.PHONY: help install install-agents run test up down status notebooks clean-notebooks check-notebooks lint \
+	serve bench bench-gateway bench-overhead bench-sliders replay bench-replay app lab demo-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -48,7 +50,14 @@ $(READY): requirements.txt pyproject.toml
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
+# --no-deps: two of these ask for what the rest cannot give; requirements-agents.txt says which.
+$(AGENTS): requirements-agents.txt $(READY)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-agents.txt
+	@touch $@
+
 install: $(READY) ## create .venv and install the pinned packages
+
+install-agents: $(AGENTS) ## LangChain, LangGraph and AutoGen for notebook 07 and their tests
 
 run: $(READY) ## real generations, placed across real tiers (LLM= REDIS_URL= N= SEED= METRICS_PORT=)
 	@$(PY) -m run_session --config $(CONFIG) --generations $(N) --seed $(SEED) \
@@ -56,8 +65,14 @@ run: $(READY) ## real generations, placed across real tiers (LLM= REDIS_URL= N= 
 		$(if $(REDIS_URL),--redis-url '$(REDIS_URL)') \
 		$(if $(METRICS_PORT),--metrics-port $(METRICS_PORT))
 
-test: $(READY) ## all tests, on the real stack, notebooks included
+test: $(AGENTS) ## all tests, on the real stack, notebooks included
 	@$(PY) -m pytest
+
+serve: $(READY) ## OpenAI-compatible server, every request managed (LLM= PORT= API_KEY_ENV=...)
+	@$(PY) -m agent_gateway --config $(CONFIG) --api-key-env '$(API_KEY_ENV)' \
+		$(if $(PORT),--port $(PORT)) $(if $(HOST),--host '$(HOST)') \
+		$(if $(LLM),--llm '$(LLM)') $(if $(REDIS_URL),--redis-url '$(REDIS_URL)') \
+		$(if $(LOG),--log '$(LOG)')
 
 up: $(READY) ## start coordinator, LMCache server and Redis, and leave them running
 	@$(PY) -m stack_commands up --config $(CONFIG)
@@ -68,7 +83,7 @@ down: $(READY) ## stop what `make up` started
 status: $(READY) ## what is running
 	@$(PY) -m stack_commands status --config $(CONFIG)
 
-notebooks: $(READY) ## run all notebooks headless, in order
+notebooks: $(AGENTS) ## run all notebooks headless, in order
 	@$(PY) -m pytest tests/test_notebooks.py -q
 
 app: $(READY) ## sliders and plots as a page, without code (this machine only; PORT=)
@@ -83,8 +98,14 @@ clean-notebooks: $(READY) ## strip outputs from the notebooks
 check-notebooks: $(READY) ## fail if a notebook in git has outputs
 	@$(VENV)/bin/nbstripout --verify notebooks/*.ipynb
 
+bench: $(READY) ## the kit beside what people do today, on the real stack, 20 minutes (QUICK=1: 2)
+	@$(PY) -m speedup_bench --config $(CONFIG) $(if $(QUICK),--quick --out data/runs/bench-quick)
+
 bench-overhead: $(READY) ## what managing adds to a generation; ends with one line of JSON
 	@$(PY) -m overhead_bench --config $(CONFIG)
+
+bench-gateway: $(READY) ## what the gateway adds to a request; ends with one line of JSON
+	@$(PY) -m gateway_bench --config $(CONFIG)
 
 replay: $(READY) ## one policy on a trace; ends with one line of JSON (TRACE= POLICY= CAPACITY= SET=)
 	@$(PY) -m replay_command --trace '$(TRACE)' --policy '$(POLICY)' --capacity '$(CAPACITY)' \

@@ -18,9 +18,10 @@ from kv_layout import (
     KVLayout,
     Outcome,
     check_tokens,
+    engine_config,
     unseen,
 )
-from lmcache_http import LMCacheError, LMCacheHTTP, LMCacheUnavailable
+from lmcache_http import BACKENDS, LMCacheError, LMCacheHTTP, LMCacheUnavailable
 from local_controller import LocalLMCacheController
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "LMCacheUnavailable",
     "LocalLMCacheController",
 ]
+TIER_OF_BACKEND = {backend: tier for tier, backend in BACKENDS.items()}
 _POLL_S = 0.005  # about what one directory look-up costs
 _VERIFY_S = 0.5  # a delete shows in the directory within an event flush (0.2 s by default)
 
@@ -101,9 +103,8 @@ class LMCacheController(BaseController):
     def attach_engine(self, llm: Any) -> None:
         """Use the engine's tokenizer and the model name it stores KV under."""
         super().attach_engine(llm)
-        engine_config = getattr(getattr(llm, "llm_engine", None), "vllm_config", None)
-        if engine_config is not None:
-            self.model = engine_config.model_config.model
+        if (config := engine_config(llm)) is not None:
+            self.model = config.model_config.model
             self._shapes = []
 
     def layout(self, tokens: Sequence[int]) -> KVLayout:
@@ -156,6 +157,21 @@ class LMCacheController(BaseController):
         """Raise LMCacheUnavailable if the coordinator or the server is away."""
         self._http.ping(self.instance_id)
 
+    def fleet(self) -> dict[str, dict[str, int]]:
+        """Return how many objects each server under the coordinator holds in each tier.
+
+        Of all models and tenants; a server that died is listed until its time-out (30 s).
+
+        Raises
+        ------
+        LMCacheUnavailable, LMCacheError
+            The coordinator does not answer, or refuses.
+        """
+        return {
+            instance: {tier: self._http.count_keys(instance, tier) for tier in TIERS}
+            for instance in self._http.instances()
+        }
+
     def close(self) -> None:
         """Close the HTTP session."""
         self._http.close()
@@ -189,6 +205,11 @@ class LMCacheController(BaseController):
             ]
 
     def _refusal(self, source, target, tokens):
+        if source[0] != target[0]:
+            return (
+                "no move between instances: an LMCache server writes its own tiers only; generate "
+                f"the prompt on {target[0]} (which stores it), and let {source[0]}'s TTL end"
+            )
         if source[1] == "remote" and target[1] == "disk":
             return "the LMCache server has no L2-to-L2 copy; promote to gpu instead"
         if tokens is None and target[1] == "gpu" and source[1] != "gpu":
@@ -339,4 +360,4 @@ def tier_of(placement: Mapping[str, Any]) -> str | None:
     """
     if placement["tier"] == "l1":
         return "gpu"
-    return {"fs": "disk", "resp": "remote"}.get(placement["backend"])
+    return TIER_OF_BACKEND.get(placement["backend"])

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from decision_log import DecisionRecord
 from kv_placement import KVPlacement
+from lmcache_http import LMCacheError, LMCacheUnavailable
 from placement_rules import is_above
 from ttl_expiry import Step
 
@@ -78,6 +79,17 @@ def _claim_again(ledger, record):
         logger.warning("a logged claim is left out: %s", error)
         return False
     return True
+
+
+def adopt_lost_claims(placement: KVPlacement, now_s: float, ttl_s: float) -> None:
+    """Claim KV whose claim had to give way to others in a full table."""
+    if not placement.has_lost_claims:
+        return
+    try:
+        recover_claims(placement, (), now_s, ttl_s)
+        placement.has_lost_claims = False
+    except (LMCacheUnavailable, LMCacheError) as error:
+        logger.info("adopting KV without a claim waits: %s", error)
 
 
 def _latest_claims(records):

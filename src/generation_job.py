@@ -8,10 +8,10 @@ import logging
 import math
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kv_layout import BaseController
+from kv_layout import BaseController, engine_config
 from request_metadata import with_logprobs
 
 logger = logging.getLogger(__name__)
@@ -58,22 +58,24 @@ class Engine:
         # vLLM draws a progress bar for every call unless told not to.
         takes_tqdm = "use_tqdm" in inspect.signature(llm.generate).parameters
         self._options = {"use_tqdm": False} if takes_tqdm else {}
-        config = getattr(getattr(llm, "llm_engine", None), "vllm_config", None)
-        model = getattr(config, "model_config", None)
+        self._is_async = inspect.isasyncgenfunction(llm.generate)
+        model = getattr(engine_config(llm), "model_config", None)
         self.vocab_size = model.get_vocab_size() if model is not None else None
         most = getattr(model, "max_logprobs", 0)
         self._max_logprobs = math.inf if most < 0 else most  # -1 = no limit
 
     def generate(self, prompts: Any, sampling_params: Any, logprobs: int) -> tuple[Any, float]:
         """Return the outputs and the seconds they took, with `logprobs` a token if it can."""
-        asked = self._asking(sampling_params, min(logprobs, self._max_logprobs))
+        if self._is_async:
+            raise TypeError("an asynchronous engine: generate with it, then manage(prompt, output)")
+        asked = self.asking(sampling_params, logprobs)
         start_s = time.perf_counter()
         outputs = self._llm.generate(prompts, asked, **self._options)
         return outputs, time.perf_counter() - start_s
 
-    @staticmethod
-    def _asking(sampling_params, logprobs):
-        """Return sampling parameters from whose answer a perplexity can be measured."""
+    def asking(self, sampling_params: Any, logprobs: int) -> Any:
+        """Return sampling parameters that ask for `logprobs` a token, or as many as it gives."""
+        logprobs = min(logprobs, self._max_logprobs)
         if logprobs <= 0:
             return sampling_params
         try:
@@ -83,6 +85,20 @@ class Engine:
         except Exception:  # the engine judges the caller's object, not we
             logger.exception("log-probabilities cannot be asked for")
             return sampling_params
+
+
+def metadata_of_each(prompts: Sequence[Any], metadata: Any) -> Sequence[Mapping | None]:
+    """Return a batch's metadata, shape (n,): one for all prompts, or one each.
+
+    Raises
+    ------
+    ValueError
+        Not as many metadata as prompts.
+    """
+    each = metadata if isinstance(metadata, (list, tuple)) else [metadata] * len(prompts)
+    if len(each) != len(prompts):
+        raise ValueError(f"metadata must have {len(prompts)} items (one a prompt), got {len(each)}")
+    return each
 
 
 def text_of(output: Any) -> str:

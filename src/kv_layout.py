@@ -61,6 +61,11 @@ class KVLayout:
         return [tier for tier, n in self.counts(instance_id).items() if total and n == total]
 
 
+def engine_config(llm: Any) -> Any:
+    """Return the configuration of a `vllm.LLM` or an `AsyncLLM`; None for a stand-in."""
+    return getattr(getattr(llm, "llm_engine", llm), "vllm_config", None)
+
+
 class BaseController(ABC):
     """What `MultiTierCache` needs to know and do about KV cache.
 

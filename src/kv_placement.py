@@ -146,7 +146,9 @@ class KVPlacement:
         for index, (tiers, tier) in enumerate(zip(held, wanted)):
             fresh = index >= fresh_from
             source = tiers[0] if tiers else "gpu"
-            target = tier if fresh or not tiers else reachable(tiers, tier)
+            # A copy whose write failed may never come: said in the record, looked for again.
+            missing = fresh or not tiers or has_nothing_colder(tiers, tier)
+            target = tier if missing else reachable(tiers, tier)
             if source != target and target is not None:
                 # Only a store that is still under way is worth waiting for.
                 timeout_s = None if fresh or target == "gpu" else 0.0

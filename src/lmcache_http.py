@@ -21,7 +21,10 @@ _CONNECTION_RETRIES = 2
 _MAX_DELETE_KEYS = 10_000  # the server's own limit (object_service.MAX_DELETE_BATCH)
 _PAGE_KEYS = 10_000  # the directory's own limit of a listing
 
-_SERVER_TIER = {"gpu": ("l1", None), "disk": ("l2", "fs"), "remote": ("l2", "resp")}
+# Our tiers' L2 adapters by LMCache's type name. Another one, such as "s3": named here, and in
+# `stack_services` where the server is started.
+BACKENDS = {"disk": "fs", "remote": "resp"}
+_SERVER_TIER = {"gpu": ("l1", None)} | {tier: ("l2", name) for tier, name in BACKENDS.items()}
 
 
 class LMCacheError(RuntimeError):
@@ -154,11 +157,19 @@ class LMCacheHTTP:
             found += self._call(self._coordinator, "POST", "/directory/lookup", page)["results"]
         return found
 
+    def instances(self) -> list[str]:
+        """Return the ids of the servers that have signed up at the coordinator."""
+        answer = self._call(self._coordinator, "GET", "/instances")
+        return [entry["instance_id"] for entry in answer["instances"]]
+
+    def count_keys(self, instance_id: str, tier: str) -> int:
+        """Return how many objects the directory shows in one tier."""
+        path = f"{_keys_path(instance_id, tier)}&limit=1"
+        return int(self._call(self._coordinator, "GET", path)["total"])
+
     def list_keys(self, instance_id: str, tier: str) -> list[dict]:
         """Return the directory's entries (with all their placements) of keys in one tier."""
-        server_tier, adapter = _SERVER_TIER[tier]
-        path = f"/directory/keys?tier={server_tier}&instance_id={instance_id}&limit={_PAGE_KEYS}"
-        path += f"&backend={adapter}" if adapter else ""
+        path = f"{_keys_path(instance_id, tier)}&limit={_PAGE_KEYS}"
         keys: list[dict] = []
         while True:
             page = self._call(self._coordinator, "GET", f"{path}&offset={len(keys)}")
@@ -260,6 +271,12 @@ class LMCacheHTTP:
             except requests.ConnectionError as error:
                 if attempt == _CONNECTION_RETRIES or _is_timeout(error):
                     raise
+
+
+def _keys_path(instance_id, tier):
+    server_tier, adapter = _SERVER_TIER[tier]
+    path = f"/directory/keys?tier={server_tier}&instance_id={instance_id}"
+    return path + (f"&backend={adapter}" if adapter else "")
 
 
 def _is_timeout(error):

@@ -21,6 +21,7 @@ from stack_services import (
     PortTakenError,
     arguments_of,
     check_ports_free,
+    check_shares_nothing,
     child_env,
     get_json,
     is_coordinator,
@@ -52,6 +53,9 @@ class LMCacheStack:
         Start a stack of its own on free ports, attach to nothing but `redis_url`.
     detached : bool
         Leave the services running when this process ends (`make up`).
+    coordinator_of : LMCacheStack, optional
+        A running stack: start only a server (and its Redis) on free ports, under that one's
+        coordinator. It needs an ``instance_id``, a ``disk_path`` and a Redis of its own.
 
     Raises
     ------
@@ -60,13 +64,18 @@ class LMCacheStack:
     """
 
     def __init__(
-        self, config: StackConfig | None = None, free_ports: bool = False, detached: bool = False
+        self,
+        config: StackConfig | None = None,
+        free_ports: bool = False,
+        detached: bool = False,
+        coordinator_of: LMCacheStack | None = None,
     ) -> None:
         self.config = config or load_config()
         self.instance_id = self.config.instance_id
         self._settings = self.config
-        self._free_ports = free_ports
+        self._free_ports = free_ports or coordinator_of is not None
         self._detached = detached
+        self._first = coordinator_of
         self._children: dict[str, Child] = {}
         self._recorded: dict[str, Child] = {}  # of an earlier `up`: kept in the state file
         self._scratch: Path | None = None
@@ -155,10 +164,7 @@ class LMCacheStack:
         self._own(name).kill()
 
     def start_one(self, name: str) -> None:
-        """Start one service again on its old ports and wait until it is ready.
-
-        LMCache 0.5.6 does not reconnect to a Redis that was away: restart the server too.
-        """
+        """Start one service again on its old ports and wait until it is ready."""
         if self._own(name).alive():
             raise StackError(f"{name} is still running; stop or kill it first")
         self._spawn(name)
@@ -205,6 +211,8 @@ class LMCacheStack:
         if self._detached and self._recorded:
             raise StackError("a stack from an earlier `up` is running; run `make down` first")
         ports = dict(zip(PORT_FIELDS, pick_ports(self.host, len(PORT_FIELDS)), strict=True))
+        if self._first:
+            ports["coordinator_port"] = self._first.port
         self.config = replace(self._settings, run_dir=self._new_run_dir(), **ports)
 
     def _new_run_dir(self) -> str:
@@ -225,6 +233,8 @@ class LMCacheStack:
 
     def _bring_up(self) -> None:
         present = [] if self._free_ports else running_services(self.config)
+        if self._first:
+            present.append("coordinator")
         if self.config.redis_url:
             ping_redis(self.config)
             present.append("redis")
@@ -237,6 +247,7 @@ class LMCacheStack:
         if "redis" in missing:
             self._wait_ready(["redis"])  # the server connects while it starts
         if "server" in missing:
+            check_shares_nothing(self.config)
             self._spawn("server")
         self._wait_ready(list(SERVICES))
 

@@ -126,7 +126,7 @@ def session_stack(config_path: str | Path = "config.yaml", redis_url: str | None
     _need("lmcache")
     from lmcache_stack import LMCacheStack, load_config
 
-    _be_quiet()  # here already: vLLM reads these when it is first imported
+    be_quiet()  # here already: vLLM reads these when it is first imported
     with tempfile.TemporaryDirectory(prefix="kv-session-") as folder:
         overrides = {"disk_path": folder} | ({"redis_url": redis_url} if redis_url else {})
         stack = LMCacheStack(load_config(config_path, **overrides), free_ports=True)
@@ -143,7 +143,7 @@ def engine(stack, model: str):
     An engine that has lost its LMCache server hangs when its process ends.
     """
     _need("vllm")
-    _be_quiet()
+    be_quiet()
     with progress(f"Loading vLLM with {Path(model).name}", about_s=20):
         from vllm import LLM
 
@@ -180,7 +180,7 @@ def _need(package):
         )
 
 
-def _be_quiet():
+def be_quiet():
     """Lower the log levels that the user has not set."""
     for name, value in _QUIET:
         os.environ.setdefault(name, value)

@@ -111,6 +111,7 @@ def _stack(hot_bytes, config_path, cleanup, name):
         disk_path=folder,
         l1_size_gb=hot_bytes / 2**30,
         prefetch_policy="retain" if name == RETAIN else "default",
+        redis_client="kit" if name in (KIT, TUNED) else "lmcache",
     )
     return cleanup.enter_context(LMCacheStack(config, free_ports=True))
 
@@ -118,11 +119,11 @@ def _stack(hot_bytes, config_path, cleanup, name):
 def _contender(name, stack, hot_tokens, model, size):
     from vllm import LLM
 
-    blocks = hot_tokens // CHUNK_TOKENS if name == PREFIX else 0
+    blocks = max(hot_tokens // CHUNK_TOKENS, _LEAST_BLOCKS) if name == PREFIX else 0
     options = {
         "disable_log_stats": False,  # else a request's time to first token is not kept
         "use_tqdm_on_load": False,
-        "num_gpu_blocks_override": max(blocks, _LEAST_BLOCKS) if blocks else _ENGINE_BLOCKS,
+        "num_gpu_blocks_override": blocks or _ENGINE_BLOCKS,
     }
     if stack is not None:
         return LMCacheContender(name, LLM(**stack.engine_kwargs(model, **options)), stack, size)

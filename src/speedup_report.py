@@ -144,14 +144,18 @@ def _order(names):
 
 
 def _line(row):
-    times = " ".join(f"{row[n]:5.0f} ±{row['±' + n]:<4.0f} " for n in _times())
+    times = " ".join(f"{row[n]:5.0f} {_half(row['±' + n], 0):6}" for n in _times())
     served = f"{row.hit_gpu:5.0%} {row.hit_disk:5.0%} {row.hit_remote:7.0%}"
-    held = f"{row.hot_mean_mb:6.2f} ±{row['±hot_mean_mb']:<5.2f}"
+    held = f"{row.hot_mean_mb:6.2f} {_half(row['±hot_mean_mb'], 2):6}"
     manage = f"{row.manage_p50_ms:6.1f}" if row.contender in (KIT, TUNED) else "     -"
     return (
         f"  {row.contender:18} {times} {served}   {row.recomputed_tokens:8.0f}"
         f"     {held}  {row.moved_chunks:6.0f}   {manage}"
     )
+
+
+def _half(width, digits):
+    return f"±{width:.{digits}f}" if math.isfinite(width) else ""
 
 
 def _times():
@@ -180,6 +184,8 @@ def _ratio(row, name):
 
 def _word(row):
     """Say in a word what the intervals allow to say."""
+    if math.isnan(row.hot_mb_s_low):
+        return "one seed: no interval"
     lost = [n for n in ("hot_mb_s", "ttft_p50_ms", "ttft_p90_ms") if getattr(row, n + "_low") > 1]
     won = [n for n in ("hot_mb_s", "ttft_p50_ms", "ttft_p90_ms") if getattr(row, n + "_high") < 1]
     short = {"hot_mb_s": "memory", "ttft_p50_ms": "p50", "ttft_p90_ms": "p90"}
@@ -218,11 +224,11 @@ def picture(seeds: pd.DataFrame) -> Figure:
             part = rows[(rows["workload"] == workload) & (rows["hot_share"] == share)]
             _panel(axes, part)
             axes.set_title(f"{workload}, hot tier {share:.0%}", fontsize=10)
-        line[0].set_ylabel("TTFT, ms")
+        line[0].set_ylabel("TTFT, ms (full: p50, open: p90)")
     for axes in grid[-1]:
         axes.set_xlabel("mean memory held in the hot tier, MB")
     handles, labels = grid[0][shares.index(MAIN_SHARE)].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(shares), frameon=False)
     return figure
 
 
@@ -239,7 +245,7 @@ def _panel(axes, part):
                 color=colour,
                 mfc=fill,
                 capsize=2,
-                label=f"{row.contender} (full: p50, open: p90)" if fill == colour else None,
+                label=row.contender if fill == colour else None,
             )
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=-0.3)

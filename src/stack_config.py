@@ -7,13 +7,15 @@ import os
 import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 import yaml
 
 LOOPBACK_HOST = "127.0.0.1"
 # IsolatedLRU is left out: it admits nothing until per-salt quotas are set over HTTP.
 EVICTION_POLICIES = ("LRU", "ARC", "noop")
+PREFETCH_POLICIES = ("default", "retain")
+REDIS_CLIENTS = ("kit", "lmcache")
 # read by vLLM itself, so they cannot travel as engine arguments
 ENGINE_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -31,7 +33,7 @@ RANGES = {
     "redis_port": (int, 1, 65535),
     "chunk_size_tokens": (int, 1, 8192),
     "block_size_tokens": (int, 1, 1024),
-    "l1_size_gb": (float, 0.01, 4096.0),
+    "l1_size_gb": (float, 0.001, 4096.0),
     "start_timeout_s": (float, 1.0, 600.0),
     "stop_timeout_s": (float, 0.1, 120.0),
     "mq_timeout_s": (float, 0.5, 300.0),
@@ -53,7 +55,8 @@ class StackConfig:
     coordinator_port, server_port, server_http_port, redis_port : int
         TCP ports; `server_port` carries KV data (ZMQ), the others HTTP and RESP.
     redis_url : str or None
-        ``redis://[user:password@]host[:port]`` to attach to; None = embedded.
+        ``redis://[user:password@]host[:port]`` to attach to, ``rediss://`` with TLS
+        (``?ssl_ca_certs=<file>`` for a CA of your own); None = embedded.
     chunk_size_tokens, block_size_tokens : int
         LMCache chunk and vLLM block, tokens; chunk must be a multiple of block.
     l1_size_gb : float
@@ -62,6 +65,12 @@ class StackConfig:
         How fast vLLM gives up on a dead LMCache server, seconds.
     registration_heartbeat_s, event_flush_interval_s : float
         How fast the coordinator sees a server and its chunks, seconds.
+    redis_client : str
+        ``"kit"``: `redis_adapter`, which survives what Redis answers; ``"lmcache"``: the
+        client that comes with LMCache, without TLS.
+    prefetch_policy : str
+        ``"retain"`` keeps what a hit loads from disk or Redis in the memory tier;
+        ``"default"`` drops it again after the load.
     directory_checkpoint_s : float
         How often the coordinator saves its directory for a restart, seconds; 0 = never.
 
@@ -77,11 +86,13 @@ class StackConfig:
     server_http_port: int = 8081
     redis_url: str | None = field(default=None, repr=False)  # may hold a password
     redis_port: int = 6390  # not 6379, where a system Redis would sit
+    redis_client: str = "kit"
     instance_id: str = "lmcache_default_instance"
     chunk_size_tokens: int = 32
     block_size_tokens: int = 32
     l1_size_gb: float = 0.5
     eviction_policy: str = "LRU"
+    prefetch_policy: str = "default"
     disk_path: str = "./cache_lmcache"
     run_dir: str = "./run_lmcache"
     start_timeout_s: float = 60.0
@@ -216,10 +227,12 @@ def _check_number(name, value, kind, low, high) -> None:
 
 
 def _check_texts(config: StackConfig) -> None:
-    for name in ("host", "instance_id", "eviction_policy", "disk_path", "run_dir"):
+    for name in ("host", "instance_id", "disk_path", "run_dir"):
         value = getattr(config, name)
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             _refuse(name, value, "a non-empty text")
+    if config.redis_client == "lmcache" and str(config.redis_url).startswith("rediss:"):
+        _refuse("redis_client", "lmcache", "kit with rediss://; LMCache's own client has no TLS")
     if config.host != LOOPBACK_HOST:
         _refuse(
             "host",
@@ -229,17 +242,22 @@ def _check_texts(config: StackConfig) -> None:
         )
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", config.instance_id):
         _refuse("instance_id", config.instance_id, "1 to 64 letters, digits, '_', '.' or '-'")
-    if config.eviction_policy not in EVICTION_POLICIES:
-        _refuse("eviction_policy", config.eviction_policy, f"one of {', '.join(EVICTION_POLICIES)}")
+    for name, known in (
+        ("eviction_policy", EVICTION_POLICIES),
+        ("prefetch_policy", PREFETCH_POLICIES),
+        ("redis_client", REDIS_CLIENTS),
+    ):
+        if getattr(config, name) not in known:
+            _refuse(name, getattr(config, name), f"one of {', '.join(known)}")
 
 
 def _check_redis_url(url: object) -> None:
-    """Refuse what LMCache's resp adapter cannot do; never echo the URL (password)."""
+    """Refuse what the remote tier cannot do; never echo the URL (password)."""
     if url is None:
         return
     if not isinstance(url, str):
         _refuse(
-            "redis_url", f"a {type(url).__name__}", "null or redis://[user:password@]host[:port]"
+            "redis_url", f"a {type(url).__name__}", "null or redis[s]://[user:password@]host[:port]"
         )
     try:
         parts = urlsplit(url)
@@ -255,19 +273,16 @@ def _check_redis_url(url: object) -> None:
 
 
 def _redis_url_problem(parts: SplitResult) -> str | None:
-    if parts.scheme == "rediss":
-        return (
-            "rediss:// (TLS) is not supported by LMCache's resp adapter; "
-            "use redis:// or a local TLS tunnel such as stunnel"
-        )
-    if parts.scheme != "redis":
-        return f"scheme {parts.scheme!r}; only redis://[user:password@]host[:port] works"
+    if parts.scheme not in ("redis", "rediss"):
+        return f"scheme {parts.scheme!r}; only redis[s]://[user:password@]host[:port] works"
     if not parts.hostname:
-        return "the host is missing; write redis://[user:password@]host[:port]"
+        return "the host is missing; write redis[s]://[user:password@]host[:port]"
     if parts.path not in ("", "/", "/0"):
-        return "LMCache's resp adapter always uses database 0; leave the database out"
-    if parts.query or parts.fragment:
-        return "options after '?' or '#' are not passed on to LMCache; leave them out"
+        return "only database 0 works; leave the database out"
+    options = parse_qsl(parts.query, keep_blank_values=True)
+    allowed = parts.scheme == "rediss" and all(name.startswith("ssl_") for name, _ in options)
+    if parts.fragment or (parts.query and not (options and allowed)):
+        return "options after '?' or '#' but rediss://'s ssl_..., such as ?ssl_ca_certs=<file>"
     return None
 
 

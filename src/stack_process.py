@@ -236,8 +236,11 @@ def _run_lmcache(arguments: list[str]) -> None:
     from lmcache.cli.main import main
 
     if arguments[0] == "server":
+        from redis_adapter import install
         from stack_reconcile import reconcile_for
 
+        if os.environ.get("KV_REDIS_CLIENT") != "lmcache":
+            install()
         _drop_env_route()
         reconcile_for(arguments)
     sys.argv = ["lmcache", *arguments]

@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import quote
 
 PAGE_KEYS = 5000  # per request; LMCache allows 10,000
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -54,18 +55,19 @@ def disk_contents(folder: Path) -> Contents:
     return {key: size for key, size in rows if key}
 
 
-def redis_contents(host: str, port: int, username: str, password: str) -> Contents:
+def redis_url_of(host: str, port: int) -> str:
+    """URL of the Redis of an LMCache server: $KV_REDIS_URL (TLS), else with LMCache's login."""
+    names = ("LMCACHE_RESP_USERNAME", "LMCACHE_RESP_PASSWORD")
+    user, password = (quote(os.environ.get(name, ""), safe="") for name in names)
+    login = f"{user}:{password}@" if password else ""
+    return os.environ.get("KV_REDIS_URL") or f"redis://{login}{host}:{port}"
+
+
+def redis_contents(url: str) -> Contents:
     """Keys and sizes (bytes) of the chunks in a Redis."""
     import redis
 
-    client = redis.Redis(
-        host=host,
-        port=port,
-        username=username or None,
-        password=password or None,
-        socket_timeout=10.0,
-        socket_connect_timeout=3.0,
-    )
+    client = redis.Redis.from_url(url, socket_timeout=10.0, socket_connect_timeout=3.0)
     with client:
         names = [n for n in client.scan_iter(match="*@*@*@*", count=1000) if parse_key(_text(n))]
         sizes: list[int] = []
@@ -175,12 +177,7 @@ def reconcile_for(server_arguments: list[str], wait_s: float = 30.0) -> None:
 def _contents_of(adapter: dict) -> tuple[str, Contents]:
     if adapter["type"] == "fs":
         return "fs", disk_contents(Path(adapter["base_path"]))
-    return "resp", redis_contents(
-        adapter["host"],
-        adapter["port"],
-        os.environ.get("LMCACHE_RESP_USERNAME", ""),
-        os.environ.get("LMCACHE_RESP_PASSWORD", ""),
-    )
+    return "resp", redis_contents(redis_url_of(adapter["host"], adapter["port"]))
 
 
 def _wait_for(url: str, wait_s: float) -> None:

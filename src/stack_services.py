@@ -94,6 +94,8 @@ def _server_arguments(config: StackConfig) -> list:
         config.l1_size_gb,
         "--eviction-policy",
         config.eviction_policy,
+        "--l2-prefetch-policy",
+        config.prefetch_policy,
         "--l2-adapter",
         json.dumps(disk),
         "--l2-adapter",
@@ -123,6 +125,7 @@ def child_env(config: StackConfig) -> dict[str, str]:
     }
     no_proxy = ",".join(filter(None, [kept.get("NO_PROXY"), config.host]))
     kept.update(
+        KV_REDIS_CLIENT=config.redis_client,
         LMCACHE_TRACK_USAGE="false",
         DO_NOT_TRACK="1",
         HF_HUB_DISABLE_TELEMETRY="1",
@@ -132,10 +135,12 @@ def child_env(config: StackConfig) -> dict[str, str]:
         PYTHONUNBUFFERED="1",
         PYTHONWARNINGS="ignore::FutureWarning",
     )
+    kept.pop("KV_REDIS_URL", None)
     if config.redis_url:
         parts = urlsplit(config.redis_url)
         # Not in the argument list, which every user of the machine can read.
         kept.update(
+            KV_REDIS_URL=config.redis_url,
             LMCACHE_RESP_USERNAME=unquote(parts.username or ""),
             LMCACHE_RESP_PASSWORD=unquote(parts.password or ""),
         )
@@ -229,7 +234,11 @@ def is_coordinator(config: StackConfig) -> bool:
 
 def server_settings(config: StackConfig) -> dict | None:
     """What the LMCache server on our HTTP port was started with, or None."""
-    base = f"http://{config.host}:{config.server_http_port}"
+    return settings_at(f"http://{config.host}:{config.server_http_port}")
+
+
+def settings_at(base: str) -> dict | None:
+    """What the LMCache server at a base URL was started with, or None."""
     if (get_json(f"{base}/healthcheck") or {}).get("status") != "healthy":
         return None
     answer = get_json(f"{base}/config")
@@ -246,6 +255,29 @@ def server_settings(config: StackConfig) -> dict | None:
         "disk_path": disk[0] if disk else None,
         "redis": redis[0] if redis else None,
     }
+
+
+def check_shares_nothing(config: StackConfig) -> None:
+    """Raise `StackError` if a running server of our coordinator has our name, folder or Redis.
+
+    Equal prompts have equal keys: what the one deletes would be gone for the other, whose
+    directory entries would stay.
+    """
+    url = f"http://{config.host}:{config.coordinator_port}/instances"
+    ours = {
+        "instance_id": config.instance_id,
+        "disk_path": config.disk_path,
+        "redis": config.redis_address,
+    }
+    for entry in (get_json(url) or {}).get("instances", []):
+        base = f"http://{entry['ip']}:{entry['http_port']}"
+        other = settings_at(base) or {}  # one that is dead is listed for a while
+        for field, value in ours.items():
+            if other.get(field) == value:
+                raise StackError(
+                    f"the LMCache server at {base} has {field} = {value!r} too: each server "
+                    "under one coordinator needs an instance_id, a disk_path and a Redis of its own"
+                )
 
 
 def running_services(config: StackConfig) -> list[str]:
@@ -311,12 +343,8 @@ def ping_redis(config: StackConfig) -> None:
     from redis.retry import Retry
 
     host, port = config.redis_address
-    parts = urlsplit(config.redis_url or "")
-    client = redis.Redis(
-        host=host,
-        port=port,
-        username=unquote(parts.username or "") or None,
-        password=unquote(parts.password or "") or None,
+    client = redis.Redis.from_url(
+        config.redis_url or f"redis://{host}:{port}",
         socket_timeout=HTTP_TIMEOUT_S,
         socket_connect_timeout=HTTP_TIMEOUT_S,
         retry=Retry(NoBackoff(), 0),

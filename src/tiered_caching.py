@@ -15,10 +15,10 @@ from typing import Any
 from background_tasks import JobQueue, Repeater
 from cache_controller import BaseController
 from caching_heuristics import HeuristicConfig
-from claim_recovery import recover_claims
+from claim_recovery import adopt_lost_claims, recover_claims
 from decision_log import DecisionLog, DecisionRecord, read_records
 from decision_metrics import DecisionMetrics
-from generation_job import Engine, Generation, prompt_digest, text_of
+from generation_job import Engine, Generation, metadata_of_each, prompt_digest, text_of
 from heuristic_settings import load_settings
 from kv_placement import KVPlacement
 from lmcache_http import LMCacheError, LMCacheUnavailable
@@ -138,8 +138,7 @@ class MultiTierCache:
 
     def set_llm(self, llm: Any) -> None:
         """Set the engine: anything with vLLM's ``generate(prompt, sampling_params)``."""
-        self._llm = llm
-        self._engine = Engine(llm)
+        self._llm, self._engine = llm, Engine(llm)
         self.controller.attach_engine(llm)
         if self._engine.vocab_size:
             self._measured.vocab_size = self._engine.vocab_size
@@ -217,11 +216,7 @@ class MultiTierCache:
         is_text, prompts = isinstance(prompts, str), list(prompts)
         if is_text or any(isinstance(prompt, int) for prompt in prompts):
             raise TypeError("prompts must be a list of prompts, got one prompt")
-        each = metadata if isinstance(metadata, (list, tuple)) else [metadata] * len(prompts)
-        if len(each) != len(prompts):
-            raise ValueError(
-                f"metadata must have {len(prompts)} items (one a prompt), got {len(each)}"
-            )
+        each = metadata_of_each(prompts, metadata)
         if not prompts:
             return []
         outputs, generate_s = self._generate(prompts, sampling_params)
@@ -230,13 +225,31 @@ class MultiTierCache:
             self._submit(prompt, output, given, generate_s / len(prompts), time_s)
         return [text_of(output) for output in outputs]
 
+    def measurable(self, sampling_params: Any) -> Any:
+        """Return sampling parameters from whose answer `manage` can measure a perplexity."""
+        return self._ready_engine().asking(sampling_params, self._measured.logprobs_wanted)
+
+    def manage(
+        self,
+        prompt: Any,
+        output: Any,
+        metadata: Mapping[str, float] | None = None,
+        generate_s: float = 0.0,
+    ) -> None:
+        """Place the KV cache of a generation that somebody else made; never raises.
+
+        For a server. `output` is as vLLM's RequestOutput; it took `generate_s` seconds.
+        """
+        self._start_sweeper()
+        self._submit(prompt, output, metadata, generate_s, self._now())
+
     def sweep(self, now_s: float | None = None) -> list[DecisionRecord]:
         """Take expired claims down the ladder now; returns a record for each."""
         swept: list[DecisionRecord] = []
         while not (self._sweeper and self._sweeper.must_stop):  # `recover` takes the rest up again
             with self._lock:
                 now = self._before_waiting(self.clock() if now_s is None else now_s)
-                self._adopt_lost_claims(now)
+                adopt_lost_claims(self._placement, now, self.config.base_ttl)
                 entries = self._placement.sweep(now)
             if not entries:
                 break
@@ -247,16 +260,6 @@ class MultiTierCache:
         """Return the time up to which all accesses are known: a decision that waits renews."""
         oldest = self._jobs.oldest() if self._jobs is not None else None
         return now_s if oldest is None or oldest.time_s is None else min(now_s, oldest.time_s)
-
-    def _adopt_lost_claims(self, now_s):
-        """Claim KV whose claim had to give way to others in a full table."""
-        if not self._placement.has_lost_claims:
-            return
-        try:
-            recover_claims(self._placement, (), now_s, self.config.base_ttl)
-            self._placement.has_lost_claims = False
-        except (LMCacheUnavailable, LMCacheError) as error:
-            logger.info("adopting KV without a claim waits: %s", error)
 
     def recover(self, log: str | Path | Iterable[DecisionRecord]) -> dict[str, int]:
         """Make the claims again that an earlier process has logged; see `recover_claims`.
@@ -284,10 +287,14 @@ class MultiTierCache:
     # ---- generating ------------------------------------------------------------------
 
     def _generate(self, prompts, sampling_params):
+        engine, logprobs = self._ready_engine(), self._measured.logprobs_wanted
+        self._start_sweeper()
+        return engine.generate(prompts, sampling_params, logprobs)
+
+    def _ready_engine(self):
         if self._llm is None:
             raise RuntimeError("no engine yet: call set_llm(llm) first")
-        self._start_sweeper()
-        return self._engine.generate(prompts, sampling_params, self._measured.logprobs_wanted)
+        return self._engine
 
     def _start_sweeper(self):
         try:

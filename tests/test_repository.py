@@ -34,8 +34,10 @@ def pins(lines):
     return {canonical(name): v for name, v in (line.split("==") for line in lines)}
 
 
-def requirement_lines():
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
+def requirement_lines(*names):
+    """The pins of the files, of both if none is named."""
+    names = names or ("requirements.txt", "requirements-agents.txt")
+    lines = [line for name in names for line in (ROOT / name).read_text().splitlines()]
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -55,11 +57,12 @@ def test_every_requirement_is_an_exact_pin():
     assert sorted({name for name in names if names.count(name) > 1}) == []
 
 
-@pytest.mark.parametrize("group", ["dependencies", "cpu", "dev"])
+@pytest.mark.parametrize("group", ["dependencies", "cpu", "dev", "agents"])
 def test_direct_pins_equal_the_lock(group):
     project = pyproject()["project"]
     direct = project.get(group) or project["optional-dependencies"][group]
-    locked = pins(requirement_lines())
+    own_file = f"requirements-{group}.txt"
+    locked = pins(requirement_lines(own_file if group == "agents" else "requirements.txt"))
     different = {n: (v, locked.get(n)) for n, v in pins(direct).items() if locked.get(n) != v}
     assert different == {}, "name: (pyproject.toml, requirements.txt)"
 

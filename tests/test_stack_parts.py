@@ -44,6 +44,8 @@ BAD_VALUES = {
     "block_size_tokens": [0, 1025],
     "l1_size_gb": [0, 5000, float("nan"), float("inf"), "1"],
     "eviction_policy": ["lru", "MRU", None],
+    "prefetch_policy": ["Retain", None],
+    "redis_client": ["valkey", None],
     "disk_path": ["", 3, "a\0b"],
     "run_dir": [" ", None],
     "start_timeout_s": [0.5, 601],
@@ -68,7 +70,7 @@ def test_bad_value_is_refused_by_name(name, value):
 
 def test_refusal_names_value_and_range():
     with pytest.raises(
-        ValueError, match="l1_size_gb = 5000 is not allowed: a number from 0.01 to 4096"
+        ValueError, match="l1_size_gb = 5000 is not allowed: a number from 0.001 to 4096"
     ):
         load_config(ROOT / "config.yaml", l1_size_gb=5000)
     with pytest.raises(ValueError, match="multiple of block_size_tokens = 32"):
@@ -110,11 +112,16 @@ def test_missing_file_and_empty_section(tmp_path):
     assert load_config(tmp_path / "c.yaml").coordinator_port == 9000
 
 
-def test_tls_redis_is_refused_with_reason_and_without_password():
-    with pytest.raises(ValueError, match="TLS") as caught:
-        StackConfig(redis_url="rediss://user:hunter2@example.org:6379")
-    assert "hunter2" not in str(caught.value)
-    assert "hunter2" not in repr(StackConfig(redis_url="redis://user:hunter2@example.org"))
+def test_redis_with_tls_takes_its_files_and_no_message_shows_the_password():
+    url = "rediss://user:hunter2@example.org:7000"
+    config = StackConfig(redis_url=url + "?ssl_ca_certs=ca.crt")
+    assert config.redis_address == ("example.org", 7000) and "hunter2" not in repr(config)
+    for end in ("/3", "?db=2", "?ssl_ca_certs=ca.crt&db=2", "#x"):
+        with pytest.raises(ValueError, match="not allowed") as caught:
+            StackConfig(redis_url=url + end)
+        assert "hunter2" not in str(caught.value)
+    with pytest.raises(ValueError, match="options"):
+        StackConfig(redis_url="redis://example.org?ssl_ca_certs=ca.crt")
 
 
 def test_password_is_decoded_and_travels_outside_the_arguments():

@@ -1,0 +1,369 @@
+"""`make serve`: an OpenAI-compatible server in which every request is managed.
+
+vLLM's own OpenAI routes on an engine whose generations go to `MultiTierCache`.
+What a client knows about a prompt rides in the request:
+``extra_body={"kv": {"perplexity": 12.5}}``. Loopback only, unless there is an API key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import os
+import shlex
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from caching_heuristics import HeuristicConfig
+from decision_log import DecisionLog
+from decision_metrics import DecisionMetrics
+from gateway_app import BODY_LIMIT, manage_app, openai_app, server_arguments
+from lmcache_http import LMCacheError, LMCacheUnavailable
+from managed_engine import ManagedEngine
+from run_session import be_quiet, managed, new_run_folder, progress, session_stack
+from tiered_caching import MultiTierCache
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+KEY_VARIABLE = "KV_API_KEY"
+_STOP_S = 3  # seconds that answers under way have to end
+_STREAMS = 2_048  # connections that may wait to be accepted
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A running gateway.
+
+    Parameters
+    ----------
+    base_url : str
+        For ``openai.OpenAI(base_url=...)``, with ``/v1``.
+    model : str
+        The model's name in requests.
+    cache : MultiTierCache
+        The manager; its `records` say what was decided.
+    engine : ManagedEngine
+        The engine; only for `loop`.
+    loop : LoopThread
+        Where it all runs.
+    """
+
+    base_url: str
+    model: str
+    cache: MultiTierCache
+    engine: ManagedEngine
+    loop: LoopThread
+
+    @property
+    def url(self) -> str:
+        """The server's URL, for ``/healthz`` and ``/metrics``."""
+        return self.base_url.removesuffix("/v1")
+
+
+@contextmanager
+def gateway(
+    stack: Any,
+    model: str,
+    port: int = 0,
+    *,
+    host: str = "127.0.0.1",
+    api_key: str | None = None,
+    log: DecisionLog | None = None,
+    config: HeuristicConfig | None = None,
+    perplexity: str = "generation",
+    body_limit: int = BODY_LIMIT,
+    server_options: Sequence[str] = (),
+    **engine_options: Any,
+) -> Iterator[Gateway]:
+    """Serve `model` on `stack` while the block runs, on a thread of its own.
+
+    Parameters
+    ----------
+    stack : LMCacheStack
+        Running; it must outlive the block.
+    model : str
+        A model's folder; see `demo_model.model_path`.
+    port : int
+        0 = any free port.
+    host : str
+        Only with an API key may it be another than loopback.
+    api_key : str, optional
+        What clients must send.
+    log : DecisionLog, optional
+        Gets every decision.
+    config : HeuristicConfig, optional
+        Default: the saved settings.
+    perplexity : str
+        ``"generation"``: measured, unless a client gives it; ``"off"``: only given.
+    body_limit, server_options
+        See `openai_app`, `server_arguments`.
+    engine_options
+        Engine arguments, such as ``max_model_len=4096``.
+
+    Raises
+    ------
+    ValueError, OSError
+        A host that needs an API key, or another wrong setting; the port cannot be had.
+    """
+    check_exposure(host, api_key)
+    name = model_name(model)
+    metrics = DecisionMetrics()
+    options = {"log": log, "metrics": metrics, "perplexity_source": perplexity}
+    with ExitStack() as exits:
+        listener = exits.enter_context(listening(host, port))
+        loop = exits.enter_context(LoopThread())
+        engine = exits.enter_context(async_engine(stack, model, loop, **engine_options))
+        cache = exits.enter_context(managed(stack, None, config, background=True, **options))
+        engine = ManagedEngine(engine, cache)
+        arguments = server_arguments(model, name, api_key, server_options)
+        app = loop.run(openai_app(engine, arguments, body_limit))
+        manage_app(app, cache, metrics)
+        url = exits.enter_context(serving(app, listener, loop))
+        yield Gateway(f"{url}/v1", name, cache, engine, loop)
+
+
+def check_exposure(host: str, api_key: str | None) -> None:
+    """Raise a ValueError where the network could use the server without a key."""
+    if host not in LOOPBACK and not api_key:
+        raise ValueError(
+            f"host must be loopback ({', '.join(LOOPBACK)}) without an API key, got {host!r}: "
+            f"set {KEY_VARIABLE} or give --api-key-file"
+        )
+
+
+def model_name(model: str) -> str:
+    """Return a model's name in requests: its folder's name; of a cached one, its hub id.
+
+    Examples
+    --------
+    >>> model_name("data/demo_model"), model_name("hub/models--google--gemma/snapshots/1f")
+    ('demo_model', 'google/gemma')
+    """
+    path = Path(model)
+    cached = path.parent.parent.name
+    if path.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.removeprefix("models--").replace("--", "/")
+    return path.name
+
+
+class LoopThread:
+    """An event loop on a thread of its own, for callers that are not asynchronous."""
+
+    def __enter__(self) -> LoopThread:
+        import uvloop  # comes with vLLM, whose own server uses it
+
+        self.loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="kv-gateway", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc_info: object) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+
+    def run(self, coroutine: Coroutine) -> Any:
+        """Return what a coroutine returns that runs on the loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    def call(self, function: Callable, *arguments: Any) -> Any:
+        """Return what a function returns that is called on the loop."""
+
+        async def call():
+            return function(*arguments)
+
+        return self.run(call())
+
+    def _run(self):
+        asyncio.set_event_loop(self.loop)
+        try:
+            self.loop.run_forever()
+            tasks = asyncio.all_tasks(self.loop)
+            for task in tasks:
+                task.cancel()
+            ended = asyncio.gather(*tasks, return_exceptions=True)
+            self.loop.run_until_complete(ended)
+        finally:
+            self.loop.close()
+
+
+@contextmanager
+def async_engine(stack: Any, model: str, loop: LoopThread, **options: Any) -> Iterator[Any]:
+    """Load vLLM's asynchronous engine on `loop`; shut it down before the stack goes.
+
+    An engine that has lost its LMCache server hangs when its process ends.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    options = {"use_tqdm_on_load": False, "served_model_name": model_name(model), **options}
+    arguments = AsyncEngineArgs(**stack.engine_kwargs(model, **options))
+    engines = []
+    try:
+        loop.call(lambda: engines.append(AsyncLLM.from_engine_args(arguments)))
+        yield engines[0]
+    finally:  # the loop comes to this when the engine is up, even if nobody waited for it
+        loop.call(_shut_down, engines)
+
+
+def _shut_down(engines):
+    for engine in engines:
+        engine.shutdown()
+        # Its finalizer would do it again, perhaps in an interpreter that is half gone.
+        engine.shutdown = lambda *_args, **_options: None
+
+
+@contextmanager
+def serving(app: Any, listener: socket.socket, loop: LoopThread) -> Iterator[str]:
+    """Serve an application on a bound socket while the block runs; gives its URL."""
+    import uvicorn
+
+    settings = uvicorn.Config(
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=_STOP_S, backlog=_STREAMS
+    )
+    server = uvicorn.Server(settings)  # outside the main thread it leaves signals alone
+    ended = asyncio.run_coroutine_threadsafe(server.serve(sockets=[listener]), loop.loop)
+    while not server.started:
+        if ended.done():
+            ended.result()
+            raise RuntimeError("the HTTP server ended at its start")
+        time.sleep(0.01)
+    try:
+        host, port = listener.getsockname()[:2]
+        yield f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    finally:
+        server.should_exit = True
+        ended.result()
+        gc.unfreeze()  # vLLM froze it for speed; what stays frozen is reported as a leak at exit
+
+
+@contextmanager
+def listening(host: str = "127.0.0.1", port: int = 0) -> Iterator[socket.socket]:
+    """Bind a socket for `serving`, before an engine is started in vain for a taken port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        yield listener
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until Ctrl-C or SIGTERM; returns the exit status."""
+    options = _options(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        _serve(options)
+    except KeyboardInterrupt:
+        print("\nstopped; nothing is left running that this command started", file=sys.stderr)
+        return 0
+    except (ValueError, RuntimeError, OSError) as error:  # settings, StackError, a taken port
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _interrupt(*_signal):
+    raise KeyboardInterrupt
+
+
+def _options(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--host", default="127.0.0.1", help="another one needs an API key")
+    parser.add_argument("--llm", help="model folder or hub id that is on this machine")
+    parser.add_argument("--config", default="config.yaml")
+    parser.add_argument("--redis-url", help="use this Redis instead of the embedded one")
+    parser.add_argument("--attach", action="store_true", help="use what `make up` runs")
+    parser.add_argument("--api-key-env", default=KEY_VARIABLE, metavar="NAME")
+    parser.add_argument("--api-key-file", type=Path, help="a file whose first line is the key")
+    parser.add_argument("--log", type=Path, help="folder of the decision log; claims in it count")
+    parser.add_argument("--perplexity", choices=("generation", "off"), default="generation")
+    parser.add_argument("--server-options", default="", help="more options of `vllm serve`")
+    return parser.parse_args(argv)
+
+
+def _serve(options):
+    api_key = read_key(options.api_key_file, options.api_key_env)
+    check_exposure(options.host, api_key)
+    folder = options.log or new_run_folder()
+    with ExitStack() as exits:
+        stack = exits.enter_context(_stack(options))
+        from demo_model import model_path
+
+        model = model_path(options.llm)
+        log = exits.enter_context(DecisionLog(folder))
+        settings = {
+            "host": options.host,
+            "api_key": api_key,
+            "log": log,
+            "perplexity": options.perplexity,
+            "server_options": shlex.split(options.server_options),
+        }
+        with progress(f"Loading vLLM with {model_name(model)}", about_s=25):
+            server = exits.enter_context(gateway(stack, model, options.port, **settings))
+        _recover(server.cache, folder)
+        print(_welcome(server, folder, bool(api_key)), flush=True)
+        threading.Event().wait()
+
+
+def read_key(file: Path | None, variable: str = KEY_VARIABLE) -> str | None:
+    """Return the API key: the first line of a file, else an environment variable, else None.
+
+    Raises
+    ------
+    ValueError
+        The file has no key in its first line.
+    OSError
+        The file cannot be read.
+    """
+    if file is None:
+        return os.environ.get(variable) or None
+    lines = file.read_text().splitlines()
+    if not lines or not lines[0].strip():
+        raise ValueError(f"the first line of {file} must be the API key, it is empty")
+    return lines[0].strip()
+
+
+def _stack(options):
+    """Return a context manager of the stack: one of its own, or the one that runs."""
+    if not options.attach:
+        return session_stack(options.config, options.redis_url)
+    from lmcache_stack import LMCacheStack, load_config
+
+    be_quiet()
+    overrides = {"redis_url": options.redis_url} if options.redis_url else {}
+    return LMCacheStack(load_config(options.config, **overrides))
+
+
+def _recover(cache, folder):
+    """Claim what an earlier process has claimed, and KV that nobody has (of an attached stack)."""
+    try:
+        found = cache.recover(folder)
+    except (LMCacheUnavailable, LMCacheError) as error:
+        print(f"KV without a claim was not looked for: {error}", file=sys.stderr)
+    else:
+        if any(found.values()):
+            print("From before: " + ", ".join(f"{n} {what}" for what, n in found.items()))
+
+
+def _welcome(server, folder, has_key):
+    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if has_key else ""
+    body = f'{{"model": "{server.model}", "prompt": "What is a KV cache?", "max_tokens": 16}}'
+    return (
+        f"\nServing {server.model} at {server.base_url} (Ctrl-C ends it)\n"
+        f"  curl {server.base_url}/completions{key} -H 'Content-Type: application/json' "
+        f"-d '{body}'\n"
+        f"  {server.url}/healthz    {server.url}/metrics\n"
+        f"  decisions: {folder}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

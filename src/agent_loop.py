@@ -1,0 +1,315 @@
+"""Several agents in a LangGraph loop that share a system prompt, on a clock that jumps.
+
+A ticket goes round among the agents; later it comes back. Where each chunk of KV cache is
+in between is read from LMCache's directory after every event.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypedDict
+
+import numpy as np
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+
+from agent_session import SessionClock
+from agent_tools import ManagedChatModel
+from caching_heuristics import TIERS, HeuristicConfig
+from decision_log import DecisionRecord
+from decision_panels import TIER_COLOURS, tier_keys
+from demo_model import CODE_PROMPT, PROSE_PROMPT, random_characters
+from run_session import managed
+from tiered_caching import MultiTierCache
+
+try:
+    from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
+    from langgraph.graph import END, START, StateGraph
+except ImportError as error:
+    raise ImportError(
+        f"agent_loop needs LangGraph ({error}): run `make install-agents`, which installs the "
+        "extra kv-cache-ttl-kit[agents] with the pins of requirements-agents.txt"
+    ) from error
+
+HOUSE_RULES = "You are one of several agents that work on a ticket together.\n" + "".join(
+    f"{n}. {rule}\n"
+    for n, rule in enumerate(
+        (
+            "Read the whole ticket and all answers before you answer.",
+            "Name the file and the line for every finding.",
+            "Prefer a small change that can be tested.",
+            "Say what you measured and what you only assume.",
+            "Never print a password, a token or a private key.",
+            "If two answers are possible, give the simpler one first.",
+        )
+        * 2,
+        start=1,
+    )
+)
+ROLES = {
+    "planner": "You are the planner. Split the ticket into steps, and say who does which step.",
+    "engineer": "You are the engineer. Write the change for the next step, and nothing else.",
+    "reviewer": "You are the reviewer. Say what is wrong with the last change, or that it is good.",
+}
+TICKETS = {
+    "code": f"Add a method that tells when the next call is allowed.\n{CODE_PROMPT}",
+    "prose": f"Rewrite this page for new users.\n{PROSE_PROMPT}",
+    "log": f"What does this dump mean?\n{random_characters(400, seed=0)}",
+}
+_HOUR = 3600.0
+# When each ticket comes, hours after the start: morning, afternoon, night.
+VISITS = (
+    *((0.0, "code"), (0.3, "prose"), (0.6, "log"), (0.9, "code")),
+    *((6.0, "prose"), (6.4, "code"), (6.8, "code")),
+    *((14.0, "code"), (14.3, "log"), (14.6, "code")),
+)
+THINK_S = 120.0  # between two turns
+
+
+class Conversation(TypedDict):
+    """What goes round: the messages so far, the number of turns, when the next one is."""
+
+    messages: Annotated[list[AnyMessage], operator.add]
+    turns: int
+    at_s: float
+
+
+@dataclass
+class LoopRun:
+    """What a loop left behind.
+
+    Parameters
+    ----------
+    start_s : float
+        Unix time at which the session's clock began.
+    records : list of DecisionRecord
+        Generations and TTLs that ended, in order.
+    agents, tickets, turns : dict
+        Prompt digest -> whose turn it was, about which ticket, and which turn it was.
+    snapshots : list of (float, dict)
+        Seconds since the start, and chunk key -> hottest tier, after every event.
+    """
+
+    start_s: float
+    records: list[DecisionRecord] = field(default_factory=list)
+    agents: dict[str, str] = field(default_factory=dict)
+    tickets: dict[str, str] = field(default_factory=dict)
+    turns: dict[str, int] = field(default_factory=dict)
+    snapshots: list[tuple[float, Mapping[str, str]]] = field(default_factory=list)
+    seen: int = 0  # records of the manager that were looked at
+
+    @property
+    def labels(self) -> list[str]:
+        """A name for each record, such as "code 1: planner"."""
+        digests = [record.prompt_digest for record in self.records]
+        return [f"{self.tickets[d]} {self.turns[d]}: {self.agents[d]}" for d in digests]
+
+
+def loop_model(
+    stack: Any, llm: Any, config: HeuristicConfig | None = None, **options: Any
+) -> ManagedChatModel:
+    """Return a chat model over a manager of its own, on a `SessionClock`.
+
+    `options` go to `MultiTierCache`; close ``model.kv_cache`` in the end.
+    """
+    clock = SessionClock(time.time())
+    cache = managed(stack, llm, config, clock=clock, sweep_every_s=None, **options)
+    return ManagedChatModel(kv_cache=cache, max_tokens=24)
+
+
+def agent_graph(model: ManagedChatModel, run: LoopRun, ticket: str, turns: int = 6) -> Any:
+    """Return a LangGraph graph in which the agents of `ROLES` take turns at a ticket.
+
+    Parameters
+    ----------
+    model : ManagedChatModel
+        Answers for all agents; its manager is on a `SessionClock`.
+    run : LoopRun
+        Gets each turn.
+    ticket : str
+        Its name.
+    turns : int
+        After as many, the conversation ends.
+    """
+    graph = StateGraph(Conversation)
+    for name in ROLES:
+        graph.add_node(name, _agent(model, run, name, ticket))
+    names = list(ROLES)
+    graph.add_edge(START, names[0])
+    for name, following in zip(names, names[1:] + names[:1]):
+        graph.add_conditional_edges(name, _next_or_end(following, turns), [following, END])
+    return graph.compile()
+
+
+def _agent(model, run, name, ticket):
+    """Return a node: think, answer, hand on."""
+
+    def speak(state: Conversation) -> dict[str, Any]:
+        wait_until(model.kv_cache, run, state["at_s"])
+        system = SystemMessage(f"{HOUSE_RULES}\n{ROLES[name]}")
+        answer = model.invoke([system, *state["messages"]])
+        digest = answer.response_metadata["kv"]["prompt_digest"]
+        turn = state["turns"] + 1
+        run.agents[digest], run.tickets[digest], run.turns[digest] = name, ticket, turn
+        _note(model.kv_cache, run)
+        said = HumanMessage(f"{name}: {answer.content}")  # to the others it is somebody else's
+        return {"messages": [said], "turns": turn, "at_s": state["at_s"] + THINK_S}
+
+    return speak
+
+
+def _next_or_end(following, turns):
+    return lambda state: END if state["turns"] >= turns else following
+
+
+def run_loop(
+    model: ManagedChatModel,
+    visits: Iterable[tuple[float, str]] = VISITS,
+    turns: int = 6,
+    progress: bool = True,
+) -> LoopRun:
+    """Let the agents work on each ticket when it comes, hours after the start.
+
+    Parameters
+    ----------
+    model : ManagedChatModel
+        See `loop_model`.
+    visits : iterable of (float, str)
+        Hours since the start, rising, and a name of `TICKETS`.
+    turns : int
+        Of each conversation.
+    progress : bool
+        Show a bar.
+    """
+    from tqdm.auto import tqdm
+
+    run = LoopRun(model.kv_cache.clock.start_s, seen=len(model.kv_cache.records))
+    for hours, ticket in tqdm(list(visits), desc="conversations", disable=not progress):
+        start = {"messages": [HumanMessage(TICKETS[ticket])], "turns": 0, "at_s": hours * _HOUR}
+        agent_graph(model, run, ticket, turns).invoke(start)
+    return run
+
+
+def wait_until(cache: MultiTierCache, run: LoopRun, at_s: float) -> None:
+    """Let the clock jump to `at_s` seconds after the start, and TTLs end on the way."""
+    clock = cache.clock
+    while (due_s := cache.claims.next_due_s - clock.start_s + 0.001) < at_s:
+        clock.advance(due_s)
+        cache.sweep()
+        _note(cache, run)
+    clock.advance(at_s)
+
+
+def _note(cache, run):
+    """Take over the new records, and look where every chunk is now."""
+    new, run.seen = list(cache.records)[run.seen :], len(cache.records)
+    run.records += [r for r in new if r.prompt_digest in run.agents]  # others' too are there
+    layout = cache.controller.layout_of()
+    held = layout.of(cache.controller.instance_id)
+    hottest = {key: tiers[0] for key, tiers in zip(layout.keys, held) if tiers}
+    run.snapshots.append((cache.clock() - run.start_s, hottest))
+
+
+# ---- the picture ---------------------------------------------------------------------------
+
+_RULES, _ROLE = "house rules, all agents", "roles, all tickets"
+_ORDER = (_RULES, _ROLE, *(f"{ticket}: {agent}" for ticket in TICKETS for agent in ROLES))
+
+
+def chunk_groups(run: LoopRun) -> dict[str, str]:
+    """Return whose each chunk is: chunk key -> group, in the order of the prompts.
+
+    A chunk in prompts of several agents belongs to the house rules; one in several
+    tickets to an agent's role; any other to an agent's work on one ticket.
+    """
+    users: dict[str, set[tuple[str, str]]] = {}
+    for record in run.records:
+        if record.kind == "generation":
+            who = (run.agents[record.prompt_digest], run.tickets[record.prompt_digest])
+            for key in record.chunk_keys:
+                users.setdefault(key, set()).add(who)
+    return {key: _group(pairs) for key, pairs in users.items()}
+
+
+def _group(pairs):
+    agents, tickets = ({pair[at] for pair in pairs} for at in (0, 1))
+    if len(agents) > 1:
+        return _RULES
+    if len(tickets) > 1:
+        return _ROLE
+    return f"{min(tickets)}: {min(agents)}"
+
+
+def plot_chunks(run: LoopRun) -> Figure:
+    """Draw where each chunk of KV cache was over time: a row a chunk, in its tier's colour.
+
+    Parameters
+    ----------
+    run : LoopRun
+        Its snapshots are of LMCache's directory, so this is where KV was, not where it
+        was wanted. White = nowhere.
+    """
+    groups = chunk_groups(run)
+    order = [name for name in _ORDER if name in set(groups.values())]
+    keys = [key for name in order for key in groups if groups[key] == name]
+    times_h = np.array([at_s for at_s, _ in run.snapshots]) / _HOUR
+    codes = np.array([[_code(held.get(key)) for _, held in run.snapshots] for key in keys])
+    figure = Figure(figsize=(10, 1.5 + 0.045 * len(keys) + 0.1 * len(order)), layout="constrained")
+    axes = figure.subplots()
+    edges_h = np.append(times_h, times_h[-1] + max(times_h[-1] * 0.02, 0.01))
+    colours = ListedColormap(["white", *(TIER_COLOURS[tier] for tier in TIERS)])
+    norm = BoundaryNorm(np.arange(5) - 0.5, 4)
+    axes.pcolormesh(edges_h, np.arange(len(keys) + 1), codes, cmap=colours, norm=norm)
+    _mark_groups(axes, [groups[key] for key in keys], order)
+    axes.set(xlabel="hours since start", ylim=(len(keys), 0))
+    figure.legend(handles=tier_keys(), loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def _code(tier):
+    return 0 if tier is None else 1 + TIERS.index(tier)
+
+
+def _mark_groups(axes, groups: Sequence[str], order):
+    """Name each group at its middle, and draw a line between two of them."""
+    middles = []
+    for name in order:
+        first, count = groups.index(name), groups.count(name)
+        middles.append(first + count / 2)
+        axes.axhline(first, color="white", lw=2)
+    names = [f"{name} ({groups.count(name)})" for name in order]  # chunks
+    axes.set_yticks(middles, names, fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def turn_table(run: LoopRun) -> Any:
+    """Return one row a turn as a DataFrame: who, what was known, what was decided, hits."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {
+                "hours": round((r.time_s - run.start_s) / _HOUR, 2),
+                "ticket": run.tickets[r.prompt_digest],
+                "agent": run.agents[r.prompt_digest],
+                "tokens": r.prompt_tokens,
+                "perplexity": round(r.metadata.get("perplexity", np.nan), 1),
+                "uses": r.metadata.get("access_count"),
+                "variance": round(r.metadata.get("time_variance", np.nan), 2),
+                "TTL (s)": round(r.ttl_s or 0),
+                "wanted": r.wanted_tier,
+                **{f"hit {tier}": r.hit_tokens.get(tier, 0) for tier in TIERS},
+                "moves": ", ".join(_arrow(m) for m in r.moves if m["moved_chunks"]),
+            }
+            for r in run.records
+            if r.kind == "generation"
+        ]
+    )
+
+
+def _arrow(move):
+    return f"{move['from']}→{move['to']} {move['moved_chunks']}"

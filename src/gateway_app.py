@@ -1,0 +1,238 @@
+"""The gateway's HTTP side: vLLM's own OpenAI routes, metadata in ``kv``, health and metrics.
+
+Only the routes named here exist: vLLM's application has more, and some of them
+generate without asking for the API key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from caching_heuristics import HeuristicConfig
+from decision_metrics import DecisionMetrics
+from lmcache_http import LMCacheError, LMCacheUnavailable
+from managed_engine import KV_METADATA
+from tiered_caching import MultiTierCache
+
+BODY_LIMIT = 4 * 2**20  # bytes: some million tokens
+KV_FIELDS = ("perplexity", "time_variance", "access_count", "seconds_since_access")
+_REFUSED = {  # a field of the body -> why it is refused
+    "use_beam_search": "every step of every beam would be a generation",
+    "kv_transfer_params": "the manager decides which KV cache is kept",
+}
+
+
+def server_arguments(
+    model: str, name: str, api_key: str | None = None, options: Sequence[str] = ()
+) -> Any:
+    """Return vLLM's server settings.
+
+    Parameters
+    ----------
+    model, name : str
+        The model's folder, and its name in requests.
+    api_key : str, optional
+        Without it, no request under ``/v1`` is answered.
+    options : sequence of str
+        Server options of ``vllm serve``, such as ``--enable-auto-tool-choice``.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    arguments = parser.parse_args(["--model", model, "--served-model-name", name, *options])
+    arguments.api_key = [api_key] if api_key else None
+    # vLLM's default lets every web page that the user has open ask this server.
+    arguments.allowed_origins = []
+    return arguments
+
+
+async def openai_app(engine: Any, arguments: Any, body_limit: int = BODY_LIMIT) -> Any:
+    """Return vLLM's routes ``/v1/models``, ``/v1/completions`` and ``/v1/chat/completions``."""
+    from fastapi import FastAPI
+    from starlette.middleware import Middleware
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.utils.server_utils import lifespan
+    from vllm.entrypoints.openai.chat_completion.api_router import attach_router as attach_chat
+    from vllm.entrypoints.openai.completion.api_router import attach_router as attach_completion
+    from vllm.entrypoints.openai.models.api_router import attach_router as attach_models
+    from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+    from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
+
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
+    for attach in (attach_models, attach_completion, attach_chat):
+        attach(app)
+    init_exception_handler(app)
+    init_entrypoints_middleware(arguments, app, ("generate",))
+    # The innermost one: without the API key nobody can have bodies buffered here.
+    app.user_middleware.append(Middleware(BodyLimit, limit=body_limit))
+    await init_app_state(engine, app.state, arguments, ("generate",))
+    app.state.openai_serving_chat_batch = None  # "not implemented": one `kv` for many prompts
+    # vLLM's server ends itself after the engine; this one stays, to say what happened.
+    app.state.server = SimpleNamespace(should_exit=False)
+    return app
+
+
+def manage_app(app: Any, cache: MultiTierCache, metrics: DecisionMetrics) -> None:
+    """Read ``kv`` from every request of `openai_app`; add ``/healthz`` and ``/metrics``."""
+    from fastapi import Response
+    from fastapi.responses import JSONResponse
+
+    state = app.state
+    chat, completion = state.openai_serving_chat, state.openai_serving_completion
+    chat.create_chat_completion = _with_kv(chat.create_chat_completion, cache.config)
+    completion.create_completion = _with_kv(completion.create_completion, cache.config)
+
+    def healthz():  # not async: asking LMCache must not hold the event loop up
+        health = health_of(state.engine_client, cache, metrics)
+        return JSONResponse(health, 200 if health["engine"] == "running" else 503)
+
+    def show_metrics():
+        return Response(metrics_text(metrics), media_type="text/plain; version=0.0.4")
+
+    app.add_api_route("/healthz", healthz)
+    app.add_api_route("/metrics", show_metrics)
+
+
+def health_of(engine: Any, cache: MultiTierCache, metrics: DecisionMetrics) -> dict[str, Any]:
+    """Return what ``/healthz`` shows: engine, LMCache, manager, and one word for all."""
+    engine_state = "dead" if engine.errored else "running"
+    try:
+        cache.controller.check_health()
+        lmcache = "running"
+    except (LMCacheUnavailable, LMCacheError) as error:
+        lmcache = f"away: {error}"
+    healthy = "ok" if lmcache == "running" else "degraded"  # generation goes on without it
+    return {
+        "status": healthy if engine_state == "running" else "engine dead",
+        "engine": engine_state,
+        "lmcache": lmcache,
+        "manager": {
+            "queue_depth": _sum(metrics, "kvttl_queue_depth"),
+            "live_claims": _sum(metrics, "kvttl_live_claims"),
+            "not_managed": _sum(metrics, "kvttl_not_managed_total"),
+            "shed": _sum(metrics, "kvttl_shed_total"),
+        },
+    }
+
+
+def _sum(metrics, name):
+    families = metrics.registry.collect()
+    return int(sum(s.value for family in families for s in family.samples if s.name == name))
+
+
+def metrics_text(metrics: DecisionMetrics) -> bytes:
+    """Return vLLM's metrics and this kit's in Prometheus' text format."""
+    from prometheus_client import generate_latest
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    return generate_latest(get_prometheus_registry()) + generate_latest(metrics.registry)
+
+
+def _with_kv(create, config):
+    """Wrap one of vLLM's ``create_...`` so that the engine knows the request's metadata."""
+    from vllm.entrypoints.serve import create_error_response
+
+    async def create_managed(request, raw_request=None):
+        try:
+            refuse_fields(request)
+            metadata = kv_of(request, config)
+        except ValueError as error:
+            return create_error_response(str(error), param="kv")
+        before = KV_METADATA.set(metadata)
+        try:
+            return await create(request, raw_request)
+        finally:
+            KV_METADATA.reset(before)
+
+    return create_managed
+
+
+def refuse_fields(request: Any) -> None:
+    """Raise a ValueError for a request with a field that cannot be managed."""
+    for name, reason in _REFUSED.items():
+        if getattr(request, name, None):
+            raise ValueError(f"{name} is not possible: {reason}")
+
+
+def kv_of(request: Any, config: HeuristicConfig) -> Mapping[str, float] | None:
+    """Return the metadata in a request's ``kv``; None if it has none.
+
+    Raises
+    ------
+    ValueError
+        Names the field, its value and the allowed range.
+
+    Examples
+    --------
+    >>> kv_of(SimpleNamespace(kv={"perplexity": 12.5}), HeuristicConfig())
+    {'perplexity': 12.5}
+    >>> kv_of(SimpleNamespace(kv={"time_variance": 3}), HeuristicConfig())
+    Traceback (most recent call last):
+        ...
+    ValueError: kv: time_variance must be 0..1, got 3.0
+    """
+    given = getattr(request, "kv", None)
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise ValueError(f"kv must be an object with numbers, got {given!r:.80}")
+    for name, value in given.items():
+        _check_field(name, value)
+    try:
+        config.ttl(given), config.tier(given)
+    except ValueError as error:
+        raise ValueError(f"kv: {error}") from None
+    return given
+
+
+def _check_field(name, value):
+    if name not in KV_FIELDS:
+        close = difflib.get_close_matches(name, KV_FIELDS, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"kv: unknown field {name!r:.80}{hint}; known: {', '.join(KV_FIELDS)}")
+    if isinstance(value, (list, dict, str)):  # the heuristics would take a list as an array
+        raise ValueError(f"kv: {name} must be one number, got {value!r:.80}")
+
+
+class BodyLimit:
+    """ASGI middleware that answers 413 to a body over `limit` bytes, announced or not."""
+
+    def __init__(self, app: Any, limit: int) -> None:
+        self._app, self._limit = app, limit
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Read the body, then let the application read it again."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        # A body that is announced is read too where it is small enough: this knows no liars.
+        too_large = announced.isdigit() and int(announced) > self._limit
+        messages, size = [], 0
+        more = not too_large
+        while more:
+            message = await receive()
+            messages.append(message)
+            size += len(message.get("body", b""))
+            too_large = size > self._limit
+            more = message.get("more_body", False) and not too_large
+        if too_large:
+            return await self._refuse(send)
+
+        async def receive_again():
+            return messages.pop(0) if messages else await receive()
+
+        return await self._app(scope, receive_again, send)
+
+    async def _refuse(self, send):
+        text = f"the body is larger than {self._limit} bytes, the limit of this server"
+        error = {"message": text, "type": "Request Entity Too Large", "param": None, "code": 413}
+        body = json.dumps({"error": error}).encode()
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        headers.append((b"content-length", str(len(body)).encode()))
+        await send({"type": "http.response.start", "status": 413, "headers": headers})
+        await send({"type": "http.response.body", "body": body})

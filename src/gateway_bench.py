@@ -1,0 +1,254 @@
+"""`make bench-gateway`: what the gateway adds to a request, and 50 streams at once.
+
+On one engine, in turns: the engine called on its own event loop, vLLM's OpenAI server
+without management, and the gateway; there also with requests that bring their
+perplexity, so that none is measured, and with requests that come while the decision
+about the one before is made ("busy"; the others come after it). The HTTP client is
+another process. Every prompt is new, so that no request is served from LMCache. Ends
+with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import json
+import multiprocessing
+import random
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agent_gateway import Gateway, gateway, listening, serving
+from gateway_app import openai_app, server_arguments
+from overhead_bench import machine
+from run_session import session_stack
+
+REPORT = Path("data/reports/gateway.json")
+MAX_TOKENS = 16
+STREAMS = 50
+_ROUNDS = 3  # of streams
+_WORDS = 150  # of a prompt
+_TURN = 5  # requests of one way in a row
+# After each, for all ways alike: LMCache stores KV cache after the answer, and a decision
+# may move it; whoever comes meanwhile shares the processor with that.
+_PAUSE_S = 0.1
+_WAYS = ("engine", "vllm_server", "gateway", "gateway_perplexity_given", "gateway_busy")
+_VOCABULARY = "cache tensor prefix token block chunk tier model agent server queue worker".split()
+
+
+def prompt_of(rng: random.Random, words: int = _WORDS) -> str:
+    """Return a prompt that no other request had."""
+    return " ".join([f"{rng.getrandbits(64):x}", *rng.choices(_VOCABULARY, k=words)])
+
+
+@contextmanager
+def plain_server(server: Gateway, model: str) -> Iterator[str]:
+    """Serve the gateway's engine a second time, without management; gives the base URL."""
+    engine = server.engine.unmanaged
+    arguments = server_arguments(model, server.model)
+    app = server.loop.run(openai_app(engine, arguments))
+    with listening() as listener, serving(app, listener, server.loop) as url:
+        yield f"{url}/v1"
+
+
+async def time_in_engine(engine: Any, prompts: Sequence[str]) -> list[float]:
+    """Return the seconds that each generation takes on the engine's own event loop."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling = SamplingParams(
+        temperature=0.0,
+        max_tokens=MAX_TOKENS,
+        ignore_eos=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    seconds = []
+    for prompt in prompts:
+        start_s = time.perf_counter()
+        async for _ in engine.generate(prompt, sampling, str(uuid.uuid4())):
+            pass
+        seconds.append(time.perf_counter() - start_s)
+    return seconds
+
+
+def time_over_http(
+    base_url: str, model: str, prompts: Sequence[str], kv: dict | None = None
+) -> list[float]:
+    """Return the seconds that each request takes with the `openai` client."""
+    client, seconds = _client(base_url), []
+    client.models.list()  # connects, if it is not connected any more
+    for prompt in prompts:
+        start_s = time.perf_counter()
+        client.completions.create(**_asked(model, prompt, kv))
+        seconds.append(time.perf_counter() - start_s)
+    return seconds
+
+
+@functools.cache
+def _client(base_url):
+    import openai
+
+    return openai.OpenAI(base_url=base_url, api_key="none", max_retries=0)
+
+
+def time_streams(base_url: str, model: str, prompts: Sequence[str]) -> list[tuple[float, str]]:
+    """Ask for a stream of each prompt at once; returns seconds to the first token, and errors."""
+
+    async def all_of_them():
+        import openai
+
+        async with openai.AsyncOpenAI(
+            base_url=base_url, api_key="none", max_retries=0, timeout=120
+        ) as client:
+            streams = [_stream(client, _asked(model, prompt)) for prompt in prompts]
+            return await asyncio.gather(*streams)
+
+    return asyncio.run(all_of_them())
+
+
+async def _stream(client, asked):
+    start_s, first_s, tokens = time.perf_counter(), float("nan"), 0
+    try:
+        usage = {"include_usage": True}
+        async for part in await client.completions.create(
+            **asked, stream=True, stream_options=usage
+        ):
+            first_s = first_s if tokens or not part.choices else time.perf_counter() - start_s
+            tokens += len(part.choices)
+        if part.usage.completion_tokens != MAX_TOKENS:
+            return first_s, f"{part.usage.completion_tokens} tokens instead of {MAX_TOKENS}"
+    except Exception as error:
+        return first_s, f"{type(error).__name__}: {error}"
+    return first_s, ""
+
+
+def _asked(model, prompt, kv=None):
+    return {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": MAX_TOKENS,
+        "temperature": 0.0,
+        "extra_body": {"ignore_eos": True, "kv": kv},
+    }
+
+
+def compare_ways(
+    server: Gateway, plain_url: str, client: Executor, requests: int, rng: random.Random
+) -> dict[str, float]:
+    """Time the ways in turns; returns percentiles and what the gateway adds."""
+    times: dict[str, list[float]] = {way: [] for way in _WAYS}
+    turns = -(-requests // _TURN)
+    for turn in range(turns + 1):  # the first one warms up
+        for way in rng.sample(_WAYS, k=len(_WAYS)):
+            at_once = _TURN if way.endswith("busy") else 1
+            for _ in range(_TURN // at_once):
+                prompts = [prompt_of(rng) for _ in range(at_once)]
+                taken = _time_way(way, server, plain_url, client, prompts)
+                server.cache.flush()
+                time.sleep(_PAUSE_S)
+                times[way] += taken if turn else []
+    figures = {k: v for way in _WAYS for k, v in percentiles(way, times[way]).items()}
+    p50 = {way: figures[f"{way}_p50_ms"] for way in _WAYS}
+    for way in _WAYS[2:]:
+        figures[f"{way}_adds_to_vllm_server_p50_ms"] = p50[way] - p50["vllm_server"]
+        figures[f"{way}_adds_to_engine_p50_ms"] = p50[way] - p50["engine"]
+    figures["requests_of_each"] = turns * _TURN
+    return figures
+
+
+def _time_way(way, server, plain_url, client, prompts):
+    if way == "engine":
+        return server.loop.run(time_in_engine(server.engine.unmanaged, prompts))
+    url = plain_url if way == "vllm_server" else server.base_url
+    kv = {"perplexity": 25.0} if way.endswith("given") else None
+    return client.submit(time_over_http, url, server.model, prompts, kv).result()
+
+
+def compare_streams(
+    server: Gateway, plain_url: str, client: Executor, rng: random.Random
+) -> dict[str, Any]:
+    """Start `STREAMS` streams at once, on vLLM's server and on the gateway, in turns."""
+    figures: dict[str, Any] = {"streams": STREAMS, "streams_rounds": _ROUNDS}
+    answers: dict[str, list] = {"vllm_server": [], "gateway": []}
+    for name in [*answers] * _ROUNDS:
+        url = plain_url if name == "vllm_server" else server.base_url
+        prompts = [prompt_of(rng) for _ in range(STREAMS)]
+        answers[name] += client.submit(time_streams, url, server.model, prompts).result()
+        server.cache.flush()
+    for name, rounds in answers.items():
+        first_s = [seconds for seconds, error in rounds if not error]
+        errors = [error for _, error in rounds if error]
+        figures |= percentiles(f"streams_{name}_ttft", first_s)
+        figures[f"streams_{name}_errors"] = len(errors)
+        for error in errors[:3]:
+            print(f"{name}: {error}", file=sys.stderr)
+    return figures
+
+
+def percentiles(name: str, seconds: Sequence[float]) -> dict[str, float]:
+    """Return the 50th, 90th and 99th percentile in ms."""
+    values = np.percentile(np.array(seconds) * 1e3, (50, 90, 99)) if seconds else [np.nan] * 3
+    return {f"{name}_p{q}_ms": float(value) for q, value in zip((50, 90, 99), values)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark, write `REPORT`, print the figures; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="config.yaml")
+    parser.add_argument("--requests", type=int, default=80, help="of each way")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--perplexity", choices=("generation", "off"), default="generation")
+    options = parser.parse_args(argv)
+    figures = _measure(options)
+    versions = {name: version(name) for name in ("openai", "fastapi", "uvicorn")}
+    settings = {"seed": options.seed, "perplexity": options.perplexity}
+    report = {**settings, **machine(), "server_versions": versions, **figures}
+    REPORT.parent.mkdir(parents=True, exist_ok=True)
+    REPORT.write_text(json.dumps(report, indent=1) + "\n")
+    _explain(figures)
+    rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()}
+    print(json.dumps(rounded))
+    return 0
+
+
+def _measure(options):
+    rng = random.Random(options.seed)
+    with ExitStack() as exits:
+        # A client in this process would share the interpreter lock with the server.
+        spawn = multiprocessing.get_context("spawn")
+        client = exits.enter_context(ProcessPoolExecutor(1, mp_context=spawn))
+        stack = exits.enter_context(session_stack(options.config))
+        from demo_model import model_path
+
+        model = model_path()
+        server = exits.enter_context(gateway(stack, model, perplexity=options.perplexity))
+        plain_url = exits.enter_context(plain_server(server, model))
+        figures = compare_ways(server, plain_url, client, options.requests, rng)
+        figures |= compare_streams(server, plain_url, client, rng)
+        generations = [r for r in server.cache.records if r.kind == "generation"]
+        figures["not_managed"] = sum(bool(record.error) for record in generations)
+        return {**figures, "managed": len(generations)}
+
+
+def _explain(figures):
+    for way in (*_WAYS, "streams_vllm_server_ttft", "streams_gateway_ttft"):
+        values = [figures[f"{way}_p{q}_ms"] for q in (50, 90, 99)]
+        print("{:26} p50 {:8.2f}  p90 {:8.2f}  p99 {:8.2f} ms".format(way, *values))
+    for way in _WAYS[2:]:
+        added = [figures[f"{way}_adds_to_{peer}_p50_ms"] for peer in ("vllm_server", "engine")]
+        print("{}: {:+.2f} ms (p50) to vLLM's server, {:+.2f} ms to the engine".format(way, *added))
+    print(f"{figures['streams']} streams at once: {figures['streams_gateway_errors']} errors\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""An asynchronous vLLM engine whose every generation is managed: servers are built on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from contextvars import ContextVar
+from typing import Any
+
+from tiered_caching import MultiTierCache
+
+# What the caller of the current request knows about its prompt; see `compute_ttl`.
+KV_METADATA: ContextVar[Mapping[str, float] | None] = ContextVar("kv_metadata", default=None)
+
+
+class ManagedEngine:
+    """Passes everything on to vLLM's `AsyncLLM`, and each generation to the manager.
+
+    Parameters
+    ----------
+    engine : vllm.v1.engine.async_llm.AsyncLLM
+        Connected to LMCache; see `LMCacheStack.engine_kwargs`.
+    cache : MultiTierCache
+        In background mode, or the event loop waits for every decision. Its engine is set.
+
+    Notes
+    -----
+    A generation that its client gives up is managed too: its prompt was used, and
+    the KV cache of what was computed is in LMCache.
+    """
+
+    def __init__(self, engine: Any, cache: MultiTierCache) -> None:
+        self.unmanaged, self._cache = engine, cache
+        cache.set_llm(engine)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unmanaged, name)
+
+    def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
+    ) -> AsyncIterator[Any]:
+        """Return vLLM's outputs of a request, which is managed when they end.
+
+        The request's `KV_METADATA` is what it is at this call.
+
+        Raises
+        ------
+        ValueError
+            For what would end the engine, or leave KV cache that nobody can manage.
+        """
+        self._check(prompt, sampling_params)
+        metadata = KV_METADATA.get()
+        if "perplexity" not in (metadata or ()):  # else there is nothing left to measure
+            sampling_params = self._cache.measurable(sampling_params)
+        outputs = self.unmanaged.generate(prompt, sampling_params, request_id, **options)
+        return self._managed(outputs, prompt, sampling_params, metadata)
+
+    def _check(self, prompt, sampling_params):
+        if getattr(sampling_params, "prompt_logprobs", None) is not None:
+            raise ValueError(
+                "prompt_logprobs (echo with logprobs asks for them too) are not possible: "
+                "prompt tokens that come from LMCache have none, and that ends the engine"
+            )
+        salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
+        if salt is not None and salt != getattr(self._cache.controller, "cache_salt", salt):
+            raise ValueError(
+                "cache_salt is not possible: KV cache under a request's own salt is not managed"
+            )
+
+    async def _managed(self, outputs, prompt, sampling_params, metadata):
+        start_s = time.perf_counter()
+        answer = _Answer(prompt, sampling_params)
+        refused = False
+        try:
+            async with aclosing(outputs):  # whoever closes this one ends the request at once
+                async for output in outputs:
+                    answer.add(output)
+                    yield output
+        except Exception as error:  # not a cancellation: that is no Exception
+            refused = _is_refusal(error)
+            raise
+        finally:
+            if not refused:
+                seconds = time.perf_counter() - start_s
+                self._cache.manage(answer.prompt, answer, metadata, seconds)
+
+
+class _Answer:
+    """What the manager reads of an answer that comes in parts, as of a `RequestOutput`."""
+
+    def __init__(self, prompt, sampling_params):
+        known = prompt if isinstance(prompt, Mapping) else {}
+        self.prompt = known.get("prompt", prompt)
+        self.prompt_token_ids = known.get("prompt_token_ids")
+        self.num_cached_tokens = None
+        self.outputs = [self]  # it is its only sequence too
+        self.logprobs: list = []
+        kind = getattr(sampling_params, "output_kind", None)
+        self._in_parts = getattr(kind, "name", "") == "DELTA"
+
+    def add(self, output):
+        self.prompt_token_ids = output.prompt_token_ids or self.prompt_token_ids
+        self.num_cached_tokens = output.num_cached_tokens
+        for sequence in output.outputs:
+            if sequence.index == 0 and sequence.logprobs:
+                if not self._in_parts:
+                    self.logprobs = []
+                self.logprobs.extend(sequence.logprobs)
+
+
+def _is_refusal(error):
+    """Say whether the engine did not take the request, so that there is no KV cache of it."""
+    from vllm.exceptions import GracefulHTTPError, VLLMClientError
+
+    return isinstance(error, (VLLMClientError, GracefulHTTPError))

@@ -1,0 +1,314 @@
+"""LMCache's adapter `resp` for Redis, with a client that survives what Redis answers.
+
+The client that comes with LMCache 0.5.6 reads as many bytes as a *good* answer has. After an
+error (Redis full, read-only, cluster redirect) all later answers on that connection belong to
+earlier questions, so a chunk can be served with **another chunk's bytes**; a chunk that was
+evicted since it was looked up, and a Redis that hangs, block a connection, and generations
+with it, for good; and it never connects again. This one uses redis-py: TLS, time limits,
+reconnecting. `install` puts it in the other one's place; LMCache sees no difference.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import redis
+from lmcache.v1.distributed.api import ObjectKey
+from lmcache.v1.distributed.l2_adapters import factory
+from lmcache.v1.distributed.l2_adapters.native_connector_l2_adapter import (
+    NativeConnectorL2Adapter,
+    _object_key_to_string,
+)
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from background_tasks import Repeater
+from lmcache_http import CircuitBreaker
+from stack_reconcile import parse_key, redis_url_of
+
+TIMEOUT_VARIABLE, VERIFY_VARIABLE = "KV_REDIS_TIMEOUT_S", "KV_REDIS_VERIFY_S"
+_TILE_KEYS = 16  # a command's share of a batch: large answers of many chunks in parts
+_VERIFY_KEYS = 1000
+_LOOKS = 3  # for what a store that failed may have written
+_RETRY_AFTER_S = 1.0
+
+Completion = tuple[int, bool, str, list[bool] | None]
+
+
+class RedisClient:
+    """Answers batches of keys on a few threads, in the shape of LMCache's native clients.
+
+    Parameters
+    ----------
+    url : str
+        ``redis://`` or ``rediss://`` (TLS), as redis-py takes it.
+    timeout_s : float
+        Longest wait for a connection or an answer, seconds. After it Redis counts as away:
+        all fails at once until a PING, sent once a second beside the callers, comes back.
+    workers : int
+        Threads, and connections.
+    """
+
+    def __init__(self, url: str, timeout_s: float = 2.0, workers: int = 8) -> None:
+        self._redis = redis.Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            socket_read_size=2**20,  # a chunk can have megabytes
+            # Once, where a connection was closed meanwhile; never after a time-out.
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+        )
+        self._breaker = CircuitBreaker(_RETRY_AFTER_S)
+        self._pool = ThreadPoolExecutor(workers, "redis-l2")
+        self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.Lock()
+        self._done: list[Completion] = []
+        self._last_id = 0
+        self.on_absent: Callable[[list[str]], None] = lambda _keys: None
+        self.on_doubt: Callable[[list[str]], None] = lambda _keys: None
+
+    def event_fd(self) -> int:
+        """Return the descriptor that is readable when a batch is done."""
+        return self._event_fd
+
+    def submit_batch_get(self, keys: Sequence[str], views: Sequence[memoryview]) -> int:
+        """Fill each view with its key's value; a key that is absent or of another size is False."""
+        return self._submit(self._get, list(keys), list(views))
+
+    def submit_batch_set(self, keys: Sequence[str], views: Sequence[memoryview]) -> int:
+        """Store all; after an error some may be there, whole ones, and `on_doubt` hears of it."""
+        return self._submit(self._set, list(keys), list(views))
+
+    def submit_batch_exists(self, keys: Sequence[str]) -> int:
+        """Say which keys there are."""
+        return self._submit(self._exists, list(keys))
+
+    def drain_completions(self) -> list[Completion]:
+        """Return what is done: (future id, success, error, result of each key)."""
+        with self._lock:
+            try:
+                os.eventfd_read(self._event_fd)
+            except BlockingIOError:
+                pass
+            done, self._done = self._done, []
+        return done
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete keys, now; raises where Redis fails."""
+        self._ask(lambda: [self._redis.delete(*part) for part in _tiles(list(keys))])
+
+    def probe(self) -> bool:
+        """Say whether Redis answers now; if so, batches are sent to it again."""
+        try:
+            self._redis.ping()
+        except (redis.RedisError, OSError) as error:
+            self._breaker.failed(str(error))
+            return False
+        self._breaker.succeeded()
+        return True
+
+    def sizes(self, keys: Sequence[str]) -> list[int]:
+        """Return each key's bytes, now, 0 where there is none; raises where Redis fails."""
+        return self._pipeline([("STRLEN", key) for key in keys])
+
+    def names(self) -> list[str]:
+        """Return the names of all chunks in Redis, now; raises where Redis fails."""
+        found = (name.decode() for name in self._redis.scan_iter(match="*@*@*@*", count=1000))
+        return [name for name in found if parse_key(name)]
+
+    def close(self) -> None:
+        """End the threads, close the connections."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._redis.close()
+        os.close(self._event_fd)
+
+    # ---- on a worker's thread ------------------------------------------------------
+
+    def _submit(self, work, *arguments):
+        with self._lock:
+            self._last_id += 1
+            future_id = self._last_id
+        self._pool.submit(self._run, future_id, work, arguments)
+        return future_id
+
+    def _run(self, future_id, work, arguments):
+        try:
+            done = (future_id, True, "", self._ask(lambda: work(*arguments)))
+        except Exception as error:  # whatever it is: who waits for this batch must hear of it
+            done = (future_id, False, f"{type(error).__name__}: {error}", None)
+            print(f"redis: {done[2]}", flush=True)
+        with self._lock:
+            self._done.append(done)
+            os.eventfd_write(self._event_fd, 1)
+
+    def _ask(self, question):
+        """Ask Redis under the breaker: only a Redis that does not answer opens it."""
+        admitted = self._breaker.admit()
+        if admitted == "trial":
+            self._pool.submit(self.probe)
+        if admitted != "call":
+            raise ConnectionError(f"Redis is away: {self._breaker.reason}")
+        try:
+            return question()
+        except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
+            self._breaker.failed(str(error))
+            raise
+
+    def _get(self, keys, views):
+        found = []
+        for part, into in zip(_tiles(keys), _tiles(views)):
+            found += [_fill(*pair) for pair in zip(into, self._redis.mget(part))]
+        return found
+
+    def _set(self, keys, views):
+        try:
+            for part, values in zip(_tiles(keys), _tiles(views)):
+                # Views of bytes: redis-py sends them as they are, without a copy.
+                plain = [np.frombuffer(view, np.uint8).data for view in values]
+                self._pipeline([("SET", key, value) for key, value in zip(part, plain)])
+        except redis.RedisError:
+            self.on_doubt(keys)
+            raise
+
+    def _exists(self, keys):
+        found = [size > 0 for size in self.sizes(keys)]
+        if absent := [key for key, there in zip(keys, found) if not there]:
+            self.on_absent(absent)
+        return found
+
+    def _pipeline(self, commands):
+        with self._redis.pipeline(transaction=False) as pipe:
+            for command in commands:
+                pipe.execute_command(*command)
+            return pipe.execute()
+
+
+def _tiles(items, size=_TILE_KEYS):
+    return [items[at : at + size] for at in range(0, len(items), size)]
+
+
+def _fill(view, value):
+    """Copy a value into its buffer; False where it does not fit exactly."""
+    buffer = np.frombuffer(view, np.uint8)
+    if value is None or len(value) != len(buffer):
+        return False
+    buffer[:] = np.frombuffer(value, np.uint8)
+    return True
+
+
+class RedisL2Adapter(NativeConnectorL2Adapter):
+    """LMCache's adapter over `RedisClient`; also tells the directory of chunks that are gone.
+
+    LMCache's own reports the deletion of what it has stored in this life of the server, if it
+    was still there: the directory would show for ever what Redis evicted, or lost in a restart.
+
+    Parameters
+    ----------
+    client : RedisClient
+        The connections.
+    max_capacity_gb : float
+        See LMCache's `resp`.
+    verify_every_s : float
+        How often Redis is asked whether it still has all chunks, seconds.
+    """
+
+    def __init__(
+        self, client: RedisClient, max_capacity_gb: float = 0, verify_every_s: float = 10.0
+    ) -> None:
+        super().__init__(client, max_capacity_gb=max_capacity_gb, type_name="RedisClient")
+        self._present: dict[str, Any] = {}  # name in Redis -> LMCache's key
+        self._doubtful: dict[str, int] = {}  # names of failed stores -> looks that are left
+        client.on_absent, client.on_doubt = self._report_absent, self._doubt
+        self._verifier = Repeater(self.verify, verify_every_s)
+        self._verifier.start()
+
+    def know(self, names: Iterable[str]) -> None:
+        """Take up what an earlier life of the server has stored."""
+        self._present.update((name, _key_of(name)) for name in names)
+
+    def verify(self) -> None:
+        """Report the chunks that Redis lost, and those that it has in spite of an error."""
+        if not self._client.probe():
+            return
+        try:
+            for part in _tiles(list(self._present), _VERIFY_KEYS):
+                sizes = self._client.sizes(part)
+                self._report_gone([name for name, size in zip(part, sizes) if not size])
+            for part in _tiles(list(self._doubtful), _VERIFY_KEYS):
+                self._report_found(part, self._client.sizes(part))
+        except (redis.RedisError, OSError):
+            return  # away: nothing is known, so nothing is said
+
+    def delete(self, keys: list) -> None:
+        """Delete and report it, whether the chunks were still there or not."""
+        names = [_object_key_to_string(key) for key in keys]
+        if names:
+            self._client.delete(names)
+            self._present.update(zip(names, keys))  # perhaps stored by another server
+            self._report_gone(names)
+
+    def close(self) -> None:
+        """Stop verifying, then as LMCache does."""
+        self._verifier.close()
+        super().close()
+
+    def _notify_keys_stored(self, keys, sizes):
+        self._present.update((_object_key_to_string(key), key) for key in keys)
+        super()._notify_keys_stored(keys, sizes)
+
+    def _doubt(self, names):
+        self._doubtful.update(dict.fromkeys(names, _LOOKS))
+
+    def _report_found(self, names, sizes):
+        """Count what is there as stored; what is not may still come from a slow Redis."""
+        found = {name: size for name, size in zip(names, sizes) if size}
+        for name in names:
+            left = self._doubtful.pop(name, 0) - 1
+            if name not in found and left > 0:
+                self._doubtful[name] = left
+        new = {_key_of(name): size for name, size in found.items() if name not in self._present}
+        with self._lock:
+            self._key_sizes.update(new)
+        if new:
+            self._notify_keys_stored(list(new), list(new.values()))
+
+    def _report_absent(self, names):
+        """Hear that a look-up missed; look again, since a store may just have ended."""
+        ours = [name for name in names if name in self._present]
+        if ours:
+            sizes = self._client.sizes(ours)
+            self._report_gone([name for name, size in zip(ours, sizes) if not size])
+
+    def _report_gone(self, names):
+        keys = [key for name in names if (key := self._present.pop(name, None)) is not None]
+        with self._lock:
+            sizes = [self._key_sizes.pop(key, 0) for key in keys]
+        if keys:
+            self._notify_keys_deleted(keys, sizes)
+
+
+def _key_of(name):
+    model, rank, group, chunk, salt = parse_key(name)
+    return ObjectKey(bytes.fromhex(chunk), model, rank, group, salt)
+
+
+def install() -> None:
+    """Let LMCache's servers in this process use `RedisL2Adapter` where they ask for `resp`."""
+    factory.ensure_adapter_loaded("resp")
+    factory._L2_ADAPTER_FACTORY_REGISTRY["resp"] = _create
+
+
+def _create(config, l1_memory_desc=None):
+    timeout_s, verify_s = (
+        float(os.environ.get(name, default))
+        for name, default in ((TIMEOUT_VARIABLE, 2.0), (VERIFY_VARIABLE, 10.0))
+    )
+    client = RedisClient(redis_url_of(config.host, config.port), timeout_s, config.num_workers)
+    adapter = RedisL2Adapter(client, config.max_capacity_gb, verify_s)
+    adapter.know(client.names())
+    return adapter

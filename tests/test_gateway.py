@@ -1,0 +1,774 @@
+"""The OpenAI-compatible gateway, with the real `openai` client on the real stack."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import openai
+import psutil
+import pytest
+import requests
+import yaml
+from starlette.testclient import TestClient
+
+import agent_gateway
+from agent_gateway import (
+    check_exposure,
+    gateway,
+    listening,
+    main,
+    model_name,
+    read_key,
+    serving,
+)
+from cache_controller import LocalLMCacheController
+from caching_heuristics import HeuristicConfig
+from decision_log import DecisionLog, read_records
+from decision_metrics import DecisionMetrics
+from demo_model import model_path
+from gateway_app import (
+    BodyLimit,
+    health_of,
+    kv_of,
+    manage_app,
+    openai_app,
+    server_arguments,
+)
+from lmcache_http import LMCacheUnavailable
+from managed_engine import KV_METADATA, ManagedEngine
+from request_metadata import output_perplexity, with_logprobs
+from tiered_caching import InMemoryBackend, MultiTierCache
+
+ROOT = Path(__file__).resolve().parents[1]
+BODY_LIMIT = 64 * 1024
+KEY = "sesame"
+EXACTLY = {"ignore_eos": True}  # as many tokens as asked for
+
+
+@pytest.fixture(scope="module")
+def server(stack, tmp_path_factory):
+    """A gateway on the session's stack; the log is in a scratch folder."""
+    with DecisionLog(tmp_path_factory.mktemp("log")) as log:
+        with gateway(stack, model_path(), log=log, body_limit=BODY_LIMIT) as running:
+            yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def latest(server):
+    """A function that returns the record of the latest generation, once it is made."""
+
+    def record():
+        assert server.cache.flush(30)
+        return [r for r in server.cache.records if r.kind == "generation"][-1]
+
+    return record
+
+
+@contextlib.contextmanager
+def guarded(server, api_key=KEY):
+    """A second application on the same engine that asks for an API key; gives its URL."""
+    arguments = server_arguments(model_path(), server.model, api_key)
+    app = server.loop.run(openai_app(server.engine, arguments))
+    manage_app(app, server.cache, DecisionMetrics())
+    with listening() as listener, serving(app, listener, server.loop) as url:
+        yield url
+
+
+def post(server, body, path="/v1/completions", **options):
+    return requests.post(server.url + path, timeout=60, **{"json": body, **options})
+
+
+def message_of(answer):
+    """The message of an error in OpenAI's shape."""
+    error = answer.json()["error"]
+    assert error["code"] == answer.status_code and error["type"]
+    return error["message"]
+
+
+def text_of_stream(stream):
+    return "".join(part.choices[0].text for part in stream if part.choices)
+
+
+# --- what clients get ---------------------------------------------------------------------
+
+
+def test_lists_the_model_by_a_short_name(client, server):
+    (model,) = client.models.list().data
+    assert model.id == server.model == "demo_model"
+
+
+def test_completion(client, server, fresh_text, latest):
+    answer = client.completions.create(
+        model=server.model, prompt=fresh_text(), max_tokens=5, extra_body=EXACTLY
+    )
+    assert answer.choices[0].text and answer.choices[0].logprobs is None
+    assert answer.usage.completion_tokens == 5
+    record = latest()
+    assert record.error == "" and record.prompt_tokens == answer.usage.prompt_tokens
+    assert set(record.metadata_sources.values()) == {"history", "generation"}
+    assert 0.0 < record.generate_s < 30.0 and record.ttl_s and record.wanted_tier
+
+
+def test_chat(client, server, fresh_text, latest):
+    messages = [
+        {"role": "system", "content": fresh_text()},
+        {"role": "user", "content": "What is a cache?"},
+    ]
+    answer = client.chat.completions.create(model=server.model, messages=messages, max_tokens=4)
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].logprobs is None
+    assert latest().prompt_tokens == answer.usage.prompt_tokens
+
+
+def test_streams_equal_the_whole_answer(client, server, fresh_text, latest):
+    asked = {"model": server.model, "max_tokens": 12, "temperature": 0.0, "extra_body": EXACTLY}
+    prompt = fresh_text()
+    whole = client.completions.create(prompt=prompt, **asked)
+    perplexity = latest().metadata["perplexity"]
+    options = {"include_usage": True}
+    parts = list(
+        client.completions.create(prompt=prompt, stream=True, stream_options=options, **asked)
+    )
+    assert text_of_stream(parts) == whole.choices[0].text
+    assert parts[-1].usage == whole.usage
+    assert len(parts) > 8 and all(p.choices[0].logprobs is None for p in parts[:-1])
+    record = latest()
+    assert record.metadata_sources["perplexity"] == "generation"
+    # All parts count, not only the last: as in one piece, up to the KV cache's own rounding.
+    assert record.metadata["perplexity"] == pytest.approx(perplexity, rel=0.1)
+
+
+def test_chat_stream(client, server, latest):
+    stream = client.chat.completions.create(
+        model=server.model,
+        messages=[{"role": "user", "content": "Tell me something."}],
+        max_tokens=8,
+        stream=True,
+        extra_body={**EXACTLY, "kv": {"perplexity": 77.5}},
+    )
+    parts = [part.choices[0] for part in stream]
+    assert parts[-1].finish_reason == "length"
+    assert latest().metadata["perplexity"] == 77.5 and latest().wanted_tier == "remote"
+
+
+def test_several_answers_to_one_prompt_are_one_decision(client, server, fresh_text, latest):
+    before = len(server.cache.records)
+    answer = client.completions.create(
+        model=server.model, prompt=fresh_text(), n=3, max_tokens=4, temperature=1.0
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert latest().metadata_sources["perplexity"] == "absent"
+    assert len([r for r in list(server.cache.records)[before:] if r.kind == "generation"]) == 1
+
+
+def test_several_prompts_are_a_decision_each(client, server, fresh_text):
+    assert server.cache.flush(30)
+    before = len(server.cache.records)
+    answer = client.completions.create(
+        model=server.model, prompt=[fresh_text(), fresh_text()], max_tokens=3
+    )
+    assert len(answer.choices) == 2
+    assert server.cache.flush(30)
+    made = [r for r in list(server.cache.records)[before:] if r.kind == "generation"]
+    assert len({record.prompt_digest for record in made}) == 2
+
+
+@pytest.mark.parametrize("asked", [1, 3])
+@pytest.mark.parametrize("stream", [False, True])
+def test_completions_with_logprobs_have_as_many_as_asked(client, server, asked, stream):
+    answer = client.completions.create(
+        model=server.model, prompt="One two", max_tokens=4, logprobs=asked, stream=stream
+    )
+    for part in answer if stream else [answer]:
+        for listed in part.choices[0].logprobs.top_logprobs if part.choices[0].logprobs else ():
+            assert asked <= len(listed) <= asked + 1  # the sampled token comes on top
+
+
+@pytest.mark.parametrize("asked", [0, 3])
+def test_chat_with_logprobs_has_as_many_as_asked(client, server, asked):
+    answer = client.chat.completions.create(
+        model=server.model,
+        messages=[{"role": "user", "content": "One two"}],
+        max_tokens=4,
+        logprobs=True,
+        top_logprobs=asked,
+        extra_body=EXACTLY,
+    )
+    content = answer.choices[0].logprobs.content
+    assert len(content) == 4
+    assert {len(token.top_logprobs) for token in content} == {asked}
+
+
+def test_the_perplexity_is_that_of_the_answer(client, server, fresh_text, latest):
+    answer = client.completions.create(
+        model=server.model, prompt=fresh_text(), max_tokens=6, logprobs=20, temperature=0.0
+    )
+    listed = answer.choices[0].logprobs.top_logprobs
+    rows = [{t: SimpleNamespace(logprob=value) for t, value in row.items()} for row in listed]
+    made = SimpleNamespace(outputs=[SimpleNamespace(logprobs=rows)])
+    vocab_size = server.engine.model_config.get_vocab_size()
+    expected = output_perplexity(made, vocab_size)
+    assert latest().metadata["perplexity"] == pytest.approx(expected, rel=1e-3)
+
+
+# --- metadata and KV cache ----------------------------------------------------------------
+
+
+def test_metadata_of_the_request_decides(client, server, fresh_text, latest):
+    given = {
+        "perplexity": 12.5,
+        "time_variance": 0.08,
+        "access_count": 3,
+        "seconds_since_access": 10,
+    }
+    client.completions.create(
+        model=server.model, prompt=fresh_text(), max_tokens=2, extra_body={"kv": given}
+    )
+    record = latest()
+    assert record.metadata == given
+    assert set(record.metadata_sources.values()) == {"caller"}
+    assert record.wanted_tier == "gpu" and record.ttl_s == server.cache.config.ttl(given)
+
+
+def test_metadata_does_not_stick_to_the_next_request(client, server, fresh_text, latest):
+    known = {"kv": {"perplexity": 12.5, "access_count": 99}}
+    client.completions.create(
+        model=server.model, prompt=fresh_text(), max_tokens=2, extra_body=known
+    )
+    client.completions.create(model=server.model, prompt=fresh_text(), max_tokens=2)
+    assert latest().metadata_sources["access_count"] == "history"
+
+
+def test_the_second_request_is_served_by_lmcache(client, server, fresh_text, latest):
+    prompt = fresh_text(200)
+    hot = {"kv": {"perplexity": 5.0}}
+    asked = {"model": server.model, "prompt": prompt, "max_tokens": 3, "extra_body": hot}
+    client.completions.create(**asked)
+    first = latest()
+    assert first.hit_tokens == {} and first.tier_after == {"gpu": first.chunks}
+    client.completions.create(**asked)
+    second = latest()
+    assert second.hit_tokens["gpu"] >= second.prompt_tokens - 2 * 32
+    assert second.metadata["access_count"] == 1
+    assert second.prompt_digest == first.prompt_digest
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    ("kv", "said"),
+    [
+        ({"perplexity": -1}, "perplexity must be > 0 and finite, got -1"),
+        ({"time_variance": 1.5}, "time_variance must be 0..1, got 1.5"),
+        ({"access_count": "many"}, "access_count must be one number, got 'many'"),
+        ({"perplexity": [1.0, 2.0]}, "perplexity must be one number, got [1.0, 2.0]"),
+        ({"seconds_since_access": None}, "seconds_since_access must be a number"),
+        ({"access_count": True}, "access_count must be a number"),
+        ({"perplexty": 3}, "unknown field 'perplexty' (did you mean perplexity?)"),
+        ([1, 2], "kv must be an object with numbers, got [1, 2]"),
+    ],
+)
+def test_wrong_metadata_is_an_error_that_names_it(server, path, kv, said):
+    texts = {"prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}]}
+    answer = post(server, {"model": server.model, "max_tokens": 1, "kv": kv, **texts}, path)
+    assert answer.status_code == 400
+    assert said in message_of(answer)
+    assert answer.json()["error"]["param"] == "kv"
+
+
+def test_the_openai_client_raises_what_the_server_says(client, server):
+    with pytest.raises(openai.BadRequestError, match="kv: time_variance must be .*, got 7"):
+        client.completions.create(
+            model=server.model, prompt="Hi", extra_body={"kv": {"time_variance": 7}}
+        )
+
+
+def test_metadata_may_be_absent():
+    settings = HeuristicConfig()
+    assert kv_of(SimpleNamespace(), settings) is None
+    assert kv_of(SimpleNamespace(kv=None), settings) is None
+    assert kv_of(SimpleNamespace(kv={}), settings) == {}
+
+
+# --- requests that are refused ------------------------------------------------------------
+
+
+def test_refusals_say_why_and_cost_no_decision(client, server):
+    assert server.cache.flush(30)
+    before = len(server.cache.records)
+    asked = {"model": server.model, "prompt": "Hi", "max_tokens": 1}
+    for extra, said in [
+        ({"prompt_logprobs": 1}, "prompt_logprobs .* not possible"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs .* not possible"),
+        ({"echo": True, "logprobs": 1}, "echo with logprobs .* not possible"),
+        ({"echo": True, "logprobs": 1, "stream": True}, "echo with logprobs .* not possible"),
+        ({"use_beam_search": True, "n": 2}, "use_beam_search is not possible"),
+        ({"kv_transfer_params": {"lmcache.skip_save": "true"}}, "kv_transfer_params is not"),
+        ({"cache_salt": "mine"}, "cache_salt is not possible"),
+        ({"max_tokens": -5}, "max_tokens"),
+        ({"prompt": "token " * 3000}, "maximum context length is 2048"),
+        ({"prompt": "token " * 3000, "stream": True}, "maximum context length is 2048"),
+        ({"prompt": [300_000]}, "vocab"),
+    ]:
+        answer = post(server, {**asked, **extra})
+        assert answer.status_code == 400, (extra, answer.text)
+        assert re.search(said, message_of(answer)), (said, answer.text)
+    assert client.completions.create(**asked).choices
+    assert server.cache.flush(30)
+    assert len(server.cache.records) == before + 1
+
+
+def test_malformed_requests(server):
+    json_type = {"Content-Type": "application/json"}
+    broken = post(server, None, json=None, data="{not json", headers=json_type)
+    assert broken.status_code == 400 and "JSON" in message_of(broken)
+    assert post(server, None, json=None, data="{}").status_code in (400, 415)
+    assert post(server, {"model": server.model}).status_code == 400  # no prompt
+    wrong = post(server, {"model": server.model, "messages": "Hi"}, "/v1/chat/completions")
+    assert wrong.status_code == 400 and "messages" in message_of(wrong)
+
+
+def test_unknown_model(client):
+    with pytest.raises(openai.NotFoundError, match="gpt-9"):
+        client.completions.create(model="gpt-9", prompt="Hi")
+
+
+def test_bodies_over_the_limit(server):
+    large = {"model": server.model, "prompt": "x" * BODY_LIMIT}
+    answer = post(server, large)
+    assert answer.status_code == 413
+    assert f"larger than {BODY_LIMIT} bytes" in message_of(answer)
+    in_chunks = post(server, None, json=None, data=iter([b"x" * 1000] * 66))  # no length announced
+    assert in_chunks.status_code == 413 and str(BODY_LIMIT) in message_of(in_chunks)
+
+
+def test_the_body_limit_passes_on_what_fits():
+    async def echo(scope, receive, send):
+        body = b""
+        while True:
+            message = await receive()
+            body += message["body"]
+            if not message.get("more_body"):
+                break
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    small = TestClient(BodyLimit(echo, 10))
+    assert small.post("/", content=b"0123456789").content == b"0123456789"
+    assert small.post("/", content=iter([b"01234", b"56789"])).content == b"0123456789"
+    assert small.post("/", content=b"0123456789a").status_code == 413
+    assert small.post("/", content=iter([b"01234", b"56789", b"a"])).status_code == 413
+
+
+def test_routes_that_are_not_needed_do_not_exist(server):
+    for path in (
+        "/invocations",
+        "/tokenize",
+        "/v1/load_lora_adapter",
+        "/v1/responses",
+        "/v1/messages",
+        "/inference/v1/generate",
+        "/sleep",
+        "/collective_rpc",
+        "/reset_prefix_cache",
+        "/scale_elastic_ep",
+        "/start_profile",
+        "/pause",
+        "/docs",
+        "/openapi.json",
+    ):
+        assert post(server, {}, path).status_code == 404, path
+        assert requests.get(server.url + path, timeout=30).status_code == 404, path
+    batch = {"model": server.model, "messages": [[{"role": "user", "content": "Hi"}]]}
+    assert post(server, batch, "/v1/chat/completions/batch").status_code == 501
+
+
+def test_web_pages_of_others_cannot_ask(server):
+    headers = {"Origin": "http://example.com", "Access-Control-Request-Method": "POST"}
+    answer = requests.options(server.url + "/v1/completions", headers=headers, timeout=30)
+    assert "access-control-allow-origin" not in answer.headers
+
+
+# --- API key, address ---------------------------------------------------------------------
+
+
+def test_api_key(server):
+    with guarded(server) as url:
+        asked = {"model": server.model, "prompt": "Hi", "max_tokens": 1}
+        for key in ("wrong", KEY + "!"):
+            with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client:
+                with pytest.raises(openai.AuthenticationError):
+                    client.completions.create(**asked)
+        assert requests.get(f"{url}/v1/models", timeout=30).status_code == 401
+        assert requests.get(f"{url}/healthz", timeout=30).status_code == 200
+        assert requests.get(f"{url}/metrics", timeout=30).status_code == 200
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
+            assert client.completions.create(**asked).choices
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "example.com", ""])
+def test_other_addresses_need_an_api_key(host):
+    with pytest.raises(ValueError, match="host must be loopback .* without an API key"):
+        with gateway(None, "model", host=host):
+            pass
+    check_exposure(host, KEY)
+
+
+def test_where_the_key_comes_from(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("KV_API_KEY", raising=False)
+    assert read_key(None) is None
+    monkeypatch.setenv("KV_API_KEY", "of-the-environment")
+    assert read_key(None) == "of-the-environment"
+    file = tmp_path / "key"
+    file.write_text("of-the-file\n")
+    assert read_key(file) == "of-the-file"
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="first line of .*key must be the API key"):
+        read_key(file)
+    monkeypatch.delenv("KV_API_KEY")
+    assert main(["--host", "0.0.0.0"]) == 1
+    assert "error: host must be loopback" in capsys.readouterr().err
+    assert main(["--api-key-file", str(tmp_path / "absent")]) == 1
+    assert "absent" in capsys.readouterr().err
+
+
+def test_a_taken_port_is_said_before_an_engine_starts():
+    with listening() as listener:
+        listener.listen()
+        with pytest.raises(OSError, match="in use"):
+            with gateway(None, "model", port=listener.getsockname()[1]):
+                pass
+
+
+def test_names_of_models():
+    assert model_name("some/where/demo_model/") == "demo_model"
+    cached = "hub/models--google--gemma-3-270m-it/snapshots/9f0c"
+    assert model_name(cached) == "google/gemma-3-270m-it"
+
+
+# --- health, metrics ----------------------------------------------------------------------
+
+
+def test_healthz(client, server, fresh_text):
+    client.completions.create(model=server.model, prompt=fresh_text(), max_tokens=1)
+    assert server.cache.flush(30)
+    answer = requests.get(server.url + "/healthz", timeout=30)
+    assert answer.status_code == 200
+    health = answer.json()
+    assert (health["status"], health["engine"], health["lmcache"]) == ("ok", "running", "running")
+    assert health["manager"]["live_claims"] == len(server.cache.claims) > 0
+    assert health["manager"]["queue_depth"] == health["manager"]["shed"] == 0
+
+
+def test_health_when_parts_are_away():
+    def away():
+        raise LMCacheUnavailable("nobody answers")
+
+    controller = SimpleNamespace(check_health=away)
+    cache, metrics = SimpleNamespace(controller=controller), DecisionMetrics()
+    health = health_of(SimpleNamespace(errored=False), cache, metrics)
+    assert health["status"] == "degraded" and "nobody answers" in health["lmcache"]
+    assert health_of(SimpleNamespace(errored=True), cache, metrics)["status"] == "engine dead"
+
+
+def test_metrics_of_engine_and_manager_in_one_answer(server):
+    answer = requests.get(server.url + "/metrics", timeout=30)
+    assert answer.headers["content-type"].startswith("text/plain")
+    lines = answer.text.splitlines()
+    tokens = [line for line in lines if line.startswith("vllm:prompt_tokens_total{")]
+    assert tokens and 'model_name="demo_model"' in tokens[0] and float(tokens[0].split()[-1]) > 0
+    assert any(line.startswith('kvttl_decisions_total{tier="gpu"}') for line in lines)
+    families = [line for line in lines if line.startswith("# TYPE ")]
+    assert len(families) == len(set(families))
+
+
+# --- many clients, clients that leave -----------------------------------------------------
+
+
+async def stream_one(client, model, prompt, perplexity):
+    stream = await client.completions.create(
+        model=model,
+        prompt=prompt,
+        max_tokens=10,
+        stream=True,
+        extra_body={**EXACTLY, "kv": {"perplexity": perplexity}},
+        stream_options={"include_usage": True},
+    )
+    return [part async for part in stream]
+
+
+def test_fifty_streams_at_once(server, fresh_text):
+    prompts = [fresh_text(60) for _ in range(50)]
+    assert server.cache.flush(30)
+    before = len(server.cache.records)
+
+    async def all_of_them():
+        async with openai.AsyncOpenAI(
+            base_url=server.base_url, api_key="none", max_retries=0
+        ) as client:
+            requested = (
+                stream_one(client, server.model, prompt, 1.0 + i)
+                for i, prompt in enumerate(prompts)
+            )
+            return await asyncio.gather(*requested)
+
+    answers = asyncio.run(all_of_them())
+    assert [parts[-1].usage.completion_tokens for parts in answers] == [10] * 50
+    assert server.cache.flush(30)
+    made = [r for r in list(server.cache.records)[before:] if r.kind == "generation"]
+    assert [record.error for record in made] == [""] * 50
+    # Each keeps its own metadata, whichever task it ran in.
+    assert sorted(record.metadata["perplexity"] for record in made) == [1.0 + i for i in range(50)]
+
+
+def wait_until(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_client_that_leaves_ends_its_request(client, server, fresh_text, latest, streaming):
+    assert server.cache.flush(30)
+    before = len(server.cache.records)
+    asked = {"model": server.model, "prompt": fresh_text(), "max_tokens": 1500, "stream": streaming}
+    if streaming:
+        stream = client.completions.create(**asked, extra_body=EXACTLY)
+        next(stream), next(stream)
+        stream.close()
+    else:
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=1.0).completions.create(**asked, extra_body=EXACTLY)
+    assert wait_until(lambda: server.engine.get_num_unfinished_requests() == 0)
+    assert wait_until(lambda: len(server.cache.records) > before)
+    record = latest()
+    # What was computed is in LMCache, so that it has a claim with an end.
+    assert record.error == "" and record.prompt_tokens > 60
+    assert record.tier_before == {"gpu": record.chunks}
+    assert client.completions.create(model=server.model, prompt="Hi", max_tokens=1).choices
+
+
+def test_no_claim_stays_for_ever(server):
+    assert server.cache.flush(30)
+    now_s = time.time()
+    for _ in range(8):
+        now_s += 40 * 86_400
+        server.cache.sweep(now_s)
+    assert len(server.cache.claims) == 0
+
+
+# --- the engine's wrapper, the manager's side ----------------------------------------------
+
+
+class FakeEngine:
+    """Answers in two parts; `fails` ends it after the first."""
+
+    def __init__(self, fails=None):
+        self.fails, self.asked, self.closed = fails, None, False
+
+    def get_tokenizer(self):
+        return None
+
+    async def generate(self, prompt, sampling_params, request_id):
+        self.asked = sampling_params
+        try:
+            for token, finished in ((5, False), (6, True)):
+                rows = [{token: SimpleNamespace(logprob=0.0)}] if sampling_params.logprobs else None
+                answer = SimpleNamespace(index=0, text="x", logprobs=rows)
+                yield SimpleNamespace(
+                    prompt_token_ids=[1, 2, 3, 4],
+                    num_cached_tokens=0,
+                    outputs=[answer],
+                    finished=finished,
+                )
+                if self.fails:
+                    raise self.fails
+        finally:
+            self.closed = True
+
+
+def sampling(kind="DELTA"):
+    return SimpleNamespace(
+        n=1, logprobs=None, prompt_logprobs=None, output_kind=SimpleNamespace(name=kind)
+    )
+
+
+@pytest.fixture
+def local_cache():
+    memory = {tier: InMemoryBackend() for tier in ("gpu", "disk", "remote")}
+    controller = LocalLMCacheController(chunk_size_tokens=2, backends=memory)
+    with MultiTierCache(controller, notify=None, sweep_every_s=None) as cache:
+        yield cache
+
+
+def ask(engine, cache, parts=2, kv=None, kind="DELTA"):
+    """Read some parts of an answer, then let go of it."""
+    managed = ManagedEngine(engine, cache)
+
+    async def read():
+        token = KV_METADATA.set(kv)
+        outputs = managed.generate({"prompt": "p", "prompt_token_ids": [1, 2]}, sampling(kind), "1")
+        KV_METADATA.reset(token)
+        async with contextlib.aclosing(outputs):
+            for _ in range(parts):
+                await anext(outputs)
+            if parts == 2:
+                assert [part async for part in outputs] == []
+
+    asyncio.run(read())
+    assert engine.closed
+    return cache.records[-1]
+
+
+def test_the_engine_is_asked_for_what_the_perplexity_needs(local_cache, monkeypatch):
+    monkeypatch.setattr(
+        "generation_job.Engine.asking", lambda _, params, n: with_logprobs(params, n)
+    )
+    engine = FakeEngine()
+    record = ask(engine, local_cache)
+    assert engine.asked.logprobs == 20
+    assert record.error == "" and record.metadata_sources["perplexity"] == "generation"
+    record = ask(engine, local_cache, kv={"perplexity": 9.0})
+    assert engine.asked.logprobs is None  # there is nothing to measure: no cost
+    assert record.metadata["perplexity"] == 9.0 and record.wanted_tier == "gpu"
+
+
+def test_a_request_that_is_given_up_is_managed(local_cache):
+    record = ask(FakeEngine(), local_cache, parts=1)
+    assert record.error == "" and record.prompt_tokens == 4 and len(local_cache.claims) == 1
+
+
+def test_a_request_that_the_engine_refuses_is_no_generation(local_cache):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError):
+        ask(FakeEngine(VLLMValidationError("too long")), local_cache)
+    assert len(local_cache.records) == 0
+    with pytest.raises(RuntimeError):  # it died on the way: KV cache may be there
+        ask(FakeEngine(RuntimeError("dead")), local_cache)
+    assert len(local_cache.records) == 1
+
+
+def test_manage_never_raises(local_cache):
+    local_cache.set_llm(FakeEngine())
+    for output in (None, object(), SimpleNamespace(prompt_token_ids=["a"])):
+        local_cache.manage("prompt", output, {"perplexity": 1.0}, 0.5)
+    # Where the engine says no tokens, the controller's tokenizer does.
+    assert [bool(record.error) for record in local_cache.records] == [False, False, True]
+    with pytest.raises(TypeError, match="asynchronous engine: .*manage"):
+        local_cache.generate_and_manage("prompt", None)
+
+
+# --- the command: LMCache dies in mid-stream, then Ctrl-C ----------------------------------
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, redis_url):
+    """`python -m agent_gateway`, with its own stack and its own log."""
+    folder = tmp_path_factory.mktemp("command")
+    config = folder / "config.yaml"
+    config.write_text(
+        f"stack:\n  run_dir: {folder / 'run'}\n  mq_timeout_s: 1\n  engine_heartbeat_s: 0.5\n"
+    )
+    arguments = ["--port", "0", "--config", str(config), "--log", str(folder / "log")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "agent_gateway", *arguments, "--redis-url", redis_url],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "KV_API_KEY": KEY},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # as a shell does: Ctrl-C reaches all of its processes
+    )
+    url = None
+    lines = []
+    while url is None and (line := process.stdout.readline()):
+        lines.append(line)
+        url = next(iter(re.findall(r"at (http://\S+)/v1 ", line)), None)
+    assert url, "".join(lines) + process.stderr.read()
+    yield SimpleNamespace(process=process, url=url, log=folder / "log")
+    process.kill()
+    process.wait()
+
+
+def test_lmcache_dies_in_mid_stream(command, fresh_text):
+    (lmcache,) = [
+        child
+        for child in psutil.Process(command.process.pid).children(recursive=True)
+        if "server" in child.cmdline() and "--http-port" in child.cmdline()
+    ]
+    with openai.OpenAI(base_url=f"{command.url}/v1", api_key=KEY, max_retries=0) as client:
+        stream = client.completions.create(
+            model="demo_model",
+            prompt=fresh_text(),
+            max_tokens=300,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body=EXACTLY,
+        )
+        parts = [next(stream)]
+        lmcache.kill()
+        parts += stream
+    assert parts[-1].usage.completion_tokens == 300 and parts[-2].choices[0].finish_reason
+    assert wait_until(
+        lambda: requests.get(command.url + "/healthz", timeout=30).json()["manager"]["not_managed"]
+    )
+    answer = requests.get(command.url + "/healthz", timeout=30)
+    assert answer.status_code == 200 and answer.json()["status"] == "degraded"
+    record = [r for r in read_records(command.log) if r.kind == "generation"][-1]
+    assert "LMCacheUnavailable" in record.error
+
+
+def test_ctrl_c_leaves_nothing_behind(command):
+    processes = psutil.Process(command.process.pid).children(recursive=True)
+    assert processes
+    os.killpg(command.process.pid, signal.SIGINT)
+    out, err = command.process.communicate(timeout=150)
+    assert command.process.returncode == 0, err
+    assert "Traceback" not in err and KEY not in out + err
+    assert "nothing is left running" in err
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert alive == []
+
+
+def test_attaching_uses_the_stack_that_runs(stack, redis_url, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"stack": asdict(stack.config) | {"redis_url": None}}))
+    options = SimpleNamespace(attach=True, config=str(config), redis_url=redis_url)
+    with agent_gateway._stack(options) as attached:
+        assert attached.started == []
+        assert (attached.port, attached.server_port) == (stack.port, stack.server_port)
+    assert stack.health()["server"]["ready"]
+
+
+def test_the_command_says_how_to_use_it():
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+
+
+def test_a_dead_engine_is_said(client, server):
+    """The last test: nothing comes after it on this engine."""
+    children = psutil.Process().children(recursive=True)
+    ours = server.engine.engine_core.resources.engine_manager.processes[0].pid
+    next(child for child in children if child.pid == ours).kill()
+    assert wait_until(lambda: requests.get(server.url + "/healthz", timeout=30).status_code == 503)
+    health = requests.get(server.url + "/healthz", timeout=30).json()
+    assert health["status"] == "engine dead" and health["lmcache"] == "running"
+    with pytest.raises(openai.InternalServerError):
+        client.completions.create(model=server.model, prompt="Hi")
