@@ -2,10 +2,10 @@
 
 On one engine, in turns: the engine called on its own event loop, vLLM's OpenAI server
 without management, and the gateway; there also with requests that bring their
-perplexity, so that none is measured, and with requests that come while the decision
-about the one before is made ("busy"; the others come after it). The HTTP client is
-another process. Every prompt is new, so that no request is served from LMCache. Ends
-with one line of JSON.
+perplexity, so that none is measured. A pause follows each; "busy" is the second of two
+requests without one, so that the decision about the first is made meanwhile. The HTTP
+client is another process. Every prompt is new, so that no request is served from
+LMCache. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -38,11 +38,23 @@ MAX_TOKENS = 16
 STREAMS = 50
 _ROUNDS = 3  # of streams
 _WORDS = 150  # of a prompt
-_TURN = 5  # requests of one way in a row
+_WARM_UP = 5  # requests of each way
 # After each, for all ways alike: LMCache stores KV cache after the answer, and a decision
 # may move it; whoever comes meanwhile shares the processor with that.
 _PAUSE_S = 0.1
-_WAYS = ("engine", "vllm_server", "gateway", "gateway_perplexity_given", "gateway_busy")
+_WAYS = (
+    "engine",
+    "vllm_server",
+    "vllm_server_busy",  # the second of two in a row
+    "gateway",
+    "gateway_perplexity_given",
+    "gateway_busy",
+)
+_PEERS = {  # way -> what it is compared with
+    "gateway": ("vllm_server", "engine"),
+    "gateway_perplexity_given": ("vllm_server", "engine"),
+    "gateway_busy": ("vllm_server_busy",),
+}
 _VOCABULARY = "cache tensor prefix token block chunk tier model agent server queue worker".split()
 
 
@@ -145,31 +157,31 @@ def _asked(model, prompt, kv=None):
 def compare_ways(
     server: Gateway, plain_url: str, client: Executor, requests: int, rng: random.Random
 ) -> dict[str, float]:
-    """Time the ways in turns; returns percentiles and what the gateway adds."""
+    """Time the ways in turns; returns percentiles and what the gateway adds.
+
+    That is the median over the turns of the difference within a turn: what else the
+    machine does meanwhile comes and goes.
+    """
     times: dict[str, list[float]] = {way: [] for way in _WAYS}
-    turns = -(-requests // _TURN)
-    for turn in range(turns + 1):  # the first one warms up
+    for turn in range(requests + _WARM_UP):
         for way in rng.sample(_WAYS, k=len(_WAYS)):
-            at_once = _TURN if way.endswith("busy") else 1
-            for _ in range(_TURN // at_once):
-                prompts = [prompt_of(rng) for _ in range(at_once)]
-                taken = _time_way(way, server, plain_url, client, prompts)
-                server.cache.flush()
-                time.sleep(_PAUSE_S)
-                times[way] += taken if turn else []
+            prompts = [prompt_of(rng) for _ in range(2 if way.endswith("busy") else 1)]
+            taken = _time_way(way, server, plain_url, client, prompts)
+            server.cache.flush()
+            time.sleep(_PAUSE_S)
+            times[way] += taken[-1:] if turn >= _WARM_UP else []
     figures = {k: v for way in _WAYS for k, v in percentiles(way, times[way]).items()}
-    p50 = {way: figures[f"{way}_p50_ms"] for way in _WAYS}
-    for way in _WAYS[2:]:
-        figures[f"{way}_adds_to_vllm_server_p50_ms"] = p50[way] - p50["vllm_server"]
-        figures[f"{way}_adds_to_engine_p50_ms"] = p50[way] - p50["engine"]
-    figures["requests_of_each"] = turns * _TURN
-    return figures
+    for way, peers in _PEERS.items():
+        for peer in peers:
+            added_s = np.median(np.array(times[way]) - np.array(times[peer]))
+            figures[f"{way}_adds_to_{peer}_p50_ms"] = float(added_s) * 1e3
+    return {"requests_of_each": requests, **figures}
 
 
 def _time_way(way, server, plain_url, client, prompts):
     if way == "engine":
         return server.loop.run(time_in_engine(server.engine.unmanaged, prompts))
-    url = plain_url if way == "vllm_server" else server.base_url
+    url = plain_url if way.startswith("vllm_server") else server.base_url
     kv = {"perplexity": 25.0} if way.endswith("given") else None
     return client.submit(time_over_http, url, server.model, prompts, kv).result()
 
@@ -205,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark, write `REPORT`, print the figures; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="config.yaml")
-    parser.add_argument("--requests", type=int, default=80, help="of each way")
+    parser.add_argument("--requests", type=int, default=60, help="of each way")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--perplexity", choices=("generation", "off"), default="generation")
     options = parser.parse_args(argv)
@@ -244,9 +256,9 @@ def _explain(figures):
     for way in (*_WAYS, "streams_vllm_server_ttft", "streams_gateway_ttft"):
         values = [figures[f"{way}_p{q}_ms"] for q in (50, 90, 99)]
         print("{:26} p50 {:8.2f}  p90 {:8.2f}  p99 {:8.2f} ms".format(way, *values))
-    for way in _WAYS[2:]:
-        added = [figures[f"{way}_adds_to_{peer}_p50_ms"] for peer in ("vllm_server", "engine")]
-        print("{}: {:+.2f} ms (p50) to vLLM's server, {:+.2f} ms to the engine".format(way, *added))
+    for way, peers in _PEERS.items():
+        for peer in peers:
+            print(f"{way} - {peer}: {figures[f'{way}_adds_to_{peer}_p50_ms']:+.2f} ms (p50)")
     print(f"{figures['streams']} streams at once: {figures['streams_gateway_errors']} errors\n")
 
 
