@@ -71,6 +71,7 @@ class RedisClient:
         self._last_id = 0
         self.on_absent: Callable[[list[str]], None] = lambda _keys: None
         self.on_doubt: Callable[[list[str]], None] = lambda _keys: None
+        self.is_known: Callable[[str], bool] = lambda _key: True  # a guess; it saves commands
 
     def event_fd(self) -> int:
         """Return the descriptor that is readable when a batch is done."""
@@ -176,10 +177,19 @@ class RedisClient:
             raise
 
     def _exists(self, keys):
-        found = [size > 0 for size in self.sizes(keys)]
-        if absent := [key for key, there in zip(keys, found) if not there]:
+        known = [key for key in keys if self.is_known(key)]
+        others = [key for key in keys if not self.is_known(key)]
+        there = {key for group in (known, others) for key in self._existing(group)}
+        if absent := [key for key in keys if key not in there]:
             self.on_absent(absent)
-        return found
+        return [key in there for key in keys]
+
+    def _existing(self, keys):
+        """Return those that exist: one command where it is all or none, as it mostly is."""
+        count = self._redis.exists(*keys) if keys else 0
+        if count in (0, len(keys)):
+            return keys if count else []
+        return [key for key, size in zip(keys, self.sizes(keys)) if size]
 
     def _pipeline(self, commands):
         with self._redis.pipeline(transaction=False) as pipe:
@@ -224,6 +234,7 @@ class RedisL2Adapter(NativeConnectorL2Adapter):
         self._present: dict[str, Any] = {}  # name in Redis -> LMCache's key
         self._doubtful: dict[str, int] = {}  # names of failed stores -> looks that are left
         client.on_absent, client.on_doubt = self._report_absent, self._doubt
+        client.is_known = self._present.__contains__
         self._verifier = Repeater(self.verify, verify_every_s)
         self._verifier.start()
 
