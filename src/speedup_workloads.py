@@ -130,7 +130,7 @@ def _agentic(seed, requests):
     return _first_turns(trace, count, requests), "WEKA agentic coding sessions", True
 
 
-_TURNS = 5  # requests taken of each session
+_TURNS = 4  # requests taken of each session
 _SESSIONS_PER_HOUR = 90.0
 
 

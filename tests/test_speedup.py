@@ -94,7 +94,7 @@ def test_agentic_sessions_come_from_the_traces_at_hand(tmp_path, monkeypatch):
     by_session: dict[int, list] = {}
     for request in workload.requests:
         by_session.setdefault(request.session, []).append(request.tokens)
-    assert max(map(len, by_session.values())) == 5
+    assert max(map(len, by_session.values())) == 4
     for prompts in by_session.values():
         for shorter, longer in zip(prompts, prompts[1:]):
             assert longer[: len(shorter) * 9 // 10] == shorter[: len(shorter) * 9 // 10]
@@ -203,7 +203,7 @@ def test_measured_perplexity_decides_the_tier(no_traces):
 
 def test_chosen_settings_cost_no_hits_on_the_sessions_they_were_chosen_on(no_traces):
     config = choose_settings(model_path())
-    workload = make_workload("agentic", 100, 90, model_path())
+    workload = make_workload("agentic", 100, 56, model_path())
     trace, prompts = workload.trace(), [request.tokens for request in workload.requests]
     hot = int(0.25 * workload.working_set_tokens()) // CHUNK_TOKENS
     chosen, plain = (replay_on_lmcache(trace, prompts, hot, c) for c in (config, None))
