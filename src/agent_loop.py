@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
-from agent_session import SessionClock
+from agent_session import SessionClock, ends_on_the_way
 from agent_tools import ManagedChatModel
 from caching_heuristics import TIERS, HeuristicConfig
 from decision_log import DecisionRecord
@@ -195,12 +195,9 @@ def run_loop(
 
 def wait_until(cache: MultiTierCache, run: LoopRun, at_s: float) -> None:
     """Let the clock jump to `at_s` seconds after the start, and TTLs end on the way."""
-    clock = cache.clock
-    while (due_s := cache.claims.next_due_s - clock.start_s + 0.001) < at_s:
-        clock.advance(due_s)
+    for _ in ends_on_the_way(cache, at_s):
         cache.sweep()
         _note(cache, run)
-    clock.advance(at_s)
 
 
 def _note(cache, run):

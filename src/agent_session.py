@@ -6,7 +6,9 @@ Nothing but texts and times: what the heuristics need to know is measured.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from demo_model import CODE_PROMPT, PROSE_PROMPT, random_characters
 
@@ -61,6 +63,21 @@ class SessionClock:
     def advance(self, to_s: float) -> None:
         """Go to `to_s` seconds after the start; never back."""
         self._passed_s = max(self._passed_s, to_s)
+
+
+def ends_on_the_way(cache: Any, to_s: float) -> Iterator[float]:
+    """Advance a manager's `SessionClock` to `to_s`, with a stop wherever a TTL ends.
+
+    Yields
+    ------
+    float
+        Seconds after the start; the clock stands there, and `sweep` is the caller's.
+    """
+    clock = cache.clock
+    while (due_s := cache.claims.next_due_s - clock.start_s + 0.001) < to_s:
+        clock.advance(due_s)
+        yield due_s
+    clock.advance(to_s)
 
 
 def session_requests(count: int, seed: int = 0) -> list[Request]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from agent_session import SessionClock
+from agent_session import SessionClock, ends_on_the_way
 from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
 from kv_layout import BaseController, KVLayout, Outcome, unseen
 from replay_result import ReplayResult
@@ -231,7 +231,7 @@ def replay_on_lmcache(
     options: dict[str, Any] = {"notify": None, "sweep_every_s": None, "perplexity_source": "off"}
     with MultiTierCache(model, engine, config=settings, clock=clock, **options) as cache:
         for row, prompt in enumerate(prompts):
-            _pass_time(cache, model, float(trace.arrival_s[row]), area, config is not None)
+            _pass_time(cache, model, float(trace.arrival_s[row]), area)
             if config is None:
                 engine.generate(list(prompt), None)
             else:
@@ -246,17 +246,15 @@ def replay_on_lmcache(
     return ReplayResult(trace, name, capacity, blocks, hits, area, area * trace.block_tokens, moved)
 
 
-def _pass_time(cache, model, arrival_s, area, managed):
+def _pass_time(cache, model, arrival_s, area):
     """Let TTLs end when they are due, and count what the tiers hold meanwhile."""
-    clock = cache.clock
-    while managed and (due_s := cache.claims.next_due_s + 0.001) < arrival_s:
-        _count(area, model, due_s - clock())
-        clock.advance(due_s)
+    since_s = cache.clock()
+    for due_s in ends_on_the_way(cache, arrival_s):  # without claims there is none
+        _count(area, model, due_s - since_s)
+        since_s = due_s
         cache.sweep()
-    _count(area, model, arrival_s - clock())
-    clock.advance(arrival_s)
-    if managed:
-        cache.sweep()
+    _count(area, model, arrival_s - since_s)
+    cache.sweep()
 
 
 def _count(area, model, seconds):

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from agent_session import Request, SessionClock, session_requests
+from agent_session import Request, SessionClock, ends_on_the_way, session_requests
 from background_tasks import Repeater
 from cache_controller import LMCacheController
 from caching_heuristics import TIERS, HeuristicConfig
@@ -232,11 +232,8 @@ def run_session(
 
 def _expire_until(cache, arrival_s):
     """Go to a request's arrival, and let TTLs end on the way when they are due."""
-    clock = cache.clock
-    while (due_s := cache.claims.next_due_s - clock.start_s + 0.001) < arrival_s:
-        clock.advance(due_s)
+    for _ in ends_on_the_way(cache, arrival_s):
         yield from cache.sweep()
-    clock.advance(arrival_s)
     yield from cache.sweep()
 
 

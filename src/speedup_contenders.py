@@ -15,7 +15,7 @@ from typing import Any
 
 import requests
 
-from agent_session import SessionClock
+from agent_session import SessionClock, ends_on_the_way
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
 from run_session import managed
@@ -94,11 +94,11 @@ class Contender:
         if self.hot_blocks and not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache")
 
-    def warm_up(self) -> None:
-        """Generate a few times, with log-probabilities too: first calls take seconds."""
+    def warm_up(self, logprobs_wanted: Sequence[int | None] = (None,)) -> None:
+        """Generate a few times: first calls take seconds, with log-probabilities once more."""
         for length in (40, 400, 1_600):
             prompt = {"prompt_token_ids": list(range(300, 300 + length))}
-            for logprobs in (None, 20):
+            for logprobs in logprobs_wanted:
                 params = sampling()
                 params.logprobs = logprobs
                 self.llm.generate(prompt, params, use_tqdm=False)
@@ -185,12 +185,10 @@ class LMCacheContender(Contender):
         """Let time pass, and TTLs end on the way when they are due."""
         if self._cache is None:
             return super().advance(arrival_s)
-        while (due_s := self._cache.claims.next_due_s + 0.001) < arrival_s:
+        for due_s in ends_on_the_way(self._cache, arrival_s):
             super().advance(max(due_s, self._now_s))
-            self._cache.clock.advance(due_s)
             self._cache.sweep()
             self._used = self._status()[2]
-        self._cache.clock.advance(arrival_s)
         self._cache.sweep()
         return super().advance(arrival_s)
 
