@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from caching_heuristics import HeuristicConfig
 from heuristic_settings import save_settings
@@ -215,40 +216,53 @@ _GOAL = ("hot_mb_s", "ttft_p50_ms", "ttft_p90_ms")
 def picture(seeds: pd.DataFrame) -> Figure:
     """Draw TTFT against the memory held in the hot tier; further down and left is better."""
     rows = summary(seeds)
-    workloads = list(dict.fromkeys(rows["workload"]))
-    shares = sorted(set(rows["hot_share"]))
-    figure = Figure(figsize=(3.6 * len(shares), 2.9 * len(workloads) + 0.6), layout="constrained")
-    grid = figure.subplots(len(workloads), len(shares), squeeze=False, sharey="row")
-    for line, workload in zip(grid, workloads):
-        for axes, share in zip(line, shares):
-            part = rows[(rows["workload"] == workload) & (rows["hot_share"] == share)]
-            _panel(axes, part)
-            axes.set_title(f"{workload}, hot tier {share:.0%}", fontsize=10)
-        line[0].set_ylabel("TTFT, ms (full: p50, open: p90)")
-    for axes in grid[-1]:
+    panels = sorted(rows.groupby(["workload", "hot_share"]), key=lambda panel: panel[0])
+    lines = -(-len(panels) // _COLUMNS)
+    columns = min(len(panels), _COLUMNS)
+    size = (3.7 * columns + 0.6, 3.0 * lines + 0.8)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes, ((workload, share), part) in zip(grid, panels):
+        _panel(axes, part)
+        axes.set_title(f"{workload}, hot tier {share:.0%}", fontsize=10)
         axes.set_xlabel("mean memory held in the hot tier, MB")
-    handles, labels = grid[0][shares.index(MAIN_SHARE)].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(shares), frameon=False)
+        axes.set_ylabel("TTFT, ms")
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    figure.legend(handles=_legend(rows), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
+_COLUMNS = 3
+
+
+def _legend(rows):
+    names = [name for name in ORDER if name in set(rows["contender"])]
+    made = [Line2D([], [], ls="", marker="o", color=COLOURS[name], label=name) for name in names]
+    for fill, label in (("black", "p50"), ("white", "p90")):
+        made.append(Line2D([], [], ls="", marker="o", color="black", mfc=fill, label=label))
+    return made
+
+
 def _panel(axes, part):
-    for _, row in part.sort_values("contender", key=_order).iterrows():
+    top = 0.0
+    for _, row in part.iterrows():
         colour = COLOURS[row.contender]
         for name, fill in (("ttft_p50_ms", colour), ("ttft_p90_ms", "white")):
+            half = np.nan_to_num(row["±" + name])
+            top = max(top, row[name] + half)
             axes.errorbar(
                 row.hot_mean_mb,
                 row[name],
-                yerr=np.nan_to_num(row["±" + name]),
+                yerr=half,
                 xerr=np.nan_to_num(row["±hot_mean_mb"]),
                 fmt="o",
                 color=colour,
                 mfc=fill,
                 capsize=2,
-                label=row.contender if fill == colour else None,
             )
-    axes.set_ylim(bottom=0)
-    axes.set_xlim(left=-0.3)
+    axes.set_ylim(0, 1.08 * top)
+    axes.set_xlim(left=min(-0.03 * axes.get_xlim()[1], 0))
     axes.grid(alpha=0.3)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -190,6 +191,7 @@ def calibrate(
     repeats: int = 3,
     bytes_per_token: float | None = None,
     seed: int = 0,
+    pause_s: float = 0.2,
 ) -> TierCosts:
     """Measure the running stack: new prompts, then the same from gpu, disk and remote.
 
@@ -205,13 +207,16 @@ def calibrate(
         KV cache of a token of the served model.
     seed : int
         Of the prompts' text.
+    pause_s : float
+        Before each generation, seconds: LMCache writes through after the answer, and a load
+        meanwhile takes longer.
     """
     if len(set(words)) < 2 or min(words) < 1 or repeats < 1:
         raise ValueError(f"words must be two different lengths >= 1, got {words!r}")
     rng, records, number = random.Random(seed), [], 0
     while number <= repeats or (number <= repeats + _MORE and _unseen(records)):
         for length in words:
-            made = _serve_from_each_tier(cache, _text(rng, length))
+            made = _serve_from_each_tier(cache, _text(rng, length), pause_s)
             records += made if number else []
         number += 1
     start = TierCosts() if bytes_per_token is None else TierCosts(bytes_per_token=bytes_per_token)
@@ -234,12 +239,13 @@ _PLACING = (  # metadata that place a prompt in gpu, disk, remote, for the next 
 )
 
 
-def _serve_from_each_tier(cache, prompt):
+def _serve_from_each_tier(cache, prompt, pause_s):
     """Generate once anew and once from each tier; returns the four records."""
     from vllm import SamplingParams
 
     sampling, records = SamplingParams(temperature=0.0, max_tokens=1), []
     for metadata in (*_PLACING, _PLACING[0]):
+        time.sleep(pause_s)
         cache.generate_and_manage(prompt, sampling, metadata)
         records.append(cache.records[-1])
     return records
