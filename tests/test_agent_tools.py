@@ -475,7 +475,7 @@ def test_the_generating_tool_places_kv(cache, fresh_text):
     assert isinstance(answer, str) and cache.records[-1].wanted_tier == "remote"
     found = kv_lookup.invoke({"prompt": text})
     assert found["wanted_tier"] == "remote" and found["chunks"].keys() == {"remote"}
-    assert 0 < found["ends_in_s"] <= cache.records[-1].ttl_s
+    assert 0 < found["ends_in_s"] <= cache.records[-1].ttl_s + 0.1  # it is rounded
 
 
 def test_the_generating_tool_in_a_tool_node(cache, fresh_text):
