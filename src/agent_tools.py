@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
-from caching_heuristics import TIERS
 from chat_prompts import chat_tokens, read_tool_calls
 from decision_log import DecisionRecord
 from engine_desk import Ask, desk_of
 from generation_job import prompt_digest
+from placement_rules import by_hottest
 from tiered_caching import MultiTierCache
 
 try:
@@ -300,8 +300,7 @@ def kv_position(kv_cache: MultiTierCache, tokens: Sequence[int]) -> dict[str, An
     """
     controller = kv_cache.controller
     held = controller.layout(tokens).of(controller.instance_id)
-    hottest = [tiers[0] if tiers else "none" for tiers in held]
-    chunks = {tier: hottest.count(tier) for tier in (*TIERS, "none") if tier in hottest}
+    chunks = dict(by_hottest(held))
     digest = prompt_digest(tokens)
     decided = (r for r in reversed(list(kv_cache.records)) if r.prompt_digest == digest)
     last = next(decided, None)

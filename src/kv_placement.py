@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from caching_heuristics import TIER_CODES, TIERS
 from kv_layout import BaseController
 from lmcache_http import LMCacheUnavailable
-from placement_rules import by_hottest, has_nothing_colder, reachable
+from placement_rules import by_hottest, has_nothing_colder, hits_by_tier, reachable
 from ttl_expiry import ClaimLedger, Step
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class KVPlacement:
         held = self._without_load_buffers(layout, cached_tokens)
         entry["chunks"], entry["chunk_keys"] = len(held), layout.keys
         entry["tier_before"] = entry["tier_after"] = by_hottest(held)
-        entry["hit_tokens"] = self._hits_by_tier(held, cached_tokens)
+        entry["hit_tokens"] = hits_by_tier(held, cached_tokens, self.controller.chunk_size_tokens)
         self.ledger.claim(owner, layout.keys, *claim)
         self._unsettled.pop(owner, None)  # this decision looks at all of its chunks
         self._settle(entry, tokens, layout, held, cached_tokens, now_s)
@@ -183,17 +183,6 @@ class KVPlacement:
     def _touched_chunks(self, tokens, held):
         """Return how many chunks `tokens` tokens of prefix touch."""
         return -(-tokens // self.controller.chunk_size_tokens) if tokens and held else 0
-
-    def _hits_by_tier(self, held, cached_tokens):
-        """Split the engine's cached-token count by the tier that each chunk came from."""
-        hits: dict[str, int] = {}
-        left = cached_tokens
-        for tiers in held[: self._touched_chunks(cached_tokens, held)]:
-            tier = tiers[0] if tiers else "none"
-            tokens = min(self.controller.chunk_size_tokens, left)
-            hits[tier] = hits.get(tier, 0) + tokens
-            left -= tokens
-        return hits
 
     def _remember(self, keys, held):
         """Keep where each chunk was last seen, for the next look (bounded)."""

@@ -45,3 +45,22 @@ def is_above(tier: str, other: str) -> bool:
 def has_nothing_colder(tiers: Sequence[str], wanted: str | None) -> bool:
     """Say whether a chunk still waits for the copy that would let it go where it is wanted."""
     return wanted not in (None, "gpu") and bool(tiers) and is_above(tiers[-1], wanted)
+
+
+def hits_by_tier(
+    held: Sequence[Sequence[str]], cached_tokens: int, chunk_tokens: int
+) -> dict[str, int]:
+    """Split the engine's cached-token count by the hottest tier that each chunk was in.
+
+    Examples
+    --------
+    >>> hits_by_tier([("gpu", "disk"), ("disk",), ()], 64, 32)
+    {'gpu': 32, 'disk': 32}
+    """
+    hits: dict[str, int] = {}
+    for number, tiers in enumerate(held):
+        tokens = min(chunk_tokens, cached_tokens - number * chunk_tokens)
+        if tokens > 0:
+            tier = tiers[0] if tiers else "none"
+            hits[tier] = hits.get(tier, 0) + tokens
+    return hits

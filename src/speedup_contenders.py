@@ -18,6 +18,8 @@ import requests
 from agent_session import SessionClock, ends_on_the_way
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
+from lmcache_model import EVICTION_WATERMARK
+from placement_rules import hits_by_tier
 from run_session import managed
 from speedup_workloads import CHUNK_TOKENS, BenchRequest
 from tier_costs import TierCosts, calibrate
@@ -29,7 +31,6 @@ MAIN_SHARE = 0.25  # of the working set, in the hot tier
 ANSWER_TOKENS = 4  # a TTFT needs one; a perplexity from the answer some more
 _QUIET_S = 3.0  # the longest wait for LMCache to have stored and evicted
 _POLL_S = 0.02
-_WATERMARK = 0.8  # LMCache's default: above it, it evicts
 
 
 @dataclass
@@ -158,7 +159,7 @@ class LMCacheContender(Contender):
     def reset(self, settings: HeuristicConfig | None = None) -> None:
         """Empty every tier; start a manager anew if there are settings."""
         self._release()
-        self.hot_byte_seconds, self._now_s = 0.0, 0.0
+        super().reset()
         self._look = LMCacheController(
             self.stack.host, self.stack.port, instance_id=self.stack.instance_id
         )
@@ -202,7 +203,7 @@ class LMCacheContender(Contender):
             output, served = self._serve_managed(request)
         served.ttft_s = output.metrics.first_token_latency
         served.cached_tokens = output.num_cached_tokens or 0
-        served.hit_tokens = hits_by_tier(held, served.cached_tokens)
+        served.hit_tokens = hits_by_tier(held, served.cached_tokens, CHUNK_TOKENS)
         return served
 
     def _serve_managed(self, request):
@@ -224,7 +225,7 @@ class LMCacheContender(Contender):
 
     def rest(self) -> None:
         """Wait until LMCache is below its watermark; it evicts once a second at most."""
-        self._wait_while(lambda at_work, usage: at_work or usage >= _WATERMARK)
+        self._wait_while(lambda at_work, usage: at_work or usage >= EVICTION_WATERMARK)
 
     def _wait_while(self, busy):
         deadline_s = time.monotonic() + _QUIET_S
@@ -299,20 +300,3 @@ def generate(llm: Any, request: BenchRequest) -> tuple[Any, float]:
     prompt = {"prompt_token_ids": list(request.tokens)}
     output = llm.generate(prompt, sampling(), use_tqdm=False)[0]
     return output, time.perf_counter() - start_s
-
-
-def hits_by_tier(held: Sequence[Sequence[str]], cached_tokens: int) -> dict[str, int]:
-    """Split the engine's cached tokens by the hottest tier each chunk was in before.
-
-    Examples
-    --------
-    >>> hits_by_tier([("gpu", "disk"), ("disk",), ()], 64)
-    {'gpu': 32, 'disk': 32}
-    """
-    hits: dict[str, int] = {}
-    for number, tiers in enumerate(held):
-        tokens = min(CHUNK_TOKENS, cached_tokens - number * CHUNK_TOKENS)
-        if tokens > 0:
-            tier = tiers[0] if tiers else "none"
-            hits[tier] = hits.get(tier, 0) + tokens
-    return hits

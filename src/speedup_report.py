@@ -29,6 +29,7 @@ from tier_costs import TierCosts
 RUNS, REQUESTS, FIGURES = "speedup.csv", "speedup_requests.csv.gz", "speedup.json"
 SETTINGS, PICTURE = "speedup_heuristics.yaml", "speedup.png"
 KEYS = ["workload", "hot_share", "contender"]
+_GOAL = ("hot_mb_s", "ttft_p50_ms", "ttft_p90_ms")  # what is compared with LMCache
 COLOURS = {
     NONE: "#888888",
     PREFIX: "#e69f00",
@@ -92,10 +93,15 @@ def by_seed(result: BenchResult) -> pd.DataFrame:
 
 def summary(seeds: pd.DataFrame) -> pd.DataFrame:
     """Return means over seeds, and the half widths of their 95 % intervals (columns ``±...``)."""
-    groups = seeds.drop(columns="seed").groupby(KEYS, sort=False)
-    means, counts = groups.mean(), groups.size()
-    half = groups.std().mul(counts.map(_t).div(np.sqrt(counts)), axis=0)
+    means, half = _means(seeds.drop(columns="seed"))
     return means.join(half.add_prefix("±")).reset_index()
+
+
+def _means(frame):
+    """Return means over seeds by `KEYS`, and the half widths of their intervals."""
+    groups = frame.groupby(KEYS, sort=False)
+    counts = groups.size()
+    return groups.mean(), groups.std().mul(counts.map(_t).div(np.sqrt(counts)), axis=0)
 
 
 def _t(seeds):
@@ -104,17 +110,14 @@ def _t(seeds):
 
 def compared(seeds: pd.DataFrame, to: str = LMCACHE) -> pd.DataFrame:
     """Return each contender's figures as multiples of another's, paired by seed, with intervals."""
-    names = ["ttft_p50_ms", "ttft_p90_ms", "hot_mb_s"]
+    names = list(_GOAL)
     at = ["workload", "hot_share", "seed"]
     peer = seeds[seeds["contender"] == to].set_index(at)[names]
     others = seeds.set_index([*at, "contender"])[names]
     # Logarithms: ratios of times are skewed, and their mean is not that of the inverse.
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log(others.div(peer)).replace(-np.inf, np.nan)
-    groups = logs.reset_index("seed", drop=True).groupby(KEYS, sort=False)
-    counts = groups.size()
-    half = groups.std().mul(counts.map(_t).div(np.sqrt(counts)), axis=0)
-    mean = groups.mean()
+    mean, half = _means(logs.reset_index("seed", drop=True))
     frames = {"": np.exp(mean), "_low": np.exp(mean - half), "_high": np.exp(mean + half)}
     return pd.concat([f.add_suffix(end) for end, f in frames.items()], axis=1).reset_index()
 
@@ -187,8 +190,8 @@ def _word(row):
     """Say in a word what the intervals allow to say."""
     if math.isnan(row.hot_mb_s_low):
         return "one seed: no interval"
-    lost = [n for n in ("hot_mb_s", "ttft_p50_ms", "ttft_p90_ms") if getattr(row, n + "_low") > 1]
-    won = [n for n in ("hot_mb_s", "ttft_p50_ms", "ttft_p90_ms") if getattr(row, n + "_high") < 1]
+    lost = [n for n in _GOAL if getattr(row, n + "_low") > 1]
+    won = [n for n in _GOAL if getattr(row, n + "_high") < 1]
     short = {"hot_mb_s": "memory", "ttft_p50_ms": "p50", "ttft_p90_ms": "p90"}
     parts = [f"better: {', '.join(short[n] for n in won)}"] if won else []
     parts += [f"WORSE: {', '.join(short[n] for n in lost)}"] if lost else []
@@ -205,9 +208,6 @@ def headline(result: BenchResult) -> dict[str, Any]:
         figures |= {f"{short}_{key}_ratio": float(row[key]) for key in _GOAL}
         figures |= {f"{short}_{key}_ratio_high": float(row[key + "_high"]) for key in _GOAL}
     return figures
-
-
-_GOAL = ("hot_mb_s", "ttft_p50_ms", "ttft_p90_ms")
 
 
 # ---- figure ----------------------------------------------------------------------

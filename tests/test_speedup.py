@@ -18,8 +18,9 @@ import pytest
 from caching_heuristics import HeuristicConfig
 from demo_model import model_path
 from lmcache_model import LMCacheModel, replay_on_lmcache
+from placement_rules import hits_by_tier
 from speedup_bench import QUICK, bench_settings, choose_settings, kv_bytes_per_token
-from speedup_contenders import KIT, LMCACHE, NONE, ORDER, TUNED, hits_by_tier
+from speedup_contenders import KIT, LMCACHE, NONE, ORDER, TUNED
 from speedup_report import BenchResult, by_seed, compared, read_report, rounded, summary, verdict
 from speedup_workloads import CHUNK_TOKENS, LONGEST_PROMPT, make_workload
 from tier_costs import TierCosts
@@ -270,9 +271,13 @@ def test_json_has_no_bare_nan():
 
 def test_hits_by_tier_stops_at_what_the_engine_cached():
     held = [("gpu",), ("disk", "remote"), ("remote",)]
-    assert hits_by_tier(held, 3 * CHUNK_TOKENS - 1) == {"gpu": 32, "disk": 32, "remote": 31}
-    assert hits_by_tier(held, 0) == {}
-    assert hits_by_tier([()], 32) == {"none": 32}
+    assert hits_by_tier(held, 3 * CHUNK_TOKENS - 1, CHUNK_TOKENS) == {
+        "gpu": 32,
+        "disk": 32,
+        "remote": 31,
+    }
+    assert hits_by_tier(held, 0, CHUNK_TOKENS) == {}
+    assert hits_by_tier([()], 32, CHUNK_TOKENS) == {"none": 32}
 
 
 # ---- all of it, short ------------------------------------------------------------
