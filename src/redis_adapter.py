@@ -27,7 +27,7 @@ from lmcache.v1.distributed.l2_adapters.native_connector_l2_adapter import (
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from background_tasks import Repeater
+from kvttl.background import Repeater
 from lmcache_http import CircuitBreaker
 from stack_reconcile import parse_key, redis_url_of
 

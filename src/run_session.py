@@ -23,11 +23,11 @@ from datetime import datetime
 from pathlib import Path
 
 from agent_session import Request, SessionClock, ends_on_the_way, session_requests
-from background_tasks import Repeater
+from kvttl.background import Repeater
 from cache_controller import LMCacheController
 from caching_heuristics import TIERS, HeuristicConfig
 from decision_log import DecisionLog, DecisionRecord
-from heuristic_settings import FILE_NAME, save_settings
+from kvttl.settings import FILE_NAME, save_settings
 from request_metadata import PERPLEXITY_SOURCES
 from tiered_caching import MultiTierCache
 

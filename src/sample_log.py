@@ -19,8 +19,8 @@ import numpy as np
 
 from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
 from decision_log import DecisionRecord, read_records, write_records
-from heuristic_settings import FILE_NAME as SETTINGS_FILE
-from heuristic_settings import load_settings
+from kvttl.settings import FILE_NAME as SETTINGS_FILE
+from kvttl.settings import load_settings
 
 FILE_NAME = "sample_decisions.jsonl"
 

@@ -16,7 +16,7 @@ from caching_heuristics import HeuristicConfig
 from change_readout import readout
 from decision_changes import changes, read_decisions
 from decision_log import DecisionRecord
-from heuristic_settings import FILE_NAME, load_settings, save_settings
+from kvttl.settings import FILE_NAME, load_settings, save_settings
 from live_picture import LivePicture
 from plot_export import all_figures, export_plots
 from slider_controls import Control, setting_of

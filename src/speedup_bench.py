@@ -25,7 +25,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from caching_heuristics import HeuristicConfig
-from heuristic_settings import default_path, load_settings
+from kvttl.settings import default_path, load_settings
 from lmcache_model import replay_on_lmcache
 from overhead_bench import machine
 from run_session import be_quiet

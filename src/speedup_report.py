@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from caching_heuristics import HeuristicConfig
-from heuristic_settings import save_settings
+from kvttl.settings import save_settings
 from speedup_contenders import KIT, LMCACHE, MAIN_SHARE, NONE, ORDER, PREFIX, RETAIN, TUNED
 from speedup_truth import replay_truth
 from speedup_workloads import Workload

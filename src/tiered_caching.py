@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from background_tasks import JobQueue, Repeater
+from kvttl.background import JobQueue, Repeater
 from cache_controller import BaseController
 from caching_heuristics import HeuristicConfig
 from claim_recovery import adopt_lost_claims, recover_claims
 from decision_log import DecisionLog, DecisionRecord, read_records
 from decision_metrics import DecisionMetrics
 from generation_job import Engine, Generation, metadata_of_each, prompt_digest, text_of
-from heuristic_settings import load_settings
+from kvttl.settings import load_settings
 from kv_placement import KVPlacement
 from lmcache_http import LMCacheError, LMCacheUnavailable
 from record_keeping import RecordKeeper, notices

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from background_tasks import JobQueue, Repeater
+from kvttl.background import JobQueue, Repeater
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_sixteen_starts_at_once_are_one_thread(monkeypatch):
     repeater = Repeater(lambda: None, 60.0)
     callers = [threading.Thread(target=lambda: (start.wait(), repeater.start())) for _ in range(16)]
     with monkeypatch.context() as patch:
-        patch.setattr("background_tasks.threading.Thread", Slow)
+        patch.setattr("kvttl.background.threading.Thread", Slow)
         for caller in callers:
             caller.start()
         for caller in callers:

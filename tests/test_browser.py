@@ -12,7 +12,7 @@ from browser_pages import ExplorerPage
 from PIL import Image
 
 from caching_heuristics import HeuristicConfig
-from heuristic_settings import load_settings
+from kvttl.settings import load_settings
 from notebook_servers import free_port, running
 from slider_bench import browser, scratch_project
 

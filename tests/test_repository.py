@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = sorted((ROOT / "src").glob("*.py"))
+MODULES = sorted((ROOT / "src").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 # Spelled in parts, so that this file does not hold what it looks for.
@@ -91,11 +91,20 @@ def tree(path):
 def functions():
     """("module.function", lines) of every function and method under src."""
     return [
-        (f"{path.stem}.{node.name}", node.end_lineno - node.lineno + 1)
+        (f"{dotted(path)}.{node.name}", node.end_lineno - node.lineno + 1)
         for path in MODULES
         for node in ast.walk(tree(path))
         if isinstance(node, FUNCTIONS)
     ]
+
+
+def dotted(path):
+    """A module's name as Python imports it."""
+    parts = path.relative_to(ROOT / "src").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+NAMES = {dotted(path) for path in MODULES}
 
 
 def imported(path):
@@ -103,19 +112,21 @@ def imported(path):
     names = set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
-    return names & {module.stem for module in MODULES}
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names & NAMES - {"kvttl"}
 
 
 def test_packaged_modules_are_those_of_src():
-    packaged = pyproject()["tool"]["setuptools"]["py-modules"]
-    assert packaged == [path.stem for path in MODULES]
+    setuptools = pyproject()["tool"]["setuptools"]
+    assert setuptools["py-modules"] == [path.stem for path in MODULES if path.parent.name == "src"]
+    assert setuptools["packages"]["find"] == {"where": ["src"]}
+    assert all((path.parent / "__init__.py").exists() for path in MODULES if path.parent.name != "src")
 
 
 def test_modules_do_not_import_each_other_in_a_circle():
-    graph = {path.stem: imported(path) for path in MODULES}
+    graph = {dotted(path): imported(path) for path in MODULES}
     assert any(graph.values())
     try:
         graphlib.TopologicalSorter(graph).prepare()
@@ -141,7 +152,7 @@ def test_the_median_function_has_at_most_10_lines():
 
 def test_every_module_and_public_function_says_what_it_is_for():
     silent = [
-        f"{path.stem}.{node.name}"
+        f"{dotted(path)}.{node.name}"
         for path in MODULES
         for node in tree(path).body
         if isinstance(node, (*FUNCTIONS, ast.ClassDef))
