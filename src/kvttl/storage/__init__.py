@@ -1,0 +1,1 @@
+"""Sealed values and Redis connections of the backends."""
