@@ -15,7 +15,7 @@ from numba import njit
 
 from replay_plans import capacities
 from replay_result import ReplayResult
-from trace_data import Trace
+from kvttl.traces.trace import Trace
 
 BASELINES = {  # name -> libcachesim's class
     "FIFO": "FIFO",

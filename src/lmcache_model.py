@@ -21,7 +21,7 @@ from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
 from kv_layout import BaseController, KVLayout, Outcome, unseen
 from replay_result import ReplayResult
 from tiered_caching import MultiTierCache
-from trace_data import Trace
+from kvttl.traces.trace import Trace
 
 # Defaults of `lmcache server` 0.5.6.
 EVICTION_WATERMARK = 0.8

@@ -22,8 +22,8 @@ from baseline_policies import BaselineFile
 from caching_heuristics import HeuristicConfig
 from overhead_bench import machine
 from reuse_distances import lru_curve
-from trace_generator import agent_loops, tiled
-from trace_readers import read_trace
+from kvttl.traces.generator import agent_loops, tiled
+from kvttl.traces.reading import read_trace
 from trace_replay import replay, replay_without_capacity
 from trace_runs import index_runs
 

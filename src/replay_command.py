@@ -13,8 +13,8 @@ from baseline_policies import BASELINES, replay_baseline
 from caching_heuristics import TIERS, HeuristicConfig
 from replay_result import ReplayResult
 from tier_costs import TierCosts, result_costs
-from trace_formats import FORMATS, SESSIONS_PER_HOUR
-from trace_readers import read_trace
+from kvttl.traces.formats import FORMATS, SESSIONS_PER_HOUR
+from kvttl.traces.reading import read_trace
 from trace_replay import POLICY_NAMES, replay
 
 CACHE_DIR = "data/trace_cache"

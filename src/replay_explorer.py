@@ -25,8 +25,8 @@ from replay_result import ReplayResult
 from replay_tables import at_same_memory, mean_blocks_held
 from slider_controls import Control
 from tier_costs import TierCosts, result_costs
-from trace_data import Trace
-from trace_readers import read_trace
+from kvttl.traces.trace import Trace
+from kvttl.traces.reading import read_trace
 from trace_replay import replay, replay_without_capacity
 from trace_runs import RunIndex, index_runs
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from caching_heuristics import TIERS
-from trace_data import Trace
+from kvttl.traces.trace import Trace
 
 PLACES = (*TIERS, "none")  # rows and columns of `moved_tokens`
 

@@ -12,7 +12,7 @@ from baseline_policies import BASELINES, replay_baseline
 from caching_heuristics import HeuristicConfig
 from replay_result import ReplayResult
 from tier_costs import TierCosts, result_costs
-from trace_data import Trace
+from kvttl.traces.trace import Trace
 from trace_replay import POLICY_NAMES, replay, replay_without_capacity
 from trace_runs import RunIndex, index_runs
 

@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from replay_plans import capacities as as_blocks
-from trace_data import Trace
+from kvttl.traces.trace import Trace
 from trace_runs import RunIndex, index_runs
 
 NEVER = np.iinfo(np.int64).max  # the distance of a first access

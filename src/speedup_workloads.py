@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from demo_model import CODE_PROMPT, PROSE_PROMPT, TEMPLATE_LINE, random_characters
-from trace_builder import TraceBuilder, make_trace
-from trace_data import Trace
-from trace_generator import agent_loops
-from trace_readers import read_trace
+from kvttl.traces.builder import TraceBuilder, make_trace
+from kvttl.traces.trace import Trace
+from kvttl.traces.generator import agent_loops
+from kvttl.traces.reading import read_trace
 
 CHUNK_TOKENS = 32  # as in config.yaml
 LONGEST_PROMPT = 1_900  # tokens; the engine takes 2,048 with its answer

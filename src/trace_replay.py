@@ -18,7 +18,7 @@ import ttl_kernel
 from caching_heuristics import HeuristicConfig
 from replay_plans import POLICIES, UNLIMITED, Plan, capacities
 from replay_result import ReplayResult
-from trace_data import Trace
+from kvttl.traces.trace import Trace
 from trace_runs import RunIndex, index_runs
 
 BLOCK_POLICIES = {"lru": True, "fifo": False}  # name -> whether a hit refreshes

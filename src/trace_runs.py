@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 from numba import njit
 
-from trace_data import Trace
+from kvttl.traces.trace import Trace
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ import trace_fixtures as fixtures
 
 from baseline_policies import BASELINES, LEAST_BLOCKS, BaselineFile, next_accesses, replay_baseline
 from tier_costs import result_costs
-from trace_builder import make_trace
-from trace_generator import agent_loops
+from kvttl.traces.builder import make_trace
+from kvttl.traces.generator import agent_loops
 from trace_replay import replay
 
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)

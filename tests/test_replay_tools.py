@@ -31,8 +31,8 @@ from replay_explorer import (
 from replay_plots import plot_over_time, plot_policies, plot_trade_off
 from replay_tables import at_same_memory, export, mean_blocks_held, policy_table, trade_off, wide
 from tier_costs import TierCosts, calibrate, fit_costs, result_costs
-from trace_builder import make_trace
-from trace_generator import agent_loops
+from kvttl.traces.builder import make_trace
+from kvttl.traces.generator import agent_loops
 from trace_replay import replay, replay_without_capacity
 from trace_runs import index_runs
 

@@ -13,14 +13,14 @@ import trace_fixtures as fixtures
 from hypothesis import given
 from hypothesis import strategies as st
 
-import trace_formats
+from kvttl.traces import formats
 from decision_log import DecisionRecord, write_records
 from replay_command import main
-from trace_builder import DenseIds, TraceBuilder, make_trace
-from trace_data import CACHE_VERSION, load_trace, save_trace
-from trace_formats import FORMATS
-from trace_generator import SAMPLE, agent_loops, tiled, write_mooncake
-from trace_readers import detect_format, read_trace
+from kvttl.traces.builder import DenseIds, TraceBuilder, make_trace
+from kvttl.traces.trace import CACHE_VERSION, load_trace, save_trace
+from kvttl.traces.formats import FORMATS
+from kvttl.traces.generator import SAMPLE, agent_loops, tiled, write_mooncake
+from kvttl.traces.reading import detect_format, read_trace
 
 MOONCAKE = {"timestamp": 1500, "input_length": 1100, "output_length": 7, "hash_ids": [4, 5, 9]}
 QWEN = {
@@ -330,7 +330,7 @@ def test_lines_have_a_longest_length(tmp_path, monkeypatch, zipped):
 
 
 def test_the_longest_line_is_64_mib_and_takes_little_memory(tmp_path):
-    assert (trace_formats.LINE_LIMIT, trace_formats.SESSION_LIMIT) == (64 << 20, 1 << 30)
+    assert (formats.LINE_LIMIT, formats.SESSION_LIMIT) == (64 << 20, 1 << 30)
     path = tmp_path / "a.jsonl.gz"
     with gzip.open(path, "wb", compresslevel=1) as file:
         for _ in range(200):
@@ -364,7 +364,7 @@ def test_progress_counts_the_bytes_of_the_file(tmp_path, zipped):
     write_lines(path, *[MOONCAKE | {"x": rng.bytes(50).hex()} for _ in range(9000)])
     if zipped:
         path.write_bytes(gzip.compress(path.read_bytes()))
-    for _ in trace_formats.text_lines(path, trace_formats.Source(), counted.append):
+    for _ in formats.text_lines(path, formats.Source(), counted.append):
         assert sum(counted) <= path.stat().st_size
     assert sum(counted) == path.stat().st_size and max(counted) < sum(counted)
 

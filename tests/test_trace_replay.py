@@ -13,9 +13,9 @@ from caching_heuristics import HeuristicConfig
 from replay_plans import POLICIES, Plan, capacities
 from request_metadata import PromptHistory
 from reuse_distances import lru_curve
-from trace_builder import make_trace
-from trace_data import Trace
-from trace_generator import agent_loops
+from kvttl.traces.builder import make_trace
+from kvttl.traces.trace import Trace
+from kvttl.traces.generator import agent_loops
 from trace_replay import BLOCK_POLICIES, POLICY_NAMES, replay, replay_without_capacity
 from trace_runs import index_runs
 

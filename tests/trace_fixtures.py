@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trace_builder import make_trace
-from trace_readers import read_trace
+from kvttl.traces.builder import make_trace
+from kvttl.traces.reading import read_trace
 
 SAMPLE_FILE = Path(__file__).parents[1] / "data" / "sample_trace.jsonl.gz"
 HOME = os.environ.get("KV_TRACE_DIR")  # folder of the real traces

@@ -1,7 +1,7 @@
 """The formats of traces, one reader each: a file or folder to a `TraceBuilder`.
 
 A bad line raises a ValueError that names file, line and reason, or is skipped
-and counted; see `trace_readers.read_trace`.
+and counted; see `kvttl.traces.reading.read_trace`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from trace_builder import TraceBuilder
+from kvttl.traces.builder import TraceBuilder
 
 SESSIONS_PER_HOUR = 30.0  # of agentic sessions that are overlaid, unless told otherwise
 LINE_LIMIT = 64 << 20  # bytes

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from trace_data import COLUMNS, Trace
+from kvttl.traces.trace import COLUMNS, Trace
 
 
 class TraceBuilder:

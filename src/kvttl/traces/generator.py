@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from trace_builder import TraceBuilder
-from trace_data import Trace
+from kvttl.traces.builder import TraceBuilder
+from kvttl.traces.trace import Trace
 
 SAMPLE = {"requests": 600, "seed": 7, "block_tokens": 512, "system_blocks": 12, "turn_blocks": 2.0}
 

@@ -1,0 +1,1 @@
+"""Traces: what they are, and the readers of each format."""
