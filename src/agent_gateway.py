@@ -27,7 +27,7 @@ from caching_heuristics import HeuristicConfig
 from decision_log import DecisionLog
 from decision_metrics import DecisionMetrics
 from gateway_app import BODY_LIMIT, manage_app, openai_app, server_arguments
-from lmcache_http import LMCacheError, LMCacheUnavailable
+from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
 from managed_engine import ManagedEngine
 from run_session import be_quiet, managed, new_run_folder, progress, session_stack
 from tiered_caching import MultiTierCache

@@ -16,7 +16,7 @@ from chat_prompts import chat_tokens, read_tool_calls
 from decision_log import DecisionRecord
 from engine_desk import Ask, desk_of
 from generation_job import prompt_digest
-from placement_rules import by_hottest
+from kvttl.lmcache.placement_rules import by_hottest
 from tiered_caching import MultiTierCache
 
 try:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from caching_heuristics import TIER_CODES, TIERS
-from kv_layout import (
+from kvttl.lmcache.layout import (
     DEFAULT_INSTANCE,
     BaseController,
     KVLayout,
@@ -21,7 +21,7 @@ from kv_layout import (
     engine_config,
     unseen,
 )
-from lmcache_http import BACKENDS, LMCacheError, LMCacheHTTP, LMCacheUnavailable
+from kvttl.lmcache.client import BACKENDS, LMCacheError, LMCacheHTTP, LMCacheUnavailable
 from local_controller import LocalLMCacheController
 
 __all__ = [

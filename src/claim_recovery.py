@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from decision_log import DecisionRecord
 from kv_placement import KVPlacement
-from lmcache_http import LMCacheError, LMCacheUnavailable
-from placement_rules import is_above
+from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
+from kvttl.lmcache.placement_rules import is_above
 from ttl_expiry import Step
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import Any
 
 from caching_heuristics import HeuristicConfig
 from decision_metrics import DecisionMetrics
-from lmcache_http import LMCacheError, LMCacheUnavailable
+from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
 from managed_engine import KV_METADATA
 from tiered_caching import MultiTierCache
 

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kv_layout import BaseController, engine_config
+from kvttl.lmcache.layout import BaseController, engine_config
 from request_metadata import with_logprobs
 
 logger = logging.getLogger(__name__)

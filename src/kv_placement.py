@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from caching_heuristics import TIER_CODES, TIERS
-from kv_layout import BaseController
-from lmcache_http import LMCacheUnavailable
-from placement_rules import by_hottest, has_nothing_colder, hits_by_tier, reachable
+from kvttl.lmcache.layout import BaseController
+from kvttl.lmcache.client import LMCacheUnavailable
+from kvttl.lmcache.placement_rules import by_hottest, has_nothing_colder, hits_by_tier, reachable
 from ttl_expiry import ClaimLedger, Step
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 
 from caching_heuristics import TIER_CODES, TIERS
-from kv_layout import BaseController, KVLayout, Outcome, check_tokens, unseen
+from kvttl.lmcache.layout import BaseController, KVLayout, Outcome, check_tokens, unseen
 from storage_backends import BaseBackend, InMemoryBackend, LocalDiskBackend, RemoteBackend
 
 MAX_TTL_S = 604_800  # bytes are kept at most this long, as max_ttl does

@@ -28,7 +28,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from kvttl.background import Repeater
-from lmcache_http import CircuitBreaker
+from kvttl.lmcache.client import CircuitBreaker
 from stack_reconcile import parse_key, redis_url_of
 
 TIMEOUT_VARIABLE, VERIFY_VARIABLE = "KV_REDIS_TIMEOUT_S", "KV_REDIS_VERIFY_S"

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from caching_heuristics import HeuristicConfig
 from kvttl.settings import default_path, load_settings
-from lmcache_model import replay_on_lmcache
+from kvttl.lmcache.model import replay_on_lmcache
 from overhead_bench import machine
 from run_session import be_quiet
 from speedup_contenders import (
@@ -220,7 +220,7 @@ def choose_settings(model: str, hot_share: float = MAIN_SHARE) -> HeuristicConfi
     """Return the TTL that needs the least hot memory without costing hits, on the model of LMCache.
 
     Found on agentic sessions of other seeds than the benchmark's. Perplexity and
-    variance do not choose the tier here: `lmcache_model` knows no answers.
+    variance do not choose the tier here: `kvttl.lmcache.model` knows no answers.
     """
     workloads = [make_workload("agentic", seed, REQUESTS["agentic"], model) for seed in _TUNING]
     hot_chunks = [int(hot_share * w.working_set_tokens()) // CHUNK_TOKENS for w in workloads]

@@ -18,8 +18,8 @@ import requests
 from agent_session import SessionClock, ends_on_the_way
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
-from lmcache_model import EVICTION_WATERMARK
-from placement_rules import hits_by_tier
+from kvttl.lmcache.model import EVICTION_WATERMARK
+from kvttl.lmcache.placement_rules import hits_by_tier
 from run_session import managed
 from speedup_workloads import CHUNK_TOKENS, BenchRequest
 from tier_costs import TierCosts, calibrate

@@ -1,7 +1,7 @@
 """Does the replay tell the truth? What it predicts, request by request, beside what was measured.
 
 Twice: by `trace_replay`, which knows a capacity and a policy, and by
-`lmcache_model`, which knows LMCache's own rules and runs the manager's code.
+`kvttl.lmcache.model`, which knows LMCache's own rules and runs the manager's code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from caching_heuristics import TIERS, HeuristicConfig
-from lmcache_model import EVICTION_WATERMARK, replay_on_lmcache
+from kvttl.lmcache.model import EVICTION_WATERMARK, replay_on_lmcache
 from speedup_contenders import KIT, LMCACHE, RETAIN, TUNED
 from speedup_workloads import CHUNK_TOKENS
 from tier_costs import fit_costs

@@ -21,7 +21,7 @@ from decision_metrics import DecisionMetrics
 from generation_job import Engine, Generation, metadata_of_each, prompt_digest, text_of
 from kvttl.settings import load_settings
 from kv_placement import KVPlacement
-from lmcache_http import LMCacheError, LMCacheUnavailable
+from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
 from record_keeping import RecordKeeper, notices
 from request_metadata import PromptHistory, RequestMetadata
 from storage_backends import BaseBackend, InMemoryBackend, LocalDiskBackend, RemoteBackend

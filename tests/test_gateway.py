@@ -44,7 +44,7 @@ from gateway_app import (
     openai_app,
     server_arguments,
 )
-from lmcache_http import LMCacheUnavailable
+from kvttl.lmcache.client import LMCacheUnavailable
 from managed_engine import KV_METADATA, ManagedEngine
 from request_metadata import output_perplexity, with_logprobs
 from tiered_caching import InMemoryBackend, MultiTierCache

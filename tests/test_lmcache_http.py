@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from lmcache_http import CircuitBreaker, LMCacheError, LMCacheHTTP, LMCacheUnavailable
+from kvttl.lmcache.client import CircuitBreaker, LMCacheError, LMCacheHTTP, LMCacheUnavailable
 
 FOUND = {"results": [{"key": "k"}]}
 READ_TIMEOUT_S = 0.3

@@ -24,7 +24,7 @@ from local_managers import (
 
 from decision_log import DecisionLog, read_records
 from decision_metrics import DecisionMetrics
-from lmcache_http import LMCacheUnavailable
+from kvttl.lmcache.client import LMCacheUnavailable
 
 PROMPT = "0123456789abcdef"  # two chunks
 FIELDS = ("access_count", "time_variance", "seconds_since_access", "perplexity")

@@ -17,8 +17,8 @@ import pytest
 
 from caching_heuristics import HeuristicConfig
 from demo_model import model_path
-from lmcache_model import LMCacheModel, replay_on_lmcache
-from placement_rules import hits_by_tier
+from kvttl.lmcache.model import LMCacheModel, replay_on_lmcache
+from kvttl.lmcache.placement_rules import hits_by_tier
 from speedup_bench import QUICK, bench_settings, choose_settings, kv_bytes_per_token
 from speedup_contenders import KIT, LMCACHE, NONE, ORDER, TUNED
 from speedup_report import BenchResult, by_seed, compared, read_report, rounded, summary, verdict

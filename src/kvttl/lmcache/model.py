@@ -18,7 +18,7 @@ import numpy as np
 
 from agent_session import SessionClock, ends_on_the_way
 from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
-from kv_layout import BaseController, KVLayout, Outcome, unseen
+from kvttl.lmcache.layout import BaseController, KVLayout, Outcome, unseen
 from replay_result import ReplayResult
 from tiered_caching import MultiTierCache
 from kvttl.traces.trace import Trace

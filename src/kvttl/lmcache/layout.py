@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from caching_heuristics import TIER_CODES, TIERS
-from lmcache_http import LMCacheError
+from kvttl.lmcache.client import LMCacheError
 
 DEFAULT_INSTANCE = "lmcache_default_instance"
 

@@ -1,0 +1,1 @@
+"""What LMCache is and says: tiers, HTTP, directory, a model of its rules."""
