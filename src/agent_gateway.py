@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from caching_heuristics import HeuristicConfig
-from decision_log import DecisionLog
-from decision_metrics import DecisionMetrics
+from kvttl.decisions.log import DecisionLog
+from kvttl.decisions.metrics import DecisionMetrics
 from gateway_app import BODY_LIMIT, manage_app, openai_app, server_arguments
 from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
 from managed_engine import ManagedEngine

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from agent_session import SessionClock, ends_on_the_way
 from agent_tools import ManagedChatModel
 from caching_heuristics import TIERS, HeuristicConfig
-from decision_log import DecisionRecord
+from kvttl.decisions.log import DecisionRecord
 from decision_panels import TIER_COLOURS, tier_keys
 from demo_model import CODE_PROMPT, PROSE_PROMPT, random_characters
 from run_session import managed

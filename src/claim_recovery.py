@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
-from decision_log import DecisionRecord
+from kvttl.decisions.log import DecisionRecord
 from kv_placement import KVPlacement
 from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
 from kvttl.lmcache.placement_rules import is_above

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
-from decision_log import DecisionRecord
+from kvttl.decisions.log import DecisionRecord
 
 _DEFAULTS = HeuristicConfig()
 _NEUTRAL_PERPLEXITY = 30.0  # where the TTL's perplexity factor is 0

@@ -17,7 +17,7 @@ from matplotlib.ticker import LogFormatter
 
 from caching_heuristics import TIERS, HeuristicConfig
 from decision_changes import read_decisions
-from decision_log import DecisionRecord
+from kvttl.decisions.log import DecisionRecord
 from decision_panels import (
     ACCESS_COUNTS,
     PERPLEXITIES,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from decision_log import DecisionRecord
+from kvttl.decisions.log import DecisionRecord
 from generation_job import prompt_digest
 from tiered_caching import MultiTierCache
 

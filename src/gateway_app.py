@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from caching_heuristics import HeuristicConfig
-from decision_metrics import DecisionMetrics
+from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
 from managed_engine import KV_METADATA
 from tiered_caching import MultiTierCache

@@ -16,7 +16,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from caching_heuristics import HeuristicConfig
-from decision_log import DecisionRecord
+from kvttl.decisions.log import DecisionRecord
 from decision_plots import (
     decision_distributions,
     plot_timeline,

@@ -26,7 +26,7 @@ from agent_session import Request, SessionClock, ends_on_the_way, session_reques
 from kvttl.background import Repeater
 from cache_controller import LMCacheController
 from caching_heuristics import TIERS, HeuristicConfig
-from decision_log import DecisionLog, DecisionRecord
+from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.settings import FILE_NAME, save_settings
 from request_metadata import PERPLEXITY_SOURCES
 from tiered_caching import MultiTierCache
@@ -105,7 +105,7 @@ def _metrics(port):
     if port is None:
         yield None
         return
-    from decision_metrics import DecisionMetrics
+    from kvttl.decisions.metrics import DecisionMetrics
 
     metrics = DecisionMetrics()
     server = metrics.serve(port)

@@ -21,7 +21,7 @@ import numpy as np
 
 from notebook_servers import APP_NOTEBOOK, app_command, free_port, running
 from overhead_bench import machine
-from sample_log import FILE_NAME
+from kvttl.decisions.sample import FILE_NAME
 
 REPORT = Path("data/reports/sliders.json")
 GOAL_P50_MS = 120.0

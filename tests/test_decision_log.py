@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from decision_log import (
+from kvttl.decisions.log import (
     KINDS,
     SOURCES,
     DecisionLog,
@@ -357,8 +357,8 @@ def test_a_deleted_file_is_noticed(tmp_path):
 
 def test_two_writers_of_one_process_in_one_second_have_a_file_each(tmp_path, monkeypatch):
     tokens = iter(["aaaa", "aaaa", "bbbb"])  # the second writer collides at first
-    monkeypatch.setattr("decision_log.secrets.token_hex", lambda count: next(tokens))
-    monkeypatch.setattr("decision_log.time.strftime", lambda *args: "20260101T000000")
+    monkeypatch.setattr("kvttl.decisions.log.secrets.token_hex", lambda count: next(tokens))
+    monkeypatch.setattr("kvttl.decisions.log.time.strftime", lambda *args: "20260101T000000")
     for _ in range(2):
         DecisionLog(tmp_path).append(MANAGED)
     assert [path.stem[-9:] for path in sorted(tmp_path.iterdir())] == ["aaaa-0001", "bbbb-0001"]
@@ -379,7 +379,7 @@ def test_a_folder_that_cannot_be_is_an_os_error(tmp_path):
 
 FULL_DISK = """
 import resource, sys
-from decision_log import DecisionLog, DecisionRecord
+from kvttl.decisions.log import DecisionLog, DecisionRecord
 log = DecisionLog(sys.argv[1])
 log.append(DecisionRecord(1.0, "before"))
 size = log.path.stat().st_size
@@ -426,7 +426,7 @@ def child(code, *args, **options):
 
 APPENDING = """
 import sys, time
-from decision_log import DecisionLog, DecisionRecord
+from kvttl.decisions.log import DecisionLog, DecisionRecord
 log = DecisionLog(sys.argv[1], max_bytes=300_000)
 for number in range(int(sys.argv[3])):
     log.append(DecisionRecord(time.time(), f"{sys.argv[2]}-{number}", error="x" * 5_000))
@@ -461,7 +461,7 @@ def test_several_processes_write_into_one_folder(tmp_path, caplog):
 
 FORKING = """
 import os, sys, threading
-from decision_log import DecisionLog, DecisionRecord
+from kvttl.decisions.log import DecisionLog, DecisionRecord
 log = DecisionLog(sys.argv[1], max_bytes=1, keep_files=3)
 for number in range(3):
     log.append(DecisionRecord(float(number), "parent"))

@@ -12,8 +12,8 @@ import requests
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from decision_log import DecisionRecord
-from decision_metrics import METRICS, DecisionMetrics
+from kvttl.decisions.log import DecisionRecord
+from kvttl.decisions.metrics import METRICS, DecisionMetrics
 
 MOVE = {"from": "gpu", "to": "disk", "status": "done", "moved_chunks": 2, "latency_s": 0.02}
 MANAGED = DecisionRecord(

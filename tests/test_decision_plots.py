@@ -18,7 +18,7 @@ from PIL import Image
 
 from caching_heuristics import TIERS, HeuristicConfig
 from decision_changes import changes, held_seconds, read_decisions
-from decision_log import DecisionRecord, read_records
+from kvttl.decisions.log import DecisionRecord, read_records
 from decision_panels import TIER_COLOURS, duration
 from decision_plots import (
     decision_distributions,
@@ -29,7 +29,7 @@ from decision_plots import (
     ttl_surface,
 )
 from plot_export import all_figures, export_plots
-from sample_log import latest_log, sample_records
+from kvttl.decisions.sample import latest_log, sample_records
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = [
@@ -418,7 +418,7 @@ def test_the_newest_run_with_decisions_is_taken(tmp_path, records):
 def test_the_generators_command(tmp_path):
     out = tmp_path / "log.jsonl"
     for _ in range(2):  # it replaces, never appends
-        command = [sys.executable, "-m", "sample_log", "--prompts", "3", "--out", str(out)]
+        command = [sys.executable, "-m", "kvttl.decisions.sample", "--prompts", "3", "--out", str(out)]
         done = subprocess.run(command, cwd=ROOT / "src", capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert list(read_records(out)) == sample_records(3)

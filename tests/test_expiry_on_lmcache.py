@@ -14,7 +14,7 @@ import pytest
 
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
-from decision_log import DecisionLog, read_records
+from kvttl.decisions.log import DecisionLog, read_records
 from demo_model import example_prompts, prompt_perplexity
 from tiered_caching import MultiTierCache
 
@@ -201,7 +201,7 @@ _VICTIM = """
 import json, sys
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
-from decision_log import DecisionLog
+from kvttl.decisions.log import DecisionLog
 from tiered_caching import MultiTierCache
 
 host, port, instance, model, folder = json.loads(sys.argv[1])

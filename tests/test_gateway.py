@@ -33,8 +33,8 @@ from agent_gateway import (
 )
 from cache_controller import LocalLMCacheController
 from caching_heuristics import HeuristicConfig
-from decision_log import DecisionLog, read_records
-from decision_metrics import DecisionMetrics
+from kvttl.decisions.log import DecisionLog, read_records
+from kvttl.decisions.metrics import DecisionMetrics
 from demo_model import model_path
 from gateway_app import (
     BodyLimit,

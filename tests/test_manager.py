@@ -22,8 +22,8 @@ from local_managers import (
     local_manager,
 )
 
-from decision_log import DecisionLog, read_records
-from decision_metrics import DecisionMetrics
+from kvttl.decisions.log import DecisionLog, read_records
+from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheUnavailable
 
 PROMPT = "0123456789abcdef"  # two chunks

@@ -14,7 +14,7 @@ from local_managers import CHUNK, HOT, LADDER_S, WARM, hottest, local_manager
 
 from agent_session import SessionClock
 from caching_heuristics import TIERS, HeuristicConfig
-from decision_log import DecisionRecord, read_records
+from kvttl.decisions.log import DecisionRecord, read_records
 from decision_plots import TIER_COLOURS, plot_session
 from run_session import session_requests, summary, table
 

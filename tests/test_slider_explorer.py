@@ -16,7 +16,7 @@ from PIL import Image
 from caching_heuristics import HeuristicConfig
 from decision_changes import changes, read_decisions
 from kvttl.settings import default_path, load_settings, save_settings, settings_from, to_yaml
-from sample_log import sample_records, settings_of
+from kvttl.decisions.sample import sample_records, settings_of
 from slider_controls import SETTINGS, Control
 from slider_explorer import PRESETS, Explorer
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from caching_heuristics import TIERS
-from decision_record import KINDS, SOURCES, DecisionRecord, parse_record
+from kvttl.decisions.record import KINDS, SOURCES, DecisionRecord, parse_record
 
 __all__ = [
     "KINDS",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from caching_heuristics import TIERS
-from decision_log import DecisionRecord
+from kvttl.decisions.log import DecisionRecord
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""A small decision log that needs no engine: `python -m sample_log` writes the shipped one.
+"""A small decision log that needs no engine: `python -m kvttl.decisions.sample` writes the shipped one.
 
 Agents ask for four hours; what comes back, when, and how predictable it is are
 drawn from a seeded generator. Decisions are those of `HeuristicConfig()`, and
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
-from decision_log import DecisionRecord, read_records, write_records
+from kvttl.decisions.log import DecisionRecord, read_records, write_records
 from kvttl.settings import FILE_NAME as SETTINGS_FILE
 from kvttl.settings import load_settings
 

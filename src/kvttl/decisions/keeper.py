@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from caching_heuristics import TIERS
-from decision_log import DecisionLog, DecisionRecord
-from decision_metrics import DecisionMetrics
+from kvttl.decisions.log import DecisionLog, DecisionRecord
+from kvttl.decisions.metrics import DecisionMetrics
 
 logger = logging.getLogger(__name__)
 

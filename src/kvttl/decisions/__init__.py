@@ -1,0 +1,1 @@
+"""Decision records: what they hold, their log, metrics and notices."""
