@@ -15,7 +15,7 @@ from uuid import uuid4
 from chat_prompts import chat_tokens, read_tool_calls
 from kvttl.decisions.log import DecisionRecord
 from engine_desk import Ask, desk_of
-from generation_job import prompt_digest
+from kvttl.manager.generation import prompt_digest
 from kvttl.lmcache.placement_rules import by_hottest
 from tiered_caching import MultiTierCache
 

@@ -14,7 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from kvttl.decisions.log import DecisionRecord
-from generation_job import prompt_digest
+from kvttl.manager.generation import prompt_digest
 from tiered_caching import MultiTierCache
 
 

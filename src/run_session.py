@@ -28,7 +28,7 @@ from cache_controller import LMCacheController
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.settings import FILE_NAME, save_settings
-from request_metadata import PERPLEXITY_SOURCES
+from kvttl.manager.metadata import PERPLEXITY_SOURCES
 from tiered_caching import MultiTierCache
 
 RUNS_FOLDER = Path("data/runs")

@@ -15,17 +15,17 @@ from typing import Any
 from kvttl.background import JobQueue, Repeater
 from cache_controller import BaseController
 from caching_heuristics import HeuristicConfig
-from claim_recovery import adopt_lost_claims, recover_claims
+from kvttl.manager.recovery import adopt_lost_claims, recover_claims
 from kvttl.decisions.log import DecisionLog, DecisionRecord, read_records
 from kvttl.decisions.metrics import DecisionMetrics
-from generation_job import Engine, Generation, metadata_of_each, prompt_digest, text_of
+from kvttl.manager.generation import Engine, Generation, metadata_of_each, prompt_digest, text_of
 from kvttl.settings import load_settings
-from kv_placement import KVPlacement
+from kvttl.manager.placement import KVPlacement
 from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
 from kvttl.decisions.keeper import RecordKeeper, notices
-from request_metadata import PromptHistory, RequestMetadata
+from kvttl.manager.metadata import PromptHistory, RequestMetadata
 from storage_backends import BaseBackend, InMemoryBackend, LocalDiskBackend, RemoteBackend
-from ttl_expiry import ClaimLedger
+from kvttl.manager.claims import ClaimLedger
 
 __all__ = [
     "BaseBackend",

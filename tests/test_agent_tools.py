@@ -27,7 +27,7 @@ from caching_heuristics import HeuristicConfig
 from chat_prompts import chat_tokens, read_tool_calls
 from decision_plots import plot_timeline
 from demo_model import DEMO_MODEL, load_tokenizer
-from generation_job import prompt_digest
+from kvttl.manager.generation import prompt_digest
 from run_session import managed
 from storage_backends import InMemoryBackend
 from tiered_caching import MultiTierCache

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ttl_expiry
+from kvttl.manager import claims
 from caching_heuristics import TIERS, HeuristicConfig
-from ttl_expiry import ClaimLedger, Step
+from kvttl.manager.claims import ClaimLedger, Step
 
 LADDER = {"gpu": 1.0, "disk": 2.0, "remote": 4.0}
 
@@ -132,7 +132,7 @@ def assert_tidy(ledger):
 
 
 def ledger_key(ledger, slot):
-    return ttl_expiry._unpacked(ledger._keys[slot])
+    return claims._unpacked(ledger._keys[slot])
 
 
 def claim_rows(ledger):

@@ -46,7 +46,7 @@ from gateway_app import (
 )
 from kvttl.lmcache.client import LMCacheUnavailable
 from managed_engine import KV_METADATA, ManagedEngine
-from request_metadata import output_perplexity, with_logprobs
+from kvttl.manager.metadata import output_perplexity, with_logprobs
 from tiered_caching import InMemoryBackend, MultiTierCache
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -638,7 +638,7 @@ def ask(engine, cache, parts=2, kv=None, kind="DELTA"):
 
 def test_the_engine_is_asked_for_what_the_perplexity_needs(local_cache, monkeypatch):
     monkeypatch.setattr(
-        "generation_job.Engine.asking", lambda _, params, n: with_logprobs(params, n)
+        "kvttl.manager.generation.Engine.asking", lambda _, params, n: with_logprobs(params, n)
     )
     engine = FakeEngine()
     record = ask(engine, local_cache)

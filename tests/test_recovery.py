@@ -29,7 +29,7 @@ from local_managers import (
 )
 
 from caching_heuristics import TIERS, HeuristicConfig
-from claim_recovery import recover_claims
+from kvttl.manager.recovery import recover_claims
 from kvttl.decisions.log import DecisionLog, DecisionRecord, read_records
 from kvttl.lmcache.client import LMCacheUnavailable
 from storage_backends import LocalDiskBackend

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caching_heuristics import HeuristicConfig
-from request_metadata import (
+from kvttl.manager.metadata import (
     MEASURE_LOGPROBS,
     Observation,
     PromptHistory,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from caching_heuristics import HeuristicConfig
 from replay_plans import POLICIES, Plan, capacities
-from request_metadata import PromptHistory
+from kvttl.manager.metadata import PromptHistory
 from reuse_distances import lru_curve
 from kvttl.traces.builder import make_trace
 from kvttl.traces.trace import Trace

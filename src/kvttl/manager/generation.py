@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kvttl.lmcache.layout import BaseController, engine_config
-from request_metadata import with_logprobs
+from kvttl.manager.metadata import with_logprobs
 
 logger = logging.getLogger(__name__)
 

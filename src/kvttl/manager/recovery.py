@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from kvttl.decisions.log import DecisionRecord
-from kv_placement import KVPlacement
+from kvttl.manager.placement import KVPlacement
 from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
 from kvttl.lmcache.placement_rules import is_above
-from ttl_expiry import Step
+from kvttl.manager.claims import Step
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from caching_heuristics import TIER_CODES, TIERS
 from kvttl.lmcache.layout import BaseController
 from kvttl.lmcache.client import LMCacheUnavailable
 from kvttl.lmcache.placement_rules import by_hottest, has_nothing_colder, hits_by_tier, reachable
-from ttl_expiry import ClaimLedger, Step
+from kvttl.manager.claims import ClaimLedger, Step
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""The manager's parts: metadata, claims, placement, recovery."""
