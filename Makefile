@@ -75,13 +75,13 @@ serve: $(READY) ## OpenAI-compatible server, every request managed (LLM= PORT= A
 		$(if $(LOG),--log '$(LOG)')
 
 up: $(READY) ## start coordinator, LMCache server and Redis, and leave them running
-	@$(PY) -m stack_commands up --config $(CONFIG)
+	@$(PY) -m kvttl.stack.commands up --config $(CONFIG)
 
 down: $(READY) ## stop what `make up` started
-	@$(PY) -m stack_commands down --config $(CONFIG)
+	@$(PY) -m kvttl.stack.commands down --config $(CONFIG)
 
 status: $(READY) ## what is running
-	@$(PY) -m stack_commands status --config $(CONFIG)
+	@$(PY) -m kvttl.stack.commands status --config $(CONFIG)
 
 notebooks: $(AGENTS) ## run all notebooks headless, in order
 	@$(PY) -m pytest tests/test_notebooks.py -q

@@ -335,7 +335,7 @@ def _stack(options):
     """Return a context manager of the stack: one of its own, or the one that runs."""
     if not options.attach:
         return session_stack(options.config, options.redis_url)
-    from lmcache_stack import LMCacheStack, load_config
+    from kvttl.stack.lifecycle import LMCacheStack, load_config
 
     be_quiet()
     overrides = {"redis_url": options.redis_url} if options.redis_url else {}

@@ -124,7 +124,7 @@ def session_stack(config_path: str | Path = "config.yaml", redis_url: str | None
     nothing of, and that therefore nobody could manage.
     """
     _need("lmcache")
-    from lmcache_stack import LMCacheStack, load_config
+    from kvttl.stack.lifecycle import LMCacheStack, load_config
 
     be_quiet()  # here already: vLLM reads these when it is first imported
     with tempfile.TemporaryDirectory(prefix="kv-session-") as folder:
@@ -171,7 +171,7 @@ def progress(what: str, about_s: float):
 
 def _need(package):
     """Raise a StackError with the next step where a package is not in this Python."""
-    from stack_process import StackError
+    from kvttl.stack.process import StackError
 
     if importlib.util.find_spec(package) is None:
         raise StackError(

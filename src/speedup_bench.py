@@ -112,7 +112,7 @@ def _close(made):
 
 
 def _stack(hot_bytes, config_path, cleanup, name):
-    from lmcache_stack import LMCacheStack, load_config
+    from kvttl.stack.lifecycle import LMCacheStack, load_config
 
     folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kv-bench-"))
     config = load_config(
@@ -136,7 +136,7 @@ def _contender(name, stack, hot_tokens, model, size):
     }
     if stack is not None:
         return LMCacheContender(name, LLM(**stack.engine_kwargs(model, **options)), stack, size)
-    from stack_config import StackConfig, engine_kwargs
+    from kvttl.stack.config import StackConfig, engine_kwargs
 
     kwargs = engine_kwargs(StackConfig(), model, **options, enable_prefix_caching=bool(blocks))
     del kwargs["kv_transfer_config"]

@@ -55,7 +55,7 @@ def redis_url(real_redis):
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory, redis_url):
     """Coordinator and LMCache server on free ports, disk tier in a scratch folder."""
-    from lmcache_stack import LMCacheStack, load_config
+    from kvttl.stack.lifecycle import LMCacheStack, load_config
 
     folder = tmp_path_factory.mktemp("stack")
     config = load_config(

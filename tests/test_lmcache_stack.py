@@ -20,10 +20,10 @@ import pytest
 import redis
 from redis_fixtures import redis_server
 
-import lmcache_stack
-from lmcache_stack import LMCacheStack, PortTakenError, StackConfig, StackError, load_config
-from stack_process import load_state
-from stack_services import pick_ports
+from kvttl.stack import lifecycle
+from kvttl.stack.lifecycle import LMCacheStack, PortTakenError, StackConfig, StackError, load_config
+from kvttl.stack.process import CHILD_MODULE, load_state
+from kvttl.stack.services import pick_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "org/some-model"
@@ -67,7 +67,7 @@ def running_in(folder: Path) -> list[psutil.Process]:
         line = " ".join(process.info["cmdline"] or [])
         if (
             str(folder) in line
-            and "stack_process.py" in line
+            and CHILD_MODULE in line
             and process.info["status"] != "zombie"
         ):
             found.append(process)
@@ -346,7 +346,7 @@ def test_redis_with_password_by_url(tmp_path):
 
 OWNER = """
 import sys, time
-from lmcache_stack import LMCacheStack, load_config
+from kvttl.stack.lifecycle import LMCacheStack, load_config
 folder = sys.argv[1]
 config = load_config(disk_path=folder + "/disk", run_dir=folder + "/run", l1_size_gb=0.05)
 with LMCacheStack(config, free_ports=True) as stack:
@@ -408,11 +408,11 @@ def test_child_of_a_dead_owner_ends_at_once(tmp_path):
     gone = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
     )
-    script = str(ROOT / "src" / "stack_process.py")
     port = str(pick_ports("127.0.0.1", 1)[0])
     orphan = subprocess.Popen(
-        [sys.executable, script, gone.stdout.strip(), "redis", "127.0.0.1", port],
+        [sys.executable, "-m", CHILD_MODULE, gone.stdout.strip(), "redis", "127.0.0.1", port],
         start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
     )
     assert orphan.wait(timeout=20) == -signal.SIGTERM
 
@@ -421,9 +421,9 @@ def test_child_of_a_dead_owner_ends_at_once(tmp_path):
 
 
 def command(file: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run ``python -m stack_commands`` as `make up` does."""
+    """Run ``python -m kvttl.stack.commands`` as `make up` does."""
     return subprocess.run(
-        [sys.executable, "-m", "stack_commands", *arguments, "--config", str(file)],
+        [sys.executable, "-m", "kvttl.stack.commands", *arguments, "--config", str(file)],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -16,8 +16,8 @@ from redis_fixtures import free_port, make_tls, redis_url, start_redis, stop_red
 
 from cache_controller import LMCacheController
 from caching_heuristics import TIERS, HeuristicConfig
-from lmcache_stack import LMCacheStack, load_config
-from redis_adapter import RedisClient
+from kvttl.stack.lifecycle import LMCacheStack, load_config
+from kvttl.stack.redis_adapter import RedisClient
 from storage_backends import RemoteBackend
 from tiered_caching import MultiTierCache
 

@@ -14,10 +14,10 @@ import psutil
 import pytest
 import yaml
 
-import stack_reconcile
-from lmcache_stack import StackConfig, StackError, load_config
-from stack_process import Child, load_state, save_state, spawn
-from stack_services import SERVICES, arguments_of, child_env, get_json, pick_ports
+from kvttl.stack import reconcile
+from kvttl.stack.lifecycle import StackConfig, StackError, load_config
+from kvttl.stack.process import Child, load_state, save_state, spawn
+from kvttl.stack.services import SERVICES, arguments_of, child_env, get_json, pick_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -188,15 +188,15 @@ def test_detached_child_outlives_its_starter(tmp_path):
 
 
 def test_names_that_are_no_chunks_are_ignored(tmp_path):
-    assert stack_reconcile.parse_key("m@0x1@0@zz") is None
-    assert stack_reconcile.parse_key("m@0x1@0@ab@salt") == ("m", 1, 0, "ab", "salt")
-    assert stack_reconcile.disk_contents(tmp_path / "none") == {}
+    assert reconcile.parse_key("m@0x1@0@zz") is None
+    assert reconcile.parse_key("m@0x1@0@ab@salt") == ("m", 1, 0, "ab", "salt")
+    assert reconcile.disk_contents(tmp_path / "none") == {}
 
 
 def test_corrections_are_paged_and_minimal(monkeypatch):
     monkeypatch.setattr(stack_reconcile, "PAGE_KEYS", 2)
     keys = [("m", 1, 0, f"{i:02x}", "") for i in range(6)]
-    found = stack_reconcile.corrections(set(keys[:2]), {k: 9 for k in keys[1:]})
+    found = reconcile.corrections(set(keys[:2]), {k: 9 for k in keys[1:]})
     assert [(kind, len(rows)) for kind, rows in found] == [
         ("store", 2),
         ("store", 2),

@@ -9,7 +9,7 @@ from redis_fixtures import redis_server
 
 from cache_controller import LMCacheController
 from caching_heuristics import TIERS, HeuristicConfig
-from lmcache_stack import LMCacheStack, StackError, load_config
+from kvttl.stack.lifecycle import LMCacheStack, StackError, load_config
 from tiered_caching import MultiTierCache
 
 HOT = {"perplexity": 12.0, "time_variance": 0.0}

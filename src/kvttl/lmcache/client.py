@@ -22,7 +22,7 @@ _MAX_DELETE_KEYS = 10_000  # the server's own limit (object_service.MAX_DELETE_B
 _PAGE_KEYS = 10_000  # the directory's own limit of a listing
 
 # Our tiers' L2 adapters by LMCache's type name. Another one, such as "s3": named here, and in
-# `stack_services` where the server is started.
+# `kvttl.stack.services` where the server is started.
 BACKENDS = {"disk": "fs", "remote": "resp"}
 _SERVER_TIER = {"gpu": ("l1", None)} | {tier: ("l2", name) for tier, name in BACKENDS.items()}
 

@@ -1,6 +1,6 @@
 """Starts, attaches to and stops the LMCache stack: Redis, coordinator and server.
 
-``python -m stack_commands up|down|status`` does the same from a shell (`make up`).
+``python -m kvttl.stack.commands up|down|status`` does the same from a shell (`make up`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from stack_config import PORT_FIELDS, StackConfig, engine_kwargs, kv_transfer_config, load_config
-from stack_process import Child, StackError, load_state, save_state, spawn
-from stack_services import (
+from kvttl.stack.config import PORT_FIELDS, StackConfig, engine_kwargs, kv_transfer_config, load_config
+from kvttl.stack.process import Child, StackError, load_state, save_state, spawn
+from kvttl.stack.services import (
     PORTS_OF,
     SERVICES,
     PortTakenError,

@@ -1,4 +1,4 @@
-"""The command line of the LMCache stack: ``python -m stack_commands up|down|status``."""
+"""The command line of the LMCache stack: ``python -m kvttl.stack.commands up|down|status``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import signal
 import sys
 from pathlib import Path
 
-from lmcache_stack import LMCacheStack, StackConfig, StackError, load_config
-from stack_process import load_state, save_state
-from stack_services import SERVICES
+from kvttl.stack.lifecycle import LMCacheStack, StackConfig, StackError, load_config
+from kvttl.stack.process import load_state, save_state
+from kvttl.stack.services import SERVICES
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``python -m stack_commands up|down|status``; returns the exit code."""
+    """``python -m kvttl.stack.commands up|down|status``; returns the exit code."""
     parser = argparse.ArgumentParser(prog="stack_commands", description=__doc__)
     parser.add_argument("command", choices=("up", "down", "status"))
     parser.add_argument("--config", default="config.yaml", help="settings (default: config.yaml)")

@@ -29,7 +29,7 @@ from redis.retry import Retry
 
 from kvttl.background import Repeater
 from kvttl.lmcache.client import CircuitBreaker
-from stack_reconcile import parse_key, redis_url_of
+from kvttl.stack.reconcile import parse_key, redis_url_of
 
 TIMEOUT_VARIABLE, VERIFY_VARIABLE = "KV_REDIS_TIMEOUT_S", "KV_REDIS_VERIFY_S"
 _TILE_KEYS = 16  # a command's share of a batch: large answers of many chunks in parts

@@ -11,6 +11,8 @@ from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 import yaml
 
+from kvttl import PROJECT
+
 LOOPBACK_HOST = "127.0.0.1"
 # IsolatedLRU is left out: it admits nothing until per-salt quotas are set over HTTP.
 EVICTION_POLICIES = ("LRU", "ARC", "noop")
@@ -66,7 +68,7 @@ class StackConfig:
     registration_heartbeat_s, event_flush_interval_s : float
         How fast the coordinator sees a server and its chunks, seconds.
     redis_client : str
-        ``"kit"``: `redis_adapter`, which survives what Redis answers; ``"lmcache"``: the
+        ``"kit"``: `kvttl.stack.redis_adapter`, which survives what Redis answers; ``"lmcache"``: the
         client that comes with LMCache, without TLS.
     prefetch_policy : str
         ``"retain"`` keeps what a hit loads from disk or Redis in the memory tier;
@@ -194,7 +196,7 @@ def load_config(path: str | Path = "config.yaml", **overrides) -> StackConfig:
 
 
 def _find_file(path: Path) -> Path:
-    for candidate in (path, Path(__file__).resolve().parent.parent / path):
+    for candidate in (path, PROJECT / path):
         if candidate.is_file():
             return candidate
     raise ValueError(f"config file {str(path)!r} not found here ({Path.cwd()}) nor beside src/")

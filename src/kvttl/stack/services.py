@@ -10,8 +10,8 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from stack_config import StackConfig
-from stack_process import StackError
+from kvttl.stack.config import StackConfig
+from kvttl.stack.process import StackError
 
 SERVICES = ("redis", "coordinator", "server")  # start order; stopped in reverse, so that
 # the server can still sign off at the coordinator

@@ -1,8 +1,4 @@
-"""Child processes that are stopped exactly once and never outlive their owner.
-
-Run as a script, this file is the child side: it watches its owner and then becomes
-``lmcache coordinator``, ``lmcache server`` or the embedded Redis.
-"""
+"""Child processes that are stopped exactly once and never outlive their owner."""
 
 from __future__ import annotations
 
@@ -12,13 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-WATCH_INTERVAL_S = 0.5  # a dead owner is noticed within this time
-WATCH_GRACE_S = 4.0  # after that an orphan that ignores SIGTERM is killed
+from kvttl import PROJECT
+
+CHILD_MODULE = "kvttl.stack.child"
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # LMCache colours its log even in a file
 
 
@@ -132,7 +128,10 @@ def spawn(name: str, arguments: list[str], log_path: Path, env: dict, detached: 
     import psutil
 
     owner = 0 if detached else os.getpid()
-    command = [sys.executable, str(Path(__file__).resolve()), str(owner), name, *arguments]
+    # -P: a file of the current folder must not stand in for a package.
+    command = [sys.executable, "-P", "-m", CHILD_MODULE, str(owner), name, *arguments]
+    paths = [str(PROJECT / "src"), env.get("PYTHONPATH")]
+    env = {**env, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if log_path.exists():  # what an earlier life wrote must not be taken for this one's
         log_path.replace(log_path.with_suffix(".log.old"))
     with log_path.open("wb") as log:
@@ -166,7 +165,7 @@ def load_state(path: Path) -> tuple[dict[str, Child], dict]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise StackError(
             f"{path} is damaged: stop what still runs by hand (`ps aux | grep "
-            "stack_process`), then delete that file"
+            f"{CHILD_MODULE}`), then delete that file"
         ) from None
     return {child.name: child for child in children if child.alive()}, record
 
@@ -202,66 +201,3 @@ def _quietly(action) -> None:
         action()
     except (ProcessLookupError, psutil.NoSuchProcess):
         pass
-
-
-# ---- child side -------------------------------------------------------------
-
-
-def _watch_owner(owner: int) -> None:
-    """End this process group once its owner is gone, however the owner died.
-
-    A poll of the parent id, because the kernel's parent-death signal fires when the
-    starting *thread* ends, and a pipe stays open in children the owner forked.
-    """
-    while os.getppid() == owner:
-        time.sleep(WATCH_INTERVAL_S)
-    os.killpg(0, signal.SIGTERM)
-    time.sleep(WATCH_GRACE_S)
-    os.killpg(0, signal.SIGKILL)
-
-
-def _run_redis(arguments: list[str]) -> None:
-    from fakeredis import TcpFakeServer
-
-    server = TcpFakeServer((arguments[0], int(arguments[1])))
-    server.daemon_threads = True  # an open client must not keep a stopped Redis alive
-    server.serve_forever()
-
-
-def _run_lmcache(arguments: list[str]) -> None:
-    from uvicorn.config import LOGGING_CONFIG
-
-    # One access line per heartbeat and event batch would fill the disk.
-    LOGGING_CONFIG["loggers"]["uvicorn.access"].update(handlers=[], propagate=False)
-    from lmcache.cli.main import main
-
-    if arguments[0] == "server":
-        from redis_adapter import install
-        from stack_reconcile import reconcile_for
-
-        if os.environ.get("KV_REDIS_CLIENT") != "lmcache":
-            install()
-        _drop_env_route()
-        reconcile_for(arguments)
-    sys.argv = ["lmcache", *arguments]
-    main(arguments)
-
-
-def _drop_env_route() -> None:
-    """Take GET /env off the server: it shows every variable, our Redis password too."""
-    from lmcache.v1.internal_api_server.common import env_api
-
-    env_api.router.routes.clear()
-
-
-def _child_main(owner: int, name: str, arguments: list[str]) -> None:
-    if owner:
-        threading.Thread(target=_watch_owner, args=(owner,), daemon=True).start()
-    if name == "redis":
-        _run_redis(arguments)
-    else:
-        _run_lmcache([name, *arguments])
-
-
-if __name__ == "__main__":
-    _child_main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

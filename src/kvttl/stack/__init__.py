@@ -1,0 +1,1 @@
+"""The services: coordinator, LMCache server, Redis; start, watch, stop."""

@@ -1,0 +1,76 @@
+"""What runs in a child process: it watches its owner and becomes one of the services.
+
+``lmcache coordinator``, ``lmcache server`` or the embedded Redis.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+
+WATCH_INTERVAL_S = 0.5  # a dead owner is noticed within this time
+WATCH_GRACE_S = 4.0  # after that an orphan that ignores SIGTERM is killed
+
+
+
+def _watch_owner(owner: int) -> None:
+    """End this process group once its owner is gone, however the owner died.
+
+    A poll of the parent id, because the kernel's parent-death signal fires when the
+    starting *thread* ends, and a pipe stays open in children the owner forked.
+    """
+    while os.getppid() == owner:
+        time.sleep(WATCH_INTERVAL_S)
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(WATCH_GRACE_S)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _run_redis(arguments: list[str]) -> None:
+    from fakeredis import TcpFakeServer
+
+    server = TcpFakeServer((arguments[0], int(arguments[1])))
+    server.daemon_threads = True  # an open client must not keep a stopped Redis alive
+    server.serve_forever()
+
+
+def _run_lmcache(arguments: list[str]) -> None:
+    from uvicorn.config import LOGGING_CONFIG
+
+    # One access line per heartbeat and event batch would fill the disk.
+    LOGGING_CONFIG["loggers"]["uvicorn.access"].update(handlers=[], propagate=False)
+    from lmcache.cli.main import main
+
+    if arguments[0] == "server":
+        from kvttl.stack.redis_adapter import install
+        from kvttl.stack.reconcile import reconcile_for
+
+        if os.environ.get("KV_REDIS_CLIENT") != "lmcache":
+            install()
+        _drop_env_route()
+        reconcile_for(arguments)
+    sys.argv = ["lmcache", *arguments]
+    main(arguments)
+
+
+def _drop_env_route() -> None:
+    """Take GET /env off the server: it shows every variable, our Redis password too."""
+    from lmcache.v1.internal_api_server.common import env_api
+
+    env_api.router.routes.clear()
+
+
+def _child_main(owner: int, name: str, arguments: list[str]) -> None:
+    if owner:
+        threading.Thread(target=_watch_owner, args=(owner,), daemon=True).start()
+    if name == "redis":
+        _run_redis(arguments)
+    else:
+        _run_lmcache([name, *arguments])
+
+
+if __name__ == "__main__":
+    _child_main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
