@@ -108,7 +108,7 @@ bench-gateway: $(READY) ## what the gateway adds to a request; ends with one lin
 	@$(PY) -m gateway_bench --config $(CONFIG)
 
 replay: $(READY) ## one policy on a trace; ends with one line of JSON (TRACE= POLICY= CAPACITY= SET=)
-	@$(PY) -m replay_command --trace '$(TRACE)' --policy '$(POLICY)' --capacity '$(CAPACITY)' \
+	@$(PY) -m kvttl.replay.command --trace '$(TRACE)' --policy '$(POLICY)' --capacity '$(CAPACITY)' \
 		--seed $(SEED) $(if $(SET),--set $(SET)) $(if $(SKIP_BAD),--skip-bad)
 
 bench-replay: $(READY) ## accesses per second of the replay engines; ends with one line of JSON

@@ -21,14 +21,14 @@ from matplotlib.figure import Figure
 from caching_heuristics import TIERS, HeuristicConfig
 from decision_plots import TIER_COLOURS
 from replay_plots import POLICY_STYLES
-from replay_result import ReplayResult
-from replay_tables import at_same_memory, mean_blocks_held
+from kvttl.replay.result import ReplayResult
+from kvttl.replay.tables import at_same_memory, mean_blocks_held
 from slider_controls import Control
-from tier_costs import TierCosts, result_costs
+from kvttl.replay.costs import TierCosts, result_costs
 from kvttl.traces.trace import Trace
 from kvttl.traces.reading import read_trace
-from trace_replay import replay, replay_without_capacity
-from trace_runs import RunIndex, index_runs
+from kvttl.replay.engine import replay, replay_without_capacity
+from kvttl.replay.runs import RunIndex, index_runs
 
 SLIDERS = (
     "base_ttl",

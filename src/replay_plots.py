@@ -8,8 +8,8 @@ from matplotlib.ticker import PercentFormatter
 
 from caching_heuristics import TIERS
 from decision_plots import TIER_COLOURS
-from replay_result import ReplayResult
-from replay_tables import mean_blocks_held
+from kvttl.replay.result import ReplayResult
+from kvttl.replay.tables import mean_blocks_held
 
 # Okabe and Ito's colours; what is not named here is grey, each with a mark of its own.
 POLICY_STYLES = {
@@ -51,7 +51,7 @@ def plot_trade_off(sweep: pd.DataFrame, result: ReplayResult | None = None) -> F
     Parameters
     ----------
     sweep : pandas.DataFrame
-        Of `replay_tables.trade_off`.
+        Of `kvttl.replay.tables.trade_off`.
     result : ReplayResult, optional
         One setting more, drawn as a star.
     """

@@ -22,7 +22,7 @@ from kvttl.lmcache.model import EVICTION_WATERMARK
 from kvttl.lmcache.placement_rules import hits_by_tier
 from run_session import managed
 from speedup_workloads import CHUNK_TOKENS, BenchRequest
-from tier_costs import TierCosts, calibrate
+from kvttl.replay.costs import TierCosts, calibrate
 
 NONE, PREFIX, LMCACHE, RETAIN = "no cache", "vLLM prefix cache", "LMCache", "LMCache, retain"
 KIT, TUNED = "kit, defaults", "kit, tuned"

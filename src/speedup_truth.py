@@ -1,6 +1,6 @@
 """Does the replay tell the truth? What it predicts, request by request, beside what was measured.
 
-Twice: by `trace_replay`, which knows a capacity and a policy, and by
+Twice: by `kvttl.replay.engine`, which knows a capacity and a policy, and by
 `kvttl.lmcache.model`, which knows LMCache's own rules and runs the manager's code.
 """
 
@@ -17,8 +17,8 @@ from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.lmcache.model import EVICTION_WATERMARK, replay_on_lmcache
 from speedup_contenders import KIT, LMCACHE, RETAIN, TUNED
 from speedup_workloads import CHUNK_TOKENS
-from tier_costs import fit_costs
-from trace_replay import replay
+from kvttl.replay.costs import fit_costs
+from kvttl.replay.engine import replay
 
 _COLUMNS = [f"hit_{tier}" for tier in TIERS]
 

@@ -175,7 +175,7 @@ class History:
 
 
 def policy_replay(trace, policy, capacity, config, per="request", perplexity=None):
-    """Replay one of `replay_plans.POLICIES` in three tiers."""
+    """Replay one of `kvttl.replay.policies.POLICIES` in three tiers."""
     capacity = (-1, -1, -1) if policy == "infinite" else capacity
     tiers, history, coming = Tiers(trace, capacity), History(), next_requests(trace)
     for r in range(trace.requests):

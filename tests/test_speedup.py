@@ -23,8 +23,8 @@ from speedup_bench import QUICK, bench_settings, choose_settings, kv_bytes_per_t
 from speedup_contenders import KIT, LMCACHE, NONE, ORDER, TUNED
 from speedup_report import BenchResult, by_seed, compared, read_report, rounded, summary, verdict
 from speedup_workloads import CHUNK_TOKENS, LONGEST_PROMPT, make_workload
-from tier_costs import TierCosts
-from trace_replay import replay
+from kvttl.replay.costs import TierCosts
+from kvttl.replay.engine import replay
 
 ROOT = Path(__file__).parents[1]
 

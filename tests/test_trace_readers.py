@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kvttl.traces import formats
 from kvttl.decisions.log import DecisionRecord, write_records
-from replay_command import main
+from kvttl.replay.command import main
 from kvttl.traces.builder import DenseIds, TraceBuilder, make_trace
 from kvttl.traces.trace import CACHE_VERSION, load_trace, save_trace
 from kvttl.traces.formats import FORMATS

@@ -1,6 +1,6 @@
 """LMCache 0.5.6's own rules without LMCache: the manager's real code on a model of the server.
 
-`trace_replay` answers fast what a policy would hit. This answers slowly (a few
+`kvttl.replay.engine` answers fast what a policy would hit. This answers slowly (a few
 thousand requests) what this kit's manager *on LMCache* would: its real claims,
 ladder and moves, on a memory tier that evicts in batches above a watermark,
 does not take in what it loads from below, and refuses what does not fit.
@@ -19,7 +19,7 @@ import numpy as np
 from agent_session import SessionClock, ends_on_the_way
 from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
 from kvttl.lmcache.layout import BaseController, KVLayout, Outcome, unseen
-from replay_result import ReplayResult
+from kvttl.replay.result import ReplayResult
 from tiered_caching import MultiTierCache
 from kvttl.traces.trace import Trace
 

@@ -12,14 +12,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-import block_kernel
-import tier_kernel
-import ttl_kernel
+from kvttl.replay import block_kernel
+from kvttl.replay import tier_kernel
+from kvttl.replay import ttl_kernel
 from caching_heuristics import HeuristicConfig
-from replay_plans import POLICIES, UNLIMITED, Plan, capacities
-from replay_result import ReplayResult
+from kvttl.replay.policies import POLICIES, UNLIMITED, Plan, capacities
+from kvttl.replay.result import ReplayResult
 from kvttl.traces.trace import Trace
-from trace_runs import RunIndex, index_runs
+from kvttl.replay.runs import RunIndex, index_runs
 
 BLOCK_POLICIES = {"lru": True, "fifo": False}  # name -> whether a hit refreshes
 POLICY_NAMES = (*BLOCK_POLICIES, *POLICIES)
@@ -57,7 +57,7 @@ def replay(
     progress : bool
         Show a bar on stderr once it takes more than a second.
     **metadata
-        ``per`` and ``perplexity`` of `replay_plans.decisions`.
+        ``per`` and ``perplexity`` of `kvttl.replay.policies.decisions`.
 
     Raises
     ------

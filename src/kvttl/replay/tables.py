@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from baseline_policies import BASELINES, replay_baseline
+from kvttl.replay.baselines import BASELINES, replay_baseline
 from caching_heuristics import HeuristicConfig
-from replay_result import ReplayResult
-from tier_costs import TierCosts, result_costs
+from kvttl.replay.result import ReplayResult
+from kvttl.replay.costs import TierCosts, result_costs
 from kvttl.traces.trace import Trace
-from trace_replay import POLICY_NAMES, replay, replay_without_capacity
-from trace_runs import RunIndex, index_runs
+from kvttl.replay.engine import POLICY_NAMES, replay, replay_without_capacity
+from kvttl.replay.runs import RunIndex, index_runs
 
 SHARES = (0.01, 0.02, 0.05, 0.10, 0.20, 0.50)  # of a trace's unique blocks
 
@@ -36,7 +36,7 @@ def policy_table(
     shares : sequence of float
         Capacities, as shares ]0, 1] of the unique blocks.
     policies : sequence of str
-        Names of `trace_replay.POLICY_NAMES` and `baseline_policies.BASELINES`.
+        Names of `kvttl.replay.engine.POLICY_NAMES` and `kvttl.replay.baselines.BASELINES`.
     config, costs
         Settings of the TTL policies; of the estimated TTFT.
     since_s : float
@@ -48,7 +48,7 @@ def policy_table(
         A row a policy and share: policy, share, capacity_blocks,
         block_hit_ratio, token_hit_ratio, ttft_p50_s, ttft_mean_s, speedup,
         mean_blocks_held (NaN where the policy does not say). Below the
-        `baseline_policies.LEAST_BLOCKS` of a policy all of them are NaN: left out
+        `kvttl.replay.baselines.LEAST_BLOCKS` of a policy all of them are NaN: left out
         of figures, empty in CSV.
 
     Examples

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from caching_heuristics import TIERS
-from replay_result import ReplayResult
+from kvttl.replay.result import ReplayResult
 
 # Measured on 2 CPU cores (design notes, section 5): seconds to serve a prompt of
 # 1,545 tokens, by model: a Gemma-3-270M shape (18 layers x 2 x 1 KV head x 256 x

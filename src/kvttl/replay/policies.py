@@ -3,7 +3,7 @@
 A plan says for each run, at its access, in which tier its blocks go, until when
 they may stay, and in which order they are evicted where a tier is full. To add
 a policy, learned ones included, write such a function and hand it to
-`trace_replay.replay`, or put it into `POLICIES`.
+`kvttl.replay.engine.replay`, or put it into `POLICIES`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from caching_heuristics import TIERS, HeuristicConfig
-from trace_runs import RunIndex, Segments
+from kvttl.replay.runs import RunIndex, Segments
 
 UNLIMITED = -1  # as a capacity
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from replay_plans import capacities
-from replay_result import ReplayResult
+from kvttl.replay.policies import capacities
+from kvttl.replay.result import ReplayResult
 from kvttl.traces.trace import Trace
 
 BASELINES = {  # name -> libcachesim's class

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 from numba import njit
 
-from replay_plans import capacities as as_blocks
+from kvttl.replay.policies import capacities as as_blocks
 from kvttl.traces.trace import Trace
-from trace_runs import RunIndex, index_runs
+from kvttl.replay.runs import RunIndex, index_runs
 
 NEVER = np.iinfo(np.int64).max  # the distance of a first access
 

@@ -1,0 +1,1 @@
+"""Replay of traces: policies, exact engines, peers, costs and tables."""
