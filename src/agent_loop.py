@@ -20,7 +20,7 @@ from agent_session import SessionClock, ends_on_the_way
 from agent_tools import ManagedChatModel
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.decisions.log import DecisionRecord
-from decision_panels import TIER_COLOURS, tier_keys
+from kvttl.plots.panels import TIER_COLOURS, tier_keys
 from demo_model import CODE_PROMPT, PROSE_PROMPT, random_characters
 from run_session import managed
 from tiered_caching import MultiTierCache

@@ -19,8 +19,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from caching_heuristics import TIERS, HeuristicConfig
-from decision_plots import TIER_COLOURS
-from replay_plots import POLICY_STYLES
+from kvttl.plots.decision_plots import TIER_COLOURS
+from kvttl.plots.replay_plots import POLICY_STYLES
 from kvttl.replay.result import ReplayResult
 from kvttl.replay.tables import at_same_memory, mean_blocks_held
 from slider_controls import Control

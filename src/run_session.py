@@ -307,7 +307,7 @@ def summary(records: Sequence[DecisionRecord]) -> str:
 
 
 def _write_pictures(folder, rows):
-    from decision_plots import plot_session, plot_timeline
+    from kvttl.plots.decision_plots import plot_session, plot_timeline
 
     labels, kept = session_labels(rows), [record for _, record in rows]
     plot_timeline(kept, labels).savefig(folder / "timeline.png", dpi=150)

@@ -14,11 +14,11 @@ import ipywidgets as widgets
 
 from caching_heuristics import HeuristicConfig
 from change_readout import readout
-from decision_changes import changes, read_decisions
+from kvttl.plots.what_if import changes, read_decisions
 from kvttl.decisions.log import DecisionRecord
 from kvttl.settings import FILE_NAME, load_settings, save_settings
 from live_picture import LivePicture
-from plot_export import all_figures, export_plots
+from kvttl.plots.export import all_figures, export_plots
 from slider_controls import Control, setting_of
 
 PRESETS = {

@@ -17,10 +17,10 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from caching_heuristics import TIERS, HeuristicConfig
-from decision_changes import changes, held_seconds, read_decisions
+from kvttl.plots.what_if import changes, held_seconds, read_decisions
 from kvttl.decisions.log import DecisionRecord, read_records
-from decision_panels import TIER_COLOURS, duration
-from decision_plots import (
+from kvttl.plots.panels import TIER_COLOURS, duration
+from kvttl.plots.decision_plots import (
     decision_distributions,
     plot_session,
     plot_timeline,
@@ -28,7 +28,7 @@ from decision_plots import (
     ttl_curves,
     ttl_surface,
 )
-from plot_export import all_figures, export_plots
+from kvttl.plots.export import all_figures, export_plots
 from kvttl.decisions.sample import latest_log, sample_records
 
 ROOT = Path(__file__).resolve().parents[1]

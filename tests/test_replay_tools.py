@@ -28,7 +28,7 @@ from replay_explorer import (
     replay_view,
     traces_at_hand,
 )
-from replay_plots import plot_over_time, plot_policies, plot_trade_off
+from kvttl.plots.replay_plots import plot_over_time, plot_policies, plot_trade_off
 from kvttl.replay.tables import at_same_memory, export, mean_blocks_held, policy_table, trade_off, wide
 from kvttl.replay.costs import TierCosts, calibrate, fit_costs, result_costs
 from kvttl.traces.builder import make_trace

@@ -15,7 +15,7 @@ from local_managers import CHUNK, HOT, LADDER_S, WARM, hottest, local_manager
 from agent_session import SessionClock
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.decisions.log import DecisionRecord, read_records
-from decision_plots import TIER_COLOURS, plot_session
+from kvttl.plots.decision_plots import TIER_COLOURS, plot_session
 from run_session import session_requests, summary, table
 
 ROOT = Path(__file__).parents[1]

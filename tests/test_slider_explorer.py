@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from caching_heuristics import HeuristicConfig
-from decision_changes import changes, read_decisions
+from kvttl.plots.what_if import changes, read_decisions
 from kvttl.settings import default_path, load_settings, save_settings, settings_from, to_yaml
 from kvttl.decisions.sample import sample_records, settings_of
 from slider_controls import SETTINGS, Control

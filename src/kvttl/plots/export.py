@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from caching_heuristics import HeuristicConfig
 from kvttl.decisions.log import DecisionRecord
-from decision_plots import (
+from kvttl.plots.decision_plots import (
     decision_distributions,
     plot_timeline,
     tier_map,

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from caching_heuristics import TIERS
-from decision_plots import TIER_COLOURS
+from kvttl.plots.decision_plots import TIER_COLOURS
 from kvttl.replay.result import ReplayResult
 from kvttl.replay.tables import mean_blocks_held
 

@@ -1,6 +1,6 @@
 """Figures of decisions: plain functions from data to a matplotlib figure.
 
-Equal data give equal figures, and equal bytes when saved by `plot_export`.
+Equal data give equal figures, and equal bytes when saved by `kvttl.plots.export`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogFormatter
 
 from caching_heuristics import TIERS, HeuristicConfig
-from decision_changes import read_decisions
+from kvttl.plots.what_if import read_decisions
 from kvttl.decisions.log import DecisionRecord
-from decision_panels import (
+from kvttl.plots.panels import (
     ACCESS_COUNTS,
     PERPLEXITIES,
     TIER_COLOURS,

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from caching_heuristics import TIERS, HeuristicConfig
-from decision_changes import Decisions, tier_codes
+from kvttl.plots.what_if import Decisions, tier_codes
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers and in grey.
 TIER_COLOURS = {"gpu": "#D55E00", "disk": "#56B4E9", "remote": "#004D73", "none": "#CCCCCC"}

@@ -1,0 +1,1 @@
+"""Figures of decisions and replays, and their export."""
