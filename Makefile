@@ -87,10 +87,10 @@ notebooks: $(AGENTS) ## run all notebooks headless, in order
 	@$(PY) -m pytest tests/test_notebooks.py -q
 
 app: $(READY) ## sliders and plots as a page, without code (this machine only; PORT=)
-	@$(PY) -m notebook_servers app $(if $(PORT),--port $(PORT))
+	@$(PY) -m kvttl.sliders.servers app $(if $(PORT),--port $(PORT))
 
 lab: $(READY) ## JupyterLab on the notebooks (this machine only; PORT=)
-	@$(PY) -m notebook_servers lab $(if $(PORT),--port $(PORT))
+	@$(PY) -m kvttl.sliders.servers lab $(if $(PORT),--port $(PORT))
 
 clean-notebooks: $(READY) ## strip outputs from the notebooks
 	@$(VENV)/bin/nbstripout notebooks/*.ipynb

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from caching_heuristics import HeuristicConfig
+from gateway_app import BODY_LIMIT, manage_app, openai_app, server_arguments
 from kvttl.decisions.log import DecisionLog
 from kvttl.decisions.metrics import DecisionMetrics
-from gateway_app import BODY_LIMIT, manage_app, openai_app, server_arguments
 from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
 from managed_engine import ManagedEngine
 from run_session import be_quiet, managed, new_run_folder, progress, session_stack

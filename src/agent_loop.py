@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from agent_session import SessionClock, ends_on_the_way
 from agent_tools import ManagedChatModel
 from caching_heuristics import TIERS, HeuristicConfig
+from demo_model import CODE_PROMPT, PROSE_PROMPT, random_characters
 from kvttl.decisions.log import DecisionRecord
 from kvttl.plots.panels import TIER_COLOURS, tier_keys
-from demo_model import CODE_PROMPT, PROSE_PROMPT, random_characters
 from run_session import managed
 from tiered_caching import MultiTierCache
 

@@ -13,10 +13,10 @@ from typing import Any
 from uuid import uuid4
 
 from chat_prompts import chat_tokens, read_tool_calls
-from kvttl.decisions.log import DecisionRecord
 from engine_desk import Ask, desk_of
-from kvttl.manager.generation import prompt_digest
+from kvttl.decisions.log import DecisionRecord
 from kvttl.lmcache.placement_rules import by_hottest
+from kvttl.manager.generation import prompt_digest
 from tiered_caching import MultiTierCache
 
 try:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from caching_heuristics import TIER_CODES, TIERS
+from kvttl.lmcache.client import BACKENDS, LMCacheError, LMCacheHTTP, LMCacheUnavailable
 from kvttl.lmcache.layout import (
     DEFAULT_INSTANCE,
     BaseController,
@@ -21,7 +22,6 @@ from kvttl.lmcache.layout import (
     engine_config,
     unseen,
 )
-from kvttl.lmcache.client import BACKENDS, LMCacheError, LMCacheHTTP, LMCacheUnavailable
 from local_controller import LocalLMCacheController
 
 __all__ = [

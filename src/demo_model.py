@@ -15,11 +15,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvttl import PROJECT
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GEMMA_ID = "google/gemma-3-270m-it"
-DEMO_MODEL = Path(__file__).resolve().parents[1] / "data" / "demo_model"
+DEMO_MODEL = PROJECT / "data" / "demo_model"
 MODEL_DIR_VARIABLE = "KV_MODEL_DIR"  # names a local folder, as `prefer` does
 MAX_TOKENS = 2048  # the longest context that the demo model was trained on
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")

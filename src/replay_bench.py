@@ -18,14 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
-from kvttl.replay.baselines import BaselineFile
 from caching_heuristics import HeuristicConfig
-from overhead_bench import machine
+from kvttl.replay.baselines import BaselineFile
+from kvttl.replay.engine import replay, replay_without_capacity
 from kvttl.replay.lru_curve import lru_curve
+from kvttl.replay.runs import index_runs
 from kvttl.traces.generator import agent_loops, tiled
 from kvttl.traces.reading import read_trace
-from kvttl.replay.engine import replay, replay_without_capacity
-from kvttl.replay.runs import index_runs
+from overhead_bench import machine
 
 REPORT = Path("data/reports/replay.json")
 GOALS = {"ttl_accesses_per_s": 50e6, "tiers_accesses_per_s": 20e6, "slider_step_ms": 50.0}

@@ -23,12 +23,12 @@ from datetime import datetime
 from pathlib import Path
 
 from agent_session import Request, SessionClock, ends_on_the_way, session_requests
-from kvttl.background import Repeater
 from cache_controller import LMCacheController
 from caching_heuristics import TIERS, HeuristicConfig
+from kvttl.background import Repeater
 from kvttl.decisions.log import DecisionLog, DecisionRecord
-from kvttl.settings import FILE_NAME, save_settings
 from kvttl.manager.metadata import PERPLEXITY_SOURCES
+from kvttl.settings import FILE_NAME, save_settings
 from tiered_caching import MultiTierCache
 
 RUNS_FOLDER = Path("data/runs")

@@ -25,8 +25,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from caching_heuristics import HeuristicConfig
-from kvttl.settings import default_path, load_settings
 from kvttl.lmcache.model import replay_on_lmcache
+from kvttl.settings import default_path, load_settings
 from overhead_bench import machine
 from run_session import be_quiet
 from speedup_contenders import (

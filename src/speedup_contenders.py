@@ -20,9 +20,9 @@ from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
 from kvttl.lmcache.model import EVICTION_WATERMARK
 from kvttl.lmcache.placement_rules import hits_by_tier
+from kvttl.replay.costs import TierCosts, calibrate
 from run_session import managed
 from speedup_workloads import CHUNK_TOKENS, BenchRequest
-from kvttl.replay.costs import TierCosts, calibrate
 
 NONE, PREFIX, LMCACHE, RETAIN = "no cache", "vLLM prefix cache", "LMCache", "LMCache, retain"
 KIT, TUNED = "kit, defaults", "kit, tuned"

@@ -18,9 +18,9 @@ import numpy as np
 
 from demo_model import CODE_PROMPT, PROSE_PROMPT, TEMPLATE_LINE, random_characters
 from kvttl.traces.builder import TraceBuilder, make_trace
-from kvttl.traces.trace import Trace
 from kvttl.traces.generator import agent_loops
 from kvttl.traces.reading import read_trace
+from kvttl.traces.trace import Trace
 
 CHUNK_TOKENS = 32  # as in config.yaml
 LONGEST_PROMPT = 1_900  # tokens; the engine takes 2,048 with its answer

@@ -26,7 +26,16 @@ from typing import Any
 import redis
 from cachetools import TLRUCache
 
-from kvttl.storage.sealed import SECRET_BYTES, Record, Signer, check_seconds, dump, key_bytes, load, sha256
+from kvttl.storage.sealed import (
+    SECRET_BYTES,
+    Record,
+    Signer,
+    check_seconds,
+    dump,
+    key_bytes,
+    load,
+    sha256,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -12,20 +12,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvttl.background import JobQueue, Repeater
 from cache_controller import BaseController
 from caching_heuristics import HeuristicConfig
-from kvttl.manager.recovery import adopt_lost_claims, recover_claims
+from kvttl.background import JobQueue, Repeater
+from kvttl.decisions.keeper import RecordKeeper, notices
 from kvttl.decisions.log import DecisionLog, DecisionRecord, read_records
 from kvttl.decisions.metrics import DecisionMetrics
-from kvttl.manager.generation import Engine, Generation, metadata_of_each, prompt_digest, text_of
-from kvttl.settings import load_settings
-from kvttl.manager.placement import KVPlacement
 from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
-from kvttl.decisions.keeper import RecordKeeper, notices
-from kvttl.manager.metadata import PromptHistory, RequestMetadata
-from storage_backends import BaseBackend, InMemoryBackend, LocalDiskBackend, RemoteBackend
 from kvttl.manager.claims import ClaimLedger
+from kvttl.manager.generation import Engine, Generation, metadata_of_each, prompt_digest, text_of
+from kvttl.manager.metadata import PromptHistory, RequestMetadata
+from kvttl.manager.placement import KVPlacement
+from kvttl.manager.recovery import adopt_lost_claims, recover_claims
+from kvttl.settings import load_settings
+from storage_backends import BaseBackend, InMemoryBackend, LocalDiskBackend, RemoteBackend
 
 __all__ = [
     "BaseBackend",

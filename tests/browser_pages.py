@@ -7,7 +7,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from notebook_servers import APP_NOTEBOOK, app_command, free_port, lab_command, running
+from kvttl.sliders.servers import APP_NOTEBOOK, app_command, free_port, lab_command, running
 from slider_bench import open_app
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -25,9 +25,9 @@ from agent_tools import ManagedChatModel, kv_generate_tool, kv_lookup_tool
 from cache_controller import LMCacheController, LocalLMCacheController
 from caching_heuristics import HeuristicConfig
 from chat_prompts import chat_tokens, read_tool_calls
-from kvttl.plots.decision_plots import plot_timeline
 from demo_model import DEMO_MODEL, load_tokenizer
 from kvttl.manager.generation import prompt_digest
+from kvttl.plots.decision_plots import plot_timeline
 from run_session import managed
 from storage_backends import InMemoryBackend
 from tiered_caching import MultiTierCache

@@ -8,11 +8,17 @@ import numpy as np
 import pytest
 import trace_fixtures as fixtures
 
-from kvttl.replay.baselines import BASELINES, LEAST_BLOCKS, BaselineFile, next_accesses, replay_baseline
+from kvttl.replay.baselines import (
+    BASELINES,
+    LEAST_BLOCKS,
+    BaselineFile,
+    next_accesses,
+    replay_baseline,
+)
 from kvttl.replay.costs import result_costs
+from kvttl.replay.engine import replay
 from kvttl.traces.builder import make_trace
 from kvttl.traces.generator import agent_loops
-from kvttl.replay.engine import replay
 
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 SMALL = agent_loops(150, seed=4)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from caching_heuristics import HeuristicConfig
 from kvttl.settings import load_settings
-from notebook_servers import free_port, running
+from kvttl.sliders.servers import free_port, running
 from slider_bench import browser, scratch_project
 
 SERVERS = {"voila": browser_pages.served_app, "lab": browser_pages.served_lab}

@@ -18,8 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvttl.manager import claims
 from caching_heuristics import TIERS, HeuristicConfig
+from kvttl.manager import claims
 from kvttl.manager.claims import ClaimLedger, Step
 
 LADDER = {"gpu": 1.0, "disk": 2.0, "remote": 4.0}

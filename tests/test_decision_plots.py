@@ -17,9 +17,8 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from caching_heuristics import TIERS, HeuristicConfig
-from kvttl.plots.what_if import changes, held_seconds, read_decisions
 from kvttl.decisions.log import DecisionRecord, read_records
-from kvttl.plots.panels import TIER_COLOURS, duration
+from kvttl.decisions.sample import latest_log, sample_records
 from kvttl.plots.decision_plots import (
     decision_distributions,
     plot_session,
@@ -29,7 +28,8 @@ from kvttl.plots.decision_plots import (
     ttl_surface,
 )
 from kvttl.plots.export import all_figures, export_plots
-from kvttl.decisions.sample import latest_log, sample_records
+from kvttl.plots.panels import TIER_COLOURS, duration
+from kvttl.plots.what_if import changes, held_seconds, read_decisions
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = [
@@ -418,7 +418,15 @@ def test_the_newest_run_with_decisions_is_taken(tmp_path, records):
 def test_the_generators_command(tmp_path):
     out = tmp_path / "log.jsonl"
     for _ in range(2):  # it replaces, never appends
-        command = [sys.executable, "-m", "kvttl.decisions.sample", "--prompts", "3", "--out", str(out)]
+        command = [
+            sys.executable,
+            "-m",
+            "kvttl.decisions.sample",
+            "--prompts",
+            "3",
+            "--out",
+            str(out),
+        ]
         done = subprocess.run(command, cwd=ROOT / "src", capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert list(read_records(out)) == sample_records(3)

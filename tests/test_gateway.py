@@ -33,8 +33,6 @@ from agent_gateway import (
 )
 from cache_controller import LocalLMCacheController
 from caching_heuristics import HeuristicConfig
-from kvttl.decisions.log import DecisionLog, read_records
-from kvttl.decisions.metrics import DecisionMetrics
 from demo_model import model_path
 from gateway_app import (
     BodyLimit,
@@ -44,9 +42,11 @@ from gateway_app import (
     openai_app,
     server_arguments,
 )
+from kvttl.decisions.log import DecisionLog, read_records
+from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheUnavailable
-from managed_engine import KV_METADATA, ManagedEngine
 from kvttl.manager.metadata import output_perplexity, with_logprobs
+from managed_engine import KV_METADATA, ManagedEngine
 from tiered_caching import InMemoryBackend, MultiTierCache
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,6 @@ import pytest
 import redis
 from redis_fixtures import redis_server
 
-from kvttl.stack import lifecycle
 from kvttl.stack.lifecycle import LMCacheStack, PortTakenError, StackConfig, StackError, load_config
 from kvttl.stack.process import CHILD_MODULE, load_state
 from kvttl.stack.services import pick_ports
@@ -65,11 +64,7 @@ def running_in(folder: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         line = " ".join(process.info["cmdline"] or [])
-        if (
-            str(folder) in line
-            and CHILD_MODULE in line
-            and process.info["status"] != "zombie"
-        ):
+        if str(folder) in line and CHILD_MODULE in line and process.info["status"] != "zombie":
             found.append(process)
     return found
 

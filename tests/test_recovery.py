@@ -29,9 +29,9 @@ from local_managers import (
 )
 
 from caching_heuristics import TIERS, HeuristicConfig
-from kvttl.manager.recovery import recover_claims
 from kvttl.decisions.log import DecisionLog, DecisionRecord, read_records
 from kvttl.lmcache.client import LMCacheUnavailable
+from kvttl.manager.recovery import recover_claims
 from storage_backends import LocalDiskBackend
 
 ROOT = Path(__file__).parents[1]

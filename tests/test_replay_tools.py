@@ -17,10 +17,22 @@ import pytest
 import trace_fixtures as fixtures
 
 import replay_bench
+from caching_heuristics import HeuristicConfig
+from kvttl.plots.replay_plots import plot_over_time, plot_policies, plot_trade_off
 from kvttl.replay import command as replay_command
 from kvttl.replay.baselines import replay_baseline
-from caching_heuristics import HeuristicConfig
-from replay_explorer import (
+from kvttl.replay.costs import TierCosts, calibrate, fit_costs, result_costs
+from kvttl.replay.engine import replay, replay_without_capacity
+from kvttl.replay.runs import index_runs
+from kvttl.replay.tables import (
+    at_same_memory,
+    export,
+    mean_blocks_held,
+    policy_table,
+    trade_off,
+    wide,
+)
+from kvttl.sliders.replay_tab import (
     SLIDERS,
     ReplayPicture,
     ReplayTab,
@@ -28,13 +40,8 @@ from replay_explorer import (
     replay_view,
     traces_at_hand,
 )
-from kvttl.plots.replay_plots import plot_over_time, plot_policies, plot_trade_off
-from kvttl.replay.tables import at_same_memory, export, mean_blocks_held, policy_table, trade_off, wide
-from kvttl.replay.costs import TierCosts, calibrate, fit_costs, result_costs
 from kvttl.traces.builder import make_trace
 from kvttl.traces.generator import agent_loops
-from kvttl.replay.engine import replay, replay_without_capacity
-from kvttl.replay.runs import index_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 TRACE = agent_loops(300, seed=5)
@@ -404,7 +411,15 @@ def test_make_replay_names_what_is_wrong(capsys, arguments, reason):
 
 def test_make_replay_from_the_command_line(tmp_path):
     """As make calls it, from another folder."""
-    command = [sys.executable, "-m", "kvttl.replay.command", "--policy", "optimal", "--capacity", "100"]
+    command = [
+        sys.executable,
+        "-m",
+        "kvttl.replay.command",
+        "--policy",
+        "optimal",
+        "--capacity",
+        "100",
+    ]
     command += ["--trace", str(fixtures.SAMPLE_FILE), "--cache-dir", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     for _ in range(2):  # the second time from the compact copy

@@ -122,7 +122,9 @@ def test_packaged_modules_are_those_of_src():
     setuptools = pyproject()["tool"]["setuptools"]
     assert setuptools["py-modules"] == [path.stem for path in MODULES if path.parent.name == "src"]
     assert setuptools["packages"]["find"] == {"where": ["src"]}
-    assert all((path.parent / "__init__.py").exists() for path in MODULES if path.parent.name != "src")
+    assert all(
+        (path.parent / "__init__.py").exists() for path in MODULES if path.parent.name != "src"
+    )
 
 
 def test_modules_do_not_import_each_other_in_a_circle():

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from caching_heuristics import HeuristicConfig
+from kvttl.decisions.sample import sample_records, settings_of
 from kvttl.plots.what_if import changes, read_decisions
 from kvttl.settings import default_path, load_settings, save_settings, settings_from, to_yaml
-from kvttl.decisions.sample import sample_records, settings_of
-from slider_controls import SETTINGS, Control
-from slider_explorer import PRESETS, Explorer
+from kvttl.sliders.controls import SETTINGS, Control
+from kvttl.sliders.explorer import PRESETS, Explorer
 
 
 @pytest.fixture(scope="module")

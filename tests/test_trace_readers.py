@@ -13,14 +13,14 @@ import trace_fixtures as fixtures
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvttl.traces import formats
 from kvttl.decisions.log import DecisionRecord, write_records
 from kvttl.replay.command import main
+from kvttl.traces import formats
 from kvttl.traces.builder import DenseIds, TraceBuilder, make_trace
-from kvttl.traces.trace import CACHE_VERSION, load_trace, save_trace
 from kvttl.traces.formats import FORMATS
 from kvttl.traces.generator import SAMPLE, agent_loops, tiled, write_mooncake
 from kvttl.traces.reading import detect_format, read_trace
+from kvttl.traces.trace import CACHE_VERSION, load_trace, save_trace
 
 MOONCAKE = {"timestamp": 1500, "input_length": 1100, "output_length": 7, "hash_ids": [4, 5, 9]}
 QWEN = {

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caching_heuristics import HeuristicConfig
-from kvttl.replay.policies import POLICIES, Plan, capacities
 from kvttl.manager.metadata import PromptHistory
-from kvttl.replay.lru_curve import lru_curve
-from kvttl.traces.builder import make_trace
-from kvttl.traces.trace import Trace
-from kvttl.traces.generator import agent_loops
 from kvttl.replay.engine import BLOCK_POLICIES, POLICY_NAMES, replay, replay_without_capacity
+from kvttl.replay.lru_curve import lru_curve
+from kvttl.replay.policies import POLICIES, Plan, capacities
 from kvttl.replay.runs import index_runs
+from kvttl.traces.builder import make_trace
+from kvttl.traces.generator import agent_loops
+from kvttl.traces.trace import Trace
 
 # TTLs near the random traces' gaps (5 s), so that every rung of the ladder is used.
 SHORT = HeuristicConfig(

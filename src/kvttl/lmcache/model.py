@@ -20,8 +20,8 @@ from agent_session import SessionClock, ends_on_the_way
 from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
 from kvttl.lmcache.layout import BaseController, KVLayout, Outcome, unseen
 from kvttl.replay.result import ReplayResult
-from tiered_caching import MultiTierCache
 from kvttl.traces.trace import Trace
+from tiered_caching import MultiTierCache
 
 # Defaults of `lmcache server` 0.5.6.
 EVICTION_WATERMARK = 0.8

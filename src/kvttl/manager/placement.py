@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from caching_heuristics import TIER_CODES, TIERS
-from kvttl.lmcache.layout import BaseController
 from kvttl.lmcache.client import LMCacheUnavailable
+from kvttl.lmcache.layout import BaseController
 from kvttl.lmcache.placement_rules import by_hottest, has_nothing_colder, hits_by_tier, reachable
 from kvttl.manager.claims import ClaimLedger, Step
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from kvttl.decisions.log import DecisionRecord
-from kvttl.manager.placement import KVPlacement
 from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
 from kvttl.lmcache.placement_rules import is_above
 from kvttl.manager.claims import Step
+from kvttl.manager.placement import KVPlacement
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogFormatter
 
 from caching_heuristics import TIERS, HeuristicConfig
-from kvttl.plots.what_if import read_decisions
 from kvttl.decisions.log import DecisionRecord
 from kvttl.plots.panels import (
     ACCESS_COUNTS,
@@ -28,6 +27,7 @@ from kvttl.plots.panels import (
     duration,
     tier_keys,
 )
+from kvttl.plots.what_if import read_decisions
 
 # (perplexity, time variance, access count) of the worked examples of the requirements.
 PINNED_EXAMPLES = ((15.0, 0.05, 0.0), (12.5, 0.08, 0.0))

@@ -9,13 +9,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields
 
-from kvttl.replay.baselines import BASELINES, replay_baseline
 from caching_heuristics import TIERS, HeuristicConfig
-from kvttl.replay.result import ReplayResult
+from kvttl.replay.baselines import BASELINES, replay_baseline
 from kvttl.replay.costs import TierCosts, result_costs
+from kvttl.replay.engine import POLICY_NAMES, replay
+from kvttl.replay.result import ReplayResult
 from kvttl.traces.formats import FORMATS, SESSIONS_PER_HOUR
 from kvttl.traces.reading import read_trace
-from kvttl.replay.engine import POLICY_NAMES, replay
 
 CACHE_DIR = "data/trace_cache"
 SAMPLE = "data/sample_trace.jsonl.gz"

@@ -12,14 +12,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvttl.replay import block_kernel
-from kvttl.replay import tier_kernel
-from kvttl.replay import ttl_kernel
 from caching_heuristics import HeuristicConfig
+from kvttl.replay import block_kernel, tier_kernel, ttl_kernel
 from kvttl.replay.policies import POLICIES, UNLIMITED, Plan, capacities
 from kvttl.replay.result import ReplayResult
-from kvttl.traces.trace import Trace
 from kvttl.replay.runs import RunIndex, index_runs
+from kvttl.traces.trace import Trace
 
 BLOCK_POLICIES = {"lru": True, "fifo": False}  # name -> whether a hit refreshes
 POLICY_NAMES = (*BLOCK_POLICIES, *POLICIES)

@@ -16,8 +16,8 @@ import numpy as np
 from numba import njit
 
 from kvttl.replay.policies import capacities as as_blocks
-from kvttl.traces.trace import Trace
 from kvttl.replay.runs import RunIndex, index_runs
+from kvttl.traces.trace import Trace
 
 NEVER = np.iinfo(np.int64).max  # the distance of a first access
 

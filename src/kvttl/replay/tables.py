@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kvttl.replay.baselines import BASELINES, replay_baseline
 from caching_heuristics import HeuristicConfig
-from kvttl.replay.result import ReplayResult
+from kvttl.replay.baselines import BASELINES, replay_baseline
 from kvttl.replay.costs import TierCosts, result_costs
-from kvttl.traces.trace import Trace
 from kvttl.replay.engine import POLICY_NAMES, replay, replay_without_capacity
+from kvttl.replay.result import ReplayResult
 from kvttl.replay.runs import RunIndex, index_runs
+from kvttl.traces.trace import Trace
 
 SHARES = (0.01, 0.02, 0.05, 0.10, 0.20, 0.50)  # of a trace's unique blocks
 

@@ -15,7 +15,6 @@ WATCH_INTERVAL_S = 0.5  # a dead owner is noticed within this time
 WATCH_GRACE_S = 4.0  # after that an orphan that ignores SIGTERM is killed
 
 
-
 def _watch_owner(owner: int) -> None:
     """End this process group once its owner is gone, however the owner died.
 
@@ -45,8 +44,8 @@ def _run_lmcache(arguments: list[str]) -> None:
     from lmcache.cli.main import main
 
     if arguments[0] == "server":
-        from kvttl.stack.redis_adapter import install
         from kvttl.stack.reconcile import reconcile_for
+        from kvttl.stack.redis_adapter import install
 
         if os.environ.get("KV_REDIS_CLIENT") != "lmcache":
             install()

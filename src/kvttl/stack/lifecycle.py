@@ -13,7 +13,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from kvttl.stack.config import PORT_FIELDS, StackConfig, engine_kwargs, kv_transfer_config, load_config
+from kvttl.stack.config import (
+    PORT_FIELDS,
+    StackConfig,
+    engine_kwargs,
+    kv_transfer_config,
+    load_config,
+)
 from kvttl.stack.process import Child, StackError, load_state, save_state, spawn
 from kvttl.stack.services import (
     PORTS_OF,

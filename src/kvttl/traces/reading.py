@@ -11,8 +11,8 @@ import math
 import warnings
 from pathlib import Path
 
-from kvttl.traces.trace import CACHE_VERSION, Trace, load_trace, save_trace
 from kvttl.traces.formats import FORMATS, SESSIONS_PER_HOUR, Source, text_lines
+from kvttl.traces.trace import CACHE_VERSION, Trace, load_trace, save_trace
 
 READER_VERSION = 2  # of what readers refuse: a copy made by an older one is not used
 

@@ -19,16 +19,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from caching_heuristics import TIERS, HeuristicConfig
+from kvttl import PROJECT
 from kvttl.plots.decision_plots import TIER_COLOURS
 from kvttl.plots.replay_plots import POLICY_STYLES
-from kvttl.replay.result import ReplayResult
-from kvttl.replay.tables import at_same_memory, mean_blocks_held
-from slider_controls import Control
 from kvttl.replay.costs import TierCosts, result_costs
-from kvttl.traces.trace import Trace
-from kvttl.traces.reading import read_trace
 from kvttl.replay.engine import replay, replay_without_capacity
+from kvttl.replay.result import ReplayResult
 from kvttl.replay.runs import RunIndex, index_runs
+from kvttl.replay.tables import at_same_memory, mean_blocks_held
+from kvttl.sliders.controls import Control
+from kvttl.traces.reading import read_trace
+from kvttl.traces.trace import Trace
 
 SLIDERS = (
     "base_ttl",
@@ -45,7 +46,7 @@ SLIDERS = (
 _CURVE_SHARES = np.geomspace(0.002, 1.0, 12)  # of unique blocks
 
 
-_DATA = Path(__file__).resolve().parents[1] / "data"
+_DATA = PROJECT / "data"
 
 
 def traces_at_hand(sessions: int = 40, cache_dir: str | Path | None = None) -> dict[str, Trace]:

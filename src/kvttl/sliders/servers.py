@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from kvttl import PROJECT
+
 HOST = "127.0.0.1"
 APP_NOTEBOOK = Path("notebooks/04_ttl_and_tier_plots.ipynb")
 APP_PORT, LAB_PORT = 8866, 8888
@@ -62,7 +64,7 @@ def lab_command(root: str | Path = ".", port: int = LAB_PORT) -> list[str]:
 
 def server_environment() -> dict[str, str]:
     """Return the environment in which the kernel of this Python is found first."""
-    source = str(Path(__file__).parent)
+    source = str(PROJECT / "src")
     path = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
     return os.environ | {"JUPYTER_PREFER_ENV_PATH": "1", "PYTHONPATH": path}
 

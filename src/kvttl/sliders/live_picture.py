@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from caching_heuristics import HeuristicConfig
-from kvttl.plots.what_if import Decisions
 from kvttl.plots.panels import TierPanel, TtlPanel, tier_keys
+from kvttl.plots.what_if import Decisions
 
 
 class LivePicture:

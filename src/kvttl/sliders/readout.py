@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 
 from caching_heuristics import TIERS
-from kvttl.plots.what_if import Changes
 from kvttl.plots.panels import TIER_COLOURS
+from kvttl.plots.what_if import Changes
 
 _CELL = 'style="padding:1px 14px 1px 0;text-align:right"'
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import ipywidgets as widgets
 
 from caching_heuristics import HeuristicConfig
-from change_readout import readout
-from kvttl.plots.what_if import changes, read_decisions
 from kvttl.decisions.log import DecisionRecord
-from kvttl.settings import FILE_NAME, load_settings, save_settings
-from live_picture import LivePicture
 from kvttl.plots.export import all_figures, export_plots
-from slider_controls import Control, setting_of
+from kvttl.plots.what_if import changes, read_decisions
+from kvttl.settings import FILE_NAME, load_settings, save_settings
+from kvttl.sliders.controls import Control, setting_of
+from kvttl.sliders.live_picture import LivePicture
+from kvttl.sliders.readout import readout
 
 PRESETS = {
     "Default": {},

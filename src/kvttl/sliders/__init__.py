@@ -1,0 +1,1 @@
+"""Sliders over decisions and replays, for notebooks and as a page."""
