@@ -60,7 +60,7 @@ install: $(READY) ## create .venv and install the pinned packages
 install-agents: $(AGENTS) ## LangChain, LangGraph and AutoGen for notebook 07 and their tests
 
 run: $(READY) ## real generations, placed across real tiers (LLM= REDIS_URL= N= SEED= METRICS_PORT=)
-	@$(PY) -m run_session --config $(CONFIG) --generations $(N) --seed $(SEED) \
+	@$(PY) -m kvttl.session.run --config $(CONFIG) --generations $(N) --seed $(SEED) \
 		--perplexity $(PERPLEXITY) $(if $(LLM),--llm '$(LLM)') \
 		$(if $(REDIS_URL),--redis-url '$(REDIS_URL)') \
 		$(if $(METRICS_PORT),--metrics-port $(METRICS_PORT))
@@ -118,7 +118,7 @@ bench-sliders: $(READY) ## from a slider's step to the new picture in the browse
 	@$(PY) -m slider_bench
 
 demo-model: $(READY) ## train data/demo_model again (about half an hour)
-	@$(PY) -m train_demo_model
+	@$(PY) -m kvttl.session.train_demo_model
 
 lint: $(READY) ## ruff
 	@$(VENV)/bin/ruff check src tests && $(VENV)/bin/ruff format --check src tests

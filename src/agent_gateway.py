@@ -28,8 +28,8 @@ from gateway_app import BODY_LIMIT, manage_app, openai_app, server_arguments
 from kvttl.decisions.log import DecisionLog
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
+from kvttl.session.run import be_quiet, managed, new_run_folder, progress, session_stack
 from managed_engine import ManagedEngine
-from run_session import be_quiet, managed, new_run_folder, progress, session_stack
 from tiered_caching import MultiTierCache
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -90,7 +90,7 @@ def gateway(
     stack : LMCacheStack
         Running; it must outlive the block.
     model : str
-        A model's folder; see `demo_model.model_path`.
+        A model's folder; see `kvttl.session.demo_model.model_path`.
     port : int
         0 = any free port.
     host : str
@@ -295,7 +295,7 @@ def _serve(options):
     folder = options.log or new_run_folder()
     with ExitStack() as exits:
         stack = exits.enter_context(_stack(options))
-        from demo_model import model_path
+        from kvttl.session.demo_model import model_path
 
         model = model_path(options.llm)
         log = exits.enter_context(DecisionLog(folder))

@@ -16,13 +16,13 @@ import numpy as np
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
-from agent_session import SessionClock, ends_on_the_way
 from agent_tools import ManagedChatModel
 from caching_heuristics import TIERS, HeuristicConfig
-from demo_model import CODE_PROMPT, PROSE_PROMPT, random_characters
 from kvttl.decisions.log import DecisionRecord
 from kvttl.plots.panels import TIER_COLOURS, tier_keys
-from run_session import managed
+from kvttl.session.demo_model import CODE_PROMPT, PROSE_PROMPT, random_characters
+from kvttl.session.run import managed
+from kvttl.session.workload import SessionClock, ends_on_the_way
 from tiered_caching import MultiTierCache
 
 try:

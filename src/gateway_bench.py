@@ -30,8 +30,8 @@ import numpy as np
 
 from agent_gateway import Gateway, gateway, listening, serving
 from gateway_app import openai_app, server_arguments
+from kvttl.session.run import session_stack
 from overhead_bench import machine
-from run_session import session_stack
 
 REPORT = Path("data/reports/gateway.json")
 MAX_TOKENS = 16
@@ -240,7 +240,7 @@ def _measure(options):
         spawn = multiprocessing.get_context("spawn")
         client = exits.enter_context(ProcessPoolExecutor(1, mp_context=spawn))
         stack = exits.enter_context(session_stack(options.config))
-        from demo_model import model_path
+        from kvttl.session.demo_model import model_path
 
         model = model_path()
         server = exits.enter_context(gateway(stack, model, perplexity=options.perplexity))

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from agent_session import SessionClock, session_requests
 from caching_heuristics import compute_ttl, select_backend
-from run_session import MAX_TOKENS, engine, managed, session_stack
+from kvttl.session.run import MAX_TOKENS, engine, managed, session_stack
+from kvttl.session.workload import SessionClock, session_requests
 
 REPORT = Path("data/reports/overhead.json")
 _SCALAR_CALLS = 100_000
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     figures = decision_costs()
     with session_stack(options.config) as stack:
-        from demo_model import model_path
+        from kvttl.session.demo_model import model_path
 
         with engine(stack, model_path()) as llm:
             figures |= compare_modes(stack, llm, options.generations, options.seed)

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from caching_heuristics import HeuristicConfig
 from kvttl.lmcache.model import replay_on_lmcache
+from kvttl.session.run import be_quiet
 from kvttl.settings import default_path, load_settings
 from overhead_bench import machine
-from run_session import be_quiet
 from speedup_contenders import (
     KIT,
     LMCACHE,
@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5, help="at least 5 for the intervals")
     options = parser.parse_args(argv)
     plan = QUICK if options.quick else BenchPlan(seeds=tuple(range(options.seeds)))
-    from demo_model import model_path
+    from kvttl.session.demo_model import model_path
 
     started_s, model = time.perf_counter(), model_path()
     settings, source = bench_settings(model)

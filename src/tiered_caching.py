@@ -69,7 +69,7 @@ class MultiTierCache:
         (the engine's log-probabilities of the answer, no extra pass), ``"prompt"``
         (`scorer`, once a new prompt) or ``"off"``.
     scorer : callable, optional
-        Token ids -> perplexity, such as `demo_model.prompt_perplexity`. It never
+        Token ids -> perplexity, such as `kvttl.session.demo_model.prompt_perplexity`. It never
         touches the engine.
     log : DecisionLog, optional
         Every record is appended; `recover` reads them after a restart.

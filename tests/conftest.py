@@ -70,7 +70,7 @@ def llm(stack):
     """The demo model in vLLM, connected to the stack."""
     from vllm import LLM
 
-    from demo_model import model_path
+    from kvttl.session.demo_model import model_path
 
     engine = LLM(**stack.engine_kwargs(model_path()))
     yield engine

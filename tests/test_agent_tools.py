@@ -25,10 +25,10 @@ from agent_tools import ManagedChatModel, kv_generate_tool, kv_lookup_tool
 from cache_controller import LMCacheController, LocalLMCacheController
 from caching_heuristics import HeuristicConfig
 from chat_prompts import chat_tokens, read_tool_calls
-from demo_model import DEMO_MODEL, load_tokenizer
 from kvttl.manager.generation import prompt_digest
 from kvttl.plots.decision_plots import plot_timeline
-from run_session import managed
+from kvttl.session.demo_model import DEMO_MODEL, load_tokenizer
+from kvttl.session.run import managed
 from storage_backends import InMemoryBackend
 from tiered_caching import MultiTierCache
 
@@ -507,7 +507,7 @@ def test_looking_up_survives_a_coordinator_that_is_away(llm):
 def server(stack):
     """A gateway, with an engine of its own."""
     from agent_gateway import gateway
-    from demo_model import model_path
+    from kvttl.session.demo_model import model_path
 
     with gateway(stack, model_path()) as running:
         yield running

@@ -10,8 +10,8 @@ import torch
 from huggingface_hub import constants
 from safetensors import safe_open
 
-import demo_model
-from demo_model import (
+from kvttl.session import demo_model
+from kvttl.session.demo_model import (
     DEMO_MODEL,
     cached_snapshot,
     example_prompts,

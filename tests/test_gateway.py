@@ -33,7 +33,6 @@ from agent_gateway import (
 )
 from cache_controller import LocalLMCacheController
 from caching_heuristics import HeuristicConfig
-from demo_model import model_path
 from gateway_app import (
     BodyLimit,
     health_of,
@@ -46,6 +45,7 @@ from kvttl.decisions.log import DecisionLog, read_records
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheUnavailable
 from kvttl.manager.metadata import output_perplexity, with_logprobs
+from kvttl.session.demo_model import model_path
 from managed_engine import KV_METADATA, ManagedEngine
 from tiered_caching import InMemoryBackend, MultiTierCache
 

@@ -305,7 +305,7 @@ def managed_stack(tls_redis, tmp_path_factory):
 def engine(managed_stack):
     from vllm import LLM
 
-    from demo_model import model_path
+    from kvttl.session.demo_model import model_path
 
     engine = LLM(**managed_stack.engine_kwargs(model_path()))
     yield engine

@@ -147,7 +147,7 @@ def test_what_cannot_be_fitted_keeps_its_default():
 
 
 def test_calibrate_measures_the_running_stack(stack, llm):
-    from run_session import managed
+    from kvttl.session.run import managed
 
     cache = managed(stack, llm)
     try:

@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 from local_managers import CHUNK, HOT, LADDER_S, WARM, hottest, local_manager
 
-from agent_session import SessionClock
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.decisions.log import DecisionRecord, read_records
 from kvttl.plots.decision_plots import TIER_COLOURS, plot_session
-from run_session import session_requests, summary, table
+from kvttl.session.run import session_requests, summary, table
+from kvttl.session.workload import SessionClock
 
 ROOT = Path(__file__).parents[1]
 
 
 def run_cli(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "run_session", *map(str, arguments)],
+        [sys.executable, "-m", "kvttl.session.run", *map(str, arguments)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
@@ -119,7 +119,7 @@ def test_short_and_empty_prompts(local_cache):
 
 
 def run_locally(requests):
-    """What `run_session` yields, without vLLM; and the manager."""
+    """What `kvttl.session.run` yields, without vLLM; and the manager."""
     clock = SessionClock(1e9)
     cache = local_manager(clock=clock, background=True, perplexity_source="off")
     rows = []

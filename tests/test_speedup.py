@@ -16,11 +16,11 @@ import pandas as pd
 import pytest
 
 from caching_heuristics import HeuristicConfig
-from demo_model import model_path
 from kvttl.lmcache.model import LMCacheModel, replay_on_lmcache
 from kvttl.lmcache.placement_rules import hits_by_tier
 from kvttl.replay.costs import TierCosts
 from kvttl.replay.engine import replay
+from kvttl.session.demo_model import model_path
 from speedup_bench import QUICK, bench_settings, choose_settings, kv_bytes_per_token
 from speedup_contenders import KIT, LMCACHE, NONE, ORDER, TUNED
 from speedup_report import BenchResult, by_seed, compared, read_report, rounded, summary, verdict

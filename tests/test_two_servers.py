@@ -39,7 +39,7 @@ def settings(tmp_path_factory, redis_url, **overrides):
 def other_llm(other):
     from vllm import LLM
 
-    from demo_model import model_path
+    from kvttl.session.demo_model import model_path
 
     engine = LLM(**other.engine_kwargs(model_path()))
     yield engine

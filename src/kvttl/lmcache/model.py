@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from agent_session import SessionClock, ends_on_the_way
 from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
 from kvttl.lmcache.layout import BaseController, KVLayout, Outcome, unseen
 from kvttl.replay.result import ReplayResult
+from kvttl.session.workload import SessionClock, ends_on_the_way
 from kvttl.traces.trace import Trace
 from tiered_caching import MultiTierCache
 

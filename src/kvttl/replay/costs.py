@@ -198,7 +198,7 @@ def calibrate(
     Parameters
     ----------
     cache : MultiTierCache
-        With an engine; `run_session.managed` makes one.
+        With an engine; `kvttl.session.run.managed` makes one.
     words : sequence of int
         Lengths of the prompts, two or more different ones.
     repeats : int

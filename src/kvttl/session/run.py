@@ -22,12 +22,12 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from agent_session import Request, SessionClock, ends_on_the_way, session_requests
 from cache_controller import LMCacheController
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.background import Repeater
 from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.manager.metadata import PERPLEXITY_SOURCES
+from kvttl.session.workload import Request, SessionClock, ends_on_the_way, session_requests
 from kvttl.settings import FILE_NAME, save_settings
 from tiered_caching import MultiTierCache
 
@@ -78,7 +78,7 @@ def _run(options):
     started_s = time.perf_counter()
     with _metrics(options.metrics_port) as metrics, DecisionLog(folder) as log:
         with session_stack(options.config, options.redis_url) as stack:
-            from demo_model import model_path
+            from kvttl.session.demo_model import model_path
 
             model = model_path(options.llm)
             with engine(stack, model) as llm:
@@ -197,14 +197,14 @@ def measuring(model: str, source: str = "prompt") -> dict[str, object]:
 
     The source ``"prompt"`` loads the model a second time, beside the engine.
     """
-    from demo_model import prompt_perplexity
+    from kvttl.session.demo_model import prompt_perplexity
 
     scorer = functools.partial(prompt_perplexity, path=model) if source == "prompt" else None
     return {"perplexity_source": source, "scorer": scorer}
 
 
 def session_manager(stack, llm, config: HeuristicConfig | None = None, **options):
-    """Return a manager in background mode on a session's clock, to be used by `run_session`."""
+    """Return a manager in background mode on a session's clock, to be used by `kvttl.session.run`."""
     clock = SessionClock(time.time())
     return managed(stack, llm, config, clock=clock, background=True, sweep_every_s=None, **options)
 

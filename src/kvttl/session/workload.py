@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from demo_model import CODE_PROMPT, PROSE_PROMPT, random_characters
+from kvttl.session.demo_model import CODE_PROMPT, PROSE_PROMPT, random_characters
 
 AGENTS = ("code reviewer", "data analyst", "release manager")
 _RULES = (

@@ -1,0 +1,1 @@
+"""A session on the real stack: launch, workload, model."""
