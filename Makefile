@@ -69,7 +69,7 @@ test: $(AGENTS) ## all tests, on the real stack, notebooks included
 	@$(PY) -m pytest
 
 serve: $(READY) ## OpenAI-compatible server, every request managed (LLM= PORT= API_KEY_ENV=...)
-	@$(PY) -m agent_gateway --config $(CONFIG) --api-key-env '$(API_KEY_ENV)' \
+	@$(PY) -m kvttl.serve.gateway --config $(CONFIG) --api-key-env '$(API_KEY_ENV)' \
 		$(if $(PORT),--port $(PORT)) $(if $(HOST),--host '$(HOST)') \
 		$(if $(LLM),--llm '$(LLM)') $(if $(REDIS_URL),--redis-url '$(REDIS_URL)') \
 		$(if $(LOG),--log '$(LOG)')

@@ -1,7 +1,7 @@
 """The managed loop behind LangChain's interfaces: a chat model, and tools for agents.
 
 LangGraph takes the same objects. AutoGen, and whatever speaks OpenAI's protocol, goes
-through the gateway instead (`agent_gateway`).
+through the gateway instead (`kvttl.serve.gateway`).
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from agent_gateway import Gateway, gateway, listening, serving
-from gateway_app import openai_app, server_arguments
+from kvttl.serve.app import openai_app, server_arguments
+from kvttl.serve.gateway import Gateway, gateway, listening, serving
 from kvttl.session.run import session_stack
 from overhead_bench import machine
 

@@ -506,7 +506,7 @@ def test_looking_up_survives_a_coordinator_that_is_away(llm):
 @pytest.fixture(scope="module")
 def server(stack):
     """A gateway, with an engine of its own."""
-    from agent_gateway import gateway
+    from kvttl.serve.gateway import gateway
     from kvttl.session.demo_model import model_path
 
     with gateway(stack, model_path()) as running:

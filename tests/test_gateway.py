@@ -21,8 +21,23 @@ import requests
 import yaml
 from starlette.testclient import TestClient
 
-import agent_gateway
-from agent_gateway import (
+from cache_controller import LocalLMCacheController
+from caching_heuristics import HeuristicConfig
+from kvttl.decisions.log import DecisionLog, read_records
+from kvttl.decisions.metrics import DecisionMetrics
+from kvttl.lmcache.client import LMCacheUnavailable
+from kvttl.manager.metadata import output_perplexity, with_logprobs
+from kvttl.serve import gateway as agent_gateway
+from kvttl.serve.app import (
+    BodyLimit,
+    health_of,
+    kv_of,
+    manage_app,
+    openai_app,
+    server_arguments,
+)
+from kvttl.serve.engine import KV_METADATA, ManagedEngine
+from kvttl.serve.gateway import (
     check_exposure,
     gateway,
     listening,
@@ -31,22 +46,7 @@ from agent_gateway import (
     read_key,
     serving,
 )
-from cache_controller import LocalLMCacheController
-from caching_heuristics import HeuristicConfig
-from gateway_app import (
-    BodyLimit,
-    health_of,
-    kv_of,
-    manage_app,
-    openai_app,
-    server_arguments,
-)
-from kvttl.decisions.log import DecisionLog, read_records
-from kvttl.decisions.metrics import DecisionMetrics
-from kvttl.lmcache.client import LMCacheUnavailable
-from kvttl.manager.metadata import output_perplexity, with_logprobs
 from kvttl.session.demo_model import model_path
-from managed_engine import KV_METADATA, ManagedEngine
 from tiered_caching import InMemoryBackend, MultiTierCache
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -680,7 +680,7 @@ def test_manage_never_raises(local_cache):
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory, redis_url):
-    """`python -m agent_gateway`, with its own stack and its own log."""
+    """`python -m kvttl.serve.gateway`, with its own stack and its own log."""
     folder = tmp_path_factory.mktemp("command")
     config = folder / "config.yaml"
     config.write_text(
@@ -688,7 +688,7 @@ def command(tmp_path_factory, redis_url):
     )
     arguments = ["--port", "0", "--config", str(config), "--log", str(folder / "log")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "agent_gateway", *arguments, "--redis-url", redis_url],
+        [sys.executable, "-m", "kvttl.serve.gateway", *arguments, "--redis-url", redis_url],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "KV_API_KEY": KEY},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

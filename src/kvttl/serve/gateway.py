@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from caching_heuristics import HeuristicConfig
-from gateway_app import BODY_LIMIT, manage_app, openai_app, server_arguments
 from kvttl.decisions.log import DecisionLog
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
+from kvttl.serve.app import BODY_LIMIT, manage_app, openai_app, server_arguments
+from kvttl.serve.engine import ManagedEngine
 from kvttl.session.run import be_quiet, managed, new_run_folder, progress, session_stack
-from managed_engine import ManagedEngine
 from tiered_caching import MultiTierCache
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -15,7 +15,7 @@ from typing import Any
 from caching_heuristics import HeuristicConfig
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
-from managed_engine import KV_METADATA
+from kvttl.serve.engine import KV_METADATA
 from tiered_caching import MultiTierCache
 
 BODY_LIMIT = 4 * 2**20  # bytes: some million tokens

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server whose every request is managed."""
