@@ -20,11 +20,11 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.graph.message import add_messages
 from langgraph.prebuilt import ToolNode, tools_condition
 
-from agent_loop import chunk_groups, loop_model, plot_chunks, run_loop, turn_table
-from agent_tools import ManagedChatModel, kv_generate_tool, kv_lookup_tool
 from cache_controller import LMCacheController, LocalLMCacheController
 from caching_heuristics import HeuristicConfig
-from chat_prompts import chat_tokens, read_tool_calls
+from kvttl.agents.chat import chat_tokens, read_tool_calls
+from kvttl.agents.langchain import ManagedChatModel, kv_generate_tool, kv_lookup_tool
+from kvttl.agents.loop import chunk_groups, loop_model, plot_chunks, run_loop, turn_table
 from kvttl.manager.generation import prompt_digest
 from kvttl.plots.decision_plots import plot_timeline
 from kvttl.session.demo_model import DEMO_MODEL, load_tokenizer

@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
-from agent_tools import ManagedChatModel
 from caching_heuristics import TIERS, HeuristicConfig
+from kvttl.agents.langchain import ManagedChatModel
 from kvttl.decisions.log import DecisionRecord
 from kvttl.plots.panels import TIER_COLOURS, tier_keys
 from kvttl.session.demo_model import CODE_PROMPT, PROSE_PROMPT, random_characters

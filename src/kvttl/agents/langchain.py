@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
-from chat_prompts import chat_tokens, read_tool_calls
-from engine_desk import Ask, desk_of
+from kvttl.agents.chat import chat_tokens, read_tool_calls
+from kvttl.agents.desk import Ask, desk_of
 from kvttl.decisions.log import DecisionRecord
 from kvttl.lmcache.placement_rules import by_hottest
 from kvttl.manager.generation import prompt_digest

@@ -1,0 +1,1 @@
+"""LangChain, LangGraph and AutoGen on a managed engine."""
