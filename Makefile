@@ -99,23 +99,23 @@ check-notebooks: $(READY) ## fail if a notebook in git has outputs
 	@$(VENV)/bin/nbstripout --verify notebooks/*.ipynb
 
 bench: $(READY) ## the kit beside what people do today, on the real stack, 20 minutes (QUICK=1: 2)
-	@$(PY) -m speedup_bench --config $(CONFIG) $(if $(QUICK),--quick --out data/runs/bench-quick)
+	@$(PY) -m kvttl.bench.speedup --config $(CONFIG) $(if $(QUICK),--quick --out data/runs/bench-quick)
 
 bench-overhead: $(READY) ## what managing adds to a generation; ends with one line of JSON
-	@$(PY) -m overhead_bench --config $(CONFIG)
+	@$(PY) -m kvttl.bench.overhead --config $(CONFIG)
 
 bench-gateway: $(READY) ## what the gateway adds to a request; ends with one line of JSON
-	@$(PY) -m gateway_bench --config $(CONFIG)
+	@$(PY) -m kvttl.bench.gateway --config $(CONFIG)
 
 replay: $(READY) ## one policy on a trace; ends with one line of JSON (TRACE= POLICY= CAPACITY= SET=)
 	@$(PY) -m kvttl.replay.command --trace '$(TRACE)' --policy '$(POLICY)' --capacity '$(CAPACITY)' \
 		--seed $(SEED) $(if $(SET),--set $(SET)) $(if $(SKIP_BAD),--skip-bad)
 
 bench-replay: $(READY) ## accesses per second of the replay engines; ends with one line of JSON
-	@$(PY) -m replay_bench
+	@$(PY) -m kvttl.bench.replay
 
 bench-sliders: $(READY) ## from a slider's step to the new picture in the browser (needs chromium)
-	@$(PY) -m slider_bench
+	@$(PY) -m kvttl.bench.sliders
 
 demo-model: $(READY) ## train data/demo_model again (about half an hour)
 	@$(PY) -m kvttl.session.train_demo_model

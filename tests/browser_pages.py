@@ -7,8 +7,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from kvttl.bench.sliders import open_app
 from kvttl.sliders.servers import APP_NOTEBOOK, app_command, free_port, lab_command, running
-from slider_bench import open_app
 
 ROOT = Path(__file__).resolve().parents[1]
 ARTIFACTS = ROOT / "test_artifacts"  # not in git

@@ -12,9 +12,9 @@ from browser_pages import ExplorerPage
 from PIL import Image
 
 from caching_heuristics import HeuristicConfig
+from kvttl.bench.sliders import browser, scratch_project
 from kvttl.settings import load_settings
 from kvttl.sliders.servers import free_port, running
-from slider_bench import browser, scratch_project
 
 SERVERS = {"voila": browser_pages.served_app, "lab": browser_pages.served_lab}
 

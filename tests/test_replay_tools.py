@@ -16,8 +16,8 @@ import pandas as pd
 import pytest
 import trace_fixtures as fixtures
 
-import replay_bench
 from caching_heuristics import HeuristicConfig
+from kvttl.bench import replay as replay_bench
 from kvttl.plots.replay_plots import plot_over_time, plot_policies, plot_trade_off
 from kvttl.replay import command as replay_command
 from kvttl.replay.baselines import replay_baseline

@@ -16,15 +16,23 @@ import pandas as pd
 import pytest
 
 from caching_heuristics import HeuristicConfig
+from kvttl.bench.contenders import KIT, LMCACHE, NONE, ORDER, TUNED
+from kvttl.bench.speedup import QUICK, bench_settings, choose_settings, kv_bytes_per_token
+from kvttl.bench.speedup_report import (
+    BenchResult,
+    by_seed,
+    compared,
+    read_report,
+    rounded,
+    summary,
+    verdict,
+)
+from kvttl.bench.workloads import CHUNK_TOKENS, LONGEST_PROMPT, make_workload
 from kvttl.lmcache.model import LMCacheModel, replay_on_lmcache
 from kvttl.lmcache.placement_rules import hits_by_tier
 from kvttl.replay.costs import TierCosts
 from kvttl.replay.engine import replay
 from kvttl.session.demo_model import model_path
-from speedup_bench import QUICK, bench_settings, choose_settings, kv_bytes_per_token
-from speedup_contenders import KIT, LMCACHE, NONE, ORDER, TUNED
-from speedup_report import BenchResult, by_seed, compared, read_report, rounded, summary, verdict
-from speedup_workloads import CHUNK_TOKENS, LONGEST_PROMPT, make_workload
 
 ROOT = Path(__file__).parents[1]
 
@@ -288,7 +296,7 @@ def quick_run(tmp_path_factory):
     """`make bench QUICK=1` without traces, in a process of its own."""
     folder = tmp_path_factory.mktemp("bench")
     env = {k: v for k, v in os.environ.items() if k != "KV_TRACE_DIR"}
-    command = [sys.executable, "-m", "speedup_bench", "--quick", "--out", str(folder)]
+    command = [sys.executable, "-m", "kvttl.bench.speedup", "--quick", "--out", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from kvttl.bench.overhead import machine
 from kvttl.decisions.sample import FILE_NAME
 from kvttl.sliders.servers import APP_NOTEBOOK, app_command, free_port, running
-from overhead_bench import machine
 
 REPORT = Path("data/reports/sliders.json")
 GOAL_P50_MS = 120.0

@@ -25,11 +25,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from caching_heuristics import HeuristicConfig
-from kvttl.lmcache.model import replay_on_lmcache
-from kvttl.session.run import be_quiet
-from kvttl.settings import default_path, load_settings
-from overhead_bench import machine
-from speedup_contenders import (
+from kvttl.bench.contenders import (
     KIT,
     LMCACHE,
     MAIN_SHARE,
@@ -41,8 +37,12 @@ from speedup_contenders import (
     Contender,
     LMCacheContender,
 )
-from speedup_report import BenchResult, headline, rounded, write_report
-from speedup_workloads import CHUNK_TOKENS, Workload, make_workload
+from kvttl.bench.overhead import machine
+from kvttl.bench.speedup_report import BenchResult, headline, rounded, write_report
+from kvttl.bench.workloads import CHUNK_TOKENS, Workload, make_workload
+from kvttl.lmcache.model import replay_on_lmcache
+from kvttl.session.run import be_quiet
+from kvttl.settings import default_path, load_settings
 
 REPORTS = Path("data/reports")
 _ALWAYS = (PREFIX, LMCACHE, KIT, TUNED)  # the others only at MAIN_SHARE

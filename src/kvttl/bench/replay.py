@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from caching_heuristics import HeuristicConfig
+from kvttl.bench.overhead import machine
 from kvttl.replay.baselines import BaselineFile
 from kvttl.replay.engine import replay, replay_without_capacity
 from kvttl.replay.lru_curve import lru_curve
 from kvttl.replay.runs import index_runs
 from kvttl.traces.generator import agent_loops, tiled
 from kvttl.traces.reading import read_trace
-from overhead_bench import machine
 
 REPORT = Path("data/reports/replay.json")
 GOALS = {"ttl_accesses_per_s": 50e6, "tiers_accesses_per_s": 20e6, "slider_step_ms": 50.0}

@@ -28,10 +28,10 @@ from typing import Any
 
 import numpy as np
 
+from kvttl.bench.overhead import machine
 from kvttl.serve.app import openai_app, server_arguments
 from kvttl.serve.gateway import Gateway, gateway, listening, serving
 from kvttl.session.run import session_stack
-from overhead_bench import machine
 
 REPORT = Path("data/reports/gateway.json")
 MAX_TOKENS = 16

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 from caching_heuristics import TIERS, HeuristicConfig
+from kvttl.bench.contenders import KIT, LMCACHE, RETAIN, TUNED
+from kvttl.bench.workloads import CHUNK_TOKENS
 from kvttl.lmcache.model import EVICTION_WATERMARK, replay_on_lmcache
 from kvttl.replay.costs import fit_costs
 from kvttl.replay.engine import replay
-from speedup_contenders import KIT, LMCACHE, RETAIN, TUNED
-from speedup_workloads import CHUNK_TOKENS
 
 _COLUMNS = [f"hit_{tier}" for tier in TIERS]
 

@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from caching_heuristics import HeuristicConfig
+from kvttl.bench.contenders import KIT, LMCACHE, MAIN_SHARE, NONE, ORDER, PREFIX, RETAIN, TUNED
+from kvttl.bench.truth import replay_truth
+from kvttl.bench.workloads import Workload
 from kvttl.replay.costs import TierCosts
 from kvttl.settings import save_settings
-from speedup_contenders import KIT, LMCACHE, MAIN_SHARE, NONE, ORDER, PREFIX, RETAIN, TUNED
-from speedup_truth import replay_truth
-from speedup_workloads import Workload
 
 RUNS, REQUESTS, FIGURES = "speedup.csv", "speedup_requests.csv.gz", "speedup.json"
 SETTINGS, PICTURE = "speedup_heuristics.yaml", "speedup.png"
