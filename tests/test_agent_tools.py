@@ -589,9 +589,9 @@ def test_autogen_says_what_it_knows_about_the_kv(server, autogen_client, fresh_t
 @pytest.mark.parametrize(
     "missing, module",
     [
-        ("langchain_core", "agent_tools"),
-        ("langchain_core", "agent_loop"),
-        ("langgraph", "agent_loop"),
+        ("langchain_core", "kvttl.agents.langchain"),
+        ("langchain_core", "kvttl.agents.loop"),
+        ("langgraph", "kvttl.agents.loop"),
     ],
 )
 def test_without_the_extra_the_import_says_what_to_install(missing, module):

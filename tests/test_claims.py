@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caching_heuristics import TIERS, HeuristicConfig
-from kvttl.manager import claims
+from kvttl.manager import claims as claims_module
 from kvttl.manager.claims import ClaimLedger, Step
 
 LADDER = {"gpu": 1.0, "disk": 2.0, "remote": 4.0}
@@ -214,7 +214,7 @@ def spelled(action, spelling):
 def test_any_sequence_equals_the_naive_model(ladder, spelling, sequence):
     ledger, naive, now_s = ClaimLedger(ladder), NaiveLedger(ladder), 0
     everything = [SPELLINGS[spelling](node) for node in NODES]
-    with mock.patch.object(ttl_expiry, "_FIRST_ROWS", 4):  # so that tables grow in here
+    with mock.patch.object(claims_module, "_FIRST_ROWS", 4):  # so that tables grow in here
         for later_s, action in sequence:
             now_s += later_s
             take(ledger, naive, now_s, *spelled(action, spelling))

@@ -194,7 +194,7 @@ def test_names_that_are_no_chunks_are_ignored(tmp_path):
 
 
 def test_corrections_are_paged_and_minimal(monkeypatch):
-    monkeypatch.setattr(stack_reconcile, "PAGE_KEYS", 2)
+    monkeypatch.setattr(reconcile, "PAGE_KEYS", 2)
     keys = [("m", 1, 0, f"{i:02x}", "") for i in range(6)]
     found = reconcile.corrections(set(keys[:2]), {k: 9 for k in keys[1:]})
     assert [(kind, len(rows)) for kind, rows in found] == [

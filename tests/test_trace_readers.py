@@ -315,7 +315,7 @@ def test_a_damaged_gzip_of_lines_is_an_error_also_where_bad_lines_are_skipped(tm
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_lines_have_a_longest_length(tmp_path, monkeypatch, zipped):
-    monkeypatch.setattr(trace_formats, "LINE_LIMIT", 1 << 20)
+    monkeypatch.setattr(formats, "LINE_LIMIT", 1 << 20)
     good, path = json.dumps(MOONCAKE), tmp_path / "a.jsonl"
     fits = good + " " * ((1 << 20) - len(good))
     text = f"{good}\n{fits}\n{fits} \n{fits * 3}\n{good}"
@@ -344,7 +344,7 @@ def test_the_longest_line_is_64_mib_and_takes_little_memory(tmp_path):
 
 
 def test_sessions_have_a_largest_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(trace_formats, "SESSION_LIMIT", 4 << 20)
+    monkeypatch.setattr(formats, "SESSION_LIMIT", 4 << 20)
     (tmp_path / "a.json").write_text(json.dumps(SESSION))
     data = json.dumps(SESSION).encode() + b" " * (40 << 20)
     (tmp_path / "b.json.gz").write_bytes(gzip.compress(data, compresslevel=1))

@@ -1,9 +1,10 @@
-"""A small decision log that needs no engine: `python -m kvttl.decisions.sample` writes the shipped one.
+"""A small decision log that needs no engine.
 
-Agents ask for four hours; what comes back, when, and how predictable it is are
-drawn from a seeded generator. Decisions are those of `HeuristicConfig()`, and
-an idle prompt goes down the expiry ladder, so that the log has all kinds of
-events that a real run's has. Its hits and times in the engine are made up.
+`python -m kvttl.decisions.sample` writes the shipped one. Agents ask for four hours;
+what comes back, when, and how predictable it is are drawn from a seeded generator.
+Decisions are those of `HeuristicConfig()`, and an idle prompt goes down the expiry
+ladder, so that the log has all kinds of events that a real run's has. Its hits and
+times in the engine are made up.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ def measuring(model: str, source: str = "prompt") -> dict[str, object]:
 
 
 def session_manager(stack, llm, config: HeuristicConfig | None = None, **options):
-    """Return a manager in background mode on a session's clock, to be used by `kvttl.session.run`."""
+    """Return a manager in background mode on a session's clock."""
     clock = SessionClock(time.time())
     return managed(stack, llm, config, clock=clock, background=True, sweep_every_s=None, **options)
 

@@ -68,7 +68,7 @@ class StackConfig:
     registration_heartbeat_s, event_flush_interval_s : float
         How fast the coordinator sees a server and its chunks, seconds.
     redis_client : str
-        ``"kit"``: `kvttl.stack.redis_adapter`, which survives what Redis answers; ``"lmcache"``: the
+        ``"kit"``: `redis_adapter`, which survives what Redis answers; ``"lmcache"``: the
         client that comes with LMCache, without TLS.
     prefetch_policy : str
         ``"retain"`` keeps what a hit loads from disk or Redis in the memory tier;
