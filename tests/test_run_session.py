@@ -16,7 +16,7 @@ from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.decisions.log import DecisionRecord, read_records
 from kvttl.plots.decision_plots import TIER_COLOURS, plot_session
 from kvttl.session.run import session_requests, summary, table
-from kvttl.session.workload import SessionClock
+from kvttl.manager.clock import SessionClock
 
 ROOT = Path(__file__).parents[1]
 

@@ -22,7 +22,7 @@ from kvttl.decisions.log import DecisionRecord
 from kvttl.plots.panels import TIER_COLOURS, tier_keys
 from kvttl.session.demo_model import CODE_PROMPT, PROSE_PROMPT, random_characters
 from kvttl.session.run import managed
-from kvttl.session.workload import SessionClock, ends_on_the_way
+from kvttl.manager.clock import SessionClock, ends_on_the_way
 from tiered_caching import MultiTierCache
 
 try:

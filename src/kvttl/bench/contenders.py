@@ -22,7 +22,7 @@ from kvttl.lmcache.model import EVICTION_WATERMARK
 from kvttl.lmcache.placement_rules import hits_by_tier
 from kvttl.replay.costs import TierCosts, calibrate
 from kvttl.session.run import managed
-from kvttl.session.workload import SessionClock, ends_on_the_way
+from kvttl.manager.clock import SessionClock, ends_on_the_way
 
 NONE, PREFIX, LMCACHE, RETAIN = "no cache", "vLLM prefix cache", "LMCache", "LMCache, retain"
 KIT, TUNED = "kit, defaults", "kit, tuned"

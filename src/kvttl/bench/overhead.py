@@ -22,7 +22,8 @@ import numpy as np
 
 from caching_heuristics import compute_ttl, select_backend
 from kvttl.session.run import MAX_TOKENS, engine, managed, session_stack
-from kvttl.session.workload import SessionClock, session_requests
+from kvttl.session.workload import session_requests
+from kvttl.manager.clock import SessionClock
 
 REPORT = Path("data/reports/overhead.json")
 _SCALAR_CALLS = 100_000

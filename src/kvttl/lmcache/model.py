@@ -11,17 +11,9 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
-
-from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
+from caching_heuristics import TIER_CODES, TIERS
 from kvttl.lmcache.layout import BaseController, KVLayout, Outcome, unseen
-from kvttl.replay.result import ReplayResult
-from kvttl.session.workload import SessionClock, ends_on_the_way
-from kvttl.traces.trace import Trace
-from tiered_caching import MultiTierCache
 
 # Defaults of `lmcache server` 0.5.6.
 EVICTION_WATERMARK = 0.8
@@ -171,91 +163,3 @@ class LMCacheModel(BaseController):
         if left:
             outcome.skipped[unseen("gpu")] = left
         return outcome
-
-
-class _Engine:
-    """Stands for vLLM in front of the model."""
-
-    def __init__(self, model):
-        self._model, self.hits = model, {}
-
-    def generate(self, prompt, sampling_params):
-        self.hits = self._model.serve(prompt)
-        answer = SimpleNamespace(text="")
-        return [
-            SimpleNamespace(
-                outputs=[answer],
-                prompt_token_ids=prompt,
-                num_cached_tokens=sum(self.hits.values()),
-            )
-        ]
-
-
-def replay_on_lmcache(
-    trace: Trace,
-    prompts: Sequence[Sequence[int]],
-    hot_chunks: int,
-    config: HeuristicConfig | None = None,
-    *,
-    retain: bool = False,
-    perplexity: Sequence[float] | None = None,
-) -> ReplayResult:
-    """Replay prompts on a model of LMCache, managed if there are settings.
-
-    Parameters
-    ----------
-    trace : Trace
-        Arrivals and blocks of the prompts; a block is a chunk.
-    prompts : sequence of sequence of int
-        Token ids, one row a request.
-    hot_chunks : int
-        Chunks that LMCache's memory tier holds.
-    config : HeuristicConfig, optional
-        The manager's settings; None: LMCache as it comes.
-    retain : bool
-        See `LMCacheModel`.
-    perplexity : sequence of float, optional
-        As measured, one a request; NaN or None: unknown.
-
-    Returns
-    -------
-    ReplayResult
-        Hits by request and tier; memory-time of gpu (of disk and remote: all
-        copies there, also of chunks that are in gpu too); moves are not counted.
-    """
-    model = LMCacheModel(hot_chunks, trace.block_tokens, retain)
-    engine, clock = _Engine(model), SessionClock(0.0)
-    hits, area = np.zeros((trace.requests, 3), np.int64), np.zeros(3)
-    known = {} if perplexity is None else dict(enumerate(perplexity))
-    settings = config or HeuristicConfig()
-    options: dict[str, Any] = {"notify": None, "sweep_every_s": None, "perplexity_source": "off"}
-    with MultiTierCache(model, engine, config=settings, clock=clock, **options) as cache:
-        for row, prompt in enumerate(prompts):
-            _pass_time(cache, model, float(trace.arrival_s[row]), area)
-            if config is None:
-                engine.generate(list(prompt), None)
-            else:
-                p = known.get(row, np.nan)
-                given = {} if np.isnan(p) else {"perplexity": p}
-                cache.generate_and_manage(list(prompt), None, given)
-            hits[row] = [engine.hits.get(tier, 0) for tier in TIERS]
-            model.evict()
-    blocks, moved = hits // trace.block_tokens, np.zeros((4, 4), np.int64)
-    name = "LMCache" if config is None else "kit on LMCache"
-    capacity = (hot_chunks, -1, -1)
-    return ReplayResult(trace, name, capacity, blocks, hits, area, area * trace.block_tokens, moved)
-
-
-def _pass_time(cache, model, arrival_s, area):
-    """Let TTLs end when they are due, and count what the tiers hold meanwhile."""
-    since_s = cache.clock()
-    for due_s in ends_on_the_way(cache, arrival_s):  # without claims there is none
-        _count(area, model, due_s - since_s)
-        since_s = due_s
-        cache.sweep()
-    _count(area, model, arrival_s - since_s)
-    cache.sweep()
-
-
-def _count(area, model, seconds):
-    area += [len(model.held[tier]) * max(0.0, seconds) for tier in TIERS]

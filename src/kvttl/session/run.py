@@ -27,7 +27,8 @@ from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.background import Repeater
 from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.manager.metadata import PERPLEXITY_SOURCES
-from kvttl.session.workload import Request, SessionClock, ends_on_the_way, session_requests
+from kvttl.session.workload import Request, session_requests
+from kvttl.manager.clock import SessionClock, ends_on_the_way
 from kvttl.settings import FILE_NAME, save_settings
 from tiered_caching import MultiTierCache
 
