@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from cache_controller import LocalLMCacheController
 from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
-from local_controller import LocalLMCacheController
-from storage_backends import InMemoryBackend
-from tiered_caching import MultiTierCache
+from tiered_caching import InMemoryBackend, MultiTierCache
 
 CHUNK = 8  # characters, which are the tokens here
 

@@ -28,9 +28,8 @@ from kvttl.agents.loop import chunk_groups, loop_model, plot_chunks, run_loop, t
 from kvttl.manager.generation import prompt_digest
 from kvttl.plots.decision_plots import plot_timeline
 from kvttl.session.demo_model import DEMO_MODEL, load_tokenizer
-from kvttl.session.run import managed
-from storage_backends import InMemoryBackend
-from tiered_caching import MultiTierCache
+from kvttl.session.launch import managed
+from tiered_caching import InMemoryBackend, MultiTierCache
 
 COLD = {"perplexity": 80.0, "time_variance": 0.1}
 

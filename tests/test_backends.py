@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from redis_fixtures import free_port, redis_server, redis_url, start_redis, stop_redis
 
-import storage_backends
-from storage_backends import BaseBackend, InMemoryBackend, LocalDiskBackend, RemoteBackend
+import tiered_caching
+from tiered_caching import BaseBackend, InMemoryBackend, LocalDiskBackend, RemoteBackend
 
 SECRET = b"a secret shared by these tests.."
 PASSWORD = "pass-w0rd"
@@ -124,7 +124,7 @@ def backend(case):
 def subclasses(cls: type) -> set[type]:
     """Return all the concrete classes that the module derives from ``cls``."""
     below = {sub for direct in cls.__subclasses__() for sub in {direct, *subclasses(direct)}}
-    return {sub for sub in below if sub.__module__ == storage_backends.__name__}
+    return {sub for sub in below if sub.__module__ == tiered_caching.__name__}
 
 
 def test_every_backend_is_under_the_contract():
@@ -342,7 +342,7 @@ class MemoryAgainstModel(AgainstModel):
 
 class DiskAgainstModel(AgainstModel):
     def make(self):
-        self.folder = storage_backends.tempfile.TemporaryDirectory()
+        self.folder = tiered_caching.tempfile.TemporaryDirectory()
         return LocalDiskBackend(self.folder.name, timer=self.clock)
 
     @rule()
@@ -499,7 +499,7 @@ def test_torn_files_are_misses(disk, folder, caplog):
 def test_changed_files_are_misses(disk, folder, monkeypatch):
     disk.set("key", [1, 2, 3], LONG_S)
     whole = file_of(folder, "key").read_bytes()
-    monkeypatch.setattr(storage_backends, "load", lambda _payload: pytest.fail("was unpickled"))
+    monkeypatch.setattr(tiered_caching, "load", lambda _payload: pytest.fail("was unpickled"))
     for position in range(len(whole)):
         changed = bytearray(whole)
         changed[position] ^= 0x10
@@ -511,7 +511,7 @@ def test_changed_files_are_misses(disk, folder, monkeypatch):
 
 def forgeries(exploit: bytes, genuine: bytes):
     """Yield ways to smuggle a payload in without knowing the secret."""
-    foreign = storage_backends.Signer(b"another secret, also long", "disk")
+    foreign = tiered_caching.Signer(b"another secret, also long", "disk")
     name = hashlib.sha256(b"key").digest()
     yield exploit
     yield genuine[:80] + exploit  # header and signature of a genuine record
@@ -589,7 +589,7 @@ def test_crash_while_writing_leaves_the_old_value(disk, folder, monkeypatch, ste
 
 KILLED_WRITER = """
 import os, signal, sys
-from storage_backends import LocalDiskBackend
+from tiered_caching import LocalDiskBackend
 disk = LocalDiskBackend(sys.argv[1])
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 disk.set("key", "new", 600)
@@ -598,7 +598,7 @@ disk.set("key", "new", 600)
 
 def python(program: str, *args: object) -> subprocess.Popen:
     """Start a program in a Python of its own that can import the modules under test."""
-    environment = os.environ | {"PYTHONPATH": str(Path(storage_backends.__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(tiered_caching.__file__).parent)}
     return subprocess.Popen([sys.executable, "-c", program, *map(str, args)], env=environment)
 
 
@@ -635,7 +635,7 @@ def test_threads_agree_on_the_key_file(folder):
 
 SHARING_WRITER = """
 import sys
-from storage_backends import LocalDiskBackend
+from tiered_caching import LocalDiskBackend
 disk = LocalDiskBackend(sys.argv[1])
 for number in range(50):
     disk.set(f"{sys.argv[2]}-{number}", number, 600)

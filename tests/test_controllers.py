@@ -16,7 +16,7 @@ from cache_controller import (
     LocalLMCacheController,
 )
 from caching_heuristics import TIERS
-from storage_backends import InMemoryBackend, LocalDiskBackend, RemoteBackend
+from tiered_caching import InMemoryBackend, LocalDiskBackend, RemoteBackend
 
 DEMOTIONS = [("gpu", "disk"), ("disk", "remote"), ("gpu", "remote")]
 PROMOTIONS = [("disk", "gpu"), ("remote", "gpu")]

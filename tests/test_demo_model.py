@@ -14,14 +14,13 @@ from kvttl.session import demo_model
 from kvttl.session.demo_model import (
     DEMO_MODEL,
     cached_snapshot,
-    example_prompts,
     has_weights,
     load_model,
     load_tokenizer,
     model_path,
     prompt_perplexity,
-    random_characters,
 )
+from kvttl.session.texts import example_prompts, random_characters
 
 PATH = str(DEMO_MODEL)
 OWN_SOURCES = [

@@ -15,7 +15,8 @@ import pytest
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
 from kvttl.decisions.log import DecisionLog, read_records
-from kvttl.session.demo_model import example_prompts, prompt_perplexity
+from kvttl.session.demo_model import prompt_perplexity
+from kvttl.session.texts import example_prompts
 from tiered_caching import MultiTierCache
 
 ROOT = Path(__file__).parents[1]

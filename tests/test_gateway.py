@@ -37,15 +37,8 @@ from kvttl.serve.app import (
     server_arguments,
 )
 from kvttl.serve.engine import KV_METADATA, ManagedEngine
-from kvttl.serve.gateway import (
-    check_exposure,
-    gateway,
-    listening,
-    main,
-    model_name,
-    read_key,
-    serving,
-)
+from kvttl.serve.gateway import gateway, main, model_name
+from kvttl.serve.listening import check_exposure, listening, read_key, serving
 from kvttl.session.demo_model import model_path
 from tiered_caching import InMemoryBackend, MultiTierCache
 

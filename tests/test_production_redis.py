@@ -18,8 +18,7 @@ from cache_controller import LMCacheController
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.stack.lifecycle import LMCacheStack, load_config
 from kvttl.stack.redis_adapter import RedisClient
-from storage_backends import RemoteBackend
-from tiered_caching import MultiTierCache
+from tiered_caching import MultiTierCache, RemoteBackend
 
 PASSWORD = "pass-w0rd"
 HOT = {"perplexity": 12.0, "time_variance": 0.0}

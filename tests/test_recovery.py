@@ -32,7 +32,7 @@ from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.decisions.log import DecisionLog, DecisionRecord, read_records
 from kvttl.lmcache.client import LMCacheUnavailable
 from kvttl.manager.recovery import recover_claims
-from storage_backends import LocalDiskBackend
+from tiered_caching import LocalDiskBackend
 
 ROOT = Path(__file__).parents[1]
 SYSTEM = "s" * CHUNK

@@ -21,7 +21,7 @@ from kvttl.bench import replay as replay_bench
 from kvttl.plots.replay_plots import plot_over_time, plot_policies, plot_trade_off
 from kvttl.replay import command as replay_command
 from kvttl.replay.baselines import replay_baseline
-from kvttl.replay.costs import TierCosts, calibrate, fit_costs, result_costs
+from kvttl.replay.costs import TierCosts, fit_costs, result_costs
 from kvttl.replay.engine import replay, replay_without_capacity
 from kvttl.replay.runs import index_runs
 from kvttl.replay.tables import (
@@ -32,16 +32,11 @@ from kvttl.replay.tables import (
     trade_off,
     wide,
 )
-from kvttl.sliders.replay_tab import (
-    SLIDERS,
-    ReplayPicture,
-    ReplayTab,
-    readout,
-    replay_view,
-    traces_at_hand,
-)
+from kvttl.session.calibrate import calibrate
+from kvttl.sliders.replay_tab import SLIDERS, ReplayPicture, ReplayTab, readout, replay_view
 from kvttl.traces.builder import make_trace
 from kvttl.traces.generator import agent_loops
+from kvttl.traces.reading import traces_at_hand
 
 ROOT = Path(__file__).resolve().parents[1]
 TRACE = agent_loops(300, seed=5)
@@ -147,7 +142,7 @@ def test_what_cannot_be_fitted_keeps_its_default():
 
 
 def test_calibrate_measures_the_running_stack(stack, llm):
-    from kvttl.session.run import managed
+    from kvttl.session.launch import managed
 
     cache = managed(stack, llm)
     try:

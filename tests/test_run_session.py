@@ -14,9 +14,9 @@ from local_managers import CHUNK, HOT, LADDER_S, WARM, hottest, local_manager
 
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.decisions.log import DecisionRecord, read_records
+from kvttl.manager.clock import SessionClock
 from kvttl.plots.decision_plots import TIER_COLOURS, plot_session
 from kvttl.session.run import session_requests, summary, table
-from kvttl.manager.clock import SessionClock
 
 ROOT = Path(__file__).parents[1]
 

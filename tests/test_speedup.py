@@ -28,11 +28,11 @@ from kvttl.bench.speedup_report import (
     verdict,
 )
 from kvttl.bench.workloads import CHUNK_TOKENS, LONGEST_PROMPT, make_workload
+from kvttl.lmcache.layout import hits_by_tier
 from kvttl.lmcache.model import LMCacheModel
-from kvttl.replay.on_lmcache import replay_on_lmcache
-from kvttl.lmcache.placement_rules import hits_by_tier
 from kvttl.replay.costs import TierCosts
 from kvttl.replay.engine import replay
+from kvttl.replay.on_lmcache import replay_on_lmcache
 from kvttl.session.demo_model import model_path
 
 ROOT = Path(__file__).parents[1]

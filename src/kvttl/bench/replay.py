@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from caching_heuristics import HeuristicConfig
-from kvttl.bench.overhead import machine
+from kvttl.bench.figures import machine
 from kvttl.replay.baselines import BaselineFile
 from kvttl.replay.engine import replay, replay_without_capacity
 from kvttl.replay.lru_curve import lru_curve

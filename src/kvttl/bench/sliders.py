@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvttl.bench.overhead import machine
+from kvttl.bench.figures import machine
 from kvttl.decisions.sample import FILE_NAME
 from kvttl.sliders.servers import APP_NOTEBOOK, app_command, free_port, running
 

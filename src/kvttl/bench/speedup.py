@@ -37,11 +37,11 @@ from kvttl.bench.contenders import (
     Contender,
     LMCacheContender,
 )
-from kvttl.bench.overhead import machine
+from kvttl.bench.figures import machine
 from kvttl.bench.speedup_report import BenchResult, headline, rounded, write_report
 from kvttl.bench.workloads import CHUNK_TOKENS, Workload, make_workload
 from kvttl.replay.on_lmcache import replay_on_lmcache
-from kvttl.session.run import be_quiet
+from kvttl.session.launch import be_quiet
 from kvttl.settings import default_path, load_settings
 
 REPORTS = Path("data/reports")

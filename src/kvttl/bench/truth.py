@@ -17,9 +17,9 @@ from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.bench.contenders import KIT, LMCACHE, RETAIN, TUNED
 from kvttl.bench.workloads import CHUNK_TOKENS
 from kvttl.lmcache.model import EVICTION_WATERMARK
-from kvttl.replay.on_lmcache import replay_on_lmcache
 from kvttl.replay.costs import fit_costs
 from kvttl.replay.engine import replay
+from kvttl.replay.on_lmcache import replay_on_lmcache
 
 _COLUMNS = [f"hit_{tier}" for tier in TIERS]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvttl.session.demo_model import CODE_PROMPT, PROSE_PROMPT, TEMPLATE_LINE, random_characters
+from kvttl.session.texts import CODE_PROMPT, PROSE_PROMPT, TEMPLATE_LINE, random_characters
 from kvttl.traces.builder import TraceBuilder, make_trace
 from kvttl.traces.generator import agent_loops
 from kvttl.traces.reading import read_trace

@@ -10,8 +10,13 @@ from typing import Any, NamedTuple
 
 from caching_heuristics import TIER_CODES, TIERS
 from kvttl.lmcache.client import LMCacheUnavailable
-from kvttl.lmcache.layout import BaseController
-from kvttl.lmcache.placement_rules import by_hottest, has_nothing_colder, hits_by_tier, reachable
+from kvttl.lmcache.layout import (
+    BaseController,
+    by_hottest,
+    has_nothing_colder,
+    hits_by_tier,
+    reachable,
+)
 from kvttl.manager.claims import ClaimLedger, Step
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from kvttl.decisions.log import DecisionRecord
 from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
-from kvttl.lmcache.placement_rules import is_above
+from kvttl.lmcache.layout import is_above
 from kvttl.manager.claims import Step
 from kvttl.manager.placement import KVPlacement
 

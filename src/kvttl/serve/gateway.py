@@ -8,16 +8,11 @@ What a client knows about a prompt rides in the request:
 from __future__ import annotations
 
 import argparse
-import asyncio
-import gc
-import os
 import shlex
 import signal
-import socket
 import sys
 import threading
-import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +24,16 @@ from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
 from kvttl.serve.app import BODY_LIMIT, manage_app, openai_app, server_arguments
 from kvttl.serve.engine import ManagedEngine
-from kvttl.session.run import be_quiet, managed, new_run_folder, progress, session_stack
+from kvttl.serve.listening import (
+    KEY_VARIABLE,
+    LoopThread,
+    check_exposure,
+    listening,
+    read_key,
+    serving,
+)
+from kvttl.session.launch import be_quiet, managed, new_run_folder, progress, session_stack
 from tiered_caching import MultiTierCache
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-KEY_VARIABLE = "KV_API_KEY"
-_STOP_S = 3  # seconds that answers under way have to end
-_STREAMS = 2_048  # connections that may wait to be accepted
 
 
 @dataclass(frozen=True)
@@ -130,15 +128,6 @@ def gateway(
         yield Gateway(f"{url}/v1", name, cache, engine, loop)
 
 
-def check_exposure(host: str, api_key: str | None) -> None:
-    """Raise a ValueError where the network could use the server without a key."""
-    if host not in LOOPBACK and not api_key:
-        raise ValueError(
-            f"host must be loopback ({', '.join(LOOPBACK)}) without an API key, got {host!r}: "
-            f"set {KEY_VARIABLE} or give --api-key-file"
-        )
-
-
 def model_name(model: str) -> str:
     """Return a model's name in requests: its folder's name; of a cached one, its hub id.
 
@@ -152,46 +141,6 @@ def model_name(model: str) -> str:
     if path.parent.name == "snapshots" and cached.startswith("models--"):
         return cached.removeprefix("models--").replace("--", "/")
     return path.name
-
-
-class LoopThread:
-    """An event loop on a thread of its own, for callers that are not asynchronous."""
-
-    def __enter__(self) -> LoopThread:
-        import uvloop  # comes with vLLM, whose own server uses it
-
-        self.loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="kv-gateway", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_exc_info: object) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-
-    def run(self, coroutine: Coroutine) -> Any:
-        """Return what a coroutine returns that runs on the loop."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
-
-    def call(self, function: Callable, *arguments: Any) -> Any:
-        """Return what a function returns that is called on the loop."""
-
-        async def call():
-            return function(*arguments)
-
-        return self.run(call())
-
-    def _run(self):
-        asyncio.set_event_loop(self.loop)
-        try:
-            self.loop.run_forever()
-            tasks = asyncio.all_tasks(self.loop)
-            for task in tasks:
-                task.cancel()
-            ended = asyncio.gather(*tasks, return_exceptions=True)
-            self.loop.run_until_complete(ended)
-        finally:
-            self.loop.close()
 
 
 @contextmanager
@@ -218,40 +167,6 @@ def _shut_down(engines):
         engine.shutdown()
         # Its finalizer would do it again, perhaps in an interpreter that is half gone.
         engine.shutdown = lambda *_args, **_options: None
-
-
-@contextmanager
-def serving(app: Any, listener: socket.socket, loop: LoopThread) -> Iterator[str]:
-    """Serve an application on a bound socket while the block runs; gives its URL."""
-    import uvicorn
-
-    settings = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=_STOP_S, backlog=_STREAMS
-    )
-    server = uvicorn.Server(settings)  # outside the main thread it leaves signals alone
-    ended = asyncio.run_coroutine_threadsafe(server.serve(sockets=[listener]), loop.loop)
-    while not server.started:
-        if ended.done():
-            ended.result()
-            raise RuntimeError("the HTTP server ended at its start")
-        time.sleep(0.01)
-    try:
-        host, port = listener.getsockname()[:2]
-        yield f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    finally:
-        server.should_exit = True
-        ended.result()
-        gc.unfreeze()  # vLLM froze it for speed; what stays frozen is reported as a leak at exit
-
-
-@contextmanager
-def listening(host: str = "127.0.0.1", port: int = 0) -> Iterator[socket.socket]:
-    """Bind a socket for `serving`, before an engine is started in vain for a taken port."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        yield listener
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -311,24 +226,6 @@ def _serve(options):
         _recover(server.cache, folder)
         print(_welcome(server, folder, bool(api_key)), flush=True)
         threading.Event().wait()
-
-
-def read_key(file: Path | None, variable: str = KEY_VARIABLE) -> str | None:
-    """Return the API key: the first line of a file, else an environment variable, else None.
-
-    Raises
-    ------
-    ValueError
-        The file has no key in its first line.
-    OSError
-        The file cannot be read.
-    """
-    if file is None:
-        return os.environ.get(variable) or None
-    lines = file.read_text().splitlines()
-    if not lines or not lines[0].strip():
-        raise ValueError(f"the first line of {file} must be the API key, it is empty")
-    return lines[0].strip()
 
 
 def _stack(options):

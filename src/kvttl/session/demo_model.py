@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
-import string
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,53 +23,6 @@ DEMO_MODEL = PROJECT / "data" / "demo_model"
 MODEL_DIR_VARIABLE = "KV_MODEL_DIR"  # names a local folder, as `prefer` does
 MAX_TOKENS = 2048  # the longest context that the demo model was trained on
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
-
-CODE_PROMPT = '''\
-class RateLimiter:
-    """Allow at most `limit` calls per `period` seconds."""
-
-    def __init__(self, limit, period):
-        self.limit = limit
-        self.period = period
-        self._calls = []
-
-    def allow(self, now):
-        """Return True if a call at time `now` is allowed."""
-        if self.limit <= 0:
-            raise ValueError("limit must be positive")
-        self._calls = [t for t in self._calls if t > now - self.period]
-        if len(self._calls) >= self.limit:
-            return False
-        self._calls.append(now)
-        return True
-
-    def reset(self):
-        self._calls = []
-
-
-def main(argv=None):
-    limiter = RateLimiter(limit=3, period=1.0)
-    for i in range(10):
-        if not limiter.allow(i * 0.2):
-            print("call %d was rejected" % i)
-
-
-if __name__ == "__main__":
-    main()
-'''
-
-TEMPLATE_LINE = "You are a helpful assistant. Answer the question using only the given text.\n"
-
-PROSE_PROMPT = """\
-The first time a user asks a question, the server has to read the whole text before it can \
-write a single word of the answer. If the same text is used again, the work that was done the \
-first time can be kept in memory and the answer will start sooner. This is only useful when \
-there is enough room to keep it, so the system must decide which of the objects should be \
-removed when the memory is full. A simple rule is to remove the one that has not been used for \
-the longest time. It is easy to understand, but it does not take into account how long it would \
-take to compute the value again, or how large the value is. Other rules use this information \
-and may give better results, depending on the kind of requests that are made.
-"""
 
 
 # ---- choosing the model --------------------------------------------------------------------
@@ -234,34 +185,3 @@ def _mean_loss(model: PreTrainedModel, ids: list[int]) -> float:
 
 
 # ---- examples ------------------------------------------------------------------------------
-
-
-def random_characters(n_characters: int, seed: int) -> str:
-    """Return letters, digits and punctuation drawn uniformly with their own generator.
-
-    >>> random_characters(8, seed=0) == random_characters(8, seed=0)
-    True
-    """
-    rng = random.Random(seed)
-    return "".join(
-        rng.choices(string.ascii_letters + string.digits + string.punctuation, k=n_characters)
-    )
-
-
-def example_prompts(seed: int = 0) -> dict[str, str]:
-    """Return one prompt of each kind, from the easiest to guess to the hardest.
-
-    Parameters
-    ----------
-    seed : int
-        Seeds the random characters; the other prompts are fixed.
-
-    >>> list(example_prompts())
-    ['template', 'code', 'prose', 'noise']
-    """
-    return {
-        "template": TEMPLATE_LINE * 12,
-        "code": CODE_PROMPT,
-        "prose": PROSE_PROMPT,
-        "noise": random_characters(400, seed),
-    }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from kvttl.session.demo_model import CODE_PROMPT, PROSE_PROMPT, random_characters
+from kvttl.session.texts import CODE_PROMPT, PROSE_PROMPT, random_characters
 
 AGENTS = ("code reviewer", "data analyst", "release manager")
 _RULES = (

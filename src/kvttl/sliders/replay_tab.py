@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import html
 import io
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from caching_heuristics import TIERS, HeuristicConfig
-from kvttl import PROJECT
 from kvttl.plots.decision_plots import TIER_COLOURS
 from kvttl.plots.replay_plots import POLICY_STYLES
 from kvttl.replay.costs import TierCosts, result_costs
@@ -28,7 +26,6 @@ from kvttl.replay.result import ReplayResult
 from kvttl.replay.runs import RunIndex, index_runs
 from kvttl.replay.tables import at_same_memory, mean_blocks_held
 from kvttl.sliders.controls import Control
-from kvttl.traces.reading import read_trace
 from kvttl.traces.trace import Trace
 
 SLIDERS = (
@@ -44,30 +41,6 @@ SLIDERS = (
     "remote_ttl_factor",
 )
 _CURVE_SHARES = np.geomspace(0.002, 1.0, 12)  # of unique blocks
-
-
-_DATA = PROJECT / "data"
-
-
-def traces_at_hand(sessions: int = 40, cache_dir: str | Path | None = None) -> dict[str, Trace]:
-    """Return traces by name: real ones under ``KV_TRACE_DIR``, and the sample of this kit.
-
-    Parameters
-    ----------
-    sessions : int
-        Agentic sessions that are overlaid, at 30 an hour.
-    cache_dir : path, optional
-        Of compact copies; default ``data/trace_cache``.
-    """
-    home, found = os.environ.get("KV_TRACE_DIR"), {}
-    options = {"cache_dir": cache_dir or _DATA / "trace_cache"}
-    conversation = Path(home or "") / "mooncake" / "conversation_trace.jsonl"
-    agentic = Path(home or "") / "weka-agentic"
-    if home and conversation.exists():
-        found["conversation"] = read_trace(conversation, **options)
-    if home and agentic.is_dir():
-        found["agentic"] = read_trace(agentic, max_sessions=sessions, **options)
-    return found | {"sample": read_trace(_DATA / "sample_trace.jsonl.gz")}
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import warnings
 from pathlib import Path
 
+from kvttl import PROJECT
 from kvttl.traces.formats import FORMATS, SESSIONS_PER_HOUR, Source, text_lines
 from kvttl.traces.trace import CACHE_VERSION, Trace, load_trace, save_trace
 
@@ -120,3 +122,27 @@ def _cache_name(path, format, source):
     parts = [CACHE_VERSION, READER_VERSION, str(path.resolve()), format, source]
     parts += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return f"{path.name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.npz"
+
+
+_DATA = PROJECT / "data"
+
+
+def traces_at_hand(sessions: int = 40, cache_dir: str | Path | None = None) -> dict[str, Trace]:
+    """Return traces by name: real ones under ``KV_TRACE_DIR``, and the sample of this kit.
+
+    Parameters
+    ----------
+    sessions : int
+        Agentic sessions that are overlaid, at 30 an hour.
+    cache_dir : path, optional
+        Of compact copies; default ``data/trace_cache``.
+    """
+    home, found = os.environ.get("KV_TRACE_DIR"), {}
+    options = {"cache_dir": cache_dir or _DATA / "trace_cache"}
+    conversation = Path(home or "") / "mooncake" / "conversation_trace.jsonl"
+    agentic = Path(home or "") / "weka-agentic"
+    if home and conversation.exists():
+        found["conversation"] = read_trace(conversation, **options)
+    if home and agentic.is_dir():
+        found["agentic"] = read_trace(agentic, max_sessions=sessions, **options)
+    return found | {"sample": read_trace(_DATA / "sample_trace.jsonl.gz")}

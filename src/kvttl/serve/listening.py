@@ -1,0 +1,126 @@
+"""Sockets, an event loop in a thread, and who may connect: nothing of it knows a KV cache."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+KEY_VARIABLE = "KV_API_KEY"
+
+
+_STOP_S = 3  # seconds that answers under way have to end
+
+
+_STREAMS = 2_048  # connections that may wait to be accepted
+
+
+def check_exposure(host: str, api_key: str | None) -> None:
+    """Raise a ValueError where the network could use the server without a key."""
+    if host not in LOOPBACK and not api_key:
+        raise ValueError(
+            f"host must be loopback ({', '.join(LOOPBACK)}) without an API key, got {host!r}: "
+            f"set {KEY_VARIABLE} or give --api-key-file"
+        )
+
+
+class LoopThread:
+    """An event loop on a thread of its own, for callers that are not asynchronous."""
+
+    def __enter__(self) -> LoopThread:
+        import uvloop  # comes with vLLM, whose own server uses it
+
+        self.loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="kv-gateway", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc_info: object) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+
+    def run(self, coroutine: Coroutine) -> Any:
+        """Return what a coroutine returns that runs on the loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    def call(self, function: Callable, *arguments: Any) -> Any:
+        """Return what a function returns that is called on the loop."""
+
+        async def call():
+            return function(*arguments)
+
+        return self.run(call())
+
+    def _run(self):
+        asyncio.set_event_loop(self.loop)
+        try:
+            self.loop.run_forever()
+            tasks = asyncio.all_tasks(self.loop)
+            for task in tasks:
+                task.cancel()
+            ended = asyncio.gather(*tasks, return_exceptions=True)
+            self.loop.run_until_complete(ended)
+        finally:
+            self.loop.close()
+
+
+@contextmanager
+def serving(app: Any, listener: socket.socket, loop: LoopThread) -> Iterator[str]:
+    """Serve an application on a bound socket while the block runs; gives its URL."""
+    import uvicorn
+
+    settings = uvicorn.Config(
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=_STOP_S, backlog=_STREAMS
+    )
+    server = uvicorn.Server(settings)  # outside the main thread it leaves signals alone
+    ended = asyncio.run_coroutine_threadsafe(server.serve(sockets=[listener]), loop.loop)
+    while not server.started:
+        if ended.done():
+            ended.result()
+            raise RuntimeError("the HTTP server ended at its start")
+        time.sleep(0.01)
+    try:
+        host, port = listener.getsockname()[:2]
+        yield f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    finally:
+        server.should_exit = True
+        ended.result()
+        gc.unfreeze()  # vLLM froze it for speed; what stays frozen is reported as a leak at exit
+
+
+@contextmanager
+def listening(host: str = "127.0.0.1", port: int = 0) -> Iterator[socket.socket]:
+    """Bind a socket for `serving`, before an engine is started in vain for a taken port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        yield listener
+
+
+def read_key(file: Path | None, variable: str = KEY_VARIABLE) -> str | None:
+    """Return the API key: the first line of a file, else an environment variable, else None.
+
+    Raises
+    ------
+    ValueError
+        The file has no key in its first line.
+    OSError
+        The file cannot be read.
+    """
+    if file is None:
+        return os.environ.get(variable) or None
+    lines = file.read_text().splitlines()
+    if not lines or not lines[0].strip():
+        raise ValueError(f"the first line of {file} must be the API key, it is empty")
+    return lines[0].strip()

@@ -1,0 +1,85 @@
+"""Measures what a hit in each tier costs, on a real stack."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from caching_heuristics import TIERS
+from kvttl.replay.costs import (
+    TierCosts,
+    fit_costs,
+)
+
+
+def calibrate(
+    cache: Any,
+    words: Sequence[int] = (60, 240),
+    repeats: int = 3,
+    bytes_per_token: float | None = None,
+    seed: int = 0,
+    pause_s: float = 0.2,
+) -> TierCosts:
+    """Measure the running stack: new prompts, then the same from gpu, disk and remote.
+
+    Parameters
+    ----------
+    cache : MultiTierCache
+        With an engine; `kvttl.session.launch.managed` makes one.
+    words : sequence of int
+        Lengths of the prompts, two or more different ones.
+    repeats : int
+        Prompts of each length, after one of each to warm up.
+    bytes_per_token : float, optional
+        KV cache of a token of the served model.
+    seed : int
+        Of the prompts' text.
+    pause_s : float
+        Before each generation, seconds: LMCache writes through after the answer, and a load
+        meanwhile takes longer.
+    """
+    if len(set(words)) < 2 or min(words) < 1 or repeats < 1:
+        raise ValueError(f"words must be two different lengths >= 1, got {words!r}")
+    rng, records, number = random.Random(seed), [], 0
+    while number <= repeats or (number <= repeats + _MORE and _unseen(records)):
+        for length in words:
+            made = _serve_from_each_tier(cache, _text(rng, length), pause_s)
+            records += made if number else []
+        number += 1
+    start = TierCosts() if bytes_per_token is None else TierCosts(bytes_per_token=bytes_per_token)
+    return fit_costs(records, start)
+
+
+_MORE = 4  # rounds more while a tier has served nothing: a busy server moves late
+
+
+def _unseen(records):
+    """Return the tiers that served none of the records alone."""
+    alone = [{tier for tier, n in record.hit_tokens.items() if n} for record in records]
+    return [tier for tier in TIERS if {tier} not in alone]
+
+
+_PLACING = (  # metadata that place a prompt in gpu, disk, remote, for the next time
+    {"perplexity": 9.0, "time_variance": 0.0},
+    {"perplexity": 30.0, "time_variance": 0.9},
+    {"perplexity": 90.0, "time_variance": 0.0},
+)
+
+
+def _serve_from_each_tier(cache, prompt, pause_s):
+    """Generate once anew and once from each tier; returns the four records."""
+    from vllm import SamplingParams
+
+    sampling, records = SamplingParams(temperature=0.0, max_tokens=1), []
+    for metadata in (*_PLACING, _PLACING[0]):
+        time.sleep(pause_s)
+        cache.generate_and_manage(prompt, sampling, metadata)
+        records.append(cache.records[-1])
+    return records
+
+
+def _text(rng, words):
+    topics = "cache tensor prefix token block chunk tier model agent server queue".split()
+    return f"# {rng.getrandbits(64):x}\n" + " ".join(rng.choice(topics) for _ in range(words))

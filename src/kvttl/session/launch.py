@@ -1,0 +1,130 @@
+"""Stack, engine and manager of a session: what notebooks, commands and benchmarks start."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from cache_controller import LMCacheController
+from caching_heuristics import HeuristicConfig
+from kvttl.background import Repeater
+from kvttl.manager.clock import SessionClock
+from tiered_caching import MultiTierCache
+
+RUNS_FOLDER = Path("data/runs")
+
+
+# vLLM and LMCache write some 80 lines before the first token, torch one a process,
+# and Python's resource tracker one about vLLM's shared memory at the end.
+_QUIET = (
+    ("VLLM_LOGGING_LEVEL", "ERROR"),
+    ("LMCACHE_LOG_LEVEL", "ERROR"),
+    ("LMCACHE_DISABLE_BANNER", "1"),
+    ("TORCH_CPP_LOG_LEVEL", "ERROR"),
+    ("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker"),
+)
+
+
+def new_run_folder(runs: str | Path = RUNS_FOLDER) -> Path:
+    """Return the folder of a run's log and picture, named by the time (not made yet)."""
+    return Path(runs) / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+
+
+@contextmanager
+def session_stack(config_path: str | Path = "config.yaml", redis_url: str | None = None):
+    """Start a stack of the session's own: free ports, an empty disk tier, gone afterwards.
+
+    KV that an earlier run left on disk would be hits that the directory knows
+    nothing of, and that therefore nobody could manage.
+    """
+    _need("lmcache")
+    from kvttl.stack.lifecycle import LMCacheStack, load_config
+
+    be_quiet()  # here already: vLLM reads these when it is first imported
+    with tempfile.TemporaryDirectory(prefix="kv-session-") as folder:
+        overrides = {"disk_path": folder} | ({"redis_url": redis_url} if redis_url else {})
+        stack = LMCacheStack(load_config(config_path, **overrides), free_ports=True)
+        with progress("Starting coordinator, LMCache server and Redis", about_s=10):
+            stack.start()
+        with stack:
+            yield stack
+
+
+@contextmanager
+def engine(stack, model: str):
+    """Load vLLM, connected to `stack`; shut it down before the stack goes.
+
+    An engine that has lost its LMCache server hangs when its process ends.
+    """
+    _need("vllm")
+    be_quiet()
+    with progress(f"Loading vLLM with {Path(model).name}", about_s=20):
+        from vllm import LLM
+
+        llm = LLM(**stack.engine_kwargs(model, use_tqdm_on_load=False))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def progress(what: str, about_s: float):
+    """Show a bar that fills in about `about_s` seconds while the block runs."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=about_s, desc=what, bar_format="{desc} {bar:20} {elapsed}") as bar:
+        ticks = Repeater(lambda: bar.update(min(0.5, 0.98 * about_s - bar.n)), every_s=0.5)
+        ticks.start()
+        try:
+            yield
+            bar.update(about_s - bar.n)
+        finally:
+            ticks.close()
+
+
+def _need(package):
+    """Raise a StackError with the next step where a package is not in this Python."""
+    from kvttl.stack.process import StackError
+
+    if importlib.util.find_spec(package) is None:
+        raise StackError(
+            f"{package} is not installed for {sys.executable}: run `make install`, then choose "
+            "the kernel of .venv (`make lab` does)"
+        )
+
+
+def be_quiet():
+    """Lower the log levels that the user has not set."""
+    for name, value in _QUIET:
+        os.environ.setdefault(name, value)
+
+
+def managed(stack, llm, config: HeuristicConfig | None = None, **options) -> MultiTierCache:
+    """Return a manager for an engine on a stack, silent unless `notify` is given."""
+    controller = LMCacheController(stack.host, stack.port, instance_id=stack.instance_id)
+    return MultiTierCache(controller, llm, config=config, **{"notify": None, **options})
+
+
+def measuring(model: str, source: str = "prompt") -> dict[str, object]:
+    """Return the options of a manager that measures perplexities of `model`'s prompts.
+
+    The source ``"prompt"`` loads the model a second time, beside the engine.
+    """
+    from kvttl.session.demo_model import prompt_perplexity
+
+    scorer = functools.partial(prompt_perplexity, path=model) if source == "prompt" else None
+    return {"perplexity_source": source, "scorer": scorer}
+
+
+def session_manager(stack, llm, config: HeuristicConfig | None = None, **options):
+    """Return a manager in background mode on a session's clock."""
+    clock = SessionClock(time.time())
+    return managed(stack, llm, config, clock=clock, background=True, sweep_every_s=None, **options)
