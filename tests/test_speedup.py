@@ -17,14 +17,13 @@ import pandas as pd
 import pytest
 
 from caching_heuristics import HeuristicConfig
-from kvttl.bench.contenders import KIT, LMCACHE, NONE, ORDER, TUNED
+from kvttl.bench.contenders import KIT, LMCACHE, NONE, ORDER, TUNED, kv_bytes_per_token
 from kvttl.bench.figures import machine, percentiles, rounded
 from kvttl.bench.speedup import (
     QUICK,
     BenchPlan,
     bench_settings,
     choose_settings,
-    kv_bytes_per_token,
 )
 from kvttl.bench.speedup_report import (
     BenchResult,
@@ -70,7 +69,7 @@ def test_workload_is_seeded_and_fits_the_engine(no_traces, name):
 
 def test_control_reuses_nothing_and_the_others_do(no_traces):
     ratios = {
-        name: replay(make_workload(name, 0, 30, model_path()).trace(), "infinite").token_hit_ratio
+        name: replay(make_workload(name, 0, 30, model_path()).trace, "infinite").token_hit_ratio
         for name in ("agentic", "chat", "control")
     }
     assert ratios["control"] == 0
@@ -192,7 +191,7 @@ def test_moves_follow_lmcaches_limits():
 
 def test_unmanaged_model_with_room_for_all_hits_what_an_unlimited_cache_does(no_traces):
     workload = make_workload("chat", 1, 40, model_path())
-    trace, prompts = workload.trace(), [request.tokens for request in workload.requests]
+    trace, prompts = workload.trace, workload.prompts
     result = replay_on_lmcache(trace, prompts, 10_000)
     assert (result.hit_tokens == replay(trace, "infinite").hit_tokens).all()
     assert result.token_hit_ratio > 0.3
@@ -200,7 +199,7 @@ def test_unmanaged_model_with_room_for_all_hits_what_an_unlimited_cache_does(no_
 
 def test_managed_model_lets_ttls_end(no_traces):
     workload = make_workload("agentic", 1, 40, model_path())
-    trace, prompts = workload.trace(), [request.tokens for request in workload.requests]
+    trace, prompts = workload.trace, workload.prompts
     keep, drop = (
         replay_on_lmcache(trace, prompts, 10_000, HeuristicConfig(base_ttl=s, min_ttl=1.0))
         for s in (50_000.0, 1.0)
@@ -211,7 +210,7 @@ def test_managed_model_lets_ttls_end(no_traces):
 
 def test_measured_perplexity_decides_the_tier(no_traces):
     workload = make_workload("chat", 1, 20, model_path())
-    trace, prompts = workload.trace(), [request.tokens for request in workload.requests]
+    trace, prompts = workload.trace, workload.prompts
     low, high = (
         replay_on_lmcache(trace, prompts, 10_000, HeuristicConfig(), perplexity=[p] * 20)
         for p in (5.0, 90.0)
@@ -222,8 +221,8 @@ def test_measured_perplexity_decides_the_tier(no_traces):
 def test_chosen_settings_cost_no_hits_on_the_sessions_they_were_chosen_on(no_traces):
     config = choose_settings(model_path())
     workload = make_workload("agentic", 100, 56, model_path())
-    trace, prompts = workload.trace(), [request.tokens for request in workload.requests]
-    hot = int(0.25 * workload.working_set_tokens()) // CHUNK_TOKENS
+    trace, prompts = workload.trace, workload.prompts
+    hot = int(0.25 * workload.working_set_tokens) // CHUNK_TOKENS
     chosen, plain = (replay_on_lmcache(trace, prompts, hot, c) for c in (config, None))
     assert chosen.block_seconds[0] < plain.block_seconds[0]
     assert chosen.token_hit_ratio >= plain.token_hit_ratio - 0.02

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from caching_heuristics import HeuristicConfig
-from kvttl.bench.contenders import KIT, LMCACHE, MAIN_SHARE, NONE, ORDER, PREFIX, RETAIN, TUNED
+from kvttl.bench.contenders import CONTENDERS, KIT, LMCACHE, MAIN_SHARE, ORDER, TUNED
 from kvttl.bench.figures import write_json
 from kvttl.bench.truth import replay_truth
 from kvttl.bench.workloads import Workload
@@ -31,14 +31,6 @@ RUNS, REQUESTS, FIGURES = "speedup.csv", "speedup_requests.csv.gz", "speedup.jso
 SETTINGS, PICTURE = "speedup_heuristics.yaml", "speedup.png"
 KEYS = ["workload", "hot_share", "contender"]
 _GOAL = ("hot_mb_s", "ttft_p50_ms", "ttft_p90_ms")  # what is compared with LMCache
-COLOURS = {
-    NONE: "#888888",
-    PREFIX: "#e69f00",
-    LMCACHE: "#0072b2",
-    RETAIN: "#56b4e9",
-    KIT: "#d55e00",
-    TUNED: "#009e73",
-}
 # 97.5 % quantiles of Student's t, by degrees of freedom from 1
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -161,7 +153,7 @@ def _line(row):
     times = " ".join(f"{row[n]:5.0f} {_half(row['±' + n], 0):6}" for n in _times())
     served = f"{row.hit_gpu:5.0%} {row.hit_disk:5.0%} {row.hit_remote:7.0%}"
     held = f"{row.hot_mean_mb:6.2f} {_half(row['±hot_mean_mb'], 2):6}"
-    manage = f"{row.manage_p50_ms:6.1f}" if row.contender in (KIT, TUNED) else "     -"
+    manage = f"{row.manage_p50_ms:6.1f}" if CONTENDERS[row.contender].config else "     -"
     return (
         f"  {row.contender:18} {times} {served}   {row.recomputed_tokens:8.0f}"
         f"     {held}  {row.moved_chunks:6.0f}   {manage}"
@@ -180,14 +172,14 @@ def verdict(seeds: pd.DataFrame) -> str:
     """Return who needs how much hot memory at which TTFT, against LMCache as it comes."""
     lines = ["\nAgainst LMCache as it comes, paired by seed (95 % interval); below 1 is better:"]
     rows = compared(seeds)
-    for name in (KIT, TUNED, RETAIN, PREFIX):
-        for row in rows[rows["contender"] == name].itertuples():
-            lines.append(
-                f"  {name:18} {row.workload:8} {row.hot_share:4.0%}"
-                f"  hot memory {_ratio(row, 'hot_mb_s')}"
-                f"  TTFT p50 {_ratio(row, 'ttft_p50_ms')}  p90 {_ratio(row, 'ttft_p90_ms')}"
-                f"  {_word(row)}"
-            )
+    rows = rows[(rows["hot_mb_s"] > 0) & (rows["contender"] != LMCACHE)]  # who has a hot tier
+    for row in rows.sort_values("contender", key=_order, kind="stable").itertuples():
+        lines.append(
+            f"  {row.contender:18} {row.workload:8} {row.hot_share:4.0%}"
+            f"  hot memory {_ratio(row, 'hot_mb_s')}"
+            f"  TTFT p50 {_ratio(row, 'ttft_p50_ms')}  p90 {_ratio(row, 'ttft_p90_ms')}"
+            f"  {_word(row)}"
+        )
     return "\n".join(lines)
 
 
@@ -247,17 +239,19 @@ _COLUMNS = 3
 
 
 def _legend(rows):
-    names = [name for name in ORDER if name in set(rows["contender"])]
-    made = [Line2D([], [], ls="", marker="o", color=COLOURS[name], label=name) for name in names]
-    for fill, label in (("black", "p50"), ("white", "p90")):
-        made.append(Line2D([], [], ls="", marker="o", color="black", mfc=fill, label=label))
-    return made
+    seen = set(rows["contender"])
+    keys = [(row.name, row.colour, row.colour) for row in CONTENDERS.values() if row.name in seen]
+    keys += [("p50", "black", "black"), ("p90", "black", "white")]
+    return [
+        Line2D([], [], ls="", marker="o", color=colour, mfc=fill, label=label)
+        for label, colour, fill in keys
+    ]
 
 
 def _panel(axes, part):
     top = 0.0
     for _, row in part.iterrows():
-        colour = COLOURS[row.contender]
+        colour = CONTENDERS[row.contender].colour
         for name, fill in (("ttft_p50_ms", colour), ("ttft_p90_ms", "white")):
             half = np.nan_to_num(row["±" + name])
             top = max(top, row[name] + half)
