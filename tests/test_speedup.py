@@ -23,7 +23,7 @@ from kvttl.bench.speedup_report import (
     by_seed,
     compared,
     read_report,
-    rounded,
+    rounded_figures,
     summary,
     verdict,
 )
@@ -275,7 +275,10 @@ def test_verdict_says_who_lost():
 
 
 def test_json_has_no_bare_nan():
-    assert rounded({"a": [math.nan, 1.234567], "b": math.inf}) == {"a": [None, 1.2346], "b": None}
+    assert rounded_figures({"a": [math.nan, 1.234567], "b": math.inf}) == {
+        "a": [None, 1.2346],
+        "b": None,
+    }
 
 
 def test_hits_by_tier_stops_at_what_the_engine_cached():

@@ -38,7 +38,7 @@ from kvttl.bench.contenders import (
     LMCacheContender,
 )
 from kvttl.bench.figures import machine
-from kvttl.bench.speedup_report import BenchResult, headline, rounded, write_report
+from kvttl.bench.speedup_report import BenchResult, headline, rounded_figures, write_report
 from kvttl.bench.workloads import CHUNK_TOKENS, Workload, make_workload
 from kvttl.replay.on_lmcache import replay_on_lmcache
 from kvttl.session.launch import be_quiet
@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
         **machine(),
     }
     print(write_report(result, settings, figures, options.out))
-    print(json.dumps(rounded(figures | headline(result))))
+    print(json.dumps(rounded_figures(figures | headline(result))))
     return 0
 
 

@@ -285,7 +285,7 @@ def write_report(
     save_settings(settings[TUNED], folder / SETTINGS)
     report = {**figures, **headline(result), "costs": asdict(result.costs)}
     report |= {"truth": truth.to_dict("records"), "text": text.splitlines()}
-    (folder / FIGURES).write_text(json.dumps(rounded(report), indent=1) + "\n")
+    (folder / FIGURES).write_text(json.dumps(rounded_figures(report), indent=1) + "\n")
     picture(seeds).savefig(folder / PICTURE, dpi=150)
     return text
 
@@ -323,10 +323,10 @@ def read_report(folder: str | Path = "data/reports") -> tuple[pd.DataFrame, dict
     return pd.read_csv(folder / RUNS), json.loads((folder / FIGURES).read_text())
 
 
-def rounded(value: Any) -> Any:
+def rounded_figures(value: Any) -> Any:
     """Return a JSON value with short numbers, null for what is not finite."""
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: rounded_figures(item) for key, item in value.items()}
+    return [rounded_figures(item) for item in value] if isinstance(value, (list, tuple)) else value
