@@ -18,7 +18,7 @@ import pytest
 
 from caching_heuristics import HeuristicConfig
 from kvttl.bench.contenders import KIT, LMCACHE, NONE, ORDER, TUNED, kv_bytes_per_token
-from kvttl.bench.figures import machine, percentiles, rounded
+from kvttl.bench.figures import machine, percentiles, rounded_figures
 from kvttl.bench.speedup import (
     QUICK,
     BenchPlan,
@@ -309,7 +309,8 @@ def test_percentiles_of_nothing_are_nan():
 
 
 def test_json_has_no_bare_nan():
-    assert rounded({"a": [math.nan, 1.234567], "b": math.inf}) == {"a": [None, 1.2346], "b": None}
+    shown = rounded_figures({"a": [math.nan, 1.234567], "b": math.inf})
+    assert shown == {"a": [None, 1.2346], "b": None}
 
 
 def test_hits_by_tier_stops_at_what_the_engine_cached():

@@ -353,7 +353,7 @@ def generate(llm: Any, request: BenchRequest) -> tuple[Any, float]:
 
 
 @contextmanager
-def running(
+def running_contenders(
     names: Sequence[str], hot_tokens: int, model: str, config_path: str
 ) -> Iterator[dict[str, Runner]]:
     """Start engines and stacks, each on free ports, with a hot tier of so many tokens."""

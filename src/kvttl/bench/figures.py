@@ -60,17 +60,17 @@ def percentile_line(name: str, figures: Mapping[str, float]) -> str:
     return f"  {name:28} {'  '.join(values)} ms"
 
 
-def rounded(value: Any) -> Any:
+def rounded_figures(value: Any) -> Any:
     """Return a JSON value with short numbers, null for what is not finite."""
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: rounded_figures(item) for key, item in value.items()}
+    return [rounded_figures(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def write_json(path: str | Path, report: Mapping[str, Any]) -> None:
     """Write a report with short numbers; makes its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rounded(report), indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(rounded_figures(report), indent=1) + "\n", encoding="utf-8")

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from kvttl.bench.figures import machine, percentile_line, percentiles, rounded, write_json
+from kvttl.bench.figures import machine, percentile_line, percentiles, rounded_figures, write_json
 from kvttl.serve.app import openai_app, server_arguments
 from kvttl.serve.gateway import Gateway, gateway
 from kvttl.serve.listening import listening, serving
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     figures = _measure(options)
     write_json(REPORT, about | figures)
     _explain(figures)
-    print(json.dumps(rounded(figures)))
+    print(json.dumps(rounded_figures(figures)))
     return 0
 
 

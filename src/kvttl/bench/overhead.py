@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from caching_heuristics import compute_ttl, select_backend
-from kvttl.bench.figures import machine, percentile_line, percentiles, rounded, write_json
+from kvttl.bench.figures import machine, percentile_line, percentiles, rounded_figures, write_json
 from kvttl.manager.clock import SessionClock
 from kvttl.session.launch import engine, managed, session_stack
 from kvttl.session.run import MAX_TOKENS
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
             figures |= compare_modes(stack, llm, options.generations, options.seed)
     write_json(REPORT, {"seed": options.seed, **about, **figures})
     _explain(figures)
-    print(json.dumps(rounded(figures)))
+    print(json.dumps(rounded_figures(figures)))
     return 0
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from caching_heuristics import HeuristicConfig
-from kvttl.bench.figures import machine, rounded, write_json
+from kvttl.bench.figures import machine, rounded_figures, write_json
 from kvttl.replay.baselines import BaselineFile
 from kvttl.replay.engine import replay, replay_without_capacity
 from kvttl.replay.lru_curve import lru_curve
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     write_json(options.report, report)
     _explain(trace, figures, rows)
-    print(json.dumps(rounded(figures | {"growth": rows})))
+    print(json.dumps(rounded_figures(figures | {"growth": rows})))
     return 0
 
 

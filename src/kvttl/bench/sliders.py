@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from kvttl.bench.figures import machine, percentiles, rounded, write_json
+from kvttl.bench.figures import machine, percentiles, rounded_figures, write_json
 from kvttl.decisions.sample import FILE_NAME
 from kvttl.sliders.servers import APP_NOTEBOOK, app_command, free_port, running
 
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures["chromium"] = chromium.version
     write_json(REPORT, about | figures)
     print(f"{options.steps} steps: {figures['step_p50_ms']:.0f} ms (p50), goal {GOAL_P50_MS:.0f}")
-    print(json.dumps(rounded(figures)))
+    print(json.dumps(rounded_figures(figures)))
     return 0
 
 

@@ -27,9 +27,9 @@ from kvttl.bench.contenders import (
     TUNED,
     Runner,
     kv_bytes_per_token,
-    running,
+    running_contenders,
 )
-from kvttl.bench.figures import machine, rounded
+from kvttl.bench.figures import machine, rounded_figures
 from kvttl.bench.speedup_report import BenchResult, headline, t_quantile, write_report
 from kvttl.bench.workloads import CHUNK_TOKENS, Workload, make_workload
 from kvttl.replay.on_lmcache import replay_on_lmcache
@@ -123,7 +123,7 @@ def run(
         for share in plan.shares:
             names = [n for n, row in CONTENDERS.items() if row.every_share or share == MAIN_SHARE]
             hot_tokens = max(int(share * mean_tokens), _LEAST_HOT_TOKENS)
-            with running(names, hot_tokens, model, config_path) as runners:
+            with running_contenders(names, hot_tokens, model, config_path) as runners:
                 costs = costs or runners[KIT].calibrate()
                 for (name, seed), workload in workloads.items():
                     if not _wanted(name, share):
@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         **about,
     }
     print(write_report(result, settings, figures, options.out))
-    print(json.dumps(rounded(figures | headline(result))))
+    print(json.dumps(rounded_figures(figures | headline(result))))
     return 0
 
 

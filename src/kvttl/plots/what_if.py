@@ -68,13 +68,13 @@ class Changes:
         return int(self.moved.sum() - np.trace(self.moved))
 
 
-def read_decisions(records: Iterable[DecisionRecord]) -> Decisions:
+def decisions_of(records: Iterable[DecisionRecord]) -> Decisions:
     """Return the generations of a log that were decided, as arrays.
 
     Examples
     --------
     >>> records = [DecisionRecord(t, "a", 8, ttl_s=60.0, wanted_tier="gpu") for t in (0.0, 5.0)]
-    >>> read_decisions(records).gap_s
+    >>> decisions_of(records).gap_s
     array([ 5., inf])
     """
     decided = sorted(filter(_is_decided, records), key=lambda record: record.time_s)
@@ -113,7 +113,7 @@ def changes(
     >>> record = DecisionRecord(
     ...     0.0, "a", 100, metadata={"perplexity": 12.0}, ttl_s=60.0, wanted_tier="gpu"
     ... )
-    >>> found = changes(read_decisions([record]), HeuristicConfig(hot_threshold=10.0))
+    >>> found = changes(decisions_of([record]), HeuristicConfig(hot_threshold=10.0))
     >>> found.changed, found.moved[0].tolist()  # from gpu to gpu, disk, remote
     (1, [0, 1, 0])
     """

@@ -43,7 +43,7 @@ class RunIndex:
 
     Examples
     --------
-    >>> from trace_builder import make_trace
+    >>> from kvttl.traces.builder import make_trace
     >>> index = index_runs(make_trace([[0, 1, 2, 3], [0, 1, 4], [0, 1, 2]]))
     >>> index.request.tolist(), index.length.tolist(), index.previous.tolist()
     ([0, 1, 1, 2, 2], [4, 2, 1, 2, 1], [-1, 0, -1, 1, 0])
