@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import collections
 import functools
 import graphlib
 import importlib
@@ -14,7 +15,6 @@ import statistics
 import subprocess
 import tokenize
 import tomllib
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -175,7 +175,7 @@ def test_the_house_keeps_its_budget_of_code_lines():
 
 
 def test_a_folder_has_at_most_13_modules():
-    folders = Counter(path.parent for path in MODULES if path.name != "__init__.py")
+    folders = collections.Counter(path.parent for path in MODULES if path.name != "__init__.py")
     assert {str(folder): n for folder, n in folders.items() if n > 13} == {}
 
 
@@ -209,7 +209,7 @@ def test_no_two_public_functions_have_one_name():
         for node in tree(path).body
         if isinstance(node, FUNCTIONS) and not node.name.startswith("_")
     ]
-    times = Counter(name for name, _ in public)
+    times = collections.Counter(name for name, _ in public)
     assert [pair for pair in public if times[pair[0]] > 1 and pair[0] != "main"] == []
 
 
