@@ -11,11 +11,12 @@ import re
 import statistics
 import subprocess
 import tomllib
-from importlib.metadata import metadata
+from importlib.metadata import metadata, requires
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,9 +76,21 @@ def test_packages_that_break_the_cpu_build_are_absent():
 
 def test_pins_install_on_the_oldest_python_3_11():
     """Debian 12's is 3.11.2, Ubuntu 22.04's calls itself 3.11.0."""
-    asked = {name: metadata(name).get("Requires-Python") for name in pins(requirement_lines())}
+    locked = pins(requirement_lines())
+    asked = {name: metadata(name).get("Requires-Python") for name in locked}
     newer = {n: v for n, v in asked.items() if v and "3.11.0" not in SpecifierSet(v)}
     assert newer == {}
+    older_only = {
+        canonical(need.name)
+        for name in locked
+        for need in map(Requirement, requires(name) or ())
+        if need.marker and needed_on(need, "3.11.0") and not needed_on(need, "3.11.99")
+    }
+    assert older_only and older_only <= set(locked)
+
+
+def needed_on(requirement, python):
+    return requirement.marker.evaluate({"python_full_version": python, "extra": ""})
 
 
 def test_conda_environment_installs_the_same_set():
