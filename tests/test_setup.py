@@ -11,7 +11,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 import slider_bench
 
 ROOT = Path(__file__).resolve().parents[1]
