@@ -11,7 +11,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import slider_bench
+
+from kvttl.bench import sliders
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = "bash sh make dirname basename tail rm mktemp cat touch env mkdir cp chmod".split()
@@ -328,23 +329,23 @@ def test_pytorchs_own_index_is_asked_only_where_there_is_no_cpu_build(machine, n
 # --- the browser ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slider_bench._BROWSERS)
+@pytest.mark.parametrize("name", sliders._BROWSERS)
 def test_any_name_of_chrome_will_do(machine, name, monkeypatch):
     machine.add(*set(ALL) - {"chromium"}, name).make("test")
     assert is_done(machine)
     monkeypatch.setenv("PATH", str(machine.bin))
     monkeypatch.delenv("KV_CHROMIUM", raising=False)
-    assert Path(slider_bench._browser_path()).name == name
+    assert Path(sliders._browser_path()).name == name
 
 
 def test_a_browser_can_be_named(machine, monkeypatch):
     mine = str(machine.add("my-chrome").bin / "my-chrome")
     monkeypatch.setenv("KV_CHROMIUM", mine)
-    assert slider_bench._browser_path() == mine
+    assert sliders._browser_path() == mine
     assert machine.make("bench-sliders", f"KV_CHROMIUM={mine}").returncode == 0
 
 
 def test_a_named_browser_that_is_not_there_is_an_error_with_its_name(monkeypatch):
     monkeypatch.setenv("KV_CHROMIUM", "no-such-browser")
     with pytest.raises(RuntimeError, match="no KV_CHROMIUM=no-such-browser"):
-        slider_bench._browser_path()
+        sliders._browser_path()
