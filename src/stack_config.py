@@ -126,6 +126,8 @@ def kv_transfer_config(config: StackConfig):
 
     return KVTransferConfig(
         kv_connector="LMCacheMPConnector",
+        # LMCache's own ends the engine at an aborted request; see there.
+        kv_connector_module_path="engine_connector",
         kv_role="kv_both",
         # A chunk that vanishes between lookup and load costs a recompute, not the request.
         kv_load_failure_policy="recompute",
