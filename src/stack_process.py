@@ -6,6 +6,7 @@ Run as a script, this file is the child side: it watches its owner and then beco
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 
 WATCH_INTERVAL_S = 0.5  # a dead owner is noticed within this time
 WATCH_GRACE_S = 4.0  # after that an orphan that ignores SIGTERM is killed
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # LMCache colours its log even in a file
 
 
@@ -28,6 +30,29 @@ class StackError(RuntimeError):
     def _render_traceback_(self) -> list[str]:
         """Show the message alone in a notebook: IPython asks for this."""
         return [f"{type(self).__name__}: {self}"]
+
+
+@contextlib.contextmanager
+def signals_deferred():
+    """Let Ctrl-C and a polite kill wait until the block has ended.
+
+    By handlers, not by the signal mask, which a child started in the block would inherit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    ours = {number: it for number, it in handlers.items() if it not in (signal.SIG_IGN, None)}
+    for number in ours:
+        signal.signal(number, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 @dataclass
