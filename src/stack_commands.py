@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--free-ports", action="store_true", help="up: pick free ports")
     arguments = parser.parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGHUP):  # must clean up like Ctrl-C does
-        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
+            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
         config = load_config(arguments.config)
         if arguments.command == "status":
