@@ -145,9 +145,10 @@ def kv_transfer_config(config: StackConfig):
 def engine_kwargs(config: StackConfig, model: str, **overrides) -> dict:
     """Arguments for ``vllm.LLM(**...)`` on CPU; also sets `ENGINE_ENV` where unset.
 
-    Its ``kv_transfer_config`` names `kvttl.stack.engine_connector` as the connector's module. Who starts
-    vLLM without these arguments adds ``"kv_connector_module_path": "kvttl.stack.engine_connector"`` to its
-    KV transfer settings, or the first unlucky abort ends the engine.
+    Its ``kv_transfer_config`` names `kvttl.stack.engine_connector` as the connector's module.
+    Who starts vLLM without these arguments adds ``"kv_connector_module_path":
+    "kvttl.stack.engine_connector"`` to its KV transfer settings, or the first unlucky abort
+    ends the engine.
 
     Parameters
     ----------

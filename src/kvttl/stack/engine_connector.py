@@ -1,7 +1,8 @@
 """LMCache's connector for vLLM, with which no aborted request ends the engine.
 
 vLLM loads it by name: ``KVTransferConfig(kv_connector="LMCacheMPConnector",
-kv_connector_module_path="kvttl.stack.engine_connector", ...)``; `kvttl.stack.config.kv_transfer_config` does.
+kv_connector_module_path="kvttl.stack.engine_connector", ...)``, as
+`kvttl.stack.config.kv_transfer_config` does.
 
 vLLM frees a finished request's blocks at one report of the worker. Which one is agreed in
 `request_finished`: True = the report of its store; False = at once, or, when its load is under
