@@ -14,12 +14,9 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-
-from kvttl.bench.figures import machine
+from kvttl.bench.figures import machine, percentiles, rounded_figures, write_json
 from kvttl.decisions.sample import FILE_NAME
 from kvttl.sliders.servers import APP_NOTEBOOK, app_command, free_port, running
 
@@ -107,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args(argv)
+    about = machine("ipywidgets", "ipykernel", "voila", "matplotlib", "playwright")
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="kv-bench-") as folder, browser() as chromium:
         project = scratch_project(Path(folder, "project"))
@@ -117,27 +115,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             page.reload()
             page.wait_for_function("document.querySelector('.kv-picture')?.naturalWidth > 0")
             latencies_ms = slider_steps(page, options.steps)
-            figures = _figures(latencies_ms)
+            figures = percentiles("step", latencies_ms)
+            figures |= {"steps": options.steps, "goal_p50_ms": GOAL_P50_MS}
             figures["chromium"] = chromium.version
-    _write(figures)
-    print(f"{len(latencies_ms)} steps: {figures['p50_ms']:.0f} ms (p50), goal {GOAL_P50_MS:.0f}")
-    print(json.dumps(figures))
+    write_json(REPORT, about | figures)
+    print(f"{options.steps} steps: {figures['step_p50_ms']:.0f} ms (p50), goal {GOAL_P50_MS:.0f}")
+    print(json.dumps(rounded_figures(figures)))
     return 0
-
-
-def _figures(latencies_ms):
-    ranks = (50, 90, 99)
-    values = np.percentile(latencies_ms, ranks)
-    found = {f"p{rank}_ms": round(float(value), 1) for rank, value in zip(ranks, values)}
-    return found | {"steps": len(latencies_ms), "goal_p50_ms": GOAL_P50_MS}
-
-
-def _write(figures):
-    report = machine()
-    packages = ("ipywidgets", "ipykernel", "voila", "matplotlib", "playwright")
-    report["versions"] |= {name: version(name) for name in packages}
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text(json.dumps(report | figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
