@@ -202,12 +202,12 @@ def test_every_module_and_public_function_says_what_it_is_for():
     assert not silent, ", ".join(silent)
 
 
-def test_no_two_public_functions_have_one_name():
+def test_no_two_public_functions_or_classes_have_one_name():
     public = [
         (node.name, dotted(path))
         for path in MODULES
         for node in tree(path).body
-        if isinstance(node, FUNCTIONS) and not node.name.startswith("_")
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)) and not node.name.startswith("_")
     ]
     times = collections.Counter(name for name, _ in public)
     assert [pair for pair in public if times[pair[0]] > 1 and pair[0] != "main"] == []
