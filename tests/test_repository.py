@@ -15,10 +15,13 @@ import statistics
 import subprocess
 import tokenize
 import tomllib
+from importlib.metadata import metadata, requires
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted((ROOT / "src").rglob("*.py"))
@@ -76,11 +79,30 @@ def test_packages_that_break_the_cpu_build_are_absent():
     assert {"torchvision", "torchaudio", "torchcodec"} & set(pins(requirement_lines())) == set()
 
 
+def test_pins_install_on_the_oldest_python_3_11():
+    """Debian 12's is 3.11.2, Ubuntu 22.04's calls itself 3.11.0."""
+    locked = pins(requirement_lines())
+    asked = {name: metadata(name).get("Requires-Python") for name in locked}
+    newer = {n: v for n, v in asked.items() if v and "3.11.0" not in SpecifierSet(v)}
+    assert newer == {}
+    older_only = {
+        canonical(need.name)
+        for name in locked
+        for need in map(Requirement, requires(name) or ())
+        if need.marker and needed_on(need, "3.11.0") and not needed_on(need, "3.11.99")
+    }
+    assert older_only and older_only <= set(locked)
+
+
+def needed_on(requirement, python):
+    return requirement.marker.evaluate({"python_full_version": python, "extra": ""})
+
+
 def test_conda_environment_installs_the_same_set():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert environment["name"] == pyproject()["project"]["name"]
     plain = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
-    assert "python=3.11" in plain and "pip" in plain
+    assert {"python=3.11", "pip", "redis-server", "openssl", "libnuma"} <= set(plain)
     (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
     assert "-r requirements.txt" in pip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -25,6 +26,7 @@ GOAL_P50_MS = 120.0
 STEPS = 50
 SLIDERS = ("alpha", "hot_threshold", "base_ttl", "variance_threshold", "recent_seconds")
 
+_BROWSERS = ("chromium", "google-chrome", "chromium-browser", "chrome")  # as in .ci/setup
 _FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -58,7 +60,7 @@ def scratch_project(folder: str | Path, root: str | Path = ".") -> Path:
 
 @contextmanager
 def browser() -> Iterator:
-    """Run headless Chromium; yields Playwright's browser.
+    """Run headless Chromium or Chrome, or what `KV_CHROMIUM` names; yields Playwright's browser.
 
     Raises
     ------
@@ -67,15 +69,22 @@ def browser() -> Iterator:
     """
     from playwright.sync_api import sync_playwright
 
-    path = shutil.which("chromium")
-    if path is None:
-        raise RuntimeError("no chromium on this machine; install it: apt-get install chromium")
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=list(_FLAGS))
+        chromium = playwright.chromium.launch(executable_path=_browser_path(), args=list(_FLAGS))
         try:
             yield chromium
         finally:
             chromium.close()
+
+
+def _browser_path():
+    named = os.environ.get("KV_CHROMIUM")
+    found = map(shutil.which, [named] if named else _BROWSERS)
+    path = next(filter(None, found), None)
+    if path is None:
+        wanted = f"KV_CHROMIUM={named}" if named else "chromium"
+        raise RuntimeError(f"no {wanted} on this machine; install it: apt-get install chromium")
+    return path
 
 
 def open_app(chromium, url: str, timeout_s: float = 60.0):
