@@ -19,9 +19,6 @@ from kvttl.replay.result import ReplayResult
 from kvttl.replay.runs import RunIndex, index_runs
 from kvttl.traces.trace import Trace
 
-BLOCK_POLICIES = {"lru": True, "fifo": False}  # name -> whether a hit refreshes
-POLICY_NAMES = (*BLOCK_POLICIES, *POLICIES)
-_NEED_CAPACITY = ("recency", "heuristic_order", "optimal")  # they say what to evict, not when
 _CHUNK = 16_384  # requests between two steps of the progress bar
 
 
@@ -41,7 +38,7 @@ def replay(
     trace : Trace or RunIndex
         An index (`index_runs`) saves grouping the trace again in each call.
     policy : str or callable
-        One of `POLICY_NAMES`, or a function (index, config) -> Plan.
+        One of `POLICIES`, or a function (index, config) -> Plan.
         ``"lru"`` and ``"fifo"`` touch blocks in the prompt's order and evict at
         once, as a cache without prefixes does; all others evict after the
         request, and of equals a prompt's end first.
@@ -74,7 +71,7 @@ def replay(
     config = config or HeuristicConfig()
     if policy == "infinite":
         blocks = (UNLIMITED,) * 3
-    if isinstance(policy, str) and policy in BLOCK_POLICIES:
+    if isinstance(policy, str) and policy in POLICIES and POLICIES[policy].plan is None:
         trace = trace.trace if isinstance(trace, RunIndex) else trace
         return _replay_blocks(trace, policy, blocks, progress)
     index = trace if isinstance(trace, RunIndex) else index_runs(trace)
@@ -140,17 +137,17 @@ def _name(policy):
 def _plan(index, policy, config, metadata):
     if isinstance(policy, str):
         if policy not in POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(POLICY_NAMES)}, got {policy!r}")
-        policy = POLICIES[policy]
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+        policy = POLICIES[policy].plan
     return policy(index, config, **metadata)
 
 
 def _plan_without_capacity(index, policy, config, metadata):
-    known = [name for name in POLICIES if name not in _NEED_CAPACITY]
+    known = [name for name, row in POLICIES.items() if row.plan and not row.needs_capacity]
     if isinstance(policy, str) and policy not in known:
         raise ValueError(
             f"without capacity, policy must be one of {', '.join(known)}, got {policy!r};"
-            f" `replay` takes a capacity and {', '.join(POLICY_NAMES)}"
+            f" `replay` takes a capacity and {', '.join(POLICIES)}"
         )
     plan = _plan(index, policy, config, metadata)
     if plan.key is not None:
@@ -217,7 +214,7 @@ def _replay_blocks(trace, name, blocks, progress):
     arrays = (trace.block_ids, trace.offsets, trace.arrival_s, rows, capacity)
     for first, last in _chunks(trace.requests if any(blocks) else 0, progress, name):
         level_hits += block_kernel.replay_blocks(
-            *arrays, BLOCK_POLICIES[name], held, first, last, (*hits, area, moved)
+            *arrays, POLICIES[name].refreshes, held, first, last, (*hits, area, moved)
         )
     return ReplayResult(trace, name, blocks, *hits, *area, moved, int(level_hits))
 

@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.plots.decision_plots import TIER_COLOURS
-from kvttl.plots.replay_plots import POLICY_STYLES
 from kvttl.replay.costs import TierCosts, result_costs
 from kvttl.replay.engine import replay, replay_without_capacity
+from kvttl.replay.policies import POLICIES
 from kvttl.replay.result import ReplayResult
 from kvttl.replay.runs import RunIndex, index_runs
 from kvttl.replay.tables import at_same_memory, mean_blocks_held
@@ -107,8 +107,8 @@ class ReplayPicture:
         axes = self._hits
         for name in ("optimal", "recency"):
             ratios = [replay(self.index, name, s).token_hit_ratio for s in _CURVE_SHARES.tolist()]
-            colour, dash = POLICY_STYLES[name]
-            axes.plot(_CURVE_SHARES, ratios, dash, color=colour, label=name)
+            policy = POLICIES[name]
+            axes.plot(_CURVE_SHARES, ratios, policy.dash, color=policy.colour, label=name)
         most = replay(self.index, "infinite").token_hit_ratio
         axes.set(xscale="log", xlim=(0.002, 1.2), ylim=(0, min(1.02, 1.3 * most + 0.02)))
         axes.set(xlabel="blocks held on average, share of unique", ylabel="token hit ratio")
