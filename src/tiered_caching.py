@@ -508,8 +508,8 @@ class MultiTierCache:
             Handed to the engine; a copy that also asks for log-probabilities where
             the perplexity is measured from them.
         metadata : mapping, optional
-            ``perplexity``, ``time_variance``, ``access_count``,
-            ``seconds_since_access``; see `compute_ttl`. What is not given is measured.
+            See `KVMetadata`. What is not given, None or NaN is measured; what
+            `check_metadata` refuses is the reason in the decision's record.
 
         Returns
         -------
@@ -713,9 +713,7 @@ class MultiTierCache:
         entry["prompt_digest"] = prompt_digest(tokens)
         entry["prompt"] = job.prompt if isinstance(job.prompt, str) else None
         entry["prompt_tokens"] = len(tokens)
-        given = job.metadata
-        entry["metadata"] = dict(given) if isinstance(given, Mapping) else {}
-        metadata, sources = self._measure(given, tokens, job.output, now_s)
+        metadata, sources = self._measure(job.metadata, tokens, job.output, now_s)
         entry["metadata"], entry["metadata_sources"] = metadata, sources
         entry["ttl_s"] = float(self.config.ttl(metadata))
         entry["wanted_tier"] = str(self.config.tier(metadata))

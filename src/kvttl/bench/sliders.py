@@ -20,13 +20,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-
 from kvttl import PROJECT
-from kvttl.bench.figures import machine
+from kvttl.bench.figures import machine, percentiles, rounded_figures, write_json
 from kvttl.decisions.sample import FILE_NAME
 from kvttl.stack.services import pick_ports
 
@@ -38,6 +35,7 @@ SLIDERS = ("alpha", "hot_threshold", "base_ttl", "variance_threshold", "recent_s
 
 _START_S, _STOP_S = 60.0, 10.0  # of a server
 
+_BROWSERS = ("chromium", "google-chrome", "chromium-browser", "chrome")  # as in .ci/setup
 _FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -129,7 +127,7 @@ def _stop(process):
 
 @contextmanager
 def browser() -> Iterator:
-    """Run headless Chromium; yields Playwright's browser.
+    """Run headless Chromium or Chrome, or what `KV_CHROMIUM` names; yields Playwright's browser.
 
     Raises
     ------
@@ -138,15 +136,22 @@ def browser() -> Iterator:
     """
     from playwright.sync_api import sync_playwright
 
-    path = shutil.which("chromium")
-    if path is None:
-        raise RuntimeError("no chromium on this machine; install it: apt-get install chromium")
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=list(_FLAGS))
+        chromium = playwright.chromium.launch(executable_path=_browser_path(), args=list(_FLAGS))
         try:
             yield chromium
         finally:
             chromium.close()
+
+
+def _browser_path():
+    named = os.environ.get("KV_CHROMIUM")
+    found = map(shutil.which, [named] if named else _BROWSERS)
+    path = next(filter(None, found), None)
+    if path is None:
+        wanted = f"KV_CHROMIUM={named}" if named else "chromium"
+        raise RuntimeError(f"no {wanted} on this machine; install it: apt-get install chromium")
+    return path
 
 
 def open_app(chromium, url: str, timeout_s: float = 60.0):
@@ -175,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args(argv)
+    about = machine("ipywidgets", "ipykernel", "voila", "matplotlib", "playwright")
     (port,) = pick_ports("127.0.0.1", 1)
     with tempfile.TemporaryDirectory(prefix="kv-bench-") as folder, browser() as chromium:
         project = scratch_project(Path(folder, "project"))
@@ -185,27 +191,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             page.reload()
             page.wait_for_function("document.querySelector('.kv-picture')?.naturalWidth > 0")
             latencies_ms = slider_steps(page, options.steps)
-            figures = _figures(latencies_ms)
+            figures = percentiles("step", latencies_ms)
+            figures |= {"steps": options.steps, "goal_p50_ms": GOAL_P50_MS}
             figures["chromium"] = chromium.version
-    _write(figures)
-    print(f"{len(latencies_ms)} steps: {figures['p50_ms']:.0f} ms (p50), goal {GOAL_P50_MS:.0f}")
-    print(json.dumps(figures))
+    write_json(REPORT, about | figures)
+    print(f"{options.steps} steps: {figures['step_p50_ms']:.0f} ms (p50), goal {GOAL_P50_MS:.0f}")
+    print(json.dumps(rounded_figures(figures)))
     return 0
-
-
-def _figures(latencies_ms):
-    ranks = (50, 90, 99)
-    values = np.percentile(latencies_ms, ranks)
-    found = {f"p{rank}_ms": round(float(value), 1) for rank, value in zip(ranks, values)}
-    return found | {"steps": len(latencies_ms), "goal_p50_ms": GOAL_P50_MS}
-
-
-def _write(figures):
-    report = machine()
-    packages = ("ipywidgets", "ipykernel", "voila", "matplotlib", "playwright")
-    report["versions"] |= {name: version(name) for name in packages}
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text(json.dumps(report | figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
