@@ -15,6 +15,7 @@ from PIL import Image
 
 from caching_heuristics import HeuristicConfig
 from kvttl.decisions.sample import sample_records, settings_of
+from kvttl.plots import what_if
 from kvttl.plots.what_if import changes, decisions_of
 from kvttl.settings import default_path, load_settings, save_settings, settings_from, to_yaml
 from kvttl.sliders.controls import SETTINGS, Control
@@ -61,6 +62,12 @@ def test_the_plain_function_sets_draws_and_tells(explorer, records):
     assert f"<b>{found.changed} of 102 decisions change tier: gpu→disk" in explorer.readout.value
     for value in found.after_token_s / 1e6:
         assert f"→ {value:,.2f}<" in explorer.readout.value
+
+
+def test_a_step_decides_once(explorer):
+    before = what_if._decide.cache_info().misses
+    explorer.update(alpha=0.7)
+    assert what_if._decide.cache_info().misses == before + 1
 
 
 def test_every_setting_changes_the_picture_or_the_readout(explorer):

@@ -171,7 +171,7 @@ def slider_steps(page, steps: int = STEPS) -> list[float]:
         name = SLIDERS[step * len(SLIDERS) // steps]
         page.locator(f".kv-slider-{name} .noUi-handle").press("ArrowRight")
         page.wait_for_function(f"window.kvSteps.length === {step + 1}")
-        page.wait_for_timeout(60)  # a hand is not faster, and the next step must not queue
+        page.wait_for_timeout(60)  # as a hand: faster steps would queue
     return page.evaluate("window.kvSteps")
 
 

@@ -13,7 +13,7 @@ from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.replay.baselines import BASELINES, replay_baseline
 from kvttl.replay.costs import TierCosts, result_costs
 from kvttl.replay.engine import replay
-from kvttl.replay.policies import POLICIES, Policy
+from kvttl.replay.policies import POLICIES, ReplayPolicy
 from kvttl.replay.result import ReplayResult
 from kvttl.traces.formats import FORMATS, SESSIONS_PER_HOUR
 from kvttl.traces.reading import read_trace
@@ -118,7 +118,7 @@ def _run(options):
     )
     read_s = time.perf_counter() - start_s
     print(f"{trace.name}: {trace}", file=sys.stderr)
-    policy = POLICIES.get(options.policy, Policy(None))
+    policy = POLICIES.get(options.policy, ReplayPolicy(None))
     metadata = {"per": options.per} if options.per and policy.reads_metadata else {}
     if options.policy in BASELINES:
         result = replay_baseline(trace, options.policy, capacity)

@@ -127,7 +127,7 @@ def optimal(index: RunIndex, config: HeuristicConfig) -> Plan:
     return Plan(cut, "run", key=-(cut.next_request + deeper))
 
 
-class Policy(NamedTuple):
+class ReplayPolicy(NamedTuple):
     """What the engine, the command and the plots know of a policy."""
 
     plan: Callable[..., Plan] | None  # None: a list of blocks without prefixes, block by block
@@ -140,20 +140,20 @@ class Policy(NamedTuple):
 
 
 POLICIES = {
-    "lru": Policy(None, refreshes=True, colour="#56B4E9", dash="--"),
-    "fifo": Policy(None, colour="#009E73", dash="--"),
-    "infinite": Policy(infinite),
-    "recency": Policy(recency, needs_capacity=True, colour="#0072B2"),
-    "ttl": Policy(fixed_ttl, reads_config=True, colour="#CC79A7"),
-    "heuristic": Policy(heuristic, reads_config=True, reads_metadata=True, colour="#E69F00"),
-    "heuristic_order": Policy(
+    "lru": ReplayPolicy(None, refreshes=True, colour="#56B4E9", dash="--"),
+    "fifo": ReplayPolicy(None, colour="#009E73", dash="--"),
+    "infinite": ReplayPolicy(infinite),
+    "recency": ReplayPolicy(recency, needs_capacity=True, colour="#0072B2"),
+    "ttl": ReplayPolicy(fixed_ttl, reads_config=True, colour="#CC79A7"),
+    "heuristic": ReplayPolicy(heuristic, reads_config=True, reads_metadata=True, colour="#E69F00"),
+    "heuristic_order": ReplayPolicy(
         heuristic_order,
         needs_capacity=True,
         reads_config=True,
         reads_metadata=True,
         colour="#D55E00",
     ),
-    "optimal": Policy(optimal, needs_capacity=True, colour="#000000"),
+    "optimal": ReplayPolicy(optimal, needs_capacity=True, colour="#000000"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Sliders over the decision plots: tune the heuristics, see what changes, take it along."""
+"""Sliders over the decision plots: tune the heuristics, see what changes, save and export."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class Explorer(SettingsPanel):
         found = changes(self._decisions, config, self._run_config)
         self.readout.value = readout(found, len(self._decisions), self._source)
 
-    # ---- take it along -----------------------------------------------------------
+    # ---- save and export ---------------------------------------------------------
 
     def save(self) -> Path:
         """Write the settings in force to ``heuristics.yaml``; returns its path."""
