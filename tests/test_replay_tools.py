@@ -33,7 +33,7 @@ from kvttl.replay.tables import (
     wide,
 )
 from kvttl.session.calibrate import calibrate
-from kvttl.sliders.replay_tab import SLIDERS, ReplayPicture, ReplayTab, readout, replay_view
+from kvttl.sliders.replay_tab import ReplayPicture, ReplayTab, readout, replay_view
 from kvttl.traces.builder import make_trace
 from kvttl.traces.generator import agent_loops
 from kvttl.traces.reading import traces_at_hand
@@ -272,7 +272,7 @@ def test_impossible_settings_are_named_and_the_last_picture_stays():
 
 def test_every_slider_is_a_setting_and_moves_the_replay():
     tab = ReplayTab({"one": TRACE}, HeuristicConfig(base_ttl=20, min_ttl=1))
-    assert set(SLIDERS) <= set(HeuristicConfig().to_dict())
+    assert list(tab.sliders) == list(HeuristicConfig().to_dict())
     assert tab.settings().to_dict() == pytest.approx(tab.config.to_dict())
     for control in tab.sliders.values():
         slider = control.slider

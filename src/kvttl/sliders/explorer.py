@@ -17,13 +17,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from caching_heuristics import HeuristicConfig
+from caching_heuristics import TTL_SETTINGS, HeuristicConfig
 from kvttl.decisions.log import DecisionRecord
 from kvttl.plots.export import all_figures, export_plots
 from kvttl.plots.panels import TierPanel, TtlPanel, tier_keys
 from kvttl.plots.what_if import Decisions, changes, read_decisions
 from kvttl.settings import FILE_NAME, load_settings, save_settings
-from kvttl.sliders.controls import Control, setting_of
+from kvttl.sliders.controls import Control
 from kvttl.sliders.readout import readout
 
 PRESETS = {
@@ -222,7 +222,8 @@ class Explorer(widgets.VBox):
     def _sliders(self):
         groups: dict[str, list] = {}
         for name, control in self.controls.items():
-            groups.setdefault(setting_of(name).group, []).append(control.widget)
+            group = "TTL" if name in TTL_SETTINGS else "Tier"
+            groups.setdefault(group, []).append(control.widget)
         columns = [
             widgets.VBox([widgets.HTML(f"<b>{title}</b>"), *parts], layout=_column())
             for title, parts in groups.items()

@@ -10,14 +10,14 @@ import html
 import io
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from caching_heuristics import TIERS, HeuristicConfig
+from caching_heuristics import SETTINGS, TIERS, HeuristicConfig
 from kvttl.plots.decision_plots import TIER_COLOURS
 from kvttl.plots.replay_plots import POLICY_STYLES
 from kvttl.replay.costs import TierCosts, result_costs
@@ -28,18 +28,6 @@ from kvttl.replay.tables import at_same_memory, mean_blocks_held
 from kvttl.sliders.controls import Control
 from kvttl.traces.trace import Trace
 
-SLIDERS = (
-    "base_ttl",
-    "min_ttl",
-    "alpha",
-    "gamma",
-    "hot_threshold",
-    "cold_threshold",
-    "recent_seconds",
-    "variance_threshold",
-    "disk_ttl_factor",
-    "remote_ttl_factor",
-)
 _CURVE_SHARES = np.geomspace(0.002, 1.0, 12)  # of unique blocks
 
 
@@ -182,7 +170,7 @@ class ReplayTab:
         self._traces, self._pictures = dict(traces), {}
         self.trace = widgets.Dropdown(options=list(traces), description="trace")
         self.sliders = {
-            name: Control(name, getattr(self.config, name), self._changed) for name in SLIDERS
+            name: Control(name, getattr(self.config, name), self._changed) for name in SETTINGS
         }
         self.perplexity = widgets.FloatSlider(30.0, min=1.0, max=100.0, description="perplexity")
         self.has_perplexity = widgets.Checkbox(False, description="give all prompts a perplexity")
@@ -206,8 +194,8 @@ class ReplayTab:
     def settings(self) -> HeuristicConfig:
         """Return what the sliders say; a lower limit above an upper one gives way."""
         values = {name: control.value for name, control in self.sliders.items()}
-        values["min_ttl"] = min(values["min_ttl"], self.config.max_ttl)
-        return replace(self.config, **values)
+        values["min_ttl"] = min(values["min_ttl"], values["max_ttl"])
+        return HeuristicConfig(**values)
 
     def _changed(self, *_change):
         """Redraw soon, with the newest values only; at once where no kernel is around us."""
