@@ -39,6 +39,7 @@ from kvttl.serve.app import (
 from kvttl.serve.engine import KV_METADATA, ManagedEngine
 from kvttl.serve.gateway import gateway, main, model_name
 from kvttl.serve.listening import check_exposure, listening, read_key, serving
+from kvttl.serve.vllm_parts import PARTS, VLLM, vllm_parts
 from kvttl.session.demo_model import model_path
 from tiered_caching import InMemoryBackend, MultiTierCache
 
@@ -567,6 +568,16 @@ def test_no_claim_stays_for_ever(server):
 
 
 # --- the engine's wrapper, the manager's side ----------------------------------------------
+
+
+def test_the_pinned_vllm_has_its_parts_and_another_one_is_named(monkeypatch):
+    assert f"\nvllm-cpu=={VLLM}\n" in (ROOT / "requirements.txt").read_text()
+    assert vars(vllm_parts()).keys() == PARTS.keys()
+    vllm_parts.cache_clear()
+    monkeypatch.setitem(PARTS, "lifespan", "vllm.entrypoints.moved:lifespan")
+    monkeypatch.setattr("vllm.__version__", "0.99.0")
+    with pytest.raises(RuntimeError, match=rf"needs vLLM {VLLM}, and vLLM 0\.99\.0 .*moved"):
+        vllm_parts()
 
 
 class FakeEngine:
