@@ -127,7 +127,7 @@ def run_locally(requests):
         clock.advance(request.arrival_s)
         rows += [(None, record) for record in cache.sweep()]
         cache.generate_and_manage(request.prompt, None)
-        assert cache.flush(10)
+        assert cache.flush(120)
         rows.append((request, cache.records[-1]))
     return rows, cache
 
