@@ -13,7 +13,8 @@ _LAUNCHERS = "vllm.entrypoints.launchers"
 PARTS = {
     "AsyncEngineArgs": "vllm.engine.arg_utils:AsyncEngineArgs",
     "AsyncLLM": "vllm.v1.engine.async_llm:AsyncLLM",
-    "make_arg_parser": f"{_LAUNCHERS}.cli_args:make_arg_parser",
+    "make_arg_parser": f"{_LAUNCHERS}.cli_args:make_arg_parser"
+    " vllm.entrypoints.common.cli_args:make_arg_parser",  # there in 0.33
     "FlexibleArgumentParser": "vllm.utils.argparse_utils:FlexibleArgumentParser",
     "init_app_state": f"{_LAUNCHERS}.api_server.app_state:init_app_state",
     "lifespan": f"{_LAUNCHERS}.utils.server_utils:lifespan",
@@ -41,10 +42,19 @@ def vllm_parts() -> SimpleNamespace:
     import vllm
 
     try:
-        found = {name: pkgutil.resolve_name(path) for name, path in PARTS.items()}
+        found = {name: _first_of(*paths.split()) for name, paths in PARTS.items()}
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
             f"serving needs vLLM {VLLM}, and vLLM {vllm.__version__} is installed, "
             f"which lacks a part of it: {error}"
         ) from error
     return SimpleNamespace(**found)
+
+
+def _first_of(path, *others):
+    try:
+        return pkgutil.resolve_name(path)
+    except (ImportError, AttributeError):
+        if not others:
+            raise
+        return _first_of(*others)
