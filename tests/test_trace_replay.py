@@ -270,7 +270,7 @@ def test_metadata_are_what_the_live_manager_measures(seed):
 @given(st.integers(0, 10**6))
 def test_runs_cut_by_future_have_one_next_request(seed):
     trace = fixtures.random_trace(seed, requests=30)
-    cut, coming, at = index_runs(trace).split_by_future(), reference.next_requests(trace), 0
+    cut, coming, at = index_runs(trace).by_future, reference.next_requests(trace), 0
     assert cut.length.sum() == trace.accesses and cut.length.min() > 0
     ids = trace.block_ids.tolist()
     for run in range(cut.runs):

@@ -109,10 +109,10 @@ def replay_without_capacity(
     index = trace if isinstance(trace, RunIndex) else index_runs(trace)
     plan = _plan_without_capacity(index, policy, config or HeuristicConfig(), metadata)
     segments, trace, hits = plan.segments, plan.index.trace, _hit_arrays(index.trace)
-    columns = (segments.offsets, segments.request, segments.length, segments.short, segments.rest)
     ttl_s = np.full(segments.count, np.inf) if plan.ttl_s is None else plan.ttl_s
     area, moved = replay_ttl(
-        columns + _pieces(segments),
+        segments.arrays,
+        segments.rest,
         trace.arrival_s,
         np.ascontiguousarray(ttl_s, np.float64),
         _tiers(plan, (UNLIMITED,) * 3),
@@ -121,15 +121,6 @@ def replay_without_capacity(
         *hits,
     )
     return ReplayResult(trace, _name(policy), (UNLIMITED,) * 3, *hits, area[0], area[1], moved)
-
-
-def _pieces(segments):
-    return (
-        segments.piece_offsets,
-        segments.piece_old,
-        segments.piece_start,
-        segments.piece_length,
-    )
 
 
 def _name(policy):
@@ -187,12 +178,9 @@ def _replay_plan(plan, name, blocks, progress):
         ttl_s = np.ascontiguousarray(plan.ttl_s, np.float64)
         until_s = ladder_deadlines(segments.arrival_s, ttl_s, tier, *ladder)
     work = Work(
-        segments.offsets,
-        segments.length,
-        segments.short,
-        *_pieces(segments),
+        segments.arrays,
         segments.mirror,
-        np.array(segments.request if plan.key is None else plan.key, np.float64),
+        np.array(segments.arrays.request if plan.key is None else plan.key, np.float64),
         tier,
         until_s,
         np.array(blocks, np.int64),
