@@ -136,8 +136,9 @@ def browser() -> Iterator:
     """
     from playwright.sync_api import sync_playwright
 
+    path = _browser_path()
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=_browser_path(), args=list(_FLAGS))
+        chromium = playwright.chromium.launch(executable_path=path, args=list(_FLAGS))
         try:
             yield chromium
         finally:

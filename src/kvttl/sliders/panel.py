@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import ipywidgets as widgets
 
-from caching_heuristics import HeuristicConfig
-from kvttl.sliders.controls import Control, setting_of, warning
+from caching_heuristics import TTL_SETTINGS, HeuristicConfig
+from kvttl.sliders.controls import Control, warning
 
 
 class SettingsPanel(widgets.VBox):
@@ -98,7 +98,8 @@ class SettingsPanel(widgets.VBox):
         """Return the controls in columns, a group each."""
         groups: dict[str, list] = {}
         for name, control in self.controls.items():
-            groups.setdefault(setting_of(name).group, []).append(control.widget)
+            group = "TTL" if name in TTL_SETTINGS else "Tier"
+            groups.setdefault(group, []).append(control.widget)
         wide = widgets.Layout(flex="1 1 430px", max_width="560px")  # two side by side, with room
         columns = [
             widgets.VBox([widgets.HTML(f"<b>{title}</b>"), *parts], layout=wide)
