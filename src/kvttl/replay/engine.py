@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from caching_heuristics import HeuristicConfig
+from caching_heuristics import HeuristicConfig, unknown_name
 from kvttl.replay.block_kernel import block_rows, block_sizes, replay_blocks
 from kvttl.replay.policies import POLICIES, UNLIMITED, Plan, capacities
 from kvttl.replay.result import ReplayResult
@@ -130,7 +130,7 @@ def _name(policy):
 def _plan(index, policy, config, metadata):
     if isinstance(policy, str):
         if policy not in POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+            raise ValueError(unknown_name("policy", policy, POLICIES))
         policy = POLICIES[policy].plan
     return policy(index, config, **metadata)
 
