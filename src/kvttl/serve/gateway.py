@@ -76,6 +76,7 @@ def gateway(
     host: str = "127.0.0.1",
     api_key: str | None = None,
     log: DecisionLog | None = None,
+    recover_from: str | Path | None = None,
     config: HeuristicConfig | None = None,
     perplexity: str = "generation",
     body_limit: int = BODY_LIMIT,
@@ -98,6 +99,8 @@ def gateway(
         What clients must send.
     log : DecisionLog, optional
         Gets every decision.
+    recover_from : str or Path, optional
+        Folder of a log whose claims count again before the first request comes.
     config : HeuristicConfig, optional
         Default: the saved settings.
     perplexity : str
@@ -123,6 +126,8 @@ def gateway(
         cache = exits.enter_context(managed(stack, None, config, background=True, **options))
         engine = ManagedEngine(engine, cache)
         arguments = server_arguments(model, name, api_key, server_options)
+        if recover_from is not None:
+            _recover(cache, recover_from)
         app = loop.run(openai_app(engine, arguments, body_limit))
         manage_app(app, cache, metrics)
         url = exits.enter_context(serving(app, listener, loop))
@@ -217,12 +222,12 @@ def _serve(options):
             "host": options.host,
             "api_key": api_key,
             "log": log,
+            "recover_from": folder,
             "perplexity": options.perplexity,
             "server_options": shlex.split(options.server_options),
         }
         with progress(f"Loading vLLM with {model_name(model)}", about_s=25):
             server = exits.enter_context(gateway(stack, model, options.port, **settings))
-        _recover(server.cache, folder)
         print(_welcome(server, folder, bool(api_key)), flush=True)
         threading.Event().wait()
 
