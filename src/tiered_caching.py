@@ -541,8 +541,8 @@ class MultiTierCache:
             Handed to the engine; a copy that also asks for log-probabilities where
             the perplexity is measured from them.
         metadata : mapping, optional
-            ``perplexity``, ``time_variance``, ``access_count``,
-            ``seconds_since_access``; see `compute_ttl`. What is not given is measured.
+            See `KVMetadata`. What is not given, None or NaN is measured; what
+            `check_metadata` refuses is the reason in the decision's record.
 
         Returns
         -------

@@ -428,10 +428,10 @@ def test_tool_calls_have_their_own_ids(scripted):
 
 
 @pytest.fixture(scope="module")
-def loop(stack, llm):
+def loop(stack, shared_engine):
     """One ticket, which comes back after a pause in which its TTL in gpu ends."""
     config = HeuristicConfig(hot_threshold=1e6, cold_threshold=1e6, variance_threshold=1.0)
-    model = loop_model(stack, llm, config)
+    model = loop_model(stack, shared_engine.get(), config)
     with model.kv_cache:
         yield run_loop(model, [(0.0, "code"), (3.0, "code")], turns=4, progress=False)
 

@@ -311,9 +311,10 @@ def test_records_without_a_decision_do_not_count():
         use(2.0, "a", "disk", kind="expiry"),
         use(3.0, "c", "gpu", metadata={"perplexity": "many"}),
         use(4.0, "d", "gpu", metadata={"perplexity": -1.0}),
+        use(5.0, "e", "gpu", metadata={"perplexity": [12.0]}),
     ]
     decisions = decisions_of(log)
-    assert len(decisions) == 1 and np.isnan(decisions.perplexity[0])
+    assert len(decisions) == 1 and np.isnan(decisions.metadata["perplexity"][0])
     ttl_s, tier = decisions.decide(HeuristicConfig())  # nothing known: neutral, as live
     assert (ttl_s.tolist(), tier.tolist()) == ([3600.0], [0])
 

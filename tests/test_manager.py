@@ -26,6 +26,7 @@ from caching_heuristics import HeuristicConfig
 from kvttl.decisions.log import DecisionLog, read_records
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheUnavailable
+from kvttl.plots.decision_plots import plot_session
 from kvttl.session.launch import managed
 from tiered_caching import MultiTierCache, Policy
 
@@ -218,6 +219,28 @@ def test_a_batch_with_metadata_of_its_own_for_each(cache):
     assert cache.records[-1].error == ""
 
 
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        ({"perplexity": [12.0]}, "perplexity must be a number (> 0 and finite), got [12.0]"),
+        ({"perplexity": [12.0, 13.0]}, "perplexity must be a number"),
+        ({"perplexty": 90.0}, "unknown metadata field 'perplexty': did you mean 'perplexity'?"),
+    ],
+)
+def test_metadata_that_is_refused_is_a_reason_and_no_decision(cache, metadata, reason):
+    assert cache.generate_and_manage(PROMPT, None, metadata) == PROMPT.upper()
+    record = cache.records[-1]
+    assert reason in record.error and (record.wanted_tier, record.metadata) == (None, {})
+    plot_session(cache.records)
+
+
+def test_metadata_that_is_unknown_is_measured(cache):
+    cache.generate_and_manage(PROMPT, None, {"perplexity": None, "access_count": float("nan")})
+    sources = cache.records[-1].metadata_sources
+    assert (sources["perplexity"], sources["access_count"]) == ("absent", "history")
+    assert cache.records[-1].error == ""
+
+
 def test_batches_that_are_refused_before_anything_is_generated(cache):
     for metadata in ([WARM], [WARM] * 3, []):
         with pytest.raises(ValueError, match=f"metadata must have 2 items .*, got {len(metadata)}"):
@@ -276,9 +299,9 @@ def test_the_engines_own_error_passes_through_and_no_engine_is_said(cache):
 
 
 def test_explicit_metadata_is_what_decides(cache):
-    cache.generate_and_manage(PROMPT, None, {**COLD, "project": "x"})
+    cache.generate_and_manage(PROMPT, None, COLD)
     record = cache.records[-1]
-    assert dict(record.metadata) == {**COLD, "project": "x"}
+    assert dict(record.metadata) == COLD
     assert record.metadata_sources == dict.fromkeys(FIELDS, "caller")
     assert (record.wanted_tier, record.ttl_s) == ("remote", CONFIG.ttl(COLD))
     assert hottest(cache, PROMPT) == ["remote", "remote"]

@@ -116,6 +116,5 @@ def _fast(workload, hot_chunks, config, measured):
     capacity = (int(EVICTION_WATERMARK * hot_chunks), None, None)
     if config is None:
         return replay(workload.trace, "recency", capacity).hit_tokens
-    # What was measured of a perplexity; a request without one is neutral (30).
-    perplexity = measured["perplexity"].fillna(30.0).to_numpy()
+    perplexity = measured["perplexity"].to_numpy()  # NaN where none was measured
     return replay(workload.trace, "heuristic", capacity, config, perplexity=perplexity).hit_tokens

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from caching_heuristics import TIERS
+from caching_heuristics import METADATA_FIELDS, TIERS
 from kvttl.decisions.record import KINDS, SOURCES, DecisionRecord, parse_record
 
 __all__ = [
@@ -31,8 +31,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-_METADATA = ("perplexity", "time_variance", "access_count", "seconds_since_access")
 
 
 class DecisionLog:
@@ -167,7 +165,7 @@ class DecisionLog:
         except OSError:
             self._close()  # the torn line stays the last of its file
 
-    __del__ = _close  # without the lock: nobody else can hold a lost log's
+    __del__ = _close  # without the lock: what is being deleted has no other user
 
 
 _LOGS: weakref.WeakSet[DecisionLog] = weakref.WeakSet()
@@ -262,8 +260,8 @@ _DTYPES = {  # of the frame's columns, in order; a tuple = the known categories
     "kind": KINDS,
     **dict.fromkeys(("prompt_digest", "prompt"), "str"),
     **dict.fromkeys(("prompt_tokens", "chunks"), "int64"),
-    **dict.fromkeys(_METADATA, "float64"),
-    **dict.fromkeys([f"{name}_source" for name in _METADATA], SOURCES),
+    **dict.fromkeys(METADATA_FIELDS, "float64"),
+    **dict.fromkeys([f"{name}_source" for name in METADATA_FIELDS], SOURCES),
     "ttl_s": "float64",
     **dict.fromkeys(("wanted_tier", "from_tier"), TIERS),
     **dict.fromkeys([f"{name}_{tier}" for name in _COUNTS for tier in _FRAME_TIERS], "int64"),
@@ -306,7 +304,7 @@ def _row(record):
     """Return one row of the frame, before its columns get their types."""
     row = {name: getattr(record, name) for name in _DTYPES if hasattr(record, name)}
     row["time"] = record.time_s
-    for name in _METADATA:
+    for name in METADATA_FIELDS:
         row[name] = _number(record.metadata.get(name))
         row[f"{name}_source"] = record.metadata_sources.get(name)
     for name in _COUNTS:

@@ -222,7 +222,9 @@ class KVPlacement:
 
     def _move(self, source, target, timeout_s, **what):
         here = self.controller.instance_id
-        return self.controller.move([here, source], [here, target], timeout_s=timeout_s, **what)
+        status = self.controller.move([here, source], [here, target], timeout_s=timeout_s, **what)
+        del status["layout"]  # the rest goes into a record
+        return status
 
     # ---- moves that are under way --------------------------------------------------
 

@@ -195,7 +195,8 @@ class TierPanel:
         self._decisions = decisions if decisions is not None and len(decisions) else None
         if self._decisions is None:
             return
-        points = np.column_stack([decisions.perplexity, getattr(decisions, self.against)])
+        across = np.nan_to_num(decisions.metadata[self.against], nan=0.0)  # unknown: neutral
+        points = np.column_stack([decisions.metadata["perplexity"], across])
         low = [_PERPLEXITY_SPAN[0], self._span[0]]
         self.dots.set_offsets(np.clip(points, low, [_PERPLEXITY_SPAN[1], self._span[1]]))
         self.dots.set_facecolor([TIER_COLOURS[TIERS[code]] for code in decisions.tier])
@@ -219,7 +220,7 @@ class TierPanel:
         self.regions.set_facecolor([_pale(TIER_COLOURS[TIERS[code]]) for code in codes])
         self.hot.set_xdata([hot, hot])
         self.cold.set_xdata([cold, cold])
-        right = cold if is_variance else hot  # further right the other threshold has no say
+        right = cold if is_variance else hot  # beyond it, the threshold does not decide
         self.across.set_data([_PERPLEXITY_SPAN[0], right], [across, across])
         self._label(hot, cold, across)
         if self._decisions is not None:

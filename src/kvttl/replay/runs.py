@@ -19,6 +19,7 @@ from functools import cached_property
 import numpy as np
 from numba import njit
 
+from caching_heuristics import METADATA_FIELDS
 from kvttl.traces.trace import Trace
 
 
@@ -115,8 +116,7 @@ class RunIndex:
         """
         if per not in ("request", "block"):
             raise ValueError(f"per must be 'request' or 'block', got {per!r}")
-        names = ("access_count", "time_variance", "seconds_since_access")
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in METADATA_FIELDS if hasattr(self, name)}
         if per == "block":
             return values
         known = self.longest_known
@@ -231,7 +231,7 @@ def index_runs(trace: Trace) -> RunIndex:
     ValueError
         The ids are not prefix-chained, or a request has a block twice.
     """
-    # As long as they could become; the system gives memory only where something is written.
+    # An upper bound; pages that are never written take no memory.
     columns = np.empty((6, trace.accesses + 1), np.int32)
     offsets = np.empty(trace.requests + 1, np.int64)
     last = np.full(trace.unique_blocks, -1, np.int32)

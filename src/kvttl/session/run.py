@@ -157,7 +157,7 @@ def _generation_line(request, record):
     return (
         f"{request.agent:16} {request.kind:9} {record.prompt_tokens:6d}"
         f"  {metadata['perplexity']:6.1f} {metadata['time_variance']:4.2f}"
-        f" {metadata['access_count']:4d} {record.ttl_s or 0:6.0f}s"
+        f" {metadata['access_count']:4.0f} {record.ttl_s or 0:6.0f}s"
         f"  {_parts(record.hit_tokens):22} {record.wanted_tier or '?':7}"
         f" {_parts(record.tier_after):20} {record.error or moves}"
     )
