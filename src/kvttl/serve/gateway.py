@@ -91,16 +91,12 @@ def gateway(
         Running; it must outlive the block.
     model : str
         A model's folder; see `kvttl.session.demo_model.model_path`.
-    port : int
-        0 = any free port.
-    host : str
-        Only with an API key may it be another than loopback.
-    api_key : str, optional
-        What clients must send.
+    port, host, api_key : int, str, str
+        0 = any free port. Another host than loopback needs a key, which clients must send.
     log : DecisionLog, optional
         Gets every decision.
     recover_from : str or Path, optional
-        Folder of a log whose claims count again before the first request comes.
+        Folder of a log; its claims count again before the first request comes.
     config : HeuristicConfig, optional
         Default: the saved settings.
     perplexity : str
@@ -126,8 +122,7 @@ def gateway(
         cache = exits.enter_context(managed(stack, None, config, background=True, **options))
         engine = ManagedEngine(engine, cache)
         arguments = server_arguments(model, name, api_key, server_options)
-        if recover_from is not None:
-            _recover(cache, recover_from)
+        _recover(cache, recover_from)
         app = loop.run(openai_app(engine, arguments, body_limit))
         manage_app(app, cache, metrics)
         url = exits.enter_context(serving(app, listener, loop))
@@ -245,6 +240,8 @@ def _stack(options):
 
 def _recover(cache, folder):
     """Claim what an earlier process has claimed, and KV that nobody has (of an attached stack)."""
+    if folder is None:
+        return
     try:
         found = cache.recover(folder)
     except (LMCacheUnavailable, LMCacheError) as error:
