@@ -16,7 +16,7 @@ from kvttl.stack.services import SERVICES
 
 def main(argv: list[str] | None = None) -> int:
     """``python -m kvttl.stack.commands up|down|status``; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="stack_commands", description=__doc__)
+    parser = argparse.ArgumentParser(prog="kvttl.stack.commands", description=__doc__)
     parser.add_argument("command", choices=("up", "down", "status"))
     parser.add_argument("--config", default="config.yaml", help="settings (default: config.yaml)")
     parser.add_argument("--free-ports", action="store_true", help="up: pick free ports")
@@ -69,7 +69,7 @@ def _down(config: StackConfig) -> int:
 
 def _status(config: StackConfig) -> int:
     stack = LMCacheStack(config)
-    stack._choose_ports()
+    stack.choose_ports()
     return 0 if _print_health(stack) else 1
 
 
