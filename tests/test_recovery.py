@@ -250,7 +250,7 @@ def test_recovery_says_what_it_did(tmp_path):
     )
     records = [*read_records(tmp_path, kinds=None), record]
     second = local_manager(controller, first.clock)
-    assert second.recover(records) == {"claims": 2, "adopted": 1, "misplaced": 1}
+    assert second.recover(records) == {"claims": 2, "adopted": 1, "unsettled": 1}
     (settled,) = second.sweep()
     assert (settled.kind, settled.wanted_tier) == ("settled", "remote")
     assert hottest(second, C) == ["remote"] and hottest(second, A) == ["gpu"] * 3
@@ -282,7 +282,7 @@ def test_dropped_claims_stay_dropped_and_come_back_with_a_new_generation(tmp_pat
     second.clock.now_s += 1
     second.generate_and_manage(A, None, WARM)
     third = local_manager(first.controller, first.clock)
-    assert third.recover(tmp_path) == {"claims": 1, "adopted": 0, "misplaced": 0}
+    assert third.recover(tmp_path) == {"claims": 1, "adopted": 0, "unsettled": 0}
     assert wanted(third) == wanted(second)
 
 
@@ -348,7 +348,7 @@ def test_kv_that_no_log_names_is_adopted_where_it_is():
     first.generate_and_manage(B, None, COLD)
     second = local_manager(first.controller, first.clock)
     found = recover_claims(second._placement, [], second.clock(), adopted_ttl_s=50.0)
-    assert found == {"claims": 0, "adopted": 2, "misplaced": 0}
+    assert found == {"claims": 0, "adopted": 2, "unsettled": 0}
     assert hottest(second, B) == ["remote"] * 2
     second.clock.now_s += 50.0  # remote is the last rung
     second.sweep()

@@ -1,43 +1,94 @@
-"""Carries decisions out; no thread and no clock of its own: the manager calls it under a lock."""
+"""Carries decisions and expiries out; no thread and no clock of its own.
+
+Several threads may be in here at once: decisions, and a sweep. One lock guards the
+bookkeeping and is never held over a call to the controller, so that nobody waits for
+another's moves. What holds all the same:
+
+1. One move at a time for each chunk. A move begins under the lock: chunks that another
+   move is about are left out, and so are those that the claims, looked at again, do not
+   want there any more. The rest counts as *moving* until the move has ended.
+2. A claim is made under the same lock. So a wish is either seen by a move that begins
+   later, or it sees the chunks that are moving. Then its prompt becomes *unsettled*, with
+   its tokens, and a sweep carries the wish out once the other move has ended: a hotter
+   wish made during a move down ends up hotter.
+3. A copy is deleted only by the controller, after it has seen a colder one; the last ones
+   only if no claim wanted the chunk when the delete began.
+4. Where a chunk was last seen is remembered only if no promotion began or ended since the
+   look-up: an old answer must not hide a new hot copy.
+"""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
+from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from threading import Lock
 from typing import Any, NamedTuple
 
-from caching_heuristics import TIER_CODES, TIERS
+from caching_heuristics import TIER_CODES
+from kvttl.decisions.record import DecisionRecord
 from kvttl.lmcache.client import LMCacheUnavailable
 from kvttl.lmcache.layout import (
     BaseController,
     by_hottest,
     has_nothing_colder,
     hits_by_tier,
+    is_above,
     reachable,
 )
-from kvttl.manager.claims import ClaimLedger, Step
+from kvttl.manager.claims import ClaimLedger
+from kvttl.manager.draft import Draft, Wish, claim_record
+from kvttl.manager.generation import compact
+from kvttl.manager.tables import BoundedTable
 
 logger = logging.getLogger(__name__)
 
-_BATCH_STEPS = 256  # expired claims a sweep looks up and moves at once
+_BATCH_CLAIMS = 256  # expired claims a sweep looks up at once
+_BATCH_CHUNKS = 128  # chunks a sweep moves at once
 _BATCH_LATE = 32  # look-ups of a sweep for claims that could not be made before
-_MAX_LATE = 1_000  # prompts whose claim waits for LMCache; a few kB of token ids each
-_MAX_UNSETTLED = 100_000  # claims whose KV could not yet go where it belongs
+_MAX_LATE, _MAX_LATE_BYTES = 1_000, 16 * 2**20
+_MAX_UNSETTLED, _MAX_UNSETTLED_BYTES = 100_000, 64 * 2**20
+_KEY_BYTES = 120  # a chunk key of 64 digits, and its place in a tuple
 _MAX_REMEMBERED = 200_000  # chunks; about 150 bytes each
 _LONGEST_RETRY_S = 60.0
+_OTHER_MOVE = "another move of it is under way"
+
+
+class _Late(NamedTuple):
+    """A claim that waits for LMCache to name the prompt's chunks."""
+
+    owner: str
+    tokens: array
+    wish: Wish
+
+    @property
+    def size_bytes(self):
+        return self.tokens.itemsize * len(self.tokens)
 
 
 class _Unsettled(NamedTuple):
-    step: Step
-    kind: str  # of the record once it is done
-    tries: int
-    not_before_s: float
+    """A claim whose chunks are to be moved to where they are wanted."""
+
+    owner: str
+    chunks: tuple[str, ...]
+    tier: str | None  # wanted; None = in none
+    ttl_s: float | None
+    ended_in: str | None = None  # the tier whose TTL has just passed
+    tokens: array | None = None  # where a promotion is due: LMCache prefetches by prompt
+    tries: int = 0
+    not_before_s: float = 0.0
+
+    @property
+    def size_bytes(self):
+        tokens = 0 if self.tokens is None else self.tokens.itemsize * len(self.tokens)
+        return _KEY_BYTES * len(self.chunks) + tokens
 
 
 class KVPlacement:
-    """Keeps each chunk where the hottest live claim wants it.
+    """Keeps each chunk where the hottest live claim wants it; safe for concurrent use.
 
     Parameters
     ----------
@@ -45,12 +96,12 @@ class KVPlacement:
         Says where KV is, and moves it.
     ledger : ClaimLedger
         The claims.
-    log_claim : callable
-        Gets the fields of each claim before its KV moves: the place to write it down.
+    write_ahead : callable
+        Gets a record of each claim before its KV moves: the place to write it down.
 
     Attributes
     ----------
-    has_lost_claims : bool
+    has_unclaimed : bool
         A bounded table was full: some KV may have no claim until it is adopted.
     """
 
@@ -58,93 +109,88 @@ class KVPlacement:
         self,
         controller: BaseController,
         ledger: ClaimLedger,
-        log_claim: Callable[[Mapping[str, Any]], Any] = lambda _entry: None,
+        write_ahead: Callable[[DecisionRecord], Any] = lambda _record: None,
     ) -> None:
-        self.controller = controller
-        self.ledger = ledger
-        self.log_claim = log_claim
-        self.has_lost_claims = False
+        self.controller, self.ledger, self._write_ahead = controller, ledger, write_ahead
+        self.has_unclaimed = False
+        self._lock = Lock()  # guards all below; never held over a call to the controller
+        self._moving: set[str] = set()
+        self._promotions = 0  # how many have begun, plus how many have ended
         self._last_tier: OrderedDict[str, str] = OrderedDict()  # chunk key -> where last seen
-        self._unsettled: OrderedDict[str, _Unsettled] = OrderedDict()  # by prompt digest
-        self._late: OrderedDict[str, tuple] = OrderedDict()  # claims not yet made, by digest
+        size = _size_bytes
+        self._unsettled = BoundedTable(_MAX_UNSETTLED, _MAX_UNSETTLED_BYTES, size)
+        self._late = BoundedTable(_MAX_LATE, _MAX_LATE_BYTES, size)
 
     @property
     def unsettled(self) -> int:
-        """Claims whose KV is not yet where it belongs."""
+        """Claims whose KV is not yet where it belongs, and those that are not made yet."""
         return len(self._unsettled) + len(self._late)
 
     # ---- one decision ------------------------------------------------------------
 
-    def place(
-        self,
-        entry: dict[str, Any],
-        tokens: Sequence[int],
-        cached_tokens: int,
-        now_s: float,
-    ) -> None:
-        """Claim a prompt's chunks as ``entry`` has decided, and move them there.
+    def place(self, draft: Draft, tokens: Sequence[int], cached_tokens: int) -> None:
+        """Claim a prompt's chunks as `draft` has decided, and move them there.
 
         Parameters
         ----------
-        entry : dict
-            Fields of a DecisionRecord, with ``prompt_digest``, ``wanted_tier`` and
-            ``ttl_s``; filled step by step, so that a failure leaves what was known before it.
+        draft : Draft
+            With a wish; what is found and done is filled in.
         tokens : sequence of int
             The prompt.
         cached_tokens : int
             Of these, how many the engine did not have to compute.
-        now_s : float
-            The access, seconds.
         """
-        owner = entry["prompt_digest"]
-        claim = (entry["wanted_tier"], now_s, entry["ttl_s"])
-        self._late.pop(owner, None)
+        seen = self._promotions
         try:
             layout = self.controller.layout(tokens)
         except Exception:
-            self.claim_later(owner, tokens, claim)
+            self.claim_later(draft.prompt_digest, tokens, draft.wish)
+            draft.claimed = True
             raise
         held = self._without_load_buffers(layout, cached_tokens)
-        entry["chunks"], entry["chunk_keys"] = len(held), layout.keys
-        entry["tier_before"] = entry["tier_after"] = by_hottest(held)
-        entry["hit_tokens"] = hits_by_tier(held, cached_tokens, self.controller.chunk_size_tokens)
-        self.ledger.claim(owner, layout.keys, *claim)
-        self._unsettled.pop(owner, None)  # this decision looks at all of its chunks
-        self._settle(entry, tokens, layout, held, cached_tokens, now_s)
-
-    def claim_later(self, owner: str, tokens: Sequence[int], claim: tuple) -> None:
-        """Let a sweep make a claim (tier, the access's time, TTL), unless one waits already."""
-        if owner not in self._late:
-            self._put(self._late, owner, (tokens, claim), _MAX_LATE)
-
-    def _settle(self, entry, tokens, layout, held, cached_tokens, now_s):
-        """Move what is not where it is wanted; what cannot be moved yet is tried again later."""
-        plan = self._plan(held, self.ledger.wanted(layout.keys, now_s), cached_tokens)
-        moves = entry["moves"] = []
-        if plan:
-            self.log_claim(entry)
-        if any(target == "gpu" for _, target, _ in plan):
-            self._forget(layout.keys)  # whatever fails now: from here on believe the directory
-        done = False
+        draft.chunks, draft.chunk_keys = len(held), layout.keys
+        draft.tier_before = draft.tier_after = by_hottest(held)
+        draft.hit_tokens = hits_by_tier(held, cached_tokens, self.controller.chunk_size_tokens)
+        plan, contested = self._claim(draft, layout.keys, held, cached_tokens)
+        moving = [layout.keys[index] for chunks in plan.values() for index in chunks]
+        settled = False
         try:
-            if not all(held):
-                self.controller.check_health()  # says why, if LMCache is away
-            for (source, target, timeout_s), chunks in plan.items():
-                moves.append(self._move(source, target, timeout_s, tokens=tokens, chunks=chunks))
-            done = all(move["status"] not in ("timeout", "partial") for move in moves)
+            held = self._move_planned(draft, tokens, layout, held, plan)
+            settled = not contested and all(
+                move["status"] not in ("timeout", "partial") for move in draft.moves
+            )
         finally:
-            if not done:
-                wanted = entry["wanted_tier"]
-                step = Step(entry["prompt_digest"], layout.keys, wanted, wanted, entry["ttl_s"])
-                self._try_later(step, 0, now_s)
-        if any(move["moved_chunks"] for move in moves):
-            held = self.controller.layout_of(layout.keys).of(self.controller.instance_id)
-            entry["tier_after"] = by_hottest(held)
-        self._remember(layout.keys, held)
-        if any(move["to"] == "gpu" and move["status"] != "done" for move in moves):
-            self._forget(layout.keys)  # it may be there, or still come: believe the directory
+            self._end(moving, layout.keys if _promotes(plan) else ())
+            if not settled:
+                wait = (draft.prompt_digest, layout.keys, draft.wanted_tier, draft.ttl_s)
+                again = compact(tokens) if contested else None
+                self._try_again(_Unsettled(*wait, tokens=again), draft.time_s)
+        self._remember(layout.keys, held, seen)
 
-    def _plan(self, held, wanted, cached_tokens):
+    def _claim(self, draft, keys, held, cached_tokens):
+        """Make the claim and begin the moves that it needs; returns these, as in `_plan`.
+
+        The second answer says whether other moves are about some of the chunks.
+        """
+        with self._lock:
+            self._make_claim(draft.prompt_digest, keys, draft.wish)
+            draft.claimed = True
+            wanted = self.ledger.wanted(keys, draft.time_s)
+            contested = {index for index, key in enumerate(keys) if key in self._moving}
+            plan = self._plan(held, wanted, cached_tokens, contested)
+            moving = [keys[index] for chunks in plan.values() for index in chunks]
+            self._begin(moving, keys if _promotes(plan) else ())
+        return plan, bool(contested)
+
+    def _make_claim(self, owner, keys, wish):
+        """Make a claim; what was still to be done for the prompt's last one is part of this."""
+        self.ledger.claim(owner, keys, *wish)
+        late = self._late.get(owner)
+        if late is not None and late.wish.accessed_s <= wish.accessed_s:
+            self._late.pop(owner)
+        self._unsettled.pop(owner)
+
+    def _plan(self, held, wanted, cached_tokens, contested):
         """Group the chunks that have to move: (source, target, timeout) -> indices."""
         fresh_from = self._touched_chunks(cached_tokens, held)  # from here on just computed
         plan: dict[tuple[str, str, float | None], list[int]] = {}
@@ -154,17 +200,49 @@ class KVPlacement:
             # A copy whose write failed may never come: said in the record, looked for again.
             missing = fresh or not tiers or has_nothing_colder(tiers, tier)
             target = tier if missing else reachable(tiers, tier)
-            if source != target and target is not None:
+            if index not in contested and source != target and target is not None:
                 # Only a store that is still under way is worth waiting for.
                 timeout_s = None if fresh or target == "gpu" else 0.0
                 plan.setdefault((source, target, timeout_s), []).append(index)
         return plan
+
+    def _move_planned(self, draft, tokens, layout, held, plan):
+        """Carry a plan out; returns where the chunks are then."""
+        if plan:
+            self._write_ahead(claim_record(draft.prompt_digest, layout.keys, draft.wish))
+        if not all(held):
+            self.controller.check_health()  # says why, if LMCache is away
+        for (source, target, timeout_s), chunks in plan.items():
+            what = {"tokens": tokens, "chunks": chunks}
+            draft.moves.append(self._move(source, target, timeout_s, **what))
+        if any(move["moved_chunks"] for move in draft.moves):
+            held = self.controller.layout_of(layout.keys).of(self.controller.instance_id)
+            draft.tier_after = by_hottest(held)
+        return held
 
     def _move(self, source, target, timeout_s, **what):
         here = self.controller.instance_id
         status = self.controller.move([here, source], [here, target], timeout_s=timeout_s, **what)
         del status["layout"]  # the rest goes into a record
         return status
+
+    # ---- moves that are under way --------------------------------------------------
+
+    def _begin(self, keys, promoted=()):
+        """Count chunks as moving; `promoted`: those that may get hotter (under the lock)."""
+        self._moving.update(keys)
+        self._forget(promoted)
+
+    def _end(self, keys, promoted=()):
+        with self._lock:
+            self._moving.difference_update(keys)
+            self._forget(promoted)
+
+    def _forget(self, keys):
+        """Believe the directory about these chunks, whatever now becomes of a promotion."""
+        self._promotions += bool(keys)
+        for key in keys:
+            self._last_tier.pop(key, None)
 
     # ---- what the engine took from where -----------------------------------------
 
@@ -181,7 +259,8 @@ class KVPlacement:
 
     def _as_last_seen(self, keys, held):
         """Return the tiers of chunks without those hotter than where they were last seen."""
-        codes = [TIER_CODES[self._last_tier.get(key, "gpu")] for key in keys]
+        with self._lock:
+            codes = [TIER_CODES[self._last_tier.get(key, "gpu")] for key in keys]
         return tuple(
             tuple(tier for tier in tiers if TIER_CODES[tier] >= code) or tiers
             for tiers, code in zip(held, codes)
@@ -191,172 +270,268 @@ class KVPlacement:
         """Return how many chunks `tokens` tokens of prefix touch."""
         return -(-tokens // self.controller.chunk_size_tokens) if tokens and held else 0
 
-    def _remember(self, keys, held):
-        """Keep where each chunk was last seen, for the next look (bounded)."""
-        for key, tiers in zip(keys, held):
-            if tiers:
-                self._put(self._last_tier, key, tiers[0], _MAX_REMEMBERED)
-            else:
+    def _remember(self, keys, held, seen):
+        """Keep where chunks were seen below gpu, for the next look (bounded)."""
+        with self._lock:
+            for key, tiers in zip(keys, held):
                 self._last_tier.pop(key, None)
-
-    def _forget(self, keys):
-        for key in keys:
-            self._last_tier.pop(key, None)
+                if seen == self._promotions and tiers and tiers[0] != "gpu":
+                    self._last_tier[key] = tiers[0]
+            while len(self._last_tier) > _MAX_REMEMBERED:
+                self._last_tier.popitem(last=False)
 
     # ---- expiry ------------------------------------------------------------------
 
-    def sweep(self, now_s: float) -> list[dict[str, Any]]:
+    def sweep(self, now_s: float) -> list[DecisionRecord]:
         """Take one batch of expired claims down the ladder, and try again what failed before.
 
         Returns
         -------
-        list of dict
-            Fields of a DecisionRecord for each claim; empty = nothing was due. What
-            fails is part of its entry and is tried again by a later sweep.
+        list of DecisionRecord
+            One a claim; empty = nothing was due. What fails is part of its record and
+            is tried again by a later sweep.
         """
         self._claim_late(now_s)
-        due = [_Unsettled(s, "expiry", 0, now_s) for s in self.ledger.sweep(now_s, _BATCH_STEPS)]
-        again = [u for u in self._unsettled.values() if u.not_before_s <= now_s][:_BATCH_STEPS]
-        for unsettled in again:
-            del self._unsettled[unsettled.step.owner]
-        newer = {unsettled.step.owner for unsettled in due}
-        batch = due + [unsettled for unsettled in again if unsettled.step.owner not in newer]
-        return self._carry_out(batch, now_s) if batch else []
+        with self._lock:
+            due = [
+                _Unsettled(step.owner, step.chunks, step.tier, step.ttl_s, step.from_tier)
+                for step in self.ledger.sweep(now_s, _BATCH_CLAIMS)
+            ]
+            again = [item for item in self._unsettled.values() if item.not_before_s <= now_s]
+            again = [self._unsettled.pop(item.owner) for item in again[:_BATCH_CLAIMS]]
+        newer = {item.owner for item in due}
+        batch = due + [item for item in again if item.owner not in newer]
+        return self._settle(batch, now_s) if batch else []
 
-    def _claim_late(self, now_s):
-        """Make some of the claims of prompts that were generated while LMCache was away."""
-        for owner, (tokens, claim) in list(self._late.items())[:_BATCH_LATE]:
-            try:
-                keys = self.controller.layout(tokens).keys
-                self.ledger.claim(owner, keys, *claim)
-            except LMCacheUnavailable as error:
-                logger.info("claims wait: %s", error)
-                return  # so would the others
-            except Exception as error:
-                logger.warning("a claim could not be made: %s: %s", type(error).__name__, error)
-                self._late.pop(owner, None)
-                self.has_lost_claims = True
-                continue
-            self._late.pop(owner, None)
-            self._log_late(owner, keys, claim)
-            tier, _, ttl_s = claim
-            self.settle_later(Step(owner, tuple(keys), tier, tier, ttl_s), now_s)
-
-    def _log_late(self, owner, keys, claim):
-        names = ("prompt_digest", "chunk_keys", "chunks", "wanted_tier", "time_s", "ttl_s")
-        self.log_claim(dict(zip(names, (owner, tuple(keys), len(keys), *claim))))
-
-    def _carry_out(self, batch, now_s):
-        start_s = time.perf_counter()
-        keys = list(dict.fromkeys(key for item in batch for key in item.step.chunks))
+    def _settle(self, batch, now_s):
+        """Move the chunks of claims to where they are wanted; returns the records."""
+        start_s, seen = time.perf_counter(), self._promotions
+        keys = list(dict.fromkeys(key for item in batch for key in item.chunks))
         before, after, failures, error = {}, {}, {}, ""
         try:
             before = after = self._tiers_of(keys)
             if not all(before.values()):
                 self.controller.check_health()  # gone, or is only the directory empty?
-            failures = self._lower(before, dict(zip(keys, self.ledger.wanted(keys, now_s))))
+            failures = self._lower(before, now_s)
+            for item in batch:
+                failures |= self._promote(item, before, now_s)
             after = self._tiers_of(keys)
-            self._remember(after, after.values())
+            self._remember(after, after.values(), seen)
         except Exception as problem:  # LMCache is away, or a bug: neither may end the sweeper
             error = f"{type(problem).__name__}: {problem}"
             logger.info("a sweep failed: %s", error)
         latency_s = time.perf_counter() - start_s
-        entries, taken = [], set()
+        records, taken = [], set()
         for item in batch:
-            mine = [key for key in item.step.chunks if key not in taken]  # shared: in the first
+            mine = [key for key in item.chunks if key not in taken]  # shared: in the first
             taken.update(mine)
             left = {key: failures[key] for key in mine if key in failures}
-            entry = _entry(item, mine, before, after, left, now_s)
-            entry |= {"error": error, "manage_s": latency_s / len(batch)}
-            self._complete_moves(entry["moves"], latency_s)
             if error or left:
-                self._try_later(item.step, item.tries, now_s)
+                self._try_again(item, now_s)
             if item.tries == 0 or not (error or left):  # not a record for each vain try
-                entries.append(entry)
-        return entries
+                moves = [*self._done(mine, before, after), *_not_done(before, left)]
+                for move in moves:
+                    move["latency_s"] = latency_s
+                made = {"moves": tuple(moves), "error": error, "manage_s": latency_s / len(batch)}
+                records.append(_record_of(item, before, after, now_s, **made))
+        return records
 
     def _tiers_of(self, keys):
         layout = self.controller.layout_of(keys)
         held = self._as_last_seen(layout.keys, layout.of(self.controller.instance_id))
         return dict(zip(layout.keys, held))
 
-    def _lower(self, held, wanted):
+    def _lower(self, held, now_s):
         """Move chunks down to where they are wanted; returns those that stay, with the reason."""
+        wanted = dict(zip(held, self.ledger.wanted(list(held), now_s)))
         plan: dict[tuple[str, str | None], list[str]] = {}
         for key, tiers in held.items():
-            target = reachable(tiers, wanted[key]) if tiers and wanted[key] else wanted[key]
-            if tiers and (target is None or TIER_CODES[tiers[0]] < TIER_CODES[target]):
-                plan.setdefault((tiers[0], target), []).append(key)
-        failures = {}
-        for (source, target), keys in plan.items():
-            if target is None:
-                left, reason = self.controller.discard(keys), "a copy is still shown (in use?)"
-            else:
-                move = self._move(source, target, None, keys=keys)
-                left, reason = len(keys) - move["moved_chunks"], move["reason"]
-            if left:
-                failures |= dict.fromkeys(self._still_above(keys, target), (target, reason))
+            if way := _way_down(tiers, wanted[key]):
+                plan.setdefault(way, []).append(key)
         # A chunk that has nothing colder to fall back on waits for a copy to appear.
-        stuck = [key for key, tiers in held.items() if has_nothing_colder(tiers, wanted[key])]
-        return {key: (wanted[key], "no colder copy seen") for key in stuck} | failures
+        alone = [key for key, tiers in held.items() if has_nothing_colder(tiers, wanted[key])]
+        left = {key: (wanted[key], "no colder copy seen") for key in alone}
+        for way, keys in plan.items():
+            for start in range(0, len(keys), _BATCH_CHUNKS):
+                left |= self._lower_some(way, keys[start : start + _BATCH_CHUNKS], held, now_s)
+        return left
+
+    def _lower_some(self, way, keys, held, now_s):
+        """Move chunks that are still wanted there now; returns those that stay."""
+        (source, target), left = way, {}
+        with self._lock:
+            wanted = self.ledger.wanted(keys, now_s)
+            keys = [key for key, tier in zip(keys, wanted) if _way_down(held[key], tier) == way]
+            mine = [key for key in keys if key not in self._moving]
+            left = dict.fromkeys(self._moving.intersection(keys), (target, _OTHER_MOVE))
+            self._begin(mine)
+        try:
+            if mine and target is None:
+                stay, reason = self.controller.discard(mine), "a copy is still shown (in use?)"
+            elif mine:
+                move = self._move(source, target, None, keys=mine)
+                stay, reason = len(mine) - move["moved_chunks"], move["reason"]
+            if mine and stay:
+                left |= dict.fromkeys(self._still_above(mine, target), (target, reason))
+        finally:
+            self._end(mine)
+        return left
 
     def _still_above(self, keys, target):
-        limit = len(TIERS) if target is None else TIER_CODES[target]
         held = self._tiers_of(keys)
-        return [key for key, tiers in held.items() if tiers and TIER_CODES[tiers[0]] < limit]
+        return [key for key, tiers in held.items() if tiers and is_above(tiers[0], target)]
 
-    def _complete_moves(self, moves, latency_s):
-        for move in moves:
-            tokens = move["moved_chunks"] * self.controller.chunk_size_tokens
-            move |= {"moved_tokens": tokens, "latency_s": latency_s}
+    def _promote(self, item, held, now_s):
+        """Carry out a wish for gpu that another move was in the way of; returns what still is."""
+        if item.tokens is None:
+            return {}
+        ways: dict[str, list[int]] = {}
+        with self._lock:
+            wanted = self.ledger.wanted(item.chunks, now_s)
+            hot = [index for index, tier in enumerate(wanted) if tier == "gpu"]
+            left = self._moving.intersection(item.chunks[index] for index in hot)
+            for index in hot:
+                tiers = held.get(item.chunks[index])
+                if tiers and tiers[0] != "gpu" and item.chunks[index] not in left:
+                    ways.setdefault(tiers[0], []).append(index)
+            mine = [item.chunks[index] for chunks in ways.values() for index in chunks]
+            self._begin(mine, item.chunks if mine else ())
+        try:
+            for source, chunks in ways.items():
+                self._move(source, "gpu", None, tokens=item.tokens.tolist(), chunks=chunks)
+        finally:
+            self._end(mine, item.chunks if mine else ())
+        return dict.fromkeys(left, ("gpu", _OTHER_MOVE))
 
-    def settle_later(self, step: Step, now_s: float) -> None:
+    def _done(self, keys, before, after):
+        """Return what has moved, as the moves of a record."""
+        moved = Counter(
+            (before[key][0], after[key][0] if after.get(key) else "dropped")
+            for key in keys
+            if before.get(key) and before[key][:1] != after.get(key, ())[:1]
+        )
+        size = self.controller.chunk_size_tokens if moved else 0
+        for (source, target), chunks in moved.items():
+            done = {"from": source, "to": target, "status": "done", "reason": "", "skipped": {}}
+            yield {**done, "moved_chunks": chunks, "moved_tokens": chunks * size}
+
+    # ---- claims that wait -----------------------------------------------------------
+
+    def claim_later(self, owner: str, tokens: Sequence[int], wish: Wish) -> None:
+        """Let a sweep make a claim, unless one of a later access waits already."""
+        late = _Late(owner, tokens if isinstance(tokens, array) else compact(tokens), wish)
+        with self._lock:
+            waiting = self._late.get(owner)
+            if waiting is None or waiting.wish.accessed_s < wish.accessed_s:
+                self.has_unclaimed |= self._late.put(owner, late) > 0
+
+    def _claim_late(self, now_s):
+        """Make some of the claims of prompts that were generated while LMCache was away."""
+        with self._lock:
+            batch = list(itertools.islice(self._late.values(), _BATCH_LATE))
+        for late in batch:
+            try:
+                keys = self.controller.layout(late.tokens.tolist()).keys
+                self.ledger.claim(late.owner, keys, *late.wish)
+            except LMCacheUnavailable as error:
+                logger.info("claims wait: %s", error)
+                return  # so would the others
+            except Exception as error:
+                logger.warning("a claim could not be made: %s: %s", type(error).__name__, error)
+                self.has_unclaimed = True
+            else:
+                self._write_ahead(claim_record(late.owner, keys, late.wish))
+                self.settle_later(late.owner, keys, late.wish)
+            with self._lock:
+                if self._late.get(late.owner) is late:  # not one that came meanwhile
+                    self._late.pop(late.owner)
+
+    def settle_later(self, owner: str, keys: tuple[str, ...], wish: Wish) -> None:
         """Let the next sweep move a claim's chunks down to where they are wanted."""
-        item = _Unsettled(step, "settled", 0, now_s)
-        self._put(self._unsettled, step.owner, item, _MAX_UNSETTLED)
+        with self._lock:
+            if self._unsettled.get(owner) is None:  # else it will, and may know more
+                item = _Unsettled(owner, keys, wish.tier, wish.ttl_s)
+                self.has_unclaimed |= self._unsettled.put(owner, item) > 0
 
-    def _try_later(self, step, tries, now_s):
-        wait_s = min(2.0**tries, _LONGEST_RETRY_S)
-        item = _Unsettled(step, "settled", tries + 1, now_s + wait_s)
-        self._put(self._unsettled, step.owner, item, _MAX_UNSETTLED)
+    def _try_again(self, item, now_s):
+        """Let a sweep try again, after a pause that doubles from try to try."""
+        not_before_s = now_s + min(2.0**item.tries, _LONGEST_RETRY_S)
+        again = {"tries": item.tries + 1, "not_before_s": not_before_s, "ended_in": None}
+        with self._lock:
+            self.has_unclaimed |= self._unsettled.put(item.owner, item._replace(**again)) > 0
 
-    def _put(self, table, key, value, limit):
-        """Add the newest entry of a bounded table; the oldest go."""
-        table.pop(key, None)
-        table[key] = value
-        while len(table) > limit:
-            table.popitem(last=False)
-            self.has_lost_claims |= table is not self._last_tier
+    # ---- for `recovery` ---------------------------------------------------------------
+
+    def held(self) -> dict[str, tuple[str, ...]]:
+        """Return where each chunk of this LMCache server is."""
+        layout = self.controller.layout_of()
+        return dict(zip(layout.keys, layout.of(self.controller.instance_id)))
+
+    def adopt(
+        self, held: Mapping[str, Sequence[str]], claimed: Set[str], now_s: float, ttl_s: float
+    ) -> int:
+        """Claim each chunk that is held but has no claim, where it is; returns how many.
+
+        A record is written of each: else every restart would give it a new TTL.
+        `claimed` are keys whose claims are known to have ended, or to go on.
+        """
+        adopted = []
+        with self._lock:
+            wanted = self.ledger.wanted(list(held), now_s)
+            for (key, tiers), tier in zip(held.items(), wanted):
+                if tiers and tier is None and key not in claimed and key not in self._moving:
+                    wish = Wish(tiers[0], now_s, ttl_s)
+                    self.ledger.claim(key[:16], (key,), *wish)
+                    adopted.append(claim_record(key[:16], (key,), wish))
+        for record in adopted:
+            self._write_ahead(record)
+        return len(adopted)
+
+    def too_hot(self, held: Mapping[str, Sequence[str]], now_s: float) -> set[str]:
+        """Return the chunks that are hotter than any claim wants them."""
+        wanted = zip(held.items(), self.ledger.wanted(list(held), now_s))
+        return {key for (key, tiers), tier in wanted if tier and tiers and is_above(tiers[0], tier)}
 
 
-def _entry(item, mine, before, after, left, now_s):
-    """Return what became of one claim of a sweep, as fields of a DecisionRecord."""
-    step = item.step
-    moved = Counter(
-        (before[key][0], after[key][0] if after.get(key) else "dropped")
-        for key in mine
-        if before.get(key) and before[key][:1] != after.get(key, ())[:1]
-    )
-    moves = [
-        {"from": s, "to": t, "status": "done", "reason": "", "moved_chunks": n, "skipped": {}}
-        for (s, t), n in moved.items()
-    ]
+def _size_bytes(waiting):
+    return waiting.size_bytes
+
+
+def _promotes(plan):
+    return any(target == "gpu" for _, target, _ in plan)
+
+
+def _way_down(tiers, wanted):
+    """Return the move of a chunk that is hotter than it is wanted, as (source, target).
+
+    The target None = dropped; the answer None = it stays.
+    """
+    target = reachable(tiers, wanted) if tiers else None
+    goes = bool(tiers) and (target is None or is_above(tiers[0], target))
+    return (tiers[0], target) if goes else None
+
+
+def _not_done(before, left):
+    """Return what could not be moved, as the moves of a record."""
     stays = Counter(
         (before[key][0], target or "dropped", reason) for key, (target, reason) in left.items()
     )
-    moves += [
-        {"from": s, "to": t, "status": "timeout", "reason": r, "moved_chunks": 0, "skipped": {r: n}}
-        for (s, t, r), n in stays.items()
-    ]
-    return {
-        "kind": item.kind,
-        "time_s": now_s,
-        "prompt_digest": step.owner,
-        "chunks": len(step.chunks),
-        "ttl_s": step.ttl_s,
-        "from_tier": step.from_tier if step.from_tier != step.tier else None,
-        "wanted_tier": step.tier,
-        "tier_before": by_hottest(before.get(key, ()) for key in step.chunks),
-        "tier_after": by_hottest(after.get(key, ()) for key in step.chunks),
-        "moves": moves,
-    }
+    for (source, target, reason), chunks in stays.items():
+        vain = {"from": source, "to": target, "status": "timeout", "reason": reason}
+        yield {**vain, "moved_chunks": 0, "moved_tokens": 0, "skipped": {reason: chunks}}
+
+
+def _record_of(item, before, after, now_s, **made):
+    """Return the record of what became of one claim of a sweep."""
+    return DecisionRecord(
+        now_s,
+        item.owner,
+        kind="expiry" if item.ended_in else "settled",
+        chunks=len(item.chunks),
+        ttl_s=item.ttl_s,
+        from_tier=item.ended_in,
+        wanted_tier=item.tier,
+        tier_before=by_hottest(before.get(key, ()) for key in item.chunks),
+        tier_after=by_hottest(after.get(key, ()) for key in item.chunks),
+        **made,
+    )
