@@ -11,33 +11,68 @@ variance 0.05 one of 0.95, hence 3600 s x 1.08 x 0.95 = 3693.6 s.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, NamedTuple, TypedDict, get_type_hints
 
 import numpy as np
 
 TIERS = ("gpu", "disk", "remote")  # hottest first; an index here is a tier's code
 TIER_CODES = {tier: code for code, tier in enumerate(TIERS)}
 
-TINY = 5e-324  # the smallest positive float: turns ">= 0" into "> -TINY"
+FINITE = sys.float_info.max  # the largest float: a range up to it leaves infinity out
+NEUTRAL_PERPLEXITY = 30.0  # where the TTL's perplexity factor is 0
 
 _LARGEST = 2.0**53  # of the fast path: beyond it integers are not exact as floats
 _PLAIN = (float, int)  # by exact type: bool is not one
 
-# Metadata field -> (lowest, highest, the range as an error shows it). Lowest
-# perplexity is the smallest positive float, so that one closed comparison serves all.
-_RANGES = {
-    "perplexity": (TINY, sys.float_info.max, "> 0 and finite"),
-    "time_variance": (0.0, 1.0, "0..1"),
-    "access_count": (0.0, sys.float_info.max, ">= 0 and finite"),
-    "seconds_since_access": (0.0, sys.float_info.max, ">= 0 and finite"),
+
+class MetadataField(NamedTuple):
+    """What one signal about a request means: its unit, its range, and its neutral value."""
+
+    unit: str
+    low: float
+    high: float
+    open_low: bool  # `low` itself is outside the range
+    neutral: float  # what the TTL takes where the signal is unknown
+    text: str
+
+    @property
+    def allowed(self) -> str:
+        """The range, as an error shows it."""
+        return range_text(self.low, self.high, self.open_low)
+
+
+class KVMetadata(TypedDict, total=False):
+    """What is known about one request; all is optional, None and NaN mean "unknown"."""
+
+    perplexity: Annotated[
+        float | None,
+        MetadataField("", 0.0, FINITE, True, NEUTRAL_PERPLEXITY, "how predictable the text is"),
+    ]
+    time_variance: Annotated[
+        float | None,
+        MetadataField("", 0.0, 1.0, False, 0.0, "how irregular its accesses are: CV / (1 + CV)"),
+    ]
+    access_count: Annotated[
+        float | None, MetadataField("accesses", 0.0, FINITE, False, 0.0, "how often it was used")
+    ]
+    seconds_since_access: Annotated[
+        float | None, MetadataField("s", 0.0, FINITE, False, 0.0, "since it was last used")
+    ]
+
+
+METADATA_FIELDS: dict[str, MetadataField] = {
+    name: hint.__metadata__[0]
+    for name, hint in get_type_hints(KVMetadata, include_extras=True).items()
 }
+
 _TTL_FIELDS = ("perplexity", "time_variance", "access_count")
-_TTL_DEFAULTS = (30.0, 0.0, 0.0)  # the values at which each factor is 1
+_TTL_NEUTRAL = tuple(METADATA_FIELDS[name].neutral for name in _TTL_FIELDS)
 _TIER_FIELDS = ("perplexity", "time_variance", "seconds_since_access")
 
 # Arrays are processed in blocks that stay in the L2 cache (8 B x 16,384 =
@@ -102,7 +137,7 @@ class HeuristicConfig:
             self.hot_threshold, self.recent_seconds, self.cold_threshold, self.variance_threshold
         )
         for name in ("disk_ttl_factor", "remote_ttl_factor"):
-            _check_setting(name, getattr(self, name), 0, math.inf, "> 0 and finite")
+            check_number(name, getattr(self, name), 0, FINITE, True)
 
     @property
     def ladder(self) -> dict[str, float]:
@@ -146,9 +181,9 @@ def compute_ttl(
     Parameters
     ----------
     metadata : mapping
-        ``perplexity`` (> 0; absent = neutral), ``time_variance`` (0..1; absent
-        = 0), ``access_count`` (>= 0; absent = 0). Scalars, or arrays that
-        broadcast against each other, shape (n,). Other keys are ignored.
+        ``perplexity``, ``time_variance``, ``access_count``; see `METADATA_FIELDS`.
+        Scalars, or arrays that broadcast against each other, shape (n,). What is
+        absent, None or NaN is unknown and counts as neutral. Other keys are ignored.
     base_ttl, min_ttl, max_ttl, alpha, gamma : float
         See `HeuristicConfig`.
 
@@ -160,8 +195,8 @@ def compute_ttl(
     Raises
     ------
     ValueError
-        A field or setting that is not a number, NaN or outside its range;
-        the message names it, its value and the range.
+        A field or setting that is not a number or outside its range; the
+        message names it, its value and the range.
 
     Examples
     --------
@@ -175,7 +210,7 @@ def compute_ttl(
     except TypeError:  # unhashable, such as a list: let the check name it
         settings = _check_ttl_settings.__wrapped__(base_ttl, min_ttl, max_ttl, alpha, gamma)
     base_ttl, min_ttl, max_ttl, alpha, gamma = settings
-    values = _read_fields(metadata, _TTL_FIELDS, _TTL_DEFAULTS)
+    values = _read_fields(metadata, _TTL_FIELDS, _TTL_NEUTRAL)
     # The formula is NaN where a factor of 0 meets an overflow: there the TTL is min_ttl.
     if type(values) is tuple:  # scalars
         return min(max(min_ttl, _ttl(*values, base_ttl, alpha, gamma)), max_ttl)
@@ -194,7 +229,7 @@ def perplexity_factor(perplexity: float | np.ndarray) -> float | np.ndarray:
     >>> perplexity_factor(30.0), round(perplexity_factor(15.0), 12)
     (0.0, 0.08)
     """
-    return 0.24 * ((30.0 - perplexity) / (30.0 + perplexity))
+    return 0.24 * ((NEUTRAL_PERPLEXITY - perplexity) / (NEUTRAL_PERPLEXITY + perplexity))
 
 
 def select_backend(
@@ -213,9 +248,9 @@ def select_backend(
     Parameters
     ----------
     metadata : mapping
-        ``perplexity`` (> 0; absent = neutral: only recency and variance
-        decide), ``time_variance`` (0..1; absent = 0), ``seconds_since_access``
-        (>= 0; absent = just used). Scalars, or arrays that broadcast, shape (n,).
+        ``perplexity``, ``time_variance``, ``seconds_since_access``, as for
+        `compute_ttl`. Where the perplexity is unknown, only recency and variance
+        decide; an unknown variance is 0, and an unknown time means just used.
     hot_threshold, recent_seconds, cold_threshold, variance_threshold : float
         See `HeuristicConfig`.
 
@@ -273,34 +308,33 @@ def _tier_code(perplexity, variance, since_s, hot, recent_s, cold, variance_thre
     return one + (perplexity > cold) - is_hot  # hot <= cold, so never both
 
 
-def _read_fields(metadata, names, defaults):
+def _read_fields(metadata, names, neutral):
     """Return the fields' values, checked: a tuple of floats, or a list of arrays."""
     if type(metadata) is dict:
         # The common case first and in one go: three plain numbers inside their ranges.
-        perplexity = metadata.get("perplexity", defaults[0])
+        perplexity = metadata.get("perplexity", neutral[0])
         variance = metadata.get("time_variance", 0.0)
         other = metadata.get(names[2], 0.0)  # a count or seconds: both have the same range
         if (
             type(perplexity) in _PLAIN
             and type(variance) in _PLAIN
             and type(other) in _PLAIN
-            and TINY <= perplexity <= _LARGEST
+            and 0.0 < perplexity <= _LARGEST
             and 0.0 <= variance <= 1.0
             and 0.0 <= other <= _LARGEST
         ):
             return float(perplexity), float(variance), float(other)
     elif not isinstance(metadata, Mapping):
-        raise ValueError(f"metadata must be a mapping of field names to numbers, got {metadata!r}")
-    return _read_arrays(metadata, names, defaults)
+        raise ValueError(_NO_MAPPING.format(metadata))
+    return _read_arrays(metadata, names, neutral)
 
 
-def _read_arrays(metadata, names, defaults):
+_NO_MAPPING = "metadata must be a mapping of field names to numbers, got {!r:.80}"
+
+
+def _read_arrays(metadata, names, neutral):
     """Return the fields as float-like arrays of one shape, or as floats if all are scalars."""
-    arrays = [
-        _as_numbers(name, metadata.get(name, default)) for name, default in zip(names, defaults)
-    ]
-    for name, array in zip(names, arrays):
-        _check_range(name, array)
+    arrays = [_read_array(name, metadata.get(name), value) for name, value in zip(names, neutral)]
     if all(array.ndim == 0 for array in arrays):
         return tuple(float(array) for array in arrays)
     try:
@@ -310,30 +344,47 @@ def _read_arrays(metadata, names, defaults):
         raise ValueError(f"metadata arrays must broadcast to one shape, got {shapes}") from error
 
 
-def _as_numbers(name, value):
-    """Return `value` as an array of real numbers; text, None, bool, complex are errors."""
-    try:
-        array = np.asarray(float(value) if type(value) is int else value)
-    except (ValueError, OverflowError):  # ragged lists; integers beyond a float
-        array = None
-    if array is None or array.dtype.kind not in "iuf":
-        raise ValueError(f"{name} must be a number ({_RANGES[name][2]}), got {value!r}")
+def _read_array(name, value, neutral):
+    """Return a field as an array of real numbers in its range; the unknown ones are `neutral`."""
+    array = _as_array(value)
+    if array is None or array.dtype.kind not in "iuf":  # text, bool, complex, dates
+        raise _no_number(name, METADATA_FIELDS[name].allowed, value)
+    if _has_unknown(name, array):
+        # In double precision: a narrower one could round a threshold up.
+        return np.where(np.isnan(array), neutral, array.astype(np.float64, copy=False))
     return array
 
 
-def _check_range(name, array):
-    """Raise for the first value outside the field's range (NaN is outside every range)."""
-    low, high, allowed = _RANGES[name]
-    flat = array.reshape(-1)
+def _as_array(value):
+    """Return `value` as an array in which None is NaN; None if it is not one of equal rows."""
+    try:
+        array = np.asarray(float(value) if type(value) is int else value)
+        if array.dtype == object:
+            numbers = [math.nan if item is None else item for item in array.flat]
+            array = np.array(numbers).reshape(array.shape)
+    except (ValueError, OverflowError):  # ragged lists; integers beyond a float
+        return None
+    return array
+
+
+def _has_unknown(name, array):
+    """Say whether some values are NaN; raise for the first one outside the field's range."""
+    _, low, high, open_low, *_ = field = METADATA_FIELDS[name]
+    flat, has_unknown = array.reshape(-1), False
     for start in range(0, flat.size, _BLOCK):
-        # In double precision: TINY is 0 in any smaller one.
+        # In double precision: the limits are out of reach of a narrower one.
         block = flat[start : start + _BLOCK].astype(np.float64, copy=False)
-        # min and max both carry NaN on, and NaN fails each comparison.
-        if low <= block.min() and block.max() <= high:
+        # One NaN makes both NaN, which is in no range.
+        if in_range(block.min(), low, high, open_low) and block.max() <= high:
             continue
-        at = start + int(np.argmin((block >= low) & (block <= high)))
-        where = f" at index {at}" if array.ndim else ""
-        raise ValueError(f"{name} must be {allowed}, got {flat[at].item()!r}{where}")
+        unknown = np.isnan(block)
+        bad = ~(in_range(block, low, high, open_low) | unknown)
+        if bad.any():
+            at = start + int(np.argmax(bad))
+            where = f" at index {at}" if array.ndim else ""
+            raise ValueError(f"{name} must be {field.allowed}, got {flat[at].item()!r}{where}")
+        has_unknown = True
+    return has_unknown
 
 
 def _by_blocks(arrays, decide, dtype):
@@ -350,36 +401,130 @@ def _by_blocks(arrays, decide, dtype):
 @functools.lru_cache(maxsize=128, typed=True)  # typed: 1 is not True
 def _check_ttl_settings(base_ttl, min_ttl, max_ttl, alpha, gamma):
     """Return the settings as floats, or name the first one out of range in a ValueError."""
-    base_ttl = _check_setting("base_ttl", base_ttl, 0, math.inf, "> 0 and finite (seconds)")
-    max_ttl = _check_setting("max_ttl", max_ttl, 0, math.inf, "> 0 and finite (seconds)")
-    allowed = f"> 0 and <= max_ttl ({max_ttl} s)"
-    min_ttl = _check_setting("min_ttl", min_ttl, 0, math.nextafter(max_ttl, math.inf), allowed)
-    alpha = _check_setting("alpha", alpha, -TINY, math.inf, ">= 0 and finite")
-    gamma = _check_setting("gamma", gamma, -TINY, math.nextafter(1, 2), "0..1")
+    base_ttl = check_number("base_ttl", base_ttl, 0, FINITE, True)
+    max_ttl = check_number("max_ttl", max_ttl, 0, FINITE, True)
+    min_ttl = check_number("min_ttl", min_ttl, 0, max_ttl, True, "max_ttl")
+    alpha = check_number("alpha", alpha, 0, FINITE)
+    gamma = check_number("gamma", gamma, 0, 1)
     return base_ttl, min_ttl, max_ttl, alpha, gamma
 
 
 @functools.lru_cache(maxsize=128, typed=True)  # typed: 1 is not True
 def _check_tier_settings(hot_threshold, recent_seconds, cold_threshold, variance_threshold):
     """Return the settings as floats, or name the first one out of range in a ValueError."""
-    cold = _check_setting("cold_threshold", cold_threshold, 0, math.inf, "> 0 and finite")
-    allowed = f"> 0 and <= cold_threshold ({cold})"
-    hot = _check_setting("hot_threshold", hot_threshold, 0, math.nextafter(cold, math.inf), allowed)
-    recent_s = _check_setting("recent_seconds", recent_seconds, -TINY, math.inf, ">= 0 and finite")
-    variance = _check_setting(
-        "variance_threshold", variance_threshold, -TINY, math.nextafter(1, 2), "0..1"
-    )
+    cold = check_number("cold_threshold", cold_threshold, 0, FINITE, True)
+    hot = check_number("hot_threshold", hot_threshold, 0, cold, True, "cold_threshold")
+    recent_s = check_number("recent_seconds", recent_seconds, 0, FINITE)
+    variance = check_number("variance_threshold", variance_threshold, 0, 1)
     return hot, recent_s, cold, variance
 
 
-def _check_setting(name, value, above, below, allowed):
-    """Return `value` as a float if it is a real number (bool is not) in ]above, below[."""
+def check_metadata(metadata: KVMetadata | Mapping[str, Any] | None) -> dict[str, float]:
+    """Return what is known about one request: one number a field, without the unknown ones.
+
+    Parameters
+    ----------
+    metadata : mapping, optional
+        Fields of `KVMetadata`; None and NaN mean "unknown".
+
+    Raises
+    ------
+    ValueError
+        Names the field, its value and the allowed range; an array is no number, and a
+        field that is not in `METADATA_FIELDS` is answered with the nearest one.
+
+    Examples
+    --------
+    >>> check_metadata({"perplexity": 12, "time_variance": None})
+    {'perplexity': 12.0}
+    >>> check_metadata({"perplexty": 12})
+    Traceback (most recent call last):
+        ...
+    ValueError: unknown metadata field 'perplexty': did you mean 'perplexity'?
+    """
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, Mapping):
+        raise ValueError(_NO_MAPPING.format(metadata))
+    known = {}
+    for name, value in metadata.items():
+        if name not in METADATA_FIELDS:
+            raise ValueError(unknown_name("metadata field", name, METADATA_FIELDS))
+        field = METADATA_FIELDS[name]
+        if not (value is None or (isinstance(value, (float, np.floating)) and np.isnan(value))):
+            known[name] = check_number(name, value, field.low, field.high, field.open_low)
+    return known
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float, open_low: bool = False, high_name: str = ""
+) -> float:
+    """Return `value` as a float if it is a real number within a range; see `in_range`.
+
+    Raises
+    ------
+    ValueError
+        Names the number, its value and the range; `high_name` is where `high` comes from.
+
+    Examples
+    --------
+    >>> check_number("gamma", 2, 0, 1)
+    Traceback (most recent call last):
+        ...
+    ValueError: gamma must be 0..1, got 2
+    """
+    allowed = range_text(low, high, open_low, high_name)
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise ValueError(f"{name} must be a number ({allowed}), got {value!r}")
+        raise _no_number(name, allowed, value)
     try:
         number = float(value)  # a float32 would compare and compute in its own precision
     except OverflowError:
         number = math.inf
-    if not above < number < below:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    if not in_range(number, low, high, open_low):
+        raise ValueError(f"{name} must be {allowed}, got {value!r:.80}")
     return number
+
+
+def _no_number(name, allowed, value):
+    return ValueError(f"{name} must be a number ({allowed}), got {value!r:.80}")
+
+
+def in_range(value, low: float, high: float, open_low: bool = False):
+    """Say whether a number, or each one of an array, is in a range; NaN never is.
+
+    Examples
+    --------
+    >>> in_range(0.0, 0.0, 1.0), in_range(0.0, 0.0, 1.0, open_low=True)
+    (True, False)
+    """
+    return (value > low if open_low else value >= low) & (value <= high)
+
+
+def range_text(low: float, high: float, open_low: bool = False, high_name: str = "") -> str:
+    """Return a range as an error shows it.
+
+    Examples
+    --------
+    >>> range_text(0, FINITE), range_text(0, 1), range_text(0, 60.0, True, "max_ttl")
+    ('>= 0 and finite', '0..1', '> 0 and <= max_ttl (60.0)')
+    """
+    lowest = f"{'>' if open_low else '>='} {low:g}"
+    if high_name:
+        return f"{lowest} and <= {high_name} ({high})"
+    return f"{lowest} and finite" if high == FINITE else f"{low:g}..{high:g}"
+
+
+def unknown_name(kind: str, name: Any, known: Iterable[str]) -> str:
+    """Return what is wrong with a name, and the nearest known one (or else all of them).
+
+    Examples
+    --------
+    >>> unknown_name("setting", "alhpa", ["alpha", "gamma"])
+    "unknown setting 'alhpa': did you mean 'alpha'?"
+    >>> unknown_name("setting", "speed", ["alpha", "gamma"])
+    "unknown setting 'speed': known are alpha, gamma"
+    """
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    return f"unknown {kind} {name!r:.80}: {hint}"

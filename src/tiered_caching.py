@@ -541,8 +541,8 @@ class MultiTierCache:
             Handed to the engine; a copy that also asks for log-probabilities where
             the perplexity is measured from them.
         metadata : mapping, optional
-            ``perplexity``, ``time_variance``, ``access_count``,
-            ``seconds_since_access``; see `compute_ttl`. What is not given is measured.
+            See `KVMetadata`. What is not given, None or NaN is measured; what
+            `check_metadata` refuses is the reason in the decision's record.
 
         Returns
         -------
@@ -643,10 +643,9 @@ class MultiTierCache:
 
     def _decide(self, draft: Draft, made: Generation) -> None:
         """Fill the draft in step by step: a failure leaves what was known before it."""
-        tokens, given = made.tokens.tolist(), made.metadata
-        draft.metadata = dict(given) if isinstance(given, Mapping) else {}
+        tokens = made.tokens.tolist()
         draft.metadata, draft.metadata_sources = self._measuring().complete(
-            given, tokens, made.perplexity, draft.time_s
+            made.metadata, tokens, made.perplexity, draft.time_s
         )
         draft.ttl_s = float(self.config.ttl(draft.metadata))  # step 4
         draft.wanted_tier = str(self.config.tier(draft.metadata))  # step 5

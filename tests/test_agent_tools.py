@@ -25,6 +25,7 @@ from caching_heuristics import HeuristicConfig
 from kvttl.agents.chat import chat_tokens, read_tool_calls
 from kvttl.agents.langchain import ManagedChatModel, kv_generate_tool, kv_lookup_tool
 from kvttl.agents.loop import chunk_groups, loop_model, plot_chunks, run_loop, turn_table
+from kvttl.manager.clock import SessionClock
 from kvttl.manager.generation import prompt_digest
 from kvttl.plots.decision_plots import plot_timeline
 from kvttl.session.demo_model import DEMO_MODEL, load_tokenizer
@@ -372,11 +373,12 @@ class Scripted:
 def scripted():
     """A function that makes a chat model out of answers, on a controller without a server."""
 
-    def make(*answers):
+    def make(*answers, **options):
         tiers = {tier: InMemoryBackend() for tier in ("gpu", "disk", "remote")}
         local = LocalLMCacheController(chunk_size_tokens=8, backends=tiers)
         engine = Scripted(*answers)
-        return ManagedChatModel(kv_cache=MultiTierCache(local, engine, notify=None)), engine
+        cache = MultiTierCache(local, engine, notify=None, **options)
+        return ManagedChatModel(kv_cache=cache), engine
 
     return make
 
@@ -461,6 +463,13 @@ def test_the_pictures_of_the_loop(loop):
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names[0].startswith("house rules, all agents (")
     assert plot_timeline(loop.records, loop.labels).axes
+
+
+def test_the_loop_sees_every_turn_when_the_manager_keeps_few_records(scripted):
+    model, _ = scripted(*["Done."] * 6, max_records=3, clock=SessionClock(0.0), sweep_every_s=None)
+    loop = run_loop(model, [(0.0, "code")], turns=6, progress=False)
+    assert [r.kind for r in loop.records].count("generation") == 6
+    assert list(turn_table(loop)["agent"]) == ["planner", "engineer", "reviewer"] * 2
 
 
 # ---- tools -------------------------------------------------------------------------------

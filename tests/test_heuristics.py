@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 
 import caching_heuristics as ch
 from caching_heuristics import (
+    METADATA_FIELDS,
     TIER_CODES,
     TIERS,
     HeuristicConfig,
+    KVMetadata,
+    check_metadata,
     compute_ttl,
     perplexity_factor,
     select_backend,
@@ -409,13 +412,12 @@ ALLOWED = {
     "seconds_since_access": ">= 0 and finite",
 }
 GOOD = {"perplexity": 9.0, "time_variance": 0.5, "access_count": 2.0, "seconds_since_access": 7.0}
-OUT_OF_RANGE = [math.nan, math.inf, -math.inf, -1, -1.0, -5e-324, -HUGE, HUGE, -(10**30)]
+OUT_OF_RANGE = [math.inf, -math.inf, -1, -1.0, -5e-324, -HUGE, HUGE, -(10**30)]
 OUT_OF_ONE_RANGE = {"perplexity": [0, 0.0, -0.0], "time_variance": [1.1, 2, 1 + 2**-52]}
 NOT_NUMBERS = [
     "15",
     "",
     b"15",
-    None,
     True,
     False,
     np.True_,
@@ -426,7 +428,7 @@ NOT_NUMBERS = [
     [np.zeros((2, 3)), np.zeros((2, 4))],
     [HUGE],
     [HUGE, 0.5],
-    [1.0, None],
+    [None, "a"],
     [0.5, "a"],
     [True, False],
     {},
@@ -449,7 +451,7 @@ def test_a_number_out_of_range_names_field_value_and_range(name, decide):
     for value in OUT_OF_RANGE + OUT_OF_ONE_RANGE.get(name, []):
         message = message_of(decide, {**GOOD, name: value})
         assert message.startswith(name + " must be ") and ALLOWED[name] in message, message
-        shown = (repr(value), repr(float(value)) if abs(value) < HUGE else "")
+        shown = (repr(value)[:80], repr(float(value)) if abs(value) < HUGE else "")
         assert message.endswith(shown), message
 
 
@@ -457,13 +459,13 @@ def test_a_number_out_of_range_names_field_value_and_range(name, decide):
 @pytest.mark.parametrize("value", NOT_NUMBERS, ids=lambda value: repr(value)[:24])
 def test_what_is_not_a_number_names_field_value_and_range(name, decide, value):
     message = message_of(decide, {**GOOD, name: value})
-    assert message == f"{name} must be a number ({ALLOWED[name]}), got {value!r}"
+    assert message == f"{name} must be a number ({ALLOWED[name]}), got {value!r:.80}"
 
 
 @pytest.mark.parametrize("name, decide", FIELD_AND_USER)
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.longdouble])
 def test_one_bad_element_is_named_by_index_and_value(name, decide, dtype):
-    for value in [math.nan, math.inf, -1.0] + OUT_OF_ONE_RANGE.get(name, [])[:2]:
+    for value in [math.inf, -1.0] + OUT_OF_ONE_RANGE.get(name, [])[:2]:
         column = np.full(11, 0.5, dtype)
         column[7] = value
         message = message_of(decide, {**GOOD, name: column})
@@ -472,25 +474,16 @@ def test_one_bad_element_is_named_by_index_and_value(name, decide, dtype):
 
 
 @pytest.mark.parametrize("name, decide", FIELD_AND_USER)
-def test_a_missing_value_in_a_series_is_named(name, decide):
-    for dtype in ("float64", "Float64"):
-        message = message_of(decide, {**GOOD, name: pd.Series([0.5, None], dtype=dtype)})
-        assert message == f"{name} must be {ALLOWED[name]}, got nan at index 1"
-
-
-@pytest.mark.parametrize("name, decide", FIELD_AND_USER)
 def test_the_first_bad_element_is_found_in_a_later_block(name, decide):
     column = np.full(3 * ch._BLOCK, 0.5)
     at = 2 * ch._BLOCK + 5
-    column[[at, at + 1]] = math.nan, -3.0
-    assert message_of(decide, {**GOOD, name: column}).endswith(f"got nan at index {at}")
-    column[at] = -2.0
+    column[[5, at, at + 1]] = math.nan, -2.0, -3.0  # what is unknown is no error
     assert message_of(decide, {**GOOD, name: column}).endswith(f"got -2.0 at index {at}")
 
 
 @pytest.mark.parametrize("name, decide", FIELD_AND_USER)
 def test_scalars_of_narrow_types_are_checked_too(name, decide):
-    bad = [np.float32(math.inf), np.float16(math.nan), np.int8(-1), np.array(-1.0)]
+    bad = [np.float32(math.inf), np.int8(-1), np.array(-1.0)]
     bad += [np.float32(0), np.float16(0)] if name == "perplexity" else []
     for value in bad:
         message = message_of(decide, {**GOOD, name: value})
@@ -502,6 +495,119 @@ def test_scalars_of_narrow_types_are_checked_too(name, decide):
 def test_metadata_must_be_a_mapping(decide, bad):
     message = message_of(decide, bad)
     assert message.startswith("metadata must be a mapping") and message.endswith(repr(bad))
+
+
+# --- None and NaN: unknown ----------------------------------------------------------------
+
+
+def without_unknown(values):
+    return {name: value for name, value in values.items() if value == value is not None}
+
+
+unknown = st.sampled_from([None, math.nan])
+partly_known = st.fixed_dictionaries(
+    {
+        "perplexity": perplexities | unknown,
+        "time_variance": variances | unknown,
+        "access_count": counts | unknown,
+        "seconds_since_access": ages_s | unknown,
+    }
+)
+
+
+@given(partly_known, ttl_settings, tier_settings)
+def test_unknown_is_absent(values, for_ttl, for_tier):
+    known = without_unknown(values)
+    assert compute_ttl(values, **for_ttl) == compute_ttl(known, **for_ttl)
+    assert select_backend(values, **for_tier) == select_backend(known, **for_tier)
+    assert check_metadata(values) == {name: float(value) for name, value in known.items()}
+
+
+@given(st.lists(partly_known, min_size=1, max_size=20), ttl_settings, tier_settings)
+def test_unknown_in_an_array_is_absent_too(rows, for_ttl, for_tier):
+    rows = [{n: None if v is None else float(v) for n, v in row.items()} for row in rows]
+    columns = {name: [row[name] for row in rows] for name in METADATA_FIELDS}
+    arrays = {name: np.array(column, float) for name, column in columns.items()}
+    for trace in (columns, arrays):  # None in a list, NaN in an array
+        ttl_s, tiers = compute_ttl(trace, **for_ttl), select_backend(trace, **for_tier)
+        for index, row in enumerate(map(without_unknown, rows)):
+            assert ttl_s[index] == compute_ttl(row, **for_ttl)
+            assert tiers[index] == select_backend(row, **for_tier)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.longdouble])
+def test_unknown_in_narrow_arrays_of_several_blocks(decide, dtype):
+    """A threshold that the dtype cannot hold must not be rounded to it."""
+    column = np.full(2 * ch._BLOCK + 3, 40.0, dtype)
+    column[[0, ch._BLOCK, -1]] = math.nan
+    settings = {"hot_threshold": 20.01} if decide is select_backend else {}
+    for name in ("perplexity", "access_count", "seconds_since_access"):
+        result = np.broadcast_to(decide({name: column}, **settings), column.shape)
+        assert (result[np.isnan(column)] == decide({}, **settings)).all()
+        assert (result[~np.isnan(column)] == decide({name: 40.0}, **settings)).all()
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "unknown_one", [None, math.nan, np.float16("nan"), np.array(math.nan), np.array(None)]
+)
+def test_an_unknown_scalar_of_any_kind(decide, unknown_one):
+    for name in METADATA_FIELDS:
+        known = {other: value for other, value in GOOD.items() if other != name}
+        assert decide({**GOOD, name: unknown_one}) == decide(known)
+
+
+@BOTH
+def test_a_missing_value_in_a_series_is_unknown(decide):
+    for name in METADATA_FIELDS:
+        known = {other: value for other, value in GOOD.items() if other != name}
+        for dtype in ("float64", "Float64", "object"):
+            column = pd.Series([0.5, None], dtype=dtype)
+            result = np.broadcast_to(decide({**GOOD, name: column}), 2)
+            assert result.tolist() == [decide({**GOOD, name: 0.5}), decide(known)]
+
+
+# --- one request's metadata ---------------------------------------------------------------
+
+
+def test_the_table_of_fields_is_the_type_of_metadata():
+    assert set(METADATA_FIELDS) == set(KVMetadata.__annotations__) == set(ALLOWED)
+    assert {name: field.allowed for name, field in METADATA_FIELDS.items()} == ALLOWED
+    neutral = {name: field.neutral for name, field in METADATA_FIELDS.items()}
+    assert compute_ttl(neutral) == compute_ttl({}) == 3600.0
+
+
+@pytest.mark.parametrize("name", METADATA_FIELDS)
+@pytest.mark.parametrize(
+    "value", [[12.0], [1.0, 2.0], [], np.array([1.0]), np.array(1.0), *NOT_NUMBERS], ids=repr
+)
+def test_one_request_has_one_number_a_field(name, value):
+    message = message_of(check_metadata, {**GOOD, name: value})
+    assert message == f"{name} must be a number ({ALLOWED[name]}), got {value!r:.80}"
+
+
+@pytest.mark.parametrize("name", METADATA_FIELDS)
+def test_one_request_with_a_number_out_of_range(name):
+    for value in OUT_OF_RANGE + OUT_OF_ONE_RANGE.get(name, []):
+        message = message_of(check_metadata, {**GOOD, name: value})
+        assert message == f"{name} must be {ALLOWED[name]}, got {value!r:.80}"
+
+
+def test_an_unknown_field_is_answered_with_the_nearest_one():
+    message = message_of(check_metadata, {"perplexty": None})
+    assert message == "unknown metadata field 'perplexty': did you mean 'perplexity'?"
+    message = message_of(check_metadata, {"tenant": 1})
+    assert message == f"unknown metadata field 'tenant': known are {', '.join(METADATA_FIELDS)}"
+    assert len(message_of(check_metadata, {"x" * 10**6: 1})) < 300
+
+
+def test_one_requests_metadata_is_plain_floats():
+    given_metadata = {"perplexity": np.float32(2), "access_count": 3, "time_variance": np.int8(1)}
+    known = check_metadata(given_metadata)
+    assert known == given_metadata and {type(value) for value in known.values()} == {float}
+    assert check_metadata(None) == check_metadata({}) == {}
+    assert message_of(check_metadata, [1, 2]).startswith("metadata must be a mapping")
 
 
 @BOTH
@@ -517,9 +623,9 @@ def test_the_limits_of_each_range_are_allowed(decide):
 # --- bad settings are named ---------------------------------------------------------------
 
 TTL_SETTINGS = {
-    "base_ttl": "> 0 and finite (seconds)",
-    "min_ttl": "> 0 and <= max_ttl (604800.0 s)",
-    "max_ttl": "> 0 and finite (seconds)",
+    "base_ttl": "> 0 and finite",
+    "min_ttl": "> 0 and <= max_ttl (604800.0)",
+    "max_ttl": "> 0 and finite",
     "alpha": ">= 0 and finite",
     "gamma": "0..1",
 }
@@ -550,7 +656,7 @@ def test_a_setting_out_of_range_names_field_value_and_range(name, allowed):
     for call in callers(name):
         for value in bad:
             for _ in range(2):  # an error is never remembered as valid
-                assert message_of(call, value) == f"{name} must be {allowed}, got {value!r}"
+                assert message_of(call, value) == f"{name} must be {allowed}, got {value!r:.80}"
 
 
 @pytest.mark.parametrize("name, allowed", (TTL_SETTINGS | TIER_SETTINGS).items())
@@ -575,7 +681,7 @@ def test_true_is_not_taken_for_a_remembered_one():
 def test_limits_in_the_wrong_order_are_named():
     for call in (lambda **kw: compute_ttl({}, **kw), HeuristicConfig):
         message = message_of(call, min_ttl=61, max_ttl=60)
-        assert message == "min_ttl must be > 0 and <= max_ttl (60.0 s), got 61"
+        assert message == "min_ttl must be > 0 and <= max_ttl (60.0), got 61"
     for call in (lambda **kw: select_backend({}, **kw), HeuristicConfig):
         message = message_of(call, hot_threshold=50.5)
         assert message == "hot_threshold must be > 0 and <= cold_threshold (50.0), got 50.5"

@@ -168,11 +168,12 @@ def test_shared_prefix_follows_when_the_last_hot_claim_has_ended(stack, llm, gre
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
-        ({"perplexity": float("nan")}, "perplexity must be > 0"),
+        ({"perplexity": -1}, "perplexity must be > 0"),
         ({"time_variance": 3}, "time_variance must be 0..1, got 3"),
         ({"access_count": "many"}, "access_count must be a number"),
         ([1, 2], "metadata"),
-        ({"perplexity": [1.0, 2.0]}, ""),
+        ({"perplexity": [1.0, 2.0]}, "perplexity must be a number"),
+        ({"perplexty": 90.0}, "did you mean 'perplexity'"),
     ],
 )
 def test_bad_metadata_becomes_a_record(cache, greedy, fresh_text, metadata, reason):

@@ -26,6 +26,7 @@ from caching_heuristics import HeuristicConfig
 from kvttl.decisions.log import DecisionLog, read_records
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheUnavailable
+from kvttl.plots.decision_plots import plot_session
 from kvttl.session.launch import managed
 from tiered_caching import MultiTierCache, Policy
 
@@ -218,6 +219,28 @@ def test_a_batch_with_metadata_of_its_own_for_each(cache):
     assert cache.records[-1].error == ""
 
 
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        ({"perplexity": [12.0]}, "perplexity must be a number (> 0 and finite), got [12.0]"),
+        ({"perplexity": [12.0, 13.0]}, "perplexity must be a number"),
+        ({"perplexty": 90.0}, "unknown metadata field 'perplexty': did you mean 'perplexity'?"),
+    ],
+)
+def test_metadata_that_is_refused_is_a_reason_and_no_decision(cache, metadata, reason):
+    assert cache.generate_and_manage(PROMPT, None, metadata) == PROMPT.upper()
+    record = cache.records[-1]
+    assert reason in record.error and (record.wanted_tier, record.metadata) == (None, {})
+    plot_session(cache.records)
+
+
+def test_metadata_that_is_unknown_is_measured(cache):
+    cache.generate_and_manage(PROMPT, None, {"perplexity": None, "access_count": float("nan")})
+    sources = cache.records[-1].metadata_sources
+    assert (sources["perplexity"], sources["access_count"]) == ("absent", "history")
+    assert cache.records[-1].error == ""
+
+
 def test_batches_that_are_refused_before_anything_is_generated(cache):
     for metadata in ([WARM], [WARM] * 3, []):
         with pytest.raises(ValueError, match=f"metadata must have 2 items .*, got {len(metadata)}"):
@@ -276,9 +299,9 @@ def test_the_engines_own_error_passes_through_and_no_engine_is_said(cache):
 
 
 def test_explicit_metadata_is_what_decides(cache):
-    cache.generate_and_manage(PROMPT, None, {**COLD, "project": "x"})
+    cache.generate_and_manage(PROMPT, None, COLD)
     record = cache.records[-1]
-    assert dict(record.metadata) == {**COLD, "project": "x"}
+    assert dict(record.metadata) == COLD
     assert record.metadata_sources == dict.fromkeys(FIELDS, "caller")
     assert (record.wanted_tier, record.ttl_s) == ("remote", CONFIG.ttl(COLD))
     assert hottest(cache, PROMPT) == ["remote", "remote"]
@@ -546,25 +569,20 @@ def test_kv_that_appears_after_the_health_check_failed_is_moved_by_a_sweep(cache
     assert hottest(cache, PROMPT) == ["disk", "disk"]
 
 
-@pytest.mark.parametrize("method", ["move", "layout_of"])
-def test_a_promotion_that_breaks_off_half_way_still_expires(cache, method):
+def test_a_promotion_that_breaks_off_half_way_still_expires(cache):
     """The copy came although the answer did not: it must not be taken for a load's buffer."""
     controller, move = cache.controller, cache.controller.move
     cache.generate_and_manage(PROMPT, None, WARM)
     assert hottest(cache, PROMPT) == ["disk", "disk"]
 
     def moved_and_gone(*args, **options):
-        done = move(*args, **options)
-        Away(controller, "layout_of")
-        if method == "move":
-            raise LMCacheUnavailable("LMCache is away")
-        return done
+        move(*args, **options)
+        raise LMCacheUnavailable("LMCache is away")
 
     controller.move = moved_and_gone
     cache.generate_and_manage(PROMPT, None, HOT)
     assert "LMCache is away" in cache.records[-1].error
     controller.move = move
-    del controller.layout_of
     assert hottest(cache, PROMPT) == ["gpu", "gpu"]
     cache.clock.now_s += HOT_TTL_S
     cache.sweep()

@@ -33,7 +33,7 @@ from kvttl.replay.tables import (
     wide,
 )
 from kvttl.session.calibrate import calibrate
-from kvttl.sliders.replay_tab import SLIDERS, ReplayPicture, ReplayTab, readout, replay_view
+from kvttl.sliders.replay_tab import SLIDERS, ReplayPicture, ReplayTab, replay_readout, replay_view
 from kvttl.traces.builder import make_trace
 from kvttl.traces.generator import agent_loops
 from kvttl.traces.reading import traces_at_hand
@@ -334,7 +334,7 @@ def test_the_plain_functions_work_without_widgets():
     picture = ReplayPicture(index)
     empty = picture.png()
     picture.update(view)
-    assert picture.png() != empty and "with the same memory" in readout(view)
+    assert picture.png() != empty and "with the same memory" in replay_readout(view)
     with pytest.raises(ValueError, match="at least one trace"):
         ReplayTab({})
 

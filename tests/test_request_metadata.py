@@ -444,21 +444,24 @@ def measured(source="generation", **arguments):
 
 def test_what_the_caller_gave_is_kept_and_the_access_is_counted():
     measure = measured()
-    given = {**GIVEN, "tenant": "a"}
-    metadata, sources = measure.complete(given, [1, 2], measure.of_answer(made([0.0])), 0)
-    assert metadata == given and metadata is not given
+    metadata, sources = measure.complete(GIVEN, [1, 2], measure.of_answer(made([0.0])), 0)
+    assert metadata == GIVEN and metadata is not GIVEN
     assert sources == dict.fromkeys(FIELDS, "caller")
     assert measure.history.observe([1, 2], 1).access_count == 1
 
 
+@pytest.mark.parametrize("unknown", [{}, None, math.nan])
 @pytest.mark.parametrize("field", sorted(FIELDS))
-def test_a_missing_field_is_measured(field):
+def test_a_field_that_is_missing_or_unknown_is_measured(field, unknown):
     given = {name: value for name, value in GIVEN.items() if name != field}
+    if unknown != {}:
+        given[field] = unknown
     measure = measured(vocab_size=100)
     for now_s in (0, 10, 40):
         metadata, sources = measure.complete(given, [1, 2], measure.of_answer(made([0.0])), now_s)
     seen = {"access_count": 2, "seconds_since_access": 30.0, "time_variance": 1 / 3}
-    assert metadata == pytest.approx({**GIVEN, "perplexity": 1.0, **seen, **given})
+    known = {name: value for name, value in GIVEN.items() if name != field}
+    assert metadata == pytest.approx({"perplexity": 1.0, **seen, **known})
     source = "generation" if field == "perplexity" else "history"
     assert sources == {**dict.fromkeys(FIELDS, "caller"), field: source}
 
@@ -471,10 +474,18 @@ def test_nothing_given_is_enough_for_the_heuristics():
     assert (config.ttl(metadata), config.tier(metadata)) == (3600.0, "gpu")
 
 
-@pytest.mark.parametrize("given", [3, "x", [("perplexity", 3)]])
-def test_metadata_that_is_no_mapping_is_refused_after_counting(given):
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (3, "metadata must be a mapping of field names to numbers, got 3"),
+        ([("perplexity", 3)], "metadata must be a mapping"),
+        ({"perplexity": [12.0]}, r"perplexity must be a number .* got \[12.0\]"),
+        ({"perplexty": 90.0}, "did you mean 'perplexity'"),
+    ],
+)
+def test_metadata_that_is_refused_is_counted_all_the_same(given, reason):
     measure = measured()
-    with pytest.raises(ValueError, match="metadata must be a mapping of field names to numbers"):
+    with pytest.raises(ValueError, match=reason):
         measure.complete(given, [1, 2], None, 0)
     assert measure.history.observe([1, 2], 1).access_count == 1
 

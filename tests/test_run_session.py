@@ -16,7 +16,7 @@ from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.decisions.log import DecisionRecord, read_records
 from kvttl.manager.clock import SessionClock
 from kvttl.plots.decision_plots import TIER_COLOURS, plot_session
-from kvttl.session.run import session_requests, summary, table
+from kvttl.session.run import session_requests, session_summary, session_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -138,7 +138,7 @@ def test_table_summary_and_picture_say_what_the_records_say():
     assert [record.prompt for request, record in rows if request] == [r.prompt for r in requests]
     failed = DecisionRecord(rows[-1][1].time_s, "f0", error="LMCache is away")
     rows.append((requests[0], failed))
-    lines = table(rows).splitlines()[-len(rows) :]
+    lines = session_table(rows).splitlines()[-len(rows) :]
     for (request, record), line in zip(rows, lines):
         if request is None:
             assert f"TTL in {record.from_tier} ended" in line
@@ -151,7 +151,7 @@ def test_table_summary_and_picture_say_what_the_records_say():
     ended = len(rows) - 13
     assert ended > 0
     for words in ("13 generations", "1 not managed", f"TTLs that ended {ended}:"):
-        assert words in summary(records)
+        assert words in session_summary(records)
 
     records = [record for request, record in rows if request]
     tiers = plot_session(records).axes[1]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from caching_heuristics import HeuristicConfig
 from kvttl.decisions.sample import sample_records, settings_of
-from kvttl.plots.what_if import changes, read_decisions
+from kvttl.plots.what_if import changes, decisions_of
 from kvttl.settings import default_path, load_settings, save_settings, settings_from, to_yaml
 from kvttl.sliders.controls import SETTINGS, Control
 from kvttl.sliders.explorer import PRESETS, Explorer
@@ -57,7 +57,7 @@ def test_the_plain_function_sets_draws_and_tells(explorer, records):
     assert config == explorer.config == HeuristicConfig(alpha=0.5, base_ttl=400, hot_threshold=9)
     assert explorer.image.value != before[0] and explorer.readout.value != before[1]
     assert drawn_ttls(explorer)[0] == pytest.approx(400 * (1 + 0.24 * 25 / 35))
-    found = changes(read_decisions(records), config, HeuristicConfig())
+    found = changes(decisions_of(records), config, HeuristicConfig())
     assert f"<b>{found.changed} of 102 decisions change tier: gpu→disk" in explorer.readout.value
     for value in found.after_token_s / 1e6:
         assert f"→ {value:,.2f}<" in explorer.readout.value
@@ -367,7 +367,7 @@ def test_fields_left_out_have_their_defaults(text, config, tmp_path):
         ("base_ttl: soon", "base_ttl must be a number .* got 'soon'"),
         ("base_ttl: true", "base_ttl must be a number .* got True"),
         ("alpha: null", "alpha must be a number"),
-        ("base_tll: 5", "no setting 'base_tll'; did you mean 'base_ttl'"),
+        ("base_tll: 5", "unknown setting 'base_tll': did you mean 'base_ttl'"),
         ("1: 5", "no setting 1; known are"),
         ("just text", "must hold `name: number` lines, got 'just text'"),
         ("- 1\n- 2", "must hold `name: number` lines"),

@@ -13,7 +13,7 @@ from caching_heuristics import HeuristicConfig
 from kvttl.manager.metadata import PromptHistory
 from kvttl.replay.engine import BLOCK_POLICIES, POLICY_NAMES, replay, replay_without_capacity
 from kvttl.replay.lru_curve import lru_curve
-from kvttl.replay.policies import POLICIES, Plan, capacities
+from kvttl.replay.policies import POLICIES, Plan, capacities, decisions
 from kvttl.replay.runs import index_runs
 from kvttl.traces.builder import make_trace
 from kvttl.traces.generator import agent_loops
@@ -88,6 +88,17 @@ def test_any_trace_capacity_and_setting(seed, capacity, policy, base_ttl, per, p
         expected = reference.policy_replay(trace, policy, (-1, -1, -1), config, per, perplexity)
         result = replay_without_capacity(trace, config, policy, **options)
         reference.assert_equal(result, expected)
+
+
+@pytest.mark.parametrize("per", ["request", "block"])
+def test_an_unknown_perplexity_is_none(per):
+    """As the live manager decides: in gpu by recency and variance alone, not on disk."""
+    trace = fixtures.random_trace(0)
+    index, nothing_known = index_runs(trace), np.full(trace.requests, np.nan)
+    ttl_s, codes = decisions(index, SHORT, per, nothing_known)
+    expected_s, expected = decisions(index, SHORT, per)
+    assert 0 in codes and codes.tolist() == expected.tolist()
+    assert ttl_s.tolist() == expected_s.tolist()
 
 
 @pytest.mark.parametrize("policy", ["infinite", "ttl", "heuristic"])

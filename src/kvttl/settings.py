@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import tempfile
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from caching_heuristics import HeuristicConfig
+from caching_heuristics import HeuristicConfig, unknown_name
 
 FILE_NAME = "heuristics.yaml"
 PATH_VARIABLE = "KV_HEURISTICS_FILE"
@@ -81,14 +80,12 @@ def settings_from(values: Mapping[str, Any]) -> HeuristicConfig:
     >>> settings_from({"alhpa": 0.5})
     Traceback (most recent call last):
         ...
-    ValueError: there is no setting 'alhpa'; did you mean 'alpha'?
+    ValueError: unknown setting 'alhpa': did you mean 'alpha'?
     """
     names = [field.name for field in fields(HeuristicConfig)]
     for name in values:
         if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
-            raise ValueError(f"there is no setting {name!r}; {hint}")
+            raise ValueError(unknown_name("setting", name, names))
     return HeuristicConfig(**{name: _number(value) for name, value in values.items()})
 
 

@@ -244,8 +244,7 @@ def kv_generate_tool(
     def generate(
         prompt: str, perplexity: float | None = None, time_variance: float | None = None
     ) -> tuple[str, dict[str, Any]]:
-        known = {"perplexity": perplexity, "time_variance": time_variance}
-        kv = {key: value for key, value in known.items() if value is not None}
+        kv = {"perplexity": perplexity, "time_variance": time_variance}  # None = unknown
         tokens = kv_cache.controller.tokenize(prompt)
         ask = desk_of(kv_cache).answer(kv_cache, Ask(tokens, _sampling(fields), kv))
         return ask.text, _kv(ask.record).get("kv", {})

@@ -10,6 +10,7 @@ import operator
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Annotated, Any, TypedDict
 
 import numpy as np
@@ -99,7 +100,7 @@ class LoopRun:
     tickets: dict[str, str] = field(default_factory=dict)
     turns: dict[str, int] = field(default_factory=dict)
     snapshots: list[tuple[float, Mapping[str, str]]] = field(default_factory=list)
-    seen: int = 0  # records of the manager that were looked at
+    last: DecisionRecord | None = None  # of the manager's records, the newest looked at
 
     @property
     def labels(self) -> list[str]:
@@ -186,7 +187,8 @@ def run_loop(
     """
     from tqdm.auto import tqdm
 
-    run = LoopRun(model.kv_cache.clock.start_s, seen=len(model.kv_cache.records))
+    records = model.kv_cache.records
+    run = LoopRun(model.kv_cache.clock.start_s, last=records[-1] if records else None)
     for hours, ticket in tqdm(list(visits), desc="conversations", disable=not progress):
         start = {"messages": [HumanMessage(TICKETS[ticket])], "turns": 0, "at_s": hours * _HOUR}
         agent_graph(model, run, ticket, turns).invoke(start)
@@ -202,8 +204,10 @@ def wait_until(cache: MultiTierCache, run: LoopRun, at_s: float) -> None:
 
 def _note(cache, run):
     """Take over the new records, and look where every chunk is now."""
-    new, run.seen = list(cache.records)[run.seen :], len(cache.records)
+    newest_first = list(reversed(cache.records))
+    new = list(takewhile(lambda record: record is not run.last, newest_first))[::-1]
     run.records += [r for r in new if r.prompt_digest in run.agents]  # others' too are there
+    run.last = newest_first[0] if newest_first else None
     layout = cache.controller.layout_of()
     held = layout.of(cache.controller.instance_id)
     hottest = {key: tiers[0] for key, tiers in zip(layout.keys, held) if tiers}

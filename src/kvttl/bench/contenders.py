@@ -1,4 +1,4 @@
-"""The contenders of `make bench`: one vLLM engine each, and what stands behind it.
+"""The contenders of `make bench`: a table of them, and what runs one: a vLLM engine of its own.
 
 Each serves the same requests and says of every one when its first token came,
 which tier served how many of its tokens, and how much memory its hot tier held.
@@ -8,9 +8,15 @@ clock (storing, evicting once a second) is waited for between two requests.
 
 from __future__ import annotations
 
+import functools
+import json
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -23,15 +29,59 @@ from kvttl.lmcache.model import EVICTION_WATERMARK
 from kvttl.manager.clock import SessionClock, ends_on_the_way
 from kvttl.replay.costs import TierCosts
 from kvttl.session.calibrate import calibrate
-from kvttl.session.launch import managed
+from kvttl.session.launch import be_quiet, managed
 
-NONE, PREFIX, LMCACHE, RETAIN = "no cache", "vLLM prefix cache", "LMCache", "LMCache, retain"
-KIT, TUNED = "kit, defaults", "kit, tuned"
-ORDER = (NONE, PREFIX, LMCACHE, RETAIN, KIT, TUNED)
 MAIN_SHARE = 0.25  # of the working set, in the hot tier
 ANSWER_TOKENS = 4  # a TTFT needs one; a perplexity from the answer some more
 _QUIET_S = 3.0  # the longest wait for LMCache to have stored and evicted
 _POLL_S = 0.02
+_ENGINE_BLOCKS = 192  # of an engine without a prefix cache: three of the longest prompts
+_LEAST_BLOCKS = 66  # vLLM wants room for one prompt of its full context
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One of what is compared.
+
+    Parameters
+    ----------
+    name, colour : str
+        In tables and the picture.
+    every_share : bool
+        It runs at every share of the working set, not only at `MAIN_SHARE`.
+    prefix_cache : bool
+        vLLM's own prefix cache is its hot tier.
+    stack : mapping, optional
+        Settings of its LMCache; None = it has none.
+    config : HeuristicConfig, optional
+        The kit manages it with these settings; None = it is not managed.
+    """
+
+    name: str
+    colour: str
+    every_share: bool = False
+    prefix_cache: bool = False
+    stack: Mapping[str, str] | None = None
+    config: HeuristicConfig | None = None
+
+
+NONE, PREFIX, LMCACHE, RETAIN = "no cache", "vLLM prefix cache", "LMCache", "LMCache, retain"
+KIT, TUNED = "kit, defaults", "kit, tuned"
+_AS_IT_COMES = {"prefetch_policy": "default", "redis_client": "lmcache"}
+_MANAGED = {"prefetch_policy": "default", "redis_client": "kit"}
+CONTENDERS = {
+    row.name: row
+    for row in (
+        Contender(NONE, "#888888"),
+        Contender(PREFIX, "#e69f00", every_share=True, prefix_cache=True),
+        Contender(LMCACHE, "#0072b2", every_share=True, stack=_AS_IT_COMES),
+        Contender(RETAIN, "#56b4e9", stack={**_AS_IT_COMES, "prefetch_policy": "retain"}),
+        Contender(KIT, "#d55e00", every_share=True, stack=_MANAGED, config=HeuristicConfig()),
+        # `bench_settings` replaces the settings of this one.
+        Contender(TUNED, "#009e73", every_share=True, stack=_MANAGED, config=HeuristicConfig()),
+    )
+}
+ORDER = tuple(CONTENDERS)
 
 
 @dataclass
@@ -66,25 +116,21 @@ class Served:
     error: str = ""
 
 
-class Contender:
+class Runner:
     """An engine without LMCache: no cache at all, or vLLM's own prefix cache.
 
     Parameters
     ----------
-    name : str
-        In the tables.
     llm : vllm.LLM
         The engine, with ``disable_log_stats=False``.
-    hot_blocks : int
-        Blocks of its prefix cache; 0 = it has none.
     bytes_per_token : int
         KV cache of a token.
+    hot_blocks : int
+        Blocks of its prefix cache; 0 = it has none.
     """
 
-    def __init__(self, name: str, llm: Any, hot_blocks: int, bytes_per_token: int) -> None:
-        self.name, self.llm = name, llm
-        self.hot_blocks = hot_blocks
-        self.bytes_per_token = bytes_per_token
+    def __init__(self, llm: Any, bytes_per_token: int, hot_blocks: int = 0) -> None:
+        self.llm, self.bytes_per_token, self.hot_blocks = llm, bytes_per_token, hot_blocks
         self.hot_byte_seconds = 0.0
         self._now_s = 0.0
         self._seen: set[int] = set()
@@ -144,11 +190,11 @@ class Contender:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-class LMCacheContender(Contender):
+class LMCacheRunner(Runner):
     """An engine on an LMCache server of its own; with `settings`, managed by the kit."""
 
-    def __init__(self, name: str, llm: Any, stack: Any, bytes_per_token: int) -> None:
-        super().__init__(name, llm, 0, bytes_per_token)
+    def __init__(self, llm: Any, bytes_per_token: int, stack: Any) -> None:
+        super().__init__(llm, bytes_per_token)
         self.stack = stack
         self._http = requests.Session()
         self._http.trust_env = False  # no proxy between us and loopback
@@ -175,7 +221,7 @@ class LMCacheContender(Contender):
         while keys := self._look.layout_of().keys:
             self._look.discard(keys)
             if time.monotonic() > deadline_s:
-                raise RuntimeError(f"{self.name}: LMCache does not give up {len(keys)} chunks")
+                raise RuntimeError(f"LMCache does not give up {len(keys)} chunks")
         self.settle()
 
     @property
@@ -301,3 +347,70 @@ def generate(llm: Any, request: BenchRequest) -> tuple[Any, float]:
     prompt = {"prompt_token_ids": list(request.tokens)}
     output = llm.generate(prompt, sampling(), use_tqdm=False)[0]
     return output, time.perf_counter() - start_s
+
+
+# ---- starting them ----------------------------------------------------------------
+
+
+@contextmanager
+def running_contenders(
+    names: Sequence[str], hot_tokens: int, model: str, config_path: str
+) -> Iterator[dict[str, Runner]]:
+    """Start engines and stacks, each on free ports, with a hot tier of so many tokens."""
+    be_quiet()
+    rows = [CONTENDERS[name] for name in names]
+    size = kv_bytes_per_token(model)
+    with ExitStack() as cleanup:
+        start = functools.partial(_stack, hot_tokens * size, config_path, cleanup)
+        with ThreadPoolExecutor() as pool:
+            stacks = list(pool.map(start, rows))
+        made: dict[str, Runner] = {}
+        cleanup.callback(_close, made)
+        for row, stack in zip(rows, stacks):
+            made[row.name] = _runner(row, stack, hot_tokens, model, size)
+            made[row.name].warm_up((None, 20) if row.config else (None,))
+        yield made
+
+
+def _close(made):
+    """End all at once: each engine takes seconds."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda runner: runner.close(), made.values()))
+
+
+def _stack(hot_bytes, config_path, cleanup, row):
+    """Return the running stack of a contender, None for one without LMCache."""
+    from kvttl.stack.lifecycle import LMCacheStack, load_config
+
+    if row.stack is None:
+        return None
+    folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kv-bench-"))
+    size = {"disk_path": folder, "l1_size_gb": hot_bytes / 2**30}
+    config = load_config(config_path, **size, **row.stack)
+    return cleanup.enter_context(LMCacheStack(config, free_ports=True))
+
+
+def _runner(row, stack, hot_tokens, model, size):
+    from vllm import LLM
+
+    blocks = max(hot_tokens // CHUNK_TOKENS, _LEAST_BLOCKS) if row.prefix_cache else 0
+    options = {
+        "disable_log_stats": False,  # else a request's time to first token is not kept
+        "use_tqdm_on_load": False,
+        "num_gpu_blocks_override": blocks or _ENGINE_BLOCKS,
+    }
+    if stack is not None:
+        return LMCacheRunner(LLM(**stack.engine_kwargs(model, **options)), size, stack)
+    from kvttl.stack.config import StackConfig, engine_kwargs
+
+    kwargs = engine_kwargs(StackConfig(), model, **options, enable_prefix_caching=bool(blocks))
+    del kwargs["kv_transfer_config"]
+    return Runner(LLM(**kwargs), size, blocks)
+
+
+def kv_bytes_per_token(model: str) -> int:
+    """Return the bytes of KV cache that a token takes in bfloat16, from the model's config."""
+    config = json.loads((Path(model) / "config.json").read_text())
+    heads = config.get("num_key_value_heads", config["num_attention_heads"])
+    head = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    return config["num_hidden_layers"] * 2 * heads * head * 2

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from caching_heuristics import compute_ttl, select_backend
-from kvttl.bench.figures import _percentiles, machine
+from kvttl.bench.figures import machine, percentile_line, percentiles, rounded_figures, write_json
 from kvttl.manager.clock import SessionClock
 from kvttl.session.launch import engine, managed, session_stack
 from kvttl.session.run import MAX_TOKENS
@@ -86,13 +86,13 @@ def mode_figures(name, times, records) -> dict[str, float]:
         f"{name}_generations": len(times),
         f"{name}_with_moves": int(moved.sum()),
         f"{name}_not_managed": sum(bool(record.error) for record in records),
-        **_percentiles(name, added_ms),
-        **_percentiles(f"{name}_engine", engine_ms),
+        **percentiles(name, added_ms),
+        **percentiles(f"{name}_engine", engine_ms),
         f"{name}_share": float(added_ms.sum() / called_ms.sum()),
     }
     if name == "sync":
-        figures |= _percentiles("sync_without_moves", added_ms[~moved])
-        figures |= _percentiles("sync_with_moves", added_ms[moved])
+        figures |= percentiles("sync_without_moves", added_ms[~moved])
+        figures |= percentiles("sync_with_moves", added_ms[moved])
     return figures
 
 
@@ -123,18 +123,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--generations", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    figures = decision_costs()
+    about, figures = machine(), decision_costs()
     with session_stack(options.config) as stack:
         from kvttl.session.demo_model import model_path
 
         with engine(stack, model_path()) as llm:
             figures |= compare_modes(stack, llm, options.generations, options.seed)
-    report = {"seed": options.seed, **machine(), **figures}
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(REPORT, {"seed": options.seed, **about, **figures})
     _explain(figures)
-    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
-    print(json.dumps(rounded))
+    print(json.dumps(rounded_figures(figures)))
     return 0
 
 
@@ -143,9 +140,8 @@ def _explain(figures):
         n, moves = figures[f"{name}_generations"], figures[f"{name}_with_moves"]
         print(f"{name}: {n} generations, {moves} with moves; added to the caller, and the engine:")
         rows = [key for key in figures if key.startswith(name) and key.endswith("_p50_ms")]
-        for row in (key.removesuffix("_p50_ms") for key in rows):
-            values = [figures[f"{row}_p{q}_ms"] for q in (50, 90, 99)]
-            print("  {:20} p50 {:8.2f}  p90 {:8.2f}  p99 {:8.2f} ms".format(row, *values))
+        for row in rows:
+            print(percentile_line(row.removesuffix("_p50_ms"), figures))
     print(
         f"  one decision {figures['scalar_us']:.1f} us;"
         f" arrays {figures['array_per_s'] / 1e6:.0f} M decisions/s\n"

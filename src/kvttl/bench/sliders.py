@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-
-from kvttl.bench.figures import machine
+from kvttl.bench.figures import machine, percentiles, rounded_figures, write_json
 from kvttl.decisions.sample import FILE_NAME
 from kvttl.sliders.servers import APP_NOTEBOOK, app_command, free_port, running
 
@@ -28,6 +26,7 @@ GOAL_P50_MS = 120.0
 STEPS = 50
 SLIDERS = ("alpha", "hot_threshold", "base_ttl", "variance_threshold", "recent_seconds")
 
+_BROWSERS = ("chromium", "google-chrome", "chromium-browser", "chrome")  # as in .ci/setup
 _FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -61,7 +60,7 @@ def scratch_project(folder: str | Path, root: str | Path = ".") -> Path:
 
 @contextmanager
 def browser() -> Iterator:
-    """Run headless Chromium; yields Playwright's browser.
+    """Run headless Chromium or Chrome, or what `KV_CHROMIUM` names; yields Playwright's browser.
 
     Raises
     ------
@@ -70,15 +69,22 @@ def browser() -> Iterator:
     """
     from playwright.sync_api import sync_playwright
 
-    path = shutil.which("chromium")
-    if path is None:
-        raise RuntimeError("no chromium on this machine; install it: apt-get install chromium")
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=list(_FLAGS))
+        chromium = playwright.chromium.launch(executable_path=_browser_path(), args=list(_FLAGS))
         try:
             yield chromium
         finally:
             chromium.close()
+
+
+def _browser_path():
+    named = os.environ.get("KV_CHROMIUM")
+    found = map(shutil.which, [named] if named else _BROWSERS)
+    path = next(filter(None, found), None)
+    if path is None:
+        wanted = f"KV_CHROMIUM={named}" if named else "chromium"
+        raise RuntimeError(f"no {wanted} on this machine; install it: apt-get install chromium")
+    return path
 
 
 def open_app(chromium, url: str, timeout_s: float = 60.0):
@@ -107,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args(argv)
+    about = machine("ipywidgets", "ipykernel", "voila", "matplotlib", "playwright")
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="kv-bench-") as folder, browser() as chromium:
         project = scratch_project(Path(folder, "project"))
@@ -117,27 +124,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             page.reload()
             page.wait_for_function("document.querySelector('.kv-picture')?.naturalWidth > 0")
             latencies_ms = slider_steps(page, options.steps)
-            figures = _figures(latencies_ms)
+            figures = percentiles("step", latencies_ms)
+            figures |= {"steps": options.steps, "goal_p50_ms": GOAL_P50_MS}
             figures["chromium"] = chromium.version
-    _write(figures)
-    print(f"{len(latencies_ms)} steps: {figures['p50_ms']:.0f} ms (p50), goal {GOAL_P50_MS:.0f}")
-    print(json.dumps(figures))
+    write_json(REPORT, about | figures)
+    print(f"{options.steps} steps: {figures['step_p50_ms']:.0f} ms (p50), goal {GOAL_P50_MS:.0f}")
+    print(json.dumps(rounded_figures(figures)))
     return 0
-
-
-def _figures(latencies_ms):
-    ranks = (50, 90, 99)
-    values = np.percentile(latencies_ms, ranks)
-    found = {f"p{rank}_ms": round(float(value), 1) for rank, value in zip(ranks, values)}
-    return found | {"steps": len(latencies_ms), "goal_p50_ms": GOAL_P50_MS}
-
-
-def _write(figures):
-    report = machine()
-    packages = ("ipywidgets", "ipykernel", "voila", "matplotlib", "playwright")
-    report["versions"] |= {name: version(name) for name in packages}
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text(json.dumps(report | figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
-from caching_heuristics import TIERS
+from caching_heuristics import METADATA_FIELDS, TIERS
 from kvttl.decisions.record import KINDS, SOURCES, DecisionRecord, parse_record
 
 __all__ = [
@@ -30,8 +31,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-_METADATA = ("perplexity", "time_variance", "access_count", "seconds_since_access")
 
 
 class DecisionLog:
@@ -106,7 +105,9 @@ class DecisionLog:
         OSError
             If it cannot be written, as on a full disk; nothing of it stays then.
         """
-        line = record.to_json(prompts=self._prompts).encode() + b"\n"
+        if record.prompt is not None and not self._prompts:
+            record = replace(record, prompt=None)
+        line = record.to_json().encode() + b"\n"
         with self._lock:
             if self._needs_file(len(line)):
                 self._open_next()
@@ -259,8 +260,8 @@ _DTYPES = {  # of the frame's columns, in order; a tuple = the known categories
     "kind": KINDS,
     **dict.fromkeys(("prompt_digest", "prompt"), "str"),
     **dict.fromkeys(("prompt_tokens", "chunks"), "int64"),
-    **dict.fromkeys(_METADATA, "float64"),
-    **dict.fromkeys([f"{name}_source" for name in _METADATA], SOURCES),
+    **dict.fromkeys(METADATA_FIELDS, "float64"),
+    **dict.fromkeys([f"{name}_source" for name in METADATA_FIELDS], SOURCES),
     "ttl_s": "float64",
     **dict.fromkeys(("wanted_tier", "from_tier"), TIERS),
     **dict.fromkeys([f"{name}_{tier}" for name in _COUNTS for tier in _FRAME_TIERS], "int64"),
@@ -303,7 +304,7 @@ def _row(record):
     """Return one row of the frame, before its columns get their types."""
     row = {name: getattr(record, name) for name in _DTYPES if hasattr(record, name)}
     row["time"] = record.time_s
-    for name in _METADATA:
+    for name in METADATA_FIELDS:
         row[name] = _number(record.metadata.get(name))
         row[f"{name}_source"] = record.metadata_sources.get(name)
     for name in _COUNTS:

@@ -16,15 +16,12 @@ from typing import Any
 import requests
 from urllib3.exceptions import ReadTimeoutError
 
+from kvttl.lmcache.tiers import LMCACHE_TIERS
+
 # uvicorn closes connections idle for 5 s, so a first try may meet a dead one.
 _CONNECTION_RETRIES = 2
 _MAX_DELETE_KEYS = 10_000  # the server's own limit (object_service.MAX_DELETE_BATCH)
 _PAGE_KEYS = 10_000  # the directory's own limit of a listing
-
-# Our tiers' L2 adapters by LMCache's type name. Another one, such as "s3": named here, and in
-# `kvttl.stack.services` where the server is started.
-BACKENDS = {"disk": "fs", "remote": "resp"}
-_SERVER_TIER = {"gpu": ("l1", None)} | {tier: ("l2", name) for tier, name in BACKENDS.items()}
 
 
 class LMCacheError(RuntimeError):
@@ -168,22 +165,21 @@ class LMCacheHTTP:
         return int(self._call(self._coordinator, "GET", path)["total"])
 
     def list_keys(self, instance_id: str, tier: str) -> list[dict]:
-        """Return the directory's entries (with all their placements) of keys in one tier."""
+        """Return the object keys that the directory shows in one tier, of all models."""
         path = f"{_keys_path(instance_id, tier)}&limit={_PAGE_KEYS}"
         keys: list[dict] = []
         while True:
             page = self._call(self._coordinator, "GET", f"{path}&offset={len(keys)}")
             keys += [entry["key"] for entry in page["keys"]]
             if not page["keys"] or len(keys) >= page["total"]:
-                break
-        return self.lookup({"keys": keys}) if keys else []
+                return keys
 
     def delete(self, instance_id: str, tier: str, keys: list[dict]) -> int:
         """Delete objects from one tier of one server; returns how many were locked and stay."""
         locked = 0
-        server_tier, adapter = _SERVER_TIER[tier]
+        level, adapter = LMCACHE_TIERS[tier]
         for start in range(0, len(keys), _MAX_DELETE_KEYS):
-            body = {"keys": keys[start : start + _MAX_DELETE_KEYS], "tier": server_tier}
+            body = {"keys": keys[start : start + _MAX_DELETE_KEYS], "tier": level}
             answer = self._call_server(
                 instance_id, "DELETE", "/cache/objects", {**body, "adapter": adapter}
             )
@@ -274,8 +270,8 @@ class LMCacheHTTP:
 
 
 def _keys_path(instance_id, tier):
-    server_tier, adapter = _SERVER_TIER[tier]
-    path = f"/directory/keys?tier={server_tier}&instance_id={instance_id}"
+    level, adapter = LMCACHE_TIERS[tier]
+    path = f"/directory/keys?tier={level}&instance_id={instance_id}"
     return path + (f"&backend={adapter}" if adapter else "")
 
 

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from caching_heuristics import METADATA_FIELDS, check_metadata
+
 logger = logging.getLogger(__name__)
 
 MEASURE_LOGPROBS = 20  # vLLM's default max_logprobs: an engine refuses more
 PERPLEXITY_SOURCES = ("generation", "prompt", "off")
-_COUNTED = ("access_count", "time_variance", "seconds_since_access")
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +289,7 @@ class RequestMetadata:
     >>> measure = RequestMetadata(PromptHistory(2), "prompt", scorer=lambda tokens: 12.5)
     >>> metadata, sources = measure.complete({"access_count": 3}, [1, 2], None, now_s=0)
     >>> [(metadata[name], sources[name]) for name in ("access_count", "perplexity")]
-    [(3, 'caller'), (12.5, 'prompt')]
+    [(3.0, 'caller'), (12.5, 'prompt')]
     """
 
     def __init__(
@@ -326,19 +327,21 @@ class RequestMetadata:
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Count the access; return the metadata, and by heuristic field where it is from.
 
-        That is ``"caller"`` (`given` is kept as it is, unknown fields too), ``"history"``,
-        ``"generation"``, ``"prompt"``, ``"remembered"`` or ``"absent"``.
+        That is ``"caller"``, ``"history"``, ``"generation"``, ``"prompt"``,
+        ``"remembered"`` or ``"absent"``.
+
+        Raises
+        ------
+        ValueError
+            As `check_metadata` of `given`; the access is counted all the same.
         """
         seen = self.history.observe(tokens, now_s)
-        given = {} if given is None else given
-        if not isinstance(given, Mapping):
-            raise ValueError(f"metadata must be a mapping of field names to numbers, got {given!r}")
-        metadata = dict(given)
-        sources = dict.fromkeys((*_COUNTED, "perplexity"), "caller")
-        for name in _COUNTED:
-            if name not in given:
+        metadata = check_metadata(given)
+        sources = dict.fromkeys(METADATA_FIELDS, "caller")
+        for name in METADATA_FIELDS:
+            if name not in metadata and hasattr(seen, name):
                 metadata[name], sources[name] = getattr(seen, name), "history"
-        if "perplexity" not in given:
+        if "perplexity" not in metadata:
             value, sources["perplexity"] = self._perplexity(seen.key, tokens, perplexity)
             if value is not None:
                 metadata["perplexity"] = value

@@ -212,17 +212,22 @@ class KVPlacement:
             self._write_ahead(claim_record(draft.prompt_digest, layout.keys, draft.wish))
         if not all(held):
             self.controller.check_health()  # says why, if LMCache is away
+        tiers = dict(zip(layout.keys, held))
         for (source, target, timeout_s), chunks in plan.items():
-            what = {"tokens": tokens, "chunks": chunks}
-            draft.moves.append(self._move(source, target, timeout_s, **what))
-        if any(move["moved_chunks"] for move in draft.moves):
-            held = self.controller.layout_of(layout.keys).of(self.controller.instance_id)
-            draft.tier_after = by_hottest(held)
-        return held
+            what = {"tokens": tokens, "chunks": chunks, "layout": layout}
+            move, seen = self._move(source, target, timeout_s, **what)
+            draft.moves.append(move)
+            if move["moved_chunks"]:
+                tiers |= seen
+                draft.tier_after = by_hottest(tiers.values())
+        return tuple(tiers.values())
 
     def _move(self, source, target, timeout_s, **what):
+        """Return what a move did, and where its chunks were seen last."""
         here = self.controller.instance_id
-        return self.controller.move([here, source], [here, target], timeout_s=timeout_s, **what)
+        done = self.controller.move([here, source], [here, target], timeout_s=timeout_s, **what)
+        layout = done.pop("layout")  # the rest goes into a record
+        return done, {} if layout is None else dict(zip(layout.keys, layout.of(here)))
 
     # ---- moves that are under way --------------------------------------------------
 
@@ -367,7 +372,7 @@ class KVPlacement:
             if mine and target is None:
                 stay, reason = self.controller.discard(mine), "a copy is still shown (in use?)"
             elif mine:
-                move = self._move(source, target, None, keys=mine)
+                move, _ = self._move(source, target, None, keys=mine)
                 stay, reason = len(mine) - move["moved_chunks"], move["reason"]
             if mine and stay:
                 left |= dict.fromkeys(self._still_above(mine, target), (target, reason))

@@ -195,7 +195,8 @@ class TierPanel:
         self._decisions = decisions if decisions is not None and len(decisions) else None
         if self._decisions is None:
             return
-        points = np.column_stack([decisions.perplexity, getattr(decisions, self.against)])
+        across = np.nan_to_num(decisions.metadata[self.against], nan=0.0)  # unknown: neutral
+        points = np.column_stack([decisions.metadata["perplexity"], across])
         low = [_PERPLEXITY_SPAN[0], self._span[0]]
         self.dots.set_offsets(np.clip(points, low, [_PERPLEXITY_SPAN[1], self._span[1]]))
         self.dots.set_facecolor([TIER_COLOURS[TIERS[code]] for code in decisions.tier])

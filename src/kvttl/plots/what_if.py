@@ -7,25 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
+from caching_heuristics import METADATA_FIELDS, TIER_CODES, TIERS, HeuristicConfig, check_metadata
 from kvttl.decisions.log import DecisionRecord
-
-_DEFAULTS = HeuristicConfig()
-_NEUTRAL_PERPLEXITY = 30.0  # where the TTL's perplexity factor is 0
 
 
 @dataclass(frozen=True)
 class Decisions:
     """A run's decisions as arrays, in the order of time; shape (n,) each.
 
-    ``perplexity`` is NaN where none was known. ``gap_s`` are the seconds until
-    the same prompt was decided again; infinite where it never came back.
+    ``metadata`` has an array a field, NaN where nothing was known. ``gap_s`` are the
+    seconds until the same prompt was decided again; infinite where it never came back.
     """
 
-    perplexity: np.ndarray
-    time_variance: np.ndarray
-    access_count: np.ndarray
-    seconds_since_access: np.ndarray
+    metadata: dict[str, np.ndarray]
     tokens: np.ndarray
     gap_s: np.ndarray
     ttl_s: np.ndarray
@@ -36,17 +30,7 @@ class Decisions:
 
     def decide(self, config: HeuristicConfig) -> tuple[np.ndarray, np.ndarray]:
         """Return TTLs (s) and tier codes that `config` would have chosen, shape (n,) each."""
-        absent = np.isnan(self.perplexity)
-        metadata = {
-            "time_variance": self.time_variance,
-            "access_count": self.access_count,
-            "seconds_since_access": self.seconds_since_access,
-        }
-        neutral = np.where(absent, _NEUTRAL_PERPLEXITY, self.perplexity)
-        ttl_s = config.ttl(metadata | {"perplexity": neutral})
-        # An unknown perplexity never makes a prompt cold, nor keeps it out of gpu.
-        known = np.where(absent, config.hot_threshold, self.perplexity)
-        return ttl_s, tier_codes(config.tier(metadata | {"perplexity": known}))
+        return config.ttl(self.metadata), tier_codes(config.tier(self.metadata))
 
 
 @dataclass(frozen=True)
@@ -68,25 +52,22 @@ class Changes:
         return int(self.moved.sum() - np.trace(self.moved))
 
 
-def read_decisions(records: Iterable[DecisionRecord]) -> Decisions:
+def decisions_of(records: Iterable[DecisionRecord]) -> Decisions:
     """Return the generations of a log that were decided, as arrays.
 
     Examples
     --------
     >>> records = [DecisionRecord(t, "a", 8, ttl_s=60.0, wanted_tier="gpu") for t in (0.0, 5.0)]
-    >>> read_decisions(records).gap_s
+    >>> decisions_of(records).gap_s
     array([ 5., inf])
     """
     decided = sorted(filter(_is_decided, records), key=lambda record: record.time_s)
 
-    def column(name, default):
-        return np.array([float(r.metadata.get(name, default)) for r in decided])
+    def column(name):
+        return np.array([r.metadata.get(name) for r in decided], dtype=float)  # None is NaN
 
     return Decisions(
-        perplexity=column("perplexity", np.nan),
-        time_variance=column("time_variance", 0.0),
-        access_count=column("access_count", 0.0),
-        seconds_since_access=column("seconds_since_access", 0.0),
+        metadata={name: column(name) for name in METADATA_FIELDS},
         tokens=np.array([float(r.prompt_tokens) for r in decided]),
         gap_s=_gaps(decided),
         ttl_s=np.array([float(r.ttl_s) for r in decided]),
@@ -113,7 +94,7 @@ def changes(
     >>> record = DecisionRecord(
     ...     0.0, "a", 100, metadata={"perplexity": 12.0}, ttl_s=60.0, wanted_tier="gpu"
     ... )
-    >>> found = changes(read_decisions([record]), HeuristicConfig(hot_threshold=10.0))
+    >>> found = changes(decisions_of([record]), HeuristicConfig(hot_threshold=10.0))
     >>> found.changed, found.moved[0].tolist()  # from gpu to gpu, disk, remote
     (1, [0, 1, 0])
     """
@@ -169,8 +150,7 @@ def _is_decided(record):
     if record.kind != "generation" or not record.ttl_s or record.wanted_tier not in TIER_CODES:
         return False
     try:
-        _DEFAULTS.ttl(record.metadata)
-        _DEFAULTS.tier(record.metadata)
+        check_metadata({name: record.metadata.get(name) for name in METADATA_FIELDS})
     except ValueError:  # a log that somebody edited
         return False
     return True

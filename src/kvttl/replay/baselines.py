@@ -42,7 +42,7 @@ class BaselineFile:
 
     Examples
     --------
-    >>> from trace_builder import make_trace
+    >>> from kvttl.traces.builder import make_trace
     >>> with BaselineFile(make_trace([[0], [1], [0]], block_tokens=1)) as file:
     ...     file.hits("LRU", 1), file.hits("LRU", 2)
     (0, 1)
@@ -103,7 +103,7 @@ def replay_baseline(trace: Trace, policy: str, capacity=None) -> ReplayResult:
 
     Examples
     --------
-    >>> from trace_builder import make_trace
+    >>> from kvttl.traces.builder import make_trace
     >>> trace = make_trace([[0, 1], [0, 2], [0, 1]])
     >>> replay_baseline(trace, "LRU", 3).hit_blocks[:, 0].tolist()
     [0, 1, 2]

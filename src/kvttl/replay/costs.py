@@ -106,8 +106,8 @@ def result_costs(result: ReplayResult, costs: TierCosts | None = None) -> dict[s
 
     Examples
     --------
-    >>> from trace_builder import make_trace
-    >>> from trace_replay import replay
+    >>> from kvttl.traces.builder import make_trace
+    >>> from kvttl.replay.engine import replay
     >>> figures = result_costs(replay(make_trace([range(90), range(90)]), "infinite"))
     >>> round(figures["speedup"], 2)  # one of two prompts is loaded instead of computed
     1.85

@@ -64,7 +64,7 @@ def replay(
 
     Examples
     --------
-    >>> from trace_generator import agent_loops
+    >>> from kvttl.traces.generator import agent_loops
     >>> trace = agent_loops(200, seed=1)
     >>> results = [replay(trace, name, capacity=0.2) for name in ("lru", "optimal")]
     >>> results[0].block_hit_ratio < results[1].block_hit_ratio
@@ -99,7 +99,7 @@ def replay_without_capacity(
 
     Examples
     --------
-    >>> from trace_generator import agent_loops
+    >>> from kvttl.traces.generator import agent_loops
     >>> index = index_runs(agent_loops(200, seed=1))
     >>> short, long = (
     ...     replay_without_capacity(index, HeuristicConfig(base_ttl=s), "ttl") for s in (9, 900)

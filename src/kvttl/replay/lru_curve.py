@@ -40,7 +40,7 @@ def lru_curve(trace: Trace | RunIndex, capacities: Sequence[int | float]) -> dic
 
     Examples
     --------
-    >>> from trace_builder import make_trace
+    >>> from kvttl.traces.builder import make_trace
     >>> curve = lru_curve(make_trace([[0, 1], [0, 2], [0, 1]]), [1, 2, 3])
     >>> curve["block_level_hits"].tolist()
     [0, 2, 3]

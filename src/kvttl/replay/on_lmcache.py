@@ -78,8 +78,7 @@ def replay_on_lmcache(
             if config is None:
                 engine.generate(list(prompt), None)
             else:
-                p = known.get(row, np.nan)
-                given = {} if np.isnan(p) else {"perplexity": p}
+                given = {"perplexity": known.get(row)}  # None and NaN: unknown
                 cache.generate_and_manage(list(prompt), None, given)
             hits[row] = [engine.hits.get(tier, 0) for tier in TIERS]
             model.evict()

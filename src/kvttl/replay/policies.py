@@ -47,8 +47,8 @@ class Plan:
 
     Examples
     --------
-    >>> from trace_builder import make_trace
-    >>> from trace_replay import replay
+    >>> from kvttl.traces.builder import make_trace
+    >>> from kvttl.replay.engine import replay
     >>> def least_used(index, config):
     ...     return Plan(index, "run", key=index.access_count)
     >>> trace = make_trace([[0], [0], [1], [2], [0], [1]], block_tokens=1)
@@ -175,7 +175,7 @@ def capacities(capacity, trace) -> tuple[int, int, int]:
 
     Examples
     --------
-    >>> from trace_builder import make_trace
+    >>> from kvttl.traces.builder import make_trace
     >>> trace = make_trace([range(200)])
     >>> capacities(0.05, trace), capacities((10, 0.5, None), trace)
     ((10, 0, 0), (10, 100, -1))

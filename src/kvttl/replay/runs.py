@@ -19,6 +19,7 @@ from functools import cached_property
 import numpy as np
 from numba import njit
 
+from caching_heuristics import METADATA_FIELDS
 from kvttl.traces.trace import Trace
 
 
@@ -43,7 +44,7 @@ class RunIndex:
 
     Examples
     --------
-    >>> from trace_builder import make_trace
+    >>> from kvttl.traces.builder import make_trace
     >>> index = index_runs(make_trace([[0, 1, 2, 3], [0, 1, 4], [0, 1, 2]]))
     >>> index.request.tolist(), index.length.tolist(), index.previous.tolist()
     ([0, 1, 1, 2, 2], [4, 2, 1, 2, 1], [-1, 0, -1, 1, 0])
@@ -115,8 +116,7 @@ class RunIndex:
         """
         if per not in ("request", "block"):
             raise ValueError(f"per must be 'request' or 'block', got {per!r}")
-        names = ("access_count", "time_variance", "seconds_since_access")
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in METADATA_FIELDS if hasattr(self, name)}
         if per == "block":
             return values
         known = self.longest_known

@@ -53,7 +53,7 @@ def policy_table(
 
     Examples
     --------
-    >>> from trace_generator import agent_loops
+    >>> from kvttl.traces.generator import agent_loops
     >>> table = policy_table(agent_loops(50), (0.1, 0.5), ("lru", "optimal"))
     >>> table.shape
     (4, 9)

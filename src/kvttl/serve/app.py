@@ -6,20 +6,18 @@ generate without asking for the API key.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from caching_heuristics import HeuristicConfig
+from caching_heuristics import check_metadata
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
 from kvttl.serve.engine import KV_METADATA
 from tiered_caching import MultiTierCache
 
 BODY_LIMIT = 4 * 2**20  # bytes: some million tokens
-KV_FIELDS = ("perplexity", "time_variance", "access_count", "seconds_since_access")
 _REFUSED = {  # a field of the body -> why it is refused
     "use_beam_search": "every step of every beam would be a generation",
     "kv_transfer_params": "the manager decides which KV cache is kept",
@@ -84,8 +82,8 @@ def manage_app(app: Any, cache: MultiTierCache, metrics: DecisionMetrics) -> Non
 
     state = app.state
     chat, completion = state.openai_serving_chat, state.openai_serving_completion
-    chat.create_chat_completion = _with_kv(chat.create_chat_completion, cache.config)
-    completion.create_completion = _with_kv(completion.create_completion, cache.config)
+    chat.create_chat_completion = _with_kv(chat.create_chat_completion)
+    completion.create_completion = _with_kv(completion.create_completion)
 
     def healthz():  # not async: asking LMCache must not hold the event loop up
         health = health_of(state.engine_client, cache, metrics)
@@ -133,14 +131,14 @@ def metrics_text(metrics: DecisionMetrics) -> bytes:
     return generate_latest(get_prometheus_registry()) + generate_latest(metrics.registry)
 
 
-def _with_kv(create, config):
+def _with_kv(create):
     """Wrap one of vLLM's ``create_...`` so that the engine knows the request's metadata."""
     from vllm.entrypoints.serve import create_error_response
 
     async def create_managed(request, raw_request=None):
         try:
             refuse_fields(request)
-            metadata = kv_of(request, config)
+            metadata = kv_of(request)
         except ValueError as error:
             return create_error_response(str(error), param="kv")
         before = KV_METADATA.set(metadata)
@@ -159,7 +157,7 @@ def refuse_fields(request: Any) -> None:
             raise ValueError(f"{name} is not possible: {reason}")
 
 
-def kv_of(request: Any, config: HeuristicConfig) -> Mapping[str, float] | None:
+def kv_of(request: Any) -> dict[str, float] | None:
     """Return the metadata in a request's ``kv``; None if it has none.
 
     Raises
@@ -169,34 +167,22 @@ def kv_of(request: Any, config: HeuristicConfig) -> Mapping[str, float] | None:
 
     Examples
     --------
-    >>> kv_of(SimpleNamespace(kv={"perplexity": 12.5}), HeuristicConfig())
+    >>> kv_of(SimpleNamespace(kv={"perplexity": 12.5}))
     {'perplexity': 12.5}
-    >>> kv_of(SimpleNamespace(kv={"time_variance": 3}), HeuristicConfig())
+    >>> kv_of(SimpleNamespace(kv={"time_variance": 3}))
     Traceback (most recent call last):
         ...
-    ValueError: kv: time_variance must be 0..1, got 3.0
+    ValueError: kv: time_variance must be 0..1, got 3
     """
     given = getattr(request, "kv", None)
     if given is None:
         return None
     if not isinstance(given, Mapping):
         raise ValueError(f"kv must be an object with numbers, got {given!r:.80}")
-    for name, value in given.items():
-        _check_field(name, value)
     try:
-        config.ttl(given), config.tier(given)
+        return check_metadata(given)
     except ValueError as error:
         raise ValueError(f"kv: {error}") from None
-    return given
-
-
-def _check_field(name, value):
-    if name not in KV_FIELDS:
-        close = difflib.get_close_matches(name, KV_FIELDS, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"kv: unknown field {name!r:.80}{hint}; known: {', '.join(KV_FIELDS)}")
-    if isinstance(value, (list, dict, str)):  # the heuristics would take a list as an array
-        raise ValueError(f"kv: {name} must be one number, got {value!r:.80}")
 
 
 class BodyLimit:

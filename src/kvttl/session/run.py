@@ -79,8 +79,8 @@ def _run(options):
                     rows = list(run_session(cache, requests))
     records = [record for _, record in rows]
     _write_pictures(folder, rows)
-    print(table(rows, requests))
-    print(summary(records))
+    print(session_table(rows))
+    print(session_summary(records))
     print(f"\nWrote the decision log, timeline.png and served.png to {folder}")
     print(f"All services are stopped. Total: {time.perf_counter() - started_s:.0f} s")
 
@@ -130,7 +130,7 @@ def _expire_until(cache, arrival_s):
     yield from cache.sweep()
 
 
-def table(rows: Sequence[tuple[Request | None, DecisionRecord]], requests=()) -> str:
+def session_table(rows: Sequence[tuple[Request | None, DecisionRecord]]) -> str:
     """Return the decisions as a text table: one line a generation, one a TTL that ended."""
     lines = [
         "\n   #  time agent            kind      tokens  perpl. var. uses     TTL"
@@ -157,7 +157,7 @@ def _generation_line(request, record):
     return (
         f"{request.agent:16} {request.kind:9} {record.prompt_tokens:6d}"
         f"  {metadata['perplexity']:6.1f} {metadata['time_variance']:4.2f}"
-        f" {metadata['access_count']:4d} {record.ttl_s or 0:6.0f}s"
+        f" {metadata['access_count']:4.0f} {record.ttl_s or 0:6.0f}s"
         f"  {_parts(record.hit_tokens):22} {record.wanted_tier or '?':7}"
         f" {_parts(record.tier_after):20} {record.error or moves}"
     )
@@ -169,7 +169,7 @@ def _expiry_line(record, numbers):
     return f"  ↓ {what}, {record.error or moves or 'its chunks stay where others want them'}"
 
 
-def summary(records: Sequence[DecisionRecord]) -> str:
+def session_summary(records: Sequence[DecisionRecord]) -> str:
     """Return what came of a session: hits, moves, TTLs, time."""
     import numpy as np
 

@@ -21,7 +21,7 @@ from caching_heuristics import HeuristicConfig
 from kvttl.decisions.log import DecisionRecord
 from kvttl.plots.export import all_figures, export_plots
 from kvttl.plots.panels import TierPanel, TtlPanel, tier_keys
-from kvttl.plots.what_if import Decisions, changes, read_decisions
+from kvttl.plots.what_if import Decisions, changes, decisions_of
 from kvttl.settings import FILE_NAME, load_settings, save_settings
 from kvttl.sliders.controls import Control, setting_of
 from kvttl.sliders.readout import readout
@@ -87,7 +87,7 @@ class Explorer(widgets.VBox):
         self.settings_path = self._folder / FILE_NAME
         self.config = config or load_settings(self.settings_path)
         self._first, self._run_config, self._clock = self.config, run_config, clock
-        self._decisions = read_decisions(self._records)
+        self._decisions = decisions_of(self._records)
         self._undo: list[dict[str, float]] = []
         self._last_change = ("", -math.inf)
         self._waiting: asyncio.Handle | None = None
@@ -299,8 +299,8 @@ class LivePicture:
 
     Examples
     --------
-    >>> from decision_changes import read_decisions
-    >>> picture = LivePicture(read_decisions([]))
+    >>> from kvttl.plots.what_if import decisions_of
+    >>> picture = LivePicture(decisions_of([]))
     >>> first, other = (picture.png(HeuristicConfig(alpha=a)) for a in (0.25, 0.5))
     >>> first[1:4], first == other, first == picture.png(HeuristicConfig(alpha=0.25))
     (b'PNG', False, True)

@@ -75,7 +75,7 @@ def replay_view(
 
     Examples
     --------
-    >>> from trace_generator import agent_loops
+    >>> from kvttl.traces.generator import agent_loops
     >>> view = replay_view(index_runs(agent_loops(200)), HeuristicConfig(base_ttl=60))
     >>> 0 < view.summary()["token_hit_ratio"] <= 1
     True
@@ -233,7 +233,7 @@ class ReplayTab:
         self.view = replay_view(picture.index, config, perplexity, self.costs)
         picture.update(self.view)
         self.image.value = picture.png()
-        self.figures.value = readout(self.view)
+        self.figures.value = replay_readout(self.view)
         drawn = {"trace": self.trace.value, **config.to_dict(), "perplexity": perplexity}
         self._drawn = drawn | self.view.summary()
 
@@ -281,7 +281,7 @@ def _column(width):
     return widgets.Layout(flex=f"1 1 {width}", max_width=width)
 
 
-def readout(view: ReplayView) -> str:
+def replay_readout(view: ReplayView) -> str:
     """Return the figures of a setting as a line of HTML."""
     values = view.summary()
     hours = ", ".join(f"{tier} {values[f'block_hours_{tier}']:,.0f}" for tier in TIERS)
