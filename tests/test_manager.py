@@ -463,7 +463,7 @@ def test_a_sweep_that_fails_is_recorded_once_and_tried_again_later(cache, method
     (done,) = cache.sweep()
     assert (done.kind, done.error, done.wanted_tier) == ("settled", "", below)
     assert hottest(cache, PROMPT) == [below] * 2
-    assert cache._placement.unsettled == 0
+    assert cache._settler.unsettled == 0
     assert_nothing_is_immortal(cache)
 
 
@@ -483,13 +483,13 @@ def test_a_claim_that_could_not_be_made_is_made_late(cache, metadata):
     assert cache.generate_and_manage(PROMPT, None, metadata) == PROMPT.upper()
     record = cache.records[-1]
     assert "LMCache is away" in record.error and record.wanted_tier and record.ttl_s
-    assert len(cache.claims) == 0 and cache._placement.unsettled == 1
+    assert len(cache.claims) == 0 and cache._settler.unsettled == 1
     cache.clock.now_s += 10
     cache.sweep()
     assert len(cache.claims) == 0
     away.back()
     cache.sweep()
-    assert len(cache.claims) == 1 and cache._placement.unsettled == 0
+    assert len(cache.claims) == 1 and cache._settler.unsettled == 0
     tier = record.wanted_tier
     assert hottest(cache, PROMPT) == [tier] * 2  # also moved where it belongs
     cache.clock.now_s = start_s + record.ttl_s - 0.01  # counted from the access
@@ -528,7 +528,7 @@ def test_one_prompt_that_always_fails_does_not_hold_up_the_others(cache):
     cache.sweep()
     assert hottest(cache, PROMPT) == ["disk", "disk"]
     cache.sweep()  # what cannot be claimed as a prompt is claimed chunk by chunk
-    assert cache._placement.unsettled == 0
+    assert cache._settler.unsettled == 0
     cache.controller.layout = layout
     assert_all_claimed_and_none_too_hot(cache)
 
@@ -549,7 +549,7 @@ def test_a_new_decision_makes_what_was_left_of_the_last_one_needless(cache):
     cache.generate_and_manage(PROMPT, None, COLD)
     away.back()
     cache.generate_and_manage(PROMPT, None, WARM)
-    assert hottest(cache, PROMPT) == ["disk"] * 2 and cache._placement.unsettled == 0
+    assert hottest(cache, PROMPT) == ["disk"] * 2 and cache._settler.unsettled == 0
     cache.clock.now_s += 61
     assert cache.sweep() == []
 
