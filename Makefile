@@ -89,11 +89,17 @@ status: $(READY) ## what is running
 notebooks: $(AGENTS) ## run all notebooks headless, in order
 	@$(PY) -m pytest tests/test_notebooks.py -q
 
+# This machine only. Several kernels would share two cores; an idle one is a closed page's.
+VOILA := --Voila.ip=127.0.0.1 --show_tracebacks=True --ExecutePreprocessor.timeout=60 \
+	--MappingKernelManager.cull_idle_timeout=600 --MappingKernelManager.cull_interval=60 \
+	--VoilaConfiguration.file_allowlist=[]
+LAB = --ServerApp.ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
+
 app: $(READY) ## sliders and plots as a page, without code (this machine only; PORT=)
-	@$(PY) -m kvttl.sliders.servers app $(if $(PORT),--port $(PORT))
+	@env JUPYTER_PREFER_ENV_PATH=1 $(PY) -m voila notebooks/04_ttl_and_tier_plots.ipynb $(VOILA) --port=$(or $(PORT),8866)
 
 lab: $(READY) ## JupyterLab on the notebooks (this machine only; PORT=)
-	@$(PY) -m kvttl.sliders.servers lab $(if $(PORT),--port $(PORT))
+	@env JUPYTER_PREFER_ENV_PATH=1 $(PY) -m jupyterlab $(LAB) --ServerApp.port=$(or $(PORT),8888)
 
 clean-notebooks: $(READY) ## strip outputs from the notebooks
 	@$(VENV)/bin/nbstripout notebooks/*.ipynb

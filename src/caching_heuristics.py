@@ -16,7 +16,7 @@ import functools
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, NamedTuple, TypedDict, get_type_hints
 
 import numpy as np
@@ -81,26 +81,29 @@ _BLOCK = 16_384
 
 
 @dataclass(frozen=True)
-class HeuristicConfig:
-    """All settings of the two decisions, checked when made.
+class Setting:
+    """What a field of `HeuristicConfig` means: its range, and how a slider shows it.
 
-    Parameters
-    ----------
-    base_ttl, min_ttl, max_ttl : float
-        Seconds. ``0 < min_ttl <= max_ttl``; ``base_ttl > 0``.
-    alpha : float
-        Weight of the access count, >= 0.
-    gamma : float
-        Weight of the time variance, 0..1.
-    hot_threshold, cold_threshold : float
-        Perplexities, ``0 < hot_threshold <= cold_threshold``.
-    recent_seconds : float
-        Seconds since the last access that still count as recent, >= 0.
-    variance_threshold : float
-        Time variance from which on a prompt is warm, 0..1.
-    disk_ttl_factor, remote_ttl_factor : float
-        A KV cache whose TTL has passed goes one tier down and gets this many
-        times its `compute_ttl` there, > 0.
+    ``slider`` are the slider's ends, on a logarithmic scale where the lower one is
+    above 0; a number that is typed may be anywhere in the range.
+    """
+
+    label: str
+    unit: str
+    slider: tuple[float, float]
+    text: str
+    high: float = FINITE
+    at_most: str = ""  # another setting, which is the upper limit
+    open_low: bool = True  # 0, the lower limit, is itself outside the range
+
+
+def _setting(default: float, *what: Any, **limits: Any) -> Any:
+    return field(default=default, metadata={"setting": Setting(*what, **limits)})
+
+
+@dataclass(frozen=True)
+class HeuristicConfig:
+    """All settings of the two decisions, checked when made; each one's `Setting` says more.
 
     Raises
     ------
@@ -117,27 +120,52 @@ class HeuristicConfig:
     ValueError: hot_threshold must be > 0 and <= cold_threshold (50.0), got 60
     """
 
-    base_ttl: float = 3600.0
-    min_ttl: float = 30.0
-    max_ttl: float = 604_800.0
-    alpha: float = 0.25
-    gamma: float = 1.0
-    hot_threshold: float = 20.0
-    cold_threshold: float = 50.0
-    recent_seconds: float = 3600.0
-    variance_threshold: float = 0.5
-    disk_ttl_factor: float = 4.0
-    remote_ttl_factor: float = 24.0
+    base_ttl: float = _setting(
+        3600.0, "base TTL", "s", (1, 604_800), "seconds, before the formula's factors"
+    )
+    min_ttl: float = _setting(
+        30.0, "min TTL", "s", (1, 86_400), "seconds, the shortest TTL", at_most="max_ttl"
+    )
+    max_ttl: float = _setting(
+        604_800.0, "max TTL", "s", (10, 2_592_000), "seconds, the longest TTL"
+    )
+    alpha: float = _setting(
+        0.25, "alpha (access count)", "", (0, 2), "weight of the access count", open_low=False
+    )
+    gamma: float = _setting(
+        1.0, "gamma (variance)", "", (0, 1), "weight of the time variance", 1, open_low=False
+    )
+    hot_threshold: float = _setting(
+        20.0,
+        "hot threshold",
+        "perplexity",
+        (1, 1000),
+        "gpu up to this perplexity",
+        at_most="cold_threshold",
+    )
+    cold_threshold: float = _setting(
+        50.0, "cold threshold", "perplexity", (1, 1000), "remote above this perplexity"
+    )
+    recent_seconds: float = _setting(
+        3600.0, "recent", "s", (1, 604_800), "seconds, the oldest recent access", open_low=False
+    )
+    variance_threshold: float = _setting(
+        0.5, "variance threshold", "", (0, 1), "disk from this time variance on", 1, open_low=False
+    )
+    disk_ttl_factor: float = _setting(
+        4.0, "after gpu, on disk", "x TTL", (0.1, 1000), "multiple of the TTL once gpu's is over"
+    )
+    remote_ttl_factor: float = _setting(
+        24.0,
+        "after disk, in remote",
+        "x TTL",
+        (0.1, 1000),
+        "multiple of the TTL once disk's is over",
+    )
 
     def __post_init__(self) -> None:
-        _check_ttl_settings.__wrapped__(
-            self.base_ttl, self.min_ttl, self.max_ttl, self.alpha, self.gamma
-        )
-        _check_tier_settings.__wrapped__(
-            self.hot_threshold, self.recent_seconds, self.cold_threshold, self.variance_threshold
-        )
-        for name in ("disk_ttl_factor", "remote_ttl_factor"):
-            check_number(name, getattr(self, name), 0, FINITE, True)
+        for name in SETTINGS:
+            _check_setting(name, vars(self))
 
     @property
     def ladder(self) -> dict[str, float]:
@@ -163,6 +191,11 @@ class HeuristicConfig:
     def to_dict(self) -> dict[str, float]:
         """Return the settings as a plain dictionary (JSON and YAML friendly)."""
         return {name: float(value) for name, value in asdict(self).items()}
+
+
+SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in fields(HeuristicConfig)}
+TTL_SETTINGS = ("base_ttl", "min_ttl", "max_ttl", "alpha", "gamma")
+_TIER_SETTINGS = ("hot_threshold", "recent_seconds", "cold_threshold", "variance_threshold")
 
 
 def compute_ttl(
@@ -205,11 +238,9 @@ def compute_ttl(
     >>> compute_ttl({"access_count": np.array([0, 1, 10])}).round(1)
     array([3600. , 4223.8, 5758.1])
     """
-    try:  # equal settings are checked once: that costs more than the decision itself
-        settings = _check_ttl_settings(base_ttl, min_ttl, max_ttl, alpha, gamma)
-    except TypeError:  # unhashable, such as a list: let the check name it
-        settings = _check_ttl_settings.__wrapped__(base_ttl, min_ttl, max_ttl, alpha, gamma)
-    base_ttl, min_ttl, max_ttl, alpha, gamma = settings
+    base_ttl, min_ttl, max_ttl, alpha, gamma = _checked_settings(
+        TTL_SETTINGS, base_ttl, min_ttl, max_ttl, alpha, gamma
+    )
     values = _read_fields(metadata, _TTL_FIELDS, _TTL_NEUTRAL)
     # The formula is NaN where a factor of 0 meets an overflow: there the TTL is min_ttl.
     if type(values) is tuple:  # scalars
@@ -272,13 +303,11 @@ def select_backend(
     >>> select_backend({"perplexity": np.array([12.5, 35.0, 80.0])}).tolist()
     ['gpu', 'disk', 'remote']
     """
-    limits = (hot_threshold, recent_seconds, cold_threshold, variance_threshold)
-    try:
-        limits = _check_tier_settings(*limits)
-    except TypeError:  # as above
-        limits = _check_tier_settings.__wrapped__(*limits)
-    defaults = (limits[0], 0.0, 0.0)  # this perplexity is neither too high nor cold
-    values = _read_fields(metadata, _TIER_FIELDS, defaults)
+    limits = _checked_settings(
+        _TIER_SETTINGS, hot_threshold, recent_seconds, cold_threshold, variance_threshold
+    )
+    neutral = (limits[0], 0.0, 0.0)  # this perplexity is neither too high nor cold
+    values = _read_fields(metadata, _TIER_FIELDS, neutral)
     if type(values) is tuple:  # scalars
         return TIERS[_tier_code(*values, *limits)]
     codes = _by_blocks(values, lambda *v: _tier_code(*v, *limits, np.int8(1)), np.int8)
@@ -398,25 +427,28 @@ def _by_blocks(arrays, decide, dtype):
     return out.reshape(arrays[0].shape)
 
 
-@functools.lru_cache(maxsize=128, typed=True)  # typed: 1 is not True
-def _check_ttl_settings(base_ttl, min_ttl, max_ttl, alpha, gamma):
+def _checked_settings(names, *values):
     """Return the settings as floats, or name the first one out of range in a ValueError."""
-    base_ttl = check_number("base_ttl", base_ttl, 0, FINITE, True)
-    max_ttl = check_number("max_ttl", max_ttl, 0, FINITE, True)
-    min_ttl = check_number("min_ttl", min_ttl, 0, max_ttl, True, "max_ttl")
-    alpha = check_number("alpha", alpha, 0, FINITE)
-    gamma = check_number("gamma", gamma, 0, 1)
-    return base_ttl, min_ttl, max_ttl, alpha, gamma
+    try:  # equal settings are checked once: that costs more than the decision itself
+        return _remembered_settings(names, *values)
+    except TypeError:  # a list or another value that cannot be remembered, so no number
+        return _check_settings(names, *values)
 
 
-@functools.lru_cache(maxsize=128, typed=True)  # typed: 1 is not True
-def _check_tier_settings(hot_threshold, recent_seconds, cold_threshold, variance_threshold):
-    """Return the settings as floats, or name the first one out of range in a ValueError."""
-    cold = check_number("cold_threshold", cold_threshold, 0, FINITE, True)
-    hot = check_number("hot_threshold", hot_threshold, 0, cold, True, "cold_threshold")
-    recent_s = check_number("recent_seconds", recent_seconds, 0, FINITE)
-    variance = check_number("variance_threshold", variance_threshold, 0, 1)
-    return hot, recent_s, cold, variance
+def _check_settings(names, *values):
+    given = dict(zip(names, values))
+    return tuple(_check_setting(name, given) for name in names)
+
+
+_remembered_settings = functools.lru_cache(maxsize=256, typed=True)(_check_settings)  # 1, not True
+
+
+def _check_setting(name, values):
+    """Return one of the settings as a float, or name it in a ValueError."""
+    setting = SETTINGS[name]
+    upper = setting.at_most
+    high = _check_setting(upper, values) if upper else setting.high
+    return check_number(name, values[name], 0, high, setting.open_low, upper)
 
 
 def check_metadata(metadata: KVMetadata | Mapping[str, Any] | None) -> dict[str, float]:

@@ -180,7 +180,7 @@ def test_an_engine_in_the_background_still_answers(stack, llm, fresh_text):
         text = fresh_text()
         answers = [model.invoke(text) for _ in range(3)]
         assert len({answer.content for answer in answers}) == 1
-        assert cache.flush(30)
+        assert cache.flush(120)
         uses = [record.metadata["access_count"] for record in cache.records]
         assert uses == [0, 1, 2]
 
@@ -194,12 +194,11 @@ def test_without_an_engine_it_says_what_is_missing(stack):
 # ---- many at once ------------------------------------------------------------------------
 
 
-def test_generate_takes_one_engine_batch(model, cache, counted, fresh_text):
+def test_several_conversations_are_answered_each(model, cache, fresh_text):
     conversations = [[HumanMessage(fresh_text(50))] for _ in range(4)]
     result = model.generate(conversations, kv=COLD)
     texts = [generations[0].text for generations in result.generations]
-    assert counted == [4]
-    assert {record.wanted_tier for record in cache.records} == {"remote"}
+    assert [record.wanted_tier for record in cache.records] == ["remote"] * 4
     alone = [model.invoke(conversation).content for conversation in conversations]
     assert texts == alone
     digests = [g[0].message.response_metadata["kv"]["prompt_digest"] for g in result.generations]
@@ -241,7 +240,7 @@ def test_one_bad_prompt_in_a_batch_spoils_no_other(model, cache, fresh_text):
     assert "2048" in str(bad)
     with pytest.raises(Exception, match="maximum context length is 2048"):
         model.generate([[HumanMessage(text)] for text in texts])
-    assert model.invoke("Still there?") is not None  # nothing of the failed group waits
+    assert model.invoke("Still there?") is not None
 
 
 # ---- prompts -----------------------------------------------------------------------------
@@ -363,9 +362,10 @@ class Scripted:
     def get_tokenizer(self):
         return load_tokenizer(str(DEMO_MODEL))
 
-    def generate(self, prompt, sampling_params):
+    def generate(self, prompts, sampling_params):
+        (prompt,) = prompts
         self.prompts.append(self.get_tokenizer().decode(prompt))
-        answer = SimpleNamespace(text=self.answers.pop(0), logprobs=None)
+        answer = SimpleNamespace(text=self.answers.pop(0), logprobs=None, token_ids=[1, 2])
         return [SimpleNamespace(prompt_token_ids=prompt, outputs=[answer], num_cached_tokens=0)]
 
 
@@ -428,10 +428,10 @@ def test_tool_calls_have_their_own_ids(scripted):
 
 
 @pytest.fixture(scope="module")
-def loop(stack, llm):
+def loop(stack, shared_engine):
     """One ticket, which comes back after a pause in which its TTL in gpu ends."""
     config = HeuristicConfig(hot_threshold=1e6, cold_threshold=1e6, variance_threshold=1.0)
-    model = loop_model(stack, llm, config)
+    model = loop_model(stack, shared_engine.get(), config)
     with model.kv_cache:
         yield run_loop(model, [(0.0, "code"), (3.0, "code")], turns=4, progress=False)
 
@@ -543,7 +543,7 @@ def autogen_client(server):
 
 def recorded(server, before):
     """What was decided since there were `before` records."""
-    assert server.cache.flush(30)
+    assert server.cache.flush(120)
     return [r for r in list(server.cache.records)[before:] if r.kind == "generation"]
 
 

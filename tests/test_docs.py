@@ -1,4 +1,4 @@
-"""What README and docs/ name exists: links, anchors, commands, variables, modules, files."""
+"""What README, docs/ and notebooks name exists: links, commands, variables, modules, files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", *DOCS, ROOT / "data" / "README.md"]
 MAKEFILE = (ROOT / "Makefile").read_text()
 # Names that an example takes from its reader.
@@ -95,7 +96,7 @@ def test_each_page_opens_with_its_question_and_is_in_the_readme(page):
 
 def test_the_readme_lists_every_notebook():
     listed = re.findall(r"^\| `(\d\d_\w+)` \|", (ROOT / "README.md").read_text(), re.M)
-    assert listed == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert listed == [path.stem for path in NOTEBOOKS]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/measuring.md"])
@@ -178,7 +179,7 @@ def test_make_targets_exist(page):
 
 @each_page
 def test_make_variables_exist(page):
-    named = set(re.findall(r"\b([A-Z][A-Z_]*)=", code(page)))
+    named = set(re.findall(r"\b((?!KV_)[A-Z][A-Z_]*)=", code(page)))
     known = set(re.findall(r"\$\((\w+)\)|^(\w+) \?=", MAKEFILE, re.M))
     assert sorted(named - {name for pair in known for name in pair}) == []
 
@@ -216,6 +217,14 @@ def wrong_imports(statements):
                     yield module
             elif module_file(module) is None or (name and not has(module, name)):
                 yield f"{module}.{name}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_import_what_exists(path):
+    cells = [c["source"] for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    code = "\n".join("".join(source) for source in cells)
+    python = re.sub(r"^\s*[%!].*$", "pass", code, flags=re.M)
+    assert list(wrong_imports(ast.walk(ast.parse(python)))) == []
 
 
 def unknown_names(block):

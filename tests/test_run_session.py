@@ -126,9 +126,8 @@ def run_locally(requests):
     for request in requests:
         clock.advance(request.arrival_s)
         rows += [(None, record) for record in cache.sweep()]
-        cache.generate_and_manage(request.prompt, None)
-        assert cache.flush(10)
-        rows.append((request, cache.records[-1]))
+        (managed,) = cache.generate(request.prompt, None)
+        rows.append((request, managed.decision.result(120)))
     return rows, cache
 
 

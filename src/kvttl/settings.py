@@ -5,30 +5,15 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from caching_heuristics import HeuristicConfig, unknown_name
+from caching_heuristics import SETTINGS, HeuristicConfig, unknown_name
 
 FILE_NAME = "heuristics.yaml"
 PATH_VARIABLE = "KV_HEURISTICS_FILE"
-
-_NOTES = {
-    "base_ttl": "seconds",
-    "min_ttl": "seconds",
-    "max_ttl": "seconds",
-    "alpha": "weight of the access count",
-    "gamma": "weight of the time variance, 0..1",
-    "hot_threshold": "perplexity up to which a prompt may be in gpu",
-    "cold_threshold": "perplexity above which a prompt goes to remote",
-    "recent_seconds": "seconds since the last access that count as recent",
-    "variance_threshold": "time variance from which on a prompt goes to disk, 0..1",
-    "disk_ttl_factor": "TTL on disk after gpu's has passed, as a multiple",
-    "remote_ttl_factor": "TTL in remote after disk's has passed, as a multiple",
-}
 
 
 def default_path() -> Path:
@@ -82,10 +67,9 @@ def settings_from(values: Mapping[str, Any]) -> HeuristicConfig:
         ...
     ValueError: unknown setting 'alhpa': did you mean 'alpha'?
     """
-    names = [field.name for field in fields(HeuristicConfig)]
     for name in values:
-        if name not in names:
-            raise ValueError(unknown_name("setting", name, names))
+        if name not in SETTINGS:
+            raise ValueError(unknown_name("setting", name, SETTINGS))
     return HeuristicConfig(**{name: _number(value) for name, value in values.items()})
 
 
@@ -119,13 +103,12 @@ def to_yaml(config: HeuristicConfig) -> str:
     Examples
     --------
     >>> print(to_yaml(HeuristicConfig()).splitlines()[1])
-    base_ttl: 3600.0  # seconds
+    base_ttl: 3600.0  # seconds, before the formula's factors
     """
     lines = ["# Settings of the two decisions (HeuristicConfig); absent ones have their defaults."]
     for name, value in config.to_dict().items():
         text = yaml.safe_dump(value).splitlines()[0]  # as YAML spells numbers
-        note = _NOTES.get(name)
-        lines.append(f"{name}: {text}  # {note}" if note else f"{name}: {text}")
+        lines.append(f"{name}: {text}  # {SETTINGS[name].text}")
     return "\n".join(lines) + "\n"
 
 

@@ -198,7 +198,6 @@ class LMCacheRunner(Runner):
         self.stack = stack
         self._http = requests.Session()
         self._http.trust_env = False  # no proxy between us and loopback
-        self._watched = WatchedEngine(llm)
         self._used = 0
         self._look: LMCacheController | None = None
         self._cache: Any = None
@@ -214,7 +213,7 @@ class LMCacheRunner(Runner):
         self._empty()
         if settings is not None:
             options = {"clock": SessionClock(0.0), "background": True, "sweep_every_s": None}
-            self._cache = managed(self.stack, self._watched, settings, **options)
+            self._cache = managed(self.stack, self.llm, settings, **options)
 
     def _empty(self):
         deadline_s = time.monotonic() + 30.0
@@ -254,17 +253,16 @@ class LMCacheRunner(Runner):
         return served
 
     def _serve_managed(self, request):
-        cache, start_s = self._cache, time.perf_counter()
-        cache.generate_and_manage(list(request.tokens), sampling())
+        start_s = time.perf_counter()
+        (made,) = self._cache.generate(_prompt(request), sampling())
         call_s = time.perf_counter() - start_s
-        cache.flush()
-        record = cache.records[-1]
+        record = made.decision.result()
         served = Served(0.0, call_s, record.prompt_tokens, 0)
         served.manage_s, served.engine_s = record.manage_s, record.generate_s
         served.moved_chunks = sum(move["moved_chunks"] for move in record.moves)
         served.perplexity = record.metadata.get("perplexity", float("nan"))
         served.error = record.error
-        return self._watched.last, served
+        return made.output, served
 
     def settle(self) -> None:
         """Wait until LMCache has stored what it was given."""
@@ -319,21 +317,6 @@ class LMCacheRunner(Runner):
         self.stack.stop()
 
 
-class WatchedEngine:
-    """Passes calls on to an engine and keeps its last answer, metrics included."""
-
-    def __init__(self, llm: Any) -> None:
-        self._llm, self.last = llm, None
-        self.llm_engine, self.get_tokenizer = llm.llm_engine, llm.get_tokenizer
-
-    def generate(self, prompts: Any, sampling_params: Any, use_tqdm: bool = False) -> list:
-        """Generate as the engine does."""
-        prompts = {"prompt_token_ids": prompts}
-        outputs = self._llm.generate(prompts, sampling_params, use_tqdm=use_tqdm)
-        self.last = outputs[0]
-        return outputs
-
-
 def sampling():
     """Return the sampling parameters of every request."""
     from vllm import SamplingParams
@@ -344,9 +327,12 @@ def sampling():
 def generate(llm: Any, request: BenchRequest) -> tuple[Any, float]:
     """Return the engine's answer and the seconds that the call took."""
     start_s = time.perf_counter()
-    prompt = {"prompt_token_ids": list(request.tokens)}
-    output = llm.generate(prompt, sampling(), use_tqdm=False)[0]
+    output = llm.generate(_prompt(request), sampling(), use_tqdm=False)[0]
     return output, time.perf_counter() - start_s
+
+
+def _prompt(request):
+    return {"prompt_token_ids": list(request.tokens)}
 
 
 # ---- starting them ----------------------------------------------------------------

@@ -10,21 +10,30 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
+import signal
+import socket
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from kvttl import PROJECT
 from kvttl.bench.figures import machine, percentiles, rounded_figures, write_json
 from kvttl.decisions.sample import FILE_NAME
-from kvttl.sliders.servers import APP_NOTEBOOK, app_command, free_port, running
+from kvttl.stack.services import pick_ports
 
+APP_NOTEBOOK = Path("notebooks/04_ttl_and_tier_plots.ipynb")  # that `make app` serves
 REPORT = Path("data/reports/sliders.json")
 GOAL_P50_MS = 120.0
 STEPS = 50
 SLIDERS = ("alpha", "hot_threshold", "base_ttl", "variance_threshold", "recent_seconds")
+
+_START_S, _STOP_S = 60.0, 10.0  # of a server
 
 _BROWSERS = ("chromium", "google-chrome", "chromium-browser", "chrome")  # as in .ci/setup
 _FLAGS = (
@@ -58,6 +67,64 @@ def scratch_project(folder: str | Path, root: str | Path = ".") -> Path:
     return folder
 
 
+def server_command(target: str, port: int) -> list[str]:
+    """Return what `make app` or `make lab` runs, with this Python and at this port."""
+    make = ["make", "-n", "--no-print-directory", "-C", str(PROJECT), target]
+    make += [f"PORT={port}", f"PY={sys.executable}"]
+    printed = subprocess.run(make, check=True, capture_output=True, text=True).stdout
+    return shlex.split(printed.splitlines()[-1])
+
+
+@contextmanager
+def running(
+    command: Sequence[str], port: int, folder: str | Path, **environment: str
+) -> Iterator[str]:
+    """Run a server in a folder until the block ends; yields its URL as soon as it answers.
+
+    Its output goes to the folder's file ``log``; keywords are more environment variables.
+
+    Raises
+    ------
+    RuntimeError
+        If it ends at once or does not answer; with the last lines of its log.
+    """
+    log = Path(folder, "log")
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | environment,
+            start_new_session=True,
+        )
+    try:
+        _wait_until_up(process, port, log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        _stop(process)
+
+
+def _wait_until_up(process, port, log):
+    deadline_s = time.monotonic() + _START_S
+    while time.monotonic() < deadline_s and process.poll() is None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2):
+            return
+        time.sleep(0.1)
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    raise RuntimeError(f"nothing answers on port {port}. The server's log ends with:\n{tail}")
+
+
+def _stop(process):
+    """Stop the server and its kernels; kill what does not listen."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_S)
+            break
+
+
 @contextmanager
 def browser() -> Iterator:
     """Run headless Chromium or Chrome, or what `KV_CHROMIUM` names; yields Playwright's browser.
@@ -69,8 +136,9 @@ def browser() -> Iterator:
     """
     from playwright.sync_api import sync_playwright
 
+    path = _browser_path()
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=_browser_path(), args=list(_FLAGS))
+        chromium = playwright.chromium.launch(executable_path=path, args=list(_FLAGS))
         try:
             yield chromium
         finally:
@@ -104,7 +172,7 @@ def slider_steps(page, steps: int = STEPS) -> list[float]:
         name = SLIDERS[step * len(SLIDERS) // steps]
         page.locator(f".kv-slider-{name} .noUi-handle").press("ArrowRight")
         page.wait_for_function(f"window.kvSteps.length === {step + 1}")
-        page.wait_for_timeout(60)  # a hand is not faster, and the next step must not queue
+        page.wait_for_timeout(60)  # as a hand: faster steps would queue
     return page.evaluate("window.kvSteps")
 
 
@@ -114,11 +182,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args(argv)
     about = machine("ipywidgets", "ipykernel", "voila", "matplotlib", "playwright")
-    port = free_port()
+    (port,) = pick_ports("127.0.0.1", 1)
     with tempfile.TemporaryDirectory(prefix="kv-bench-") as folder, browser() as chromium:
         project = scratch_project(Path(folder, "project"))
-        command = [*app_command(project, port), "--no-browser"]
-        with running(command, port, project / "log") as url:
+        command = [*server_command("app", port), "--no-browser"]
+        with running(command, port, project) as url:
             page = open_app(chromium, url)
             slider_steps(page, len(SLIDERS))  # warm-up
             page.reload()

@@ -165,7 +165,7 @@ class DecisionLog:
         except OSError:
             self._close()  # the torn line stays the last of its file
 
-    __del__ = _close  # without the lock: nobody else can hold a lost log's
+    __del__ = _close  # without the lock: what is being deleted has no other user
 
 
 _LOGS: weakref.WeakSet[DecisionLog] = weakref.WeakSet()

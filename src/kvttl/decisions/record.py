@@ -112,7 +112,7 @@ _encode = msgspec.json.Encoder(enc_hook=_plain).encode
 def _text(value):
     try:
         return str(value).encode(errors="backslashreplace").decode()
-    except Exception:  # whatever a caller's object does must not cost the record
+    except Exception:  # `str` of a caller's object may raise anything
         return f"<{type(value).__name__}>"
 
 

@@ -91,8 +91,9 @@ class BaseController(ABC):
         get_tokenizer = getattr(llm, "get_tokenizer", None)
         self._tokenizer = get_tokenizer() if get_tokenizer else self._tokenizer
 
-    def tokenize(self, prompt: str) -> list[int]:
-        """Return the prompt's token ids, as the attached engine tokenizes it.
+    @property
+    def tokenizer(self) -> Any:
+        """The attached engine's tokenizer.
 
         Raises
         ------
@@ -104,7 +105,11 @@ class BaseController(ABC):
                 "no tokenizer: attach the engine with set_llm(llm) first "
                 "(the LMCache server has no /tokenize)"
             )
-        return list(self._tokenizer.encode(prompt))
+        return self._tokenizer
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """Return the prompt's token ids, as the attached engine's `tokenizer` makes them."""
+        return list(self.tokenizer.encode(prompt))
 
     def lookup(self, tokens: Sequence[int]) -> dict[str, Any]:
         """Return ``{"found": bool, "<instance_id>": ["gpu", ...]}``.

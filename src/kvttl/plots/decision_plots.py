@@ -33,7 +33,7 @@ from kvttl.plots.what_if import decisions_of
 PINNED_EXAMPLES = ((15.0, 0.05, 0.0), (12.5, 0.08, 0.0))
 
 _ROW_INCHES = 0.19
-_MAX_ROWS = 200  # of a timeline; more would be a poster
+_MAX_ROWS = 200  # of a timeline; more cannot be read on a page
 
 
 def ttl_curves(

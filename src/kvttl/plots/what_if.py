@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from caching_heuristics import METADATA_FIELDS, TIER_CODES, TIERS, HeuristicConf
 from kvttl.decisions.log import DecisionRecord
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Decisions:
     """A run's decisions as arrays, in the order of time; shape (n,) each.
 
@@ -30,7 +31,12 @@ class Decisions:
 
     def decide(self, config: HeuristicConfig) -> tuple[np.ndarray, np.ndarray]:
         """Return TTLs (s) and tier codes that `config` would have chosen, shape (n,) each."""
-        return config.ttl(self.metadata), tier_codes(config.tier(self.metadata))
+        return _decide(self, config)
+
+
+@lru_cache(maxsize=1)  # both tier panels and the readout ask about the same settings in turn
+def _decide(decisions, config):
+    return config.ttl(decisions.metadata), tier_codes(config.tier(decisions.metadata))
 
 
 @dataclass(frozen=True)

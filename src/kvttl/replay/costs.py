@@ -78,7 +78,7 @@ class TierCosts:
     def __post_init__(self) -> None:
         for field in fields(self):
             values = getattr(self, field.name)
-            by_tier = "tuple" in str(field.type)
+            by_tier = isinstance(field.default, tuple)
             if by_tier and len(values) != len(TIERS):
                 raise ValueError(f"{field.name} must have one value for each of {TIERS}")
             may_be_zero = field.name in ("latency_s", "start_s") or "price" in field.name

@@ -231,7 +231,7 @@ def index_runs(trace: Trace) -> RunIndex:
     ValueError
         The ids are not prefix-chained, or a request has a block twice.
     """
-    # As long as they could become; the system gives memory only where something is written.
+    # An upper bound; pages that are never written take no memory.
     columns = np.empty((6, trace.accesses + 1), np.int32)
     offsets = np.empty(trace.requests + 1, np.int64)
     last = np.full(trace.unique_blocks, -1, np.int32)

@@ -32,6 +32,7 @@ from kvttl.serve.listening import (
     read_key,
     serving,
 )
+from kvttl.serve.vllm_parts import vllm_parts
 from kvttl.session.launch import be_quiet, managed, new_run_folder, progress, session_stack
 from tiered_caching import MultiTierCache
 
@@ -149,14 +150,12 @@ def async_engine(stack: Any, model: str, loop: LoopThread, **options: Any) -> It
 
     An engine that has lost its LMCache server hangs when its process ends.
     """
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
+    vllm = vllm_parts()
     options = {"use_tqdm_on_load": False, "served_model_name": model_name(model), **options}
-    arguments = AsyncEngineArgs(**stack.engine_kwargs(model, **options))
+    arguments = vllm.AsyncEngineArgs(**stack.engine_kwargs(model, **options))
     engines = []
     try:
-        loop.call(lambda: engines.append(AsyncLLM.from_engine_args(arguments)))
+        loop.call(lambda: engines.append(vllm.AsyncLLM.from_engine_args(arguments)))
         yield engines[0]
     finally:  # the loop comes to this when the engine is up, even if nobody waited for it
         loop.call(_shut_down, engines)

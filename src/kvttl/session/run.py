@@ -118,9 +118,9 @@ def run_session(
     sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
     for request in tqdm(list(requests), desc="generations", unit="prompt", disable=not progress):
         yield from ((None, record) for record in _expire_until(cache, request.arrival_s))
-        cache.generate_and_manage(request.prompt, sampling)
-        cache.flush()  # the think time until the next request is over at once
-        yield request, cache.records[-1]
+        (managed,) = cache.generate(request.prompt, sampling)
+        # The think time until the next request is over at once.
+        yield request, managed.decision.result()
 
 
 def _expire_until(cache, arrival_s):

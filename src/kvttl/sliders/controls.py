@@ -5,60 +5,13 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 
 import ipywidgets as widgets
 
-from caching_heuristics import HeuristicConfig
+from caching_heuristics import SETTINGS
 
 _SIGNIFICANT = 3  # digits that a slider can set; the entry takes any number
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the controls of one `HeuristicConfig` field look like.
-
-    ``low`` and ``high`` are the slider's ends (the entry may go beyond);
-    ``is_log`` sliders step in decades, the others in units.
-    """
-
-    label: str
-    unit: str
-    low: float
-    high: float
-    step: float
-    is_log: bool = False
-    group: str = "TTL"
-
-
-SETTINGS = {
-    "base_ttl": Setting("base TTL", "s", 1, 604_800, 0.02, True),
-    "min_ttl": Setting("min TTL", "s", 1, 86_400, 0.02, True),
-    "max_ttl": Setting("max TTL", "s", 10, 2_592_000, 0.02, True),
-    "alpha": Setting("alpha (access count)", "", 0, 2, 0.01),
-    "gamma": Setting("gamma (variance)", "", 0, 1, 0.01),
-    "hot_threshold": Setting("hot threshold", "perplexity", 1, 1000, 0.01, True, "Tier"),
-    "cold_threshold": Setting("cold threshold", "perplexity", 1, 1000, 0.01, True, "Tier"),
-    "variance_threshold": Setting("variance threshold", "", 0, 1, 0.01, False, "Tier"),
-    "recent_seconds": Setting("recent", "s", 1, 604_800, 0.02, True, "Tier"),
-    "disk_ttl_factor": Setting("after gpu, on disk", "x TTL", 0.1, 1000, 0.02, True, "Tier"),
-    "remote_ttl_factor": Setting("after disk, in remote", "x TTL", 0.1, 1000, 0.02, True, "Tier"),
-}
-
-
-def setting_of(name: str) -> Setting:
-    """Return a field's `Setting`; one that is new to this module gets a slider around its default.
-
-    Examples
-    --------
-    >>> setting_of("alpha").high, setting_of("base_ttl").is_log
-    (2, True)
-    """
-    if name in SETTINGS:
-        return SETTINGS[name]
-    default = next(field.default for field in fields(HeuristicConfig) if field.name == name)
-    middle = float(default) or 1.0
-    return Setting(name.replace("_", " "), "", middle / 100, middle * 100, 0.02, True, "Tier")
+_STEP = 0.01  # of a slider: in decades where its scale is logarithmic
 
 
 class Control:
@@ -86,7 +39,7 @@ class Control:
 
     def __init__(self, name: str, value: float, on_change: Callable[[str, float], None]) -> None:
         self.name, self.value = name, float(value)
-        setting = self._setting = setting_of(name)
+        setting = self._setting = SETTINGS[name]
         self._on_change, self._is_setting = on_change, False
         self.slider = _slider(setting)
         self.slider.add_class(f"kv-slider-{name}")
@@ -108,14 +61,14 @@ class Control:
         """Show `value` without telling anybody."""
         self.value, self._is_setting = float(value), True
         try:
-            self.slider.value = min(max(self.value, self._setting.low), self._setting.high)
+            self.slider.value = self._within_slider(self.value)
             self.entry.value = self.value
         finally:
             self._is_setting = False
 
     def say(self, text: str) -> None:
         """Show what is wrong, under the slider; empty = nothing."""
-        shown = f'<span style="color:#B00020">⚠ {html.escape(text)}</span>' if text else ""
+        shown = warning(text) if text else ""
         if shown != self.message.value:
             self.message.value = shown
             self.message.layout.display = None if text else "none"
@@ -126,10 +79,10 @@ class Control:
 
     def _is_same_step(self, position):
         """Say whether the browser only rounded the value that it was told to show."""
-        held = min(max(self.value, self._setting.low), self._setting.high)
-        if self._setting.is_log:
+        held = self._within_slider(self.value)
+        if self._setting.slider[0] > 0:  # logarithmic
             held, position = math.log10(held), math.log10(position)
-        return abs(position - held) <= 0.501 * self._setting.step
+        return abs(position - held) <= 0.501 * _STEP
 
     def _entry_changed(self, change):
         if not self._is_setting and math.isfinite(change["new"]):
@@ -139,12 +92,19 @@ class Control:
         """A person has moved one part: take the other along, and say so."""
         self.value, self._is_setting = value, True
         try:
-            if other is self.slider:
-                value = min(max(value, self._setting.low), self._setting.high)
-            other.value = value
+            other.value = self._within_slider(value) if other is self.slider else value
         finally:
             self._is_setting = False
         self._on_change(self.name, self.value)
+
+    def _within_slider(self, value):
+        low, high = self._setting.slider
+        return min(max(value, low), high)
+
+
+def warning(text: str) -> str:
+    """Return a text as a warning, in HTML."""
+    return f'<span style="color:#B00020">⚠ {html.escape(text)}</span>'
 
 
 def rounded(value: float) -> float:
@@ -168,9 +128,9 @@ def _slider(setting):
     options = {
         "readout": False,
         "layout": widgets.Layout(flex="1 1 auto", width="auto", min_width="110px"),
-        "step": setting.step,
+        "step": _STEP,
     }
-    if not setting.is_log:
-        return widgets.FloatSlider(min=setting.low, max=setting.high, **options)
-    low, high = math.log10(setting.low), math.log10(setting.high)
-    return widgets.FloatLogSlider(value=setting.low, min=low, max=high, **options)
+    low, high = setting.slider
+    if low == 0:
+        return widgets.FloatSlider(min=low, max=high, **options)
+    return widgets.FloatLogSlider(value=low, min=math.log10(low), max=math.log10(high), **options)

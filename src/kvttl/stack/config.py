@@ -128,6 +128,8 @@ def kv_transfer_config(config: StackConfig):
 
     return KVTransferConfig(
         kv_connector="LMCacheMPConnector",
+        # LMCache's own ends the engine at an aborted request; see there.
+        kv_connector_module_path="kvttl.stack.engine_connector",
         kv_role="kv_both",
         # A chunk that vanishes between lookup and load costs a recompute, not the request.
         kv_load_failure_policy="recompute",
@@ -142,6 +144,11 @@ def kv_transfer_config(config: StackConfig):
 
 def engine_kwargs(config: StackConfig, model: str, **overrides) -> dict:
     """Arguments for ``vllm.LLM(**...)`` on CPU; also sets `ENGINE_ENV` where unset.
+
+    Its ``kv_transfer_config`` names `kvttl.stack.engine_connector` as the connector's module.
+    Who starts vLLM without these arguments adds ``"kv_connector_module_path":
+    "kvttl.stack.engine_connector"`` to its KV transfer settings, or the first unlucky abort
+    ends the engine.
 
     Parameters
     ----------

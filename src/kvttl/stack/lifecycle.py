@@ -20,7 +20,7 @@ from kvttl.stack.config import (
     kv_transfer_config,
     load_config,
 )
-from kvttl.stack.process import Child, StackError, load_state, save_state, spawn
+from kvttl.stack.process import Child, StackError, load_state, save_state, signals_deferred, spawn
 from kvttl.stack.services import (
     PORTS_OF,
     SERVICES,
@@ -155,11 +155,12 @@ class LMCacheStack:
         if os.getpid() != self._owner_pid:
             return  # a forked copy of this object (vLLM forks) owns nothing
         started = self.started
-        for name in reversed(started):
-            self._children[name].stop(self.config.stop_timeout_s)
-            del self._children[name]
-        if self._detached and started:
-            self._save_state()
+        with signals_deferred():  # a second Ctrl-C must not leave half of them running
+            for name in reversed(started):
+                self._children[name].stop(self.config.stop_timeout_s)
+                del self._children[name]
+            if self._detached and started:
+                self._save_state()
         if self._scratch and not keep_logs:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch = None
@@ -261,11 +262,11 @@ class LMCacheStack:
         run_dir = Path(self.config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         log_path = run_dir / f"{name}.log"
-        self._children[name] = spawn(
-            name, arguments_of(name, self.config), log_path, child_env(self.config), self._detached
-        )
-        if self._detached:
-            self._save_state()
+        arguments, env = arguments_of(name, self.config), child_env(self.config)
+        with signals_deferred():  # nothing runs that is not written down
+            self._children[name] = spawn(name, arguments, log_path, env, self._detached)
+            if self._detached:
+                self._save_state()
 
     def _wait_ready(self, names: list[str]) -> None:
         pending = list(names)
