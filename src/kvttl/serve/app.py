@@ -188,7 +188,7 @@ class BodyLimit:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         announced = dict(scope["headers"]).get(b"content-length", b"0")
-        # A body that is announced is read too where it is small enough: this knows no liars.
+        # An announced length may be wrong: the body is counted all the same.
         too_large = announced.isdigit() and int(announced) > self._limit
         messages, size = [], 0
         more = not too_large

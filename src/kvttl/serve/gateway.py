@@ -164,7 +164,7 @@ def async_engine(stack: Any, model: str, loop: LoopThread, **options: Any) -> It
 def _shut_down(engines):
     for engine in engines:
         engine.shutdown()
-        # Its finalizer would do it again, perhaps in an interpreter that is half gone.
+        # Its finalizer would do it again while the interpreter exits.
         engine.shutdown = lambda *_args, **_options: None
 
 
