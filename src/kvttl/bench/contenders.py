@@ -19,11 +19,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import requests
-
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
 from kvttl.bench.workloads import CHUNK_TOKENS, BenchRequest
+from kvttl.lmcache.client import Service
 from kvttl.lmcache.layout import hits_by_tier
 from kvttl.lmcache.model import EVICTION_WATERMARK
 from kvttl.manager.clock import SessionClock, ends_on_the_way
@@ -208,8 +207,7 @@ class LMCacheRunner(Runner):
     def __init__(self, llm: Any, bytes_per_token: int, stack: Any) -> None:
         super().__init__(llm, bytes_per_token)
         self.stack = stack
-        self._http = requests.Session()
-        self._http.trust_env = False  # no proxy between us and loopback
+        self._server = Service(stack.server_http_url, read_timeout_s=10.0)
         self._used = 0
         self._look: LMCacheController | None = None
         self._cache: Any = None
@@ -284,7 +282,7 @@ class LMCacheRunner(Runner):
 
     def _status(self):
         """Return the work that waits, the share of the memory tier in use, and its bytes."""
-        answer = self._http.get(f"{self.stack.server_http_url}/status", timeout=10).json()
+        answer = self._server.call("GET", "/status")
         storage = answer["storage_manager"]
         l1, store = storage["l1_manager"], storage["store_controller"]
         at_work = store["pending_keys_count"] + store["in_flight_task_count"]
@@ -308,7 +306,7 @@ class LMCacheRunner(Runner):
     def close(self) -> None:
         """End the manager, then the engine, then the stack."""
         self._release()
-        self._http.close()
+        self._server.close()
         super().close()
         self.stack.stop()
 

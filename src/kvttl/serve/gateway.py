@@ -21,7 +21,7 @@ from typing import Any
 from caching_heuristics import HeuristicConfig
 from kvttl.decisions.log import DecisionLog
 from kvttl.decisions.metrics import DecisionMetrics
-from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
+from kvttl.lmcache.client import LMCacheError
 from kvttl.serve.app import BODY_LIMIT, manage_app, openai_app, server_arguments
 from kvttl.serve.engine import ManagedEngine
 from kvttl.serve.listening import (
@@ -244,7 +244,7 @@ def _recover(cache, folder):
         return
     try:
         found = cache.recover(folder)
-    except (LMCacheUnavailable, LMCacheError) as error:
+    except LMCacheError as error:
         print(f"KV without a claim was not looked for: {error}", file=sys.stderr)
     else:
         if any(found.values()):
