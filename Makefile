@@ -1,6 +1,7 @@
-# make help lists the targets. Everything works from a fresh clone: the first
-# call creates .venv and installs the pins of requirements.txt into it.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# make help lists the targets. Everything works from a fresh clone: the first call brings what the
+# machine lacks (.ci/setup), creates .venv and installs the pins of requirements.txt into it.
+# PYTHON=/path/to/python3.11 and KV_CHROMIUM=/path/to/chrome name ones that are not on the PATH.
+PYTHON ?=
 # PyTorch's CPU builds are on an index of their own; only used where plain pip has none.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
@@ -26,6 +27,7 @@ CAPACITY ?=
 SET ?=
 SKIP_BAD ?=
 
+export PYTHON TORCH_CPU_INDEX
 export LMCACHE_TRACK_USAGE := false
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
@@ -38,21 +40,22 @@ export PYTHONPATH := $(CURDIR)/src
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
-$(READY): requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
-		{ echo "Python 3.11 is needed, found: $$($(PYTHON) --version 2>&1). Set PYTHON=/path/to/python3.11"; exit 1; }
-	@echo "Installing into $(VENV) (about 4 GB, 3 to 6 minutes; once)"
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt || \
-		{ echo "No CPU build of torch in the usual place; trying PyTorch's own index"; \
-		$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt \
-			--extra-index-url $(TORCH_CPU_INDEX); }
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+# What the wanted targets need of the machine: vLLM's CPU build links libnuma.
+NEEDS := $(sort $(if $(filter test notebooks lab run serve bench bench-gateway bench-overhead,\
+	$(MAKECMDGOALS)),libnuma1) $(if $(filter test bench-sliders,$(MAKECMDGOALS)),chromium) \
+	$(if $(filter test,$(MAKECMDGOALS)),redis-server openssl))
+
+# No file: looked at each time, and before anything is installed.
+.machine:
+	@.ci/setup machine $(NEEDS)
+
+$(READY): requirements.txt pyproject.toml | .machine
+	@.ci/setup pins requirements.txt
 	@touch $@
 
 # --no-deps: two of these ask for what the rest cannot give; requirements-agents.txt says which.
 $(AGENTS): requirements-agents.txt $(READY)
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-agents.txt
+	@.ci/setup pins requirements-agents.txt
 	@touch $@
 
 install: $(READY) ## create .venv and install the pinned packages
@@ -86,11 +89,17 @@ status: $(READY) ## what is running
 notebooks: $(AGENTS) ## run all notebooks headless, in order
 	@$(PY) -m pytest tests/test_notebooks.py -q
 
+# This machine only. Several kernels would share two cores; an idle one is a closed page's.
+VOILA := --Voila.ip=127.0.0.1 --show_tracebacks=True --ExecutePreprocessor.timeout=60 \
+	--MappingKernelManager.cull_idle_timeout=600 --MappingKernelManager.cull_interval=60 \
+	--VoilaConfiguration.file_allowlist=[]
+LAB = --ServerApp.ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
+
 app: $(READY) ## sliders and plots as a page, without code (this machine only; PORT=)
-	@$(PY) -m kvttl.sliders.servers app $(if $(PORT),--port $(PORT))
+	@env JUPYTER_PREFER_ENV_PATH=1 $(PY) -m voila notebooks/04_ttl_and_tier_plots.ipynb $(VOILA) --port=$(or $(PORT),8866)
 
 lab: $(READY) ## JupyterLab on the notebooks (this machine only; PORT=)
-	@$(PY) -m kvttl.sliders.servers lab $(if $(PORT),--port $(PORT))
+	@env JUPYTER_PREFER_ENV_PATH=1 $(PY) -m jupyterlab $(LAB) --ServerApp.port=$(or $(PORT),8888)
 
 clean-notebooks: $(READY) ## strip outputs from the notebooks
 	@$(VENV)/bin/nbstripout notebooks/*.ipynb

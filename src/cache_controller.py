@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from caching_heuristics import TIER_CODES, TIERS
-from kvttl.lmcache.client import BACKENDS, LMCacheError, LMCacheHTTP, LMCacheUnavailable
+from kvttl.lmcache.client import LMCacheError, LMCacheHTTP, LMCacheUnavailable
+from kvttl.lmcache.directory import Directory
 from kvttl.lmcache.layout import (
     DEFAULT_INSTANCE,
     BaseController,
@@ -35,9 +35,6 @@ __all__ = [
     "LMCacheUnavailable",
     "LocalLMCacheController",
 ]
-TIER_OF_BACKEND = {backend: tier for tier, backend in BACKENDS.items()}
-_POLL_S = 0.005  # about what one directory look-up costs
-_VERIFY_S = 0.5  # a delete shows in the directory within an event flush (0.2 s by default)
 
 
 class LMCacheController(BaseController):
@@ -82,19 +79,26 @@ class LMCacheController(BaseController):
         read_timeout_s: float = 2.0,
         retry_after_s: float = 1.0,
     ) -> None:
-        self.model = model
-        self.world_size = world_size
-        self.cache_salt = cache_salt
         self.instance_id = instance_id
         self.move_timeout_s = move_timeout_s
         self._http = LMCacheHTTP(
             f"http://{host}:{port}", connect_timeout_s, read_timeout_s, retry_after_s
         )
+        self._directory = Directory(self._http, model, world_size, cache_salt)
         self._chunk_size_tokens: int | None = None
-        self._shapes: list[dict] = []  # object keys of a chunk, without its hash
         # Tiers whose last demotion waited in vain (a dead Redis, a full disk):
         # later moves there look once and do not wait, until one succeeds.
         self._stalled_tiers: set[str] = set()
+
+    @property
+    def model(self) -> str:
+        """The model name that the engine stores KV under."""
+        return self._directory.model
+
+    @property
+    def cache_salt(self) -> str:
+        """The tenant whose KV this is about."""
+        return self._directory.cache_salt
 
     @property
     def chunk_size_tokens(self) -> int:
@@ -107,8 +111,7 @@ class LMCacheController(BaseController):
         """Use the engine's tokenizer and the model name it stores KV under."""
         super().attach_engine(llm)
         if (config := engine_config(llm)) is not None:
-            self.model = config.model_config.model
-            self._shapes = []
+            self._directory = self._directory.of_model(config.model_config.model)
 
     def layout(self, tokens: Sequence[int]) -> KVLayout:
         """Return where the directory says that each complete chunk is.
@@ -120,12 +123,7 @@ class LMCacheController(BaseController):
         LMCacheUnavailable, LMCacheError
             The coordinator does not answer, or refuses.
         """
-        tokens = check_tokens(tokens)
-        if not tokens:
-            return KVLayout((), {})
-        layout = _read_layout(self._http.lookup(self._prompt(tokens)))
-        self._learn(layout)
-        return layout
+        return self._directory.layout(tokens)
 
     def layout_of(self, keys: Sequence[str] | None = None) -> KVLayout:
         """Return where the directory says that chunks are, by their keys (None: all).
@@ -136,25 +134,12 @@ class LMCacheController(BaseController):
             The coordinator does not answer, or refuses.
         """
         if keys is None:
-            pages = (self._http.list_keys(self.instance_id, tier) for tier in TIERS)
-            ours = (entry for page in pages for entry in page if self._ours(entry))
-            return _read_layout({str(entry["key"]): entry for entry in ours}.values())
-        handles = self._handles(keys) if keys else []
-        return _read_layout(self._http.lookup({"keys": handles})) if handles else KVLayout((), {})
+            return self._directory.listed(self.instance_id)
+        return self._directory.layout_of(keys, self.instance_id)
 
     def discard(self, keys: Sequence[str]) -> int:
         """Delete every copy of some chunks on this instance; returns how many chunks keep one."""
-        layout, sent_at_s = self.layout_of(keys), {}
-        deadline_s = time.monotonic() + _VERIFY_S
-        while True:
-            held = dict(zip(layout.keys, layout.of(self.instance_id)))
-            by_tier = {tier: [key for key in held if tier in held[key]] for tier in TIERS}
-            left = sum(bool(tiers) for tiers in held.values())
-            self._delete(self.instance_id, layout, by_tier, sent_at_s)
-            if not left or time.monotonic() >= deadline_s:
-                return left
-            time.sleep(_POLL_S)
-            layout = self._look_again(layout)
+        return self._directory.discard(self.layout_of(keys), self.instance_id)
 
     def check_health(self) -> None:
         """Raise LMCacheUnavailable if the coordinator or the server is away."""
@@ -179,56 +164,32 @@ class LMCacheController(BaseController):
         """Close the HTTP session."""
         self._http.close()
 
-    def _prompt(self, tokens):
-        return {
-            "model_name": self.model,
-            "world_size": self.world_size,
-            "token_ids": tokens,
-            "cache_salt": self.cache_salt,
-        }
-
-    def _ours(self, entry):
-        """Say whether a directory entry is of this model and tenant."""
-        key = entry["key"]
-        return key["model_name"] == self.model and key["cache_salt"] == self.cache_salt
-
-    def _handles(self, keys):
-        """Return the object keys of chunks: those of a chunk seen before, with another hash."""
-        if not self._shapes:  # a new process that looks at KV of an earlier one
-            self._learn(self.layout_of())
-        return [{**dict(shape), "chunk_hash_hex": key} for key in keys for shape in self._shapes]
-
-    def _learn(self, layout):
-        """Remember what distinguishes a chunk's object keys, one for each rank and group."""
-        if not self._shapes and layout.keys:
-            handles = layout.handles[layout.keys[0]]
-            self._shapes = [
-                {name: value for name, value in handle.items() if name != "chunk_hash_hex"}
-                for handle in handles
-            ]
-
-    def _refusal(self, source, target, tokens):
-        if source[0] != target[0]:
+    def _refusal(self, request):
+        (instance, source), (other, target) = request.source, request.target
+        if instance != other:
             return (
                 "no move between instances: an LMCache server writes its own tiers only; generate "
-                f"the prompt on {target[0]} (which stores it), and let {source[0]}'s TTL end"
+                f"the prompt on {other} (which stores it), and let {instance}'s TTL end"
             )
-        if source[1] == "remote" and target[1] == "disk":
+        if (source, target) == ("remote", "disk"):
             return "the LMCache server has no L2-to-L2 copy; promote to gpu instead"
-        if tokens is None and target[1] == "gpu" and source[1] != "gpu":
+        if request.tokens is None and target == "gpu" and source != "gpu":
             return "the LMCache server prefetches by prompt: pass the prompt's tokens"
-        return super()._refusal(source, target, tokens)
+        return ""
 
-    def _move(self, source, target, tokens, wanted, keys, timeout_s):
-        tier = target[1]
+    def _look(self, request, keys):
+        if keys is None and request.tokens is None:  # everything at the old position
+            instance, tier = request.source
+            return self._directory.listed(instance, [tier])
+        return super()._look(request, keys)
+
+    def _move(self, request, layout, chosen):
+        tier, timeout_s = request.target[1], request.timeout_s
         if timeout_s is None:
             timeout_s = 0.0 if tier in self._stalled_tiers else self.move_timeout_s
-        if tokens is not None:
-            tokens = check_tokens(tokens)
         if tier == "gpu":
-            return self._promote(source, tokens, wanted, timeout_s)
-        layout = self._at_source(source, tokens, wanted, keys)
-        outcome = self._demote(source, tier, layout, timeout_s)
+            return self._promote(request, layout, chosen, timeout_s)
+        outcome = self._demote(request, layout, chosen, timeout_s)
         if unseen(tier) in outcome.skipped:
             if timeout_s > 0:  # a single look proves nothing
                 self._stalled_tiers.add(tier)
@@ -236,134 +197,28 @@ class LMCacheController(BaseController):
             self._stalled_tiers.discard(tier)
         return outcome
 
-    def _demote(self, source, tier, layout, timeout_s):
-        """Delete the hotter copies of each chunk once the directory shows one in `tier`."""
-        instance = source[0]
-        total, sent_at_s = len(layout.keys), {}
-        deadline_s = time.monotonic() + timeout_s
-        while layout.keys:
-            held = dict(zip(layout.keys, layout.of(instance)))
-            waiting = [key for key in layout.keys if tier not in held[key]]
-            hotter = {t: [k for k in layout.keys if _hotter_copy(t, tier, held[k])] for t in TIERS}
-            self._delete(instance, layout, hotter, sent_at_s)
-            unfinished = [*waiting, *{key for keys in hotter.values() for key in keys}]
-            late_s = time.monotonic() - deadline_s
-            # Deletes that were sent are seen through even when nothing is waited for.
-            if not unfinished or late_s > (_VERIFY_S if len(unfinished) > len(waiting) else 0):
-                break
-            time.sleep(_POLL_S)
-            layout = self._look_again(layout)
-        if not total:
-            return Outcome(reason=f"no complete chunk in {source[1]}")
-        outcome = Outcome(moved=total - len(unfinished))
-        if waiting:
-            outcome.skipped[unseen(tier)] = len(waiting)
-        if len(unfinished) > len(waiting):
-            outcome.skipped["hotter copy still shown (in use?)"] = len(unfinished) - len(waiting)
-        return outcome
-
-    def _at_source(self, source, tokens, wanted, keys):
-        """Return the layout of the chunks that a demotion is about."""
-        instance, source_tier = source
-        if keys is not None:
-            layout = self.layout_of(keys)
-        else:
-            layout = self._list_tier(source) if tokens is None else self.layout(tokens)
+    def _demote(self, request, layout, chosen, timeout_s):
+        (instance, source), (_, target) = request.source, request.target
         held = layout.of(instance)
         # A chunk shown nowhere has just been generated: its store is under way.
-        chosen = [
-            i
-            for i in range(len(layout.keys))
-            if (wanted is None or i in wanted)
-            and (held[i][0] == source_tier if held[i] else source_tier == "gpu")
-        ]
-        return layout.select(chosen)
+        due = [i for i in chosen if (held[i][0] if held[i] else "gpu") == source]
+        if not due:
+            return Outcome(reason=f"no complete chunk in {source}", layout=layout.select(chosen))
+        return self._directory.demote(layout.select(due), instance, target, timeout_s)
 
-    def _list_tier(self, source):
-        instance, tier = source
-        return _read_layout(self._http.list_keys(instance, tier))
-
-    def _look_again(self, layout):
-        """Return the same chunks' layout now."""
-        handles = [handle for key in layout.keys for handle in layout.handles[key]]
-        return _read_layout(self._http.lookup({"keys": handles}))
-
-    def _delete(self, instance, layout, keys_by_tier, sent_at_s):
-        """Send deletes; again at once for locked copies (still being written to L2)."""
-        now_s = time.monotonic()
-        for tier, keys in keys_by_tier.items():
-            due = [k for k in keys if now_s - sent_at_s.get((tier, k), -1e9) >= _VERIFY_S]
-            if due:
-                handles = [handle for key in due for handle in layout.handles[key]]
-                if not self._http.delete(instance, tier, handles):
-                    sent_at_s.update({(tier, key): now_s for key in due})
-
-    def _promote(self, source, tokens, wanted, timeout_s):
-        """Prefetch a prompt's chunks from L2 into L1 and wait until the directory shows them."""
-        instance, source_tier = source
-        layout = self.layout(tokens)
+    def _promote(self, request, layout, chosen, timeout_s):
+        instance, source = request.source
         held = layout.of(instance)
-        chosen = [i for i in range(len(held)) if wanted is None or i in wanted]
-        todo = [i for i in chosen if "gpu" not in held[i] and source_tier in held[i]]
-        absent = sum(not held[i] for i in chosen)
-        outcome = Outcome(skipped={f"not in {source_tier}": absent} if absent else {})
-        if not todo:
-            outcome.status, outcome.reason = "noop", f"nothing in {source_tier} that gpu lacks"
-            return outcome
-        # Keys are prefix-chained, so a prefetch is always of a prefix of the prompt.
-        prefix = tokens[: (todo[-1] + 1) * self.chunk_size_tokens]
-        deadline_s = time.monotonic() + timeout_s
-        self._http.prefetch(instance, self._prompt(prefix), deadline_s)
-        layout = layout.select(todo)
-        while True:
-            layout = self._look_again(layout)
-            outcome.moved = layout.counts(instance)["gpu"]
-            if outcome.moved == len(todo) or time.monotonic() >= deadline_s:
-                break
-            time.sleep(_POLL_S)
-        if outcome.moved < len(todo):
-            outcome.skipped[unseen("gpu")] = len(todo) - outcome.moved
+        due = [i for i in chosen if "gpu" not in held[i] and source in held[i]]
+        if due:
+            # Keys are prefix-chained, so a prefetch is always of a prefix of the prompt.
+            prefix = request.tokens[: (due[-1] + 1) * self.chunk_size_tokens]
+            outcome = self._directory.promote(layout.select(due), instance, prefix, timeout_s)
+        else:
+            outcome = Outcome("noop", f"nothing in {source} that gpu lacks")
+            outcome.layout = layout.select(chosen)
+        outcome.skip(f"not in {source}", sum(not held[i] for i in chosen))
         return outcome
-
-
-def _hotter_copy(tier, target, held):
-    """Say whether a chunk's copy in `tier` may go: there is one in `target`, which is colder."""
-    return tier in held and target in held and TIER_CODES[tier] < TIER_CODES[target]
-
-
-def _read_layout(results):
-    """Turn a directory answer (one entry per object key) into a layout (one per chunk)."""
-    handles: dict[str, list] = {}
-    placements: dict[str, list] = {}
-    for entry in results:
-        key = entry["key"]["chunk_hash_hex"]
-        handles.setdefault(key, []).append(entry["key"])
-        placements.setdefault(key, []).append(
-            {(p["instance_id"], tier) for p in entry["placements"] if (tier := tier_of(p))}
-        )
-    # With several ranks a chunk is in a tier only if every rank's object is.
-    common = {key: set.intersection(*sets) for key, sets in placements.items()}
-    instances = sorted({instance for held in common.values() for instance, _ in held})
-    tiers = {
-        instance: tuple(
-            tuple(tier for tier in TIERS if (instance, tier) in held) for held in common.values()
-        )
-        for instance in instances
-    }
-    return KVLayout(tuple(common), tiers, {key: tuple(h) for key, h in handles.items()})
-
-
-def tier_of(placement: Mapping[str, Any]) -> str | None:
-    """Return this kit's name of a directory placement's tier (None: not one of ours).
-
-    Examples
-    --------
-    >>> tier_of({"tier": "l1", "backend": "dram"}), tier_of({"tier": "l2", "backend": "fs"})
-    ('gpu', 'disk')
-    """
-    if placement["tier"] == "l1":
-        return "gpu"
-    return TIER_OF_BACKEND.get(placement["backend"])
 
 
 MAX_TTL_S = 604_800  # bytes are kept at most this long, as max_ttl does
@@ -483,17 +338,15 @@ class LocalLMCacheController(BaseController):
         for backend in self.backends.values():
             backend.close()
 
-    def _move(self, source, target, tokens, wanted, keys, timeout_s):
+    def _move(self, request, layout, chosen):
         outcome = Outcome()
+        keys = [layout.keys[i] for i in chosen]
         with self._lock:
-            if keys is None:
-                chunks = self._known if tokens is None else dict(self._chunks(tokens))
-                keys = list(chunks)
-            for index, key in enumerate(keys):
-                if wanted is None or index in wanted:
-                    self._move_chunk(key, source, target[1], outcome)
+            for key in keys:
+                self._move_chunk(key, request.source, request.target[1], outcome)
         if not outcome.moved and not outcome.skipped:
-            outcome.reason = f"no complete chunk in {source[1]}"
+            outcome.reason = f"no complete chunk in {request.source[1]}"
+        outcome.layout = self.layout_of(keys)
         return outcome
 
     def _move_chunk(self, key, source, tier, outcome):
@@ -510,8 +363,7 @@ class LocalLMCacheController(BaseController):
             value = self.backends[source_tier].get(key)
             self.backends[tier].set(key, value, self._ttl_s)
             if self.backends[tier].get(key) is None:
-                outcome.skipped[unseen(tier)] = outcome.skipped.get(unseen(tier), 0) + 1
-                return
+                return outcome.skip(unseen(tier))
         for hot in hotter:
             self.backends[hot].delete(key)
         outcome.moved += 1

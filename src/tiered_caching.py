@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import math
 import numbers
@@ -21,6 +22,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +30,36 @@ import redis
 from cachetools import TLRUCache
 
 from caching_heuristics import HeuristicConfig
-from kvttl.background import JobQueue, Repeater
+from kvttl.background import Repeater, check_whole
 from kvttl.decisions.keeper import RecordKeeper, notices
 from kvttl.decisions.log import DecisionLog, DecisionRecord, read_records
 from kvttl.decisions.metrics import DecisionMetrics
-from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
 from kvttl.lmcache.layout import BaseController
 from kvttl.manager.claims import ClaimLedger
-from kvttl.manager.generation import Engine, Generation, metadata_of_each, prompt_digest, text_of
+from kvttl.manager.decider import Decider
+from kvttl.manager.draft import Draft
+from kvttl.manager.generation import (
+    Engine,
+    Generation,
+    ManagedOutput,
+    compact,
+    is_one_prompt,
+    metadata_of_each,
+    text_of,
+)
 from kvttl.manager.metadata import PromptHistory, RequestMetadata
+from kvttl.manager.motion import Motion
 from kvttl.manager.placement import KVPlacement
-from kvttl.manager.recovery import adopt_lost_claims, recover_claims
-from kvttl.settings import load_settings
-from kvttl.storage.redis_client import MAX_REDIS_TTL_MS, _address, _connect
+from kvttl.manager.policy import Policy
+from kvttl.manager.recovery import adopt_unclaimed, recover_claims
+from kvttl.manager.settling import Settler
+from kvttl.storage.redis_client import (
+    DEFAULT_LIMITS,
+    MAX_REDIS_TTL_MS,
+    RedisLimits,
+    address_of,
+    connect,
+)
 from kvttl.storage.sealed import (
     SECRET_BYTES,
     Record,
@@ -56,7 +75,9 @@ __all__ = [
     "BaseBackend",
     "InMemoryBackend",
     "LocalDiskBackend",
+    "ManagedOutput",
     "MultiTierCache",
+    "Policy",
     "RemoteBackend",
     "notices",
 ]
@@ -64,6 +85,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MAX_MTIME_S = 2.0**32  # year 2106; file systems differ in how far they go
+_MAX_RECORD_BYTES = 64 * 2**20  # of the records kept in memory
 STALE_TEMP_S = 3600.0  # a temp file this old is a crashed writer's, not a slow one's
 
 
@@ -341,7 +363,7 @@ class RemoteBackend(BaseBackend):
         key_prefix: str = "kvttl:",
         secret: bytes | None = None,
         client: redis.Redis | None = None,
-        timeout_s: float = 5.0,
+        timeout_s: float = DEFAULT_LIMITS.timeout_s,
         **options: Any,
     ):
         if client is not None and url is not None or options and url is None:
@@ -350,10 +372,11 @@ class RemoteBackend(BaseBackend):
         self._prefix = key_prefix.encode()
         self._signer = Signer(secret, self.tier)
         self._owns_client = client is None
-        self._client = _connect(url, timeout_s, options) if client is None else client
+        limits = RedisLimits(timeout_s, timeout_s)
+        self._client = connect(url, limits, **options) if client is None else client
         if self._client.get_encoder().decode_responses:
             raise ValueError("decode_responses must be off: the values are bytes")
-        self.address = _address(self._client)
+        self.address = address_of(self._client)
 
     def get(self, key: str) -> Any:
         redis_key = self._redis_key(key)
@@ -398,19 +421,24 @@ class MultiTierCache:
         one would know nothing of this one's claims.
     llm : vllm.LLM, optional
         The engine; `set_llm` gives it later.
-    config : HeuristicConfig, optional
-        Settings of the two decisions and of the expiry ladder; by default those that
-        the sliders have saved (``data/heuristics.yaml``), else the standard ones.
+    config : Policy, optional
+        Makes the two decisions, and knows the expiry ladder; `HeuristicConfig()` by default.
+        Settings that the sliders have saved: ``config=kvttl.settings.load_settings()``.
     notify : callable, optional
         Gets one line about each decision; None = silence.
     clock : callable
         Unix time in seconds, for deadlines and records.
     max_records : int
-        Records kept in memory; the oldest go first.
+        Records kept in memory, 64 MiB at most; the oldest go first.
+    keep_prompts : bool
+        Show the prompts' text in records.
     background : bool
-        Decide and move on a worker thread; `generate_and_manage` returns at once.
-    max_queue : int
-        Decisions that may wait for the worker; beyond that the oldest is given up.
+        Decide and move on worker threads; `generate_and_manage` returns at once.
+    workers : int
+        Decisions that are made at the same time in the background.
+    max_queue, max_queue_bytes : int
+        Decisions that may wait for a worker, and what their token ids may take; beyond
+        either the oldest is given up.
     sweep_every_s : float, optional
         How often expired claims are taken down the ladder; None = only by `sweep`.
     perplexity_source : str
@@ -428,7 +456,8 @@ class MultiTierCache:
     Notes
     -----
     Nothing on the way to a decision can break a generation: a failure becomes
-    a record with its reason, and the text is returned.
+    a record with its reason, and the text is returned. Any thread may call any method;
+    generations of several threads wait for each other, decisions and sweeps do not.
 
     Examples
     --------
@@ -449,12 +478,15 @@ class MultiTierCache:
         lmcache_controller: BaseController,
         llm: Any = None,
         *,
-        config: HeuristicConfig | None = None,
+        config: Policy | None = None,
         notify: Callable[[str], Any] | None = print,
         clock: Callable[[], float] = time.time,
         max_records: int = 10_000,
+        keep_prompts: bool = False,
         background: bool = False,
+        workers: int = 1,
         max_queue: int = 1_000,
+        max_queue_bytes: int = 64 * 2**20,
         sweep_every_s: float | None = 1.0,
         perplexity_source: str = "generation",
         scorer: Callable[[Sequence[int]], float] | None = None,
@@ -462,17 +494,27 @@ class MultiTierCache:
         metrics: DecisionMetrics | None = None,
     ) -> None:
         self.controller = lmcache_controller
-        self.config = load_settings() if config is None else config
+        self.config = HeuristicConfig() if config is None else config
         self.claims = ClaimLedger(self.config.ladder)
-        self._records = RecordKeeper(max_records, log, metrics, notify)
-        self.records = self._records.records
         self.clock = clock
-        self._placement = KVPlacement(lmcache_controller, self.claims, self._records.claim)
+        self._keep_prompts = keep_prompts
+        self._records = RecordKeeper(max_records, _MAX_RECORD_BYTES, log, metrics, notify)
+        self.records = self._records.records
+        motion, write_ahead = Motion(lmcache_controller), self._records.write_ahead
+        self._settler = Settler(lmcache_controller, self.claims, motion, write_ahead)
+        self._placement = KVPlacement(lmcache_controller, self._settler, motion)
         self._measured = RequestMetadata(None, perplexity_source, scorer)
-        self._lock = threading.Lock()
-        self._jobs = JobQueue(self._manage, self._shed, max_queue) if background else None
+        self._measured_lock = threading.Lock()
+        self._decider = Decider(
+            self._decide,
+            self._settler,
+            self.config.base_ttl,
+            self._records,
+            workers=check_whole("workers", workers) if background else 0,
+            max_queue=max_queue,
+            max_queue_bytes=max_queue_bytes,
+        )
         self._sweeper = Repeater(self.sweep, sweep_every_s) if sweep_every_s is not None else None
-        self.shed_decisions = 0
         self._llm: Any = None
         if llm is not None:
             self.set_llm(llm)
@@ -491,6 +533,8 @@ class MultiTierCache:
         self.controller.attach_engine(llm)
         if self._engine.vocab_size:
             self._measured.vocab_size = self._engine.vocab_size
+
+    # ---- the seven steps ---------------------------------------------------------------
 
     def generate_and_manage(
         self,
@@ -524,12 +568,59 @@ class MultiTierCache:
             For a list of prompts: use `generate_and_manage_batch`. The engine's own
             errors pass through; nothing else is ever raised.
         """
-        if isinstance(prompt, list) and not (prompt and all(isinstance(t, int) for t in prompt)):
+        if not is_one_prompt(prompt):
             raise TypeError("prompt must be one prompt; got a list: use generate_and_manage_batch")
-        outputs, generate_s = self._generate(prompt, sampling_params)
-        output = outputs[0] if isinstance(outputs, (list, tuple)) else outputs
-        self._submit(prompt, output, metadata, generate_s, self._now())
-        return text_of(output)
+        (managed,) = self.generate(prompt, sampling_params, [metadata])  # steps 1 to 6
+        return text_of(managed.output)  # 7. return the text
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: Any,
+        metadata: Mapping[str, float] | Sequence[Mapping[str, float] | None] | None = None,
+    ) -> list[ManagedOutput]:
+        """Generate in one engine call; return vLLM's own outputs, each with its decision.
+
+        Parameters
+        ----------
+        prompts : str, or sequence of prompts
+            One prompt (a text, token ids or one of vLLM's mappings) or many, shape (n,).
+        sampling_params : vllm.SamplingParams or sequence of them
+            One for all, or one each.
+        metadata : mapping or sequence of mapping, optional
+            One for all, or one each (None = all measured), shape (n,).
+
+        Returns
+        -------
+        list of ManagedOutput
+            In the order of the prompts, shape (n,). ``decision.result()`` is the
+            DecisionRecord: there at once, or in the background soon.
+
+        Raises
+        ------
+        RuntimeError, TypeError, ValueError
+            No engine; an asynchronous one; not as many metadata as prompts.
+
+        Notes
+        -----
+        A record's ``generate_s`` is the call's time divided by its prompts. Sequences
+        beyond a prompt's first one need no KV cache of their own: the prompt's is placed.
+        """
+        one = is_one_prompt(prompts)
+        prompts = [prompts] if one else list(prompts)
+        each = metadata_of_each(prompts, metadata)
+        if not prompts:
+            return []
+        engine = self._ready_engine()
+        self._start_sweeper()
+        asked = prompts[0] if one else prompts
+        logprobs = self._measured.logprobs_wanted
+        outputs, generate_s = engine.generate(asked, sampling_params, logprobs)  # step 1
+        share_s, accessed = generate_s / len(prompts), self._now()
+        return [
+            ManagedOutput(output, self._submit(prompt, output, given, share_s, accessed))
+            for prompt, output, given in zip(prompts, outputs, each)
+        ]
 
     def generate_and_manage_batch(
         self,
@@ -539,40 +630,40 @@ class MultiTierCache:
     ) -> list[str]:
         """Generate texts in one engine batch, then place each prompt's KV cache.
 
-        Parameters
-        ----------
-        prompts : sequence of str
-            The prompts, shape (n,).
-        sampling_params : vllm.SamplingParams or sequence of them
-            One for all, or one each.
-        metadata : mapping or sequence of mapping, optional
-            One for all, or one each (None = all measured), shape (n,).
-
-        Returns
-        -------
-        list of str
-            The generated texts, shape (n,).
-
-        Raises
-        ------
-        RuntimeError, TypeError, ValueError
-            No engine; a single text; not as many metadata as prompts.
-
-        Notes
-        -----
-        A record's ``generate_s`` is the batch's time divided by its prompts.
+        As `generate` for a list of prompts, of which each answer's text is returned, shape (n,).
         """
-        is_text, prompts = isinstance(prompts, str), list(prompts)
-        if is_text or any(isinstance(prompt, int) for prompt in prompts):
+        if is_one_prompt(prompts):
             raise TypeError("prompts must be a list of prompts, got one prompt")
-        each = metadata_of_each(prompts, metadata)
-        if not prompts:
-            return []
-        outputs, generate_s = self._generate(prompts, sampling_params)
-        time_s = self._now()
-        for prompt, output, given in zip(prompts, outputs, each):
-            self._submit(prompt, output, given, generate_s / len(prompts), time_s)
-        return [text_of(output) for output in outputs]
+        managed = self.generate(prompts, sampling_params, metadata)
+        return [text_of(output) for output, _ in managed]
+
+    def _submit(self, prompt, output, metadata, generate_s, accessed):
+        given = dict(metadata) if isinstance(metadata, dict) else metadata  # it may be reused
+        facts = functools.partial(self._facts, prompt, output, given)
+        return self._decider.submit(facts, accessed, generate_s)
+
+    def _facts(self, prompt, output, metadata):
+        tokens = getattr(output, "prompt_token_ids", None) or self.controller.tokenize(prompt)
+        return Generation(
+            compact(tokens),  # step 2
+            getattr(output, "num_cached_tokens", None) or 0,
+            self._measured.of_answer(output),
+            metadata,
+            prompt if self._keep_prompts and isinstance(prompt, str) else None,
+        )
+
+    def _decide(self, draft: Draft, made: Generation) -> None:
+        """Fill the draft in step by step: a failure leaves what was known before it."""
+        tokens = made.tokens.tolist()
+        draft.metadata, draft.metadata_sources = self._measuring().complete(
+            made.metadata, tokens, made.perplexity, draft.time_s
+        )
+        draft.ttl_s = float(self.config.ttl(draft.metadata))  # step 4
+        draft.wanted_tier = str(self.config.tier(draft.metadata))  # step 5
+        self.controller.note_generated(tokens)
+        self._placement.place(draft, tokens, made.cached_tokens)  # steps 3 and 6
+
+    # ---- around them ----------------------------------------------------------------------
 
     def measurable(self, sampling_params: Any) -> Any:
         """Return sampling parameters from whose answer `manage` can measure a perplexity."""
@@ -584,61 +675,53 @@ class MultiTierCache:
         output: Any,
         metadata: Mapping[str, float] | None = None,
         generate_s: float = 0.0,
-    ) -> None:
+    ) -> Future[DecisionRecord]:
         """Place the KV cache of a generation that somebody else made; never raises.
 
         For a server. `output` is as vLLM's RequestOutput; it took `generate_s` seconds.
+        The future comes to the record always: failed, given up or closed, it has the reason.
         """
         self._start_sweeper()
-        self._submit(prompt, output, metadata, generate_s, self._now())
+        return self._submit(prompt, output, metadata, generate_s, self._now())
 
     def sweep(self, now_s: float | None = None) -> list[DecisionRecord]:
         """Take expired claims down the ladder now; returns a record for each."""
         swept: list[DecisionRecord] = []
         while not (self._sweeper and self._sweeper.must_stop):  # `recover` takes the rest up again
-            with self._lock:
-                now = self._before_waiting(self.clock() if now_s is None else now_s)
-                adopt_lost_claims(self._placement, now, self.config.base_ttl)
-                entries = self._placement.sweep(now)
-            if not entries:
+            now = self._decider.known_until(self.clock() if now_s is None else now_s)
+            adopt_unclaimed(self._settler, now, self.config.base_ttl)
+            records = self._settler.sweep(now)
+            if not records:
                 break
-            swept += [self._records.keep(entry) for entry in entries]
+            swept += [self._records.keep(record) for record in records]
         return swept
-
-    def _before_waiting(self, now_s):
-        """Return the time up to which all accesses are known: a decision that waits renews."""
-        oldest = self._jobs.oldest() if self._jobs is not None else None
-        return now_s if oldest is None or oldest.time_s is None else min(now_s, oldest.time_s)
 
     def recover(self, log: str | Path | Iterable[DecisionRecord]) -> dict[str, int]:
         """Make the claims again that an earlier process has logged; see `recover_claims`.
 
-        KV that LMCache holds and the log does not name is claimed for ``base_ttl``.
+        KV that LMCache holds and the log does not name is claimed for ``base_ttl``. Claims
+        that this process has made since are kept: the later access counts.
         """
         self._start_sweeper()  # what is claimed again must end without a generation too
         if isinstance(log, (str, Path)):
             log = read_records(log, kinds=None) if Path(log).exists() else ()  # the first start
-        with self._lock:
-            return recover_claims(self._placement, log, self.clock(), self.config.base_ttl)
+        return recover_claims(self._settler, log, self.clock(), self.config.base_ttl)
+
+    @property
+    def shed_decisions(self) -> int:
+        """How many decisions were given up because too many waited."""
+        return self._decider.shed
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until every decision so far is made; False if the time was not enough."""
-        return True if self._jobs is None else self._jobs.flush(timeout_s)
+        return self._decider.flush(timeout_s)
 
     def close(self) -> None:
         """Make the decisions that wait, end the threads, release the connections."""
-        if self._jobs is not None:  # an empty queue is falsy, and its worker may be busy
-            self._jobs.close()
+        self._decider.close()
         if self._sweeper:
             self._sweeper.close()
         self.controller.close()
-
-    # ---- generating ------------------------------------------------------------------
-
-    def _generate(self, prompts, sampling_params):
-        engine, logprobs = self._ready_engine(), self._measured.logprobs_wanted
-        self._start_sweeper()
-        return engine.generate(prompts, sampling_params, logprobs)
 
     def _ready_engine(self):
         if self._llm is None:
@@ -653,80 +736,22 @@ class MultiTierCache:
             logger.exception("the sweeper could not be started")
 
     def _now(self):
+        """Return a function that says what time it is now, also later."""
         try:
-            return self.clock()
-        except Exception:  # a caller's clock; `_decide` will meet and record it again
-            return None
+            now_s = self.clock()
+        except Exception:  # the caller's clock: the decision will meet and record it again
+            return self.clock
+        return lambda: now_s
 
-    # ---- managing ---------------------------------------------------------------------
-
-    def _submit(self, prompt, output, given, generate_s, time_s):
-        given = dict(given) if isinstance(given, dict) else given  # the caller may reuse its own
-        job = Generation(prompt, output, given, generate_s, time_s)
-        try:
-            if self._jobs is None:
-                self._manage(job)
-            elif not self._jobs.put(job):
-                self._fail(job, "RuntimeError: the manager is closed")
-        except RuntimeError as error:  # no more threads
-            self._fail(job, f"RuntimeError: {error}")
-
-    def _shed(self, job):
-        self.shed_decisions += 1
-        self._claim_by_default(job)
-        self._fail(job, "the queue of decisions was full", kind="shed")
-
-    def _fail(self, job, reason, **fields):
-        entry = {"prompt_digest": "", "error": reason, "generate_s": job.generate_s, **fields}
-        self._records.keep({"time_s": time.time() if job.time_s is None else job.time_s, **entry})
-
-    def _manage(self, job):
-        """Decide and move; whatever fails becomes part of the record."""
-        start_s = time.perf_counter()
-        entry: dict[str, Any] = {"time_s": time.time(), "prompt_digest": "", "error": ""}
-        try:
-            with self._lock:
-                self._decide(entry, job)
-        except (LMCacheUnavailable, LMCacheError, ValueError) as error:
-            entry["error"] = f"{type(error).__name__}: {error}"
-        except Exception as error:  # a bug must not cost the caller the text either
-            logger.exception("managing a prompt's KV cache failed")
-            entry["error"] = f"{type(error).__name__}: {error}"
-        if "chunk_keys" not in entry:
-            self._claim_by_default(job)
-        entry["manage_s"] = time.perf_counter() - start_s
-        self._records.keep({**entry, "generate_s": job.generate_s})
-
-    def _claim_by_default(self, job):
-        """Let a sweep claim KV that nothing was decided about: it must not live for ever."""
-        try:
-            tokens = job.tokens(self.controller)
-            wish = ("gpu", time.time() if job.time_s is None else job.time_s, self.config.base_ttl)
-            self._placement.claim_later(prompt_digest(tokens), tokens, wish)
-        except Exception:
-            logger.exception("a prompt without a decision could not be claimed")
-
-    def _decide(self, entry, job):
-        """Fill `entry` step by step, so that a failure leaves what was known before it."""
-        entry["time_s"] = now_s = self.clock() if job.time_s is None else job.time_s
-        tokens = job.tokens(self.controller)
-        entry["prompt_digest"] = prompt_digest(tokens)
-        entry["prompt"] = job.prompt if isinstance(job.prompt, str) else None
-        entry["prompt_tokens"] = len(tokens)
-        metadata, sources = self._measure(job.metadata, tokens, job.output, now_s)
-        entry["metadata"], entry["metadata_sources"] = metadata, sources
-        entry["ttl_s"] = float(self.config.ttl(metadata))
-        entry["wanted_tier"] = str(self.config.tier(metadata))
-        self.controller.note_generated(tokens)
-        cached_tokens = getattr(job.output, "num_cached_tokens", None) or 0
-        self._placement.place(entry, tokens, cached_tokens, now_s)
-
-    def _measure(self, given, tokens, output, now_s):
+    def _measuring(self):
         if self._measured.history is None:  # the controller may have to ask the server
-            self._measured.history = PromptHistory(self.controller.chunk_size_tokens)
-        return self._measured.complete(given, tokens, output, now_s)
+            history = PromptHistory(self.controller.chunk_size_tokens)
+            with self._measured_lock:
+                if self._measured.history is None:
+                    self._measured.history = history
+        return self._measured
 
     def _watch(self, metrics):
         metrics.watch("live_claims", lambda: len(self.claims))
-        metrics.watch("queue_depth", lambda: len(self._jobs or ()))
+        metrics.watch("queue_depth", lambda: len(self._decider))
         metrics.watch("tracked_patterns", lambda: len(self._measured.history or ()))

@@ -7,8 +7,9 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from kvttl.bench.sliders import open_app
-from kvttl.sliders.servers import APP_NOTEBOOK, app_command, free_port, lab_command, running
+from redis_fixtures import free_port
+
+from kvttl.bench.sliders import APP_NOTEBOOK, open_app, running, server_command
 
 ROOT = Path(__file__).resolve().parents[1]
 ARTIFACTS = ROOT / "test_artifacts"  # not in git
@@ -27,7 +28,7 @@ _LAB_READY = """() => {
 def served_app(project):
     """Voilà on a free port; yields a function that opens its page."""
     port = free_port()
-    with running([*app_command(project, port), "--no-browser"], port, project / "log") as url:
+    with running([*server_command("app", port), "--no-browser"], port, project) as url:
         yield lambda chromium: open_app(chromium, url)
 
 
@@ -37,8 +38,8 @@ def served_lab(project):
     port = free_port()
     options = ["--no-browser", "--IdentityProvider.token=", "--expose-app-in-browser"]
     home = str(lab_home(project))
-    command = [*lab_command(project, port), *options]
-    with running(command, port, project / "log", JUPYTER_CONFIG_DIR=home) as url:
+    command = [*server_command("lab", port), *options]
+    with running(command, port, project, JUPYTER_CONFIG_DIR=home) as url:
         yield lambda chromium: open_lab(chromium, f"{url}/lab/tree/{APP_NOTEBOOK}?reset")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import warnings
 
 import pytest
 import redis_fixtures
@@ -65,17 +66,48 @@ def stack(tmp_path_factory, redis_url):
         yield running
 
 
+class SharedEngine:
+    """The demo model in vLLM, connected to the stack; started again if a test ended it."""
+
+    def __init__(self, stack):
+        self._stack, self._llm = stack, None
+
+    def get(self):
+        if self._llm is not None and not self._alive():
+            warnings.warn("the shared engine has died: starting another", stacklevel=2)
+            self.close()
+        if self._llm is None:
+            from vllm import LLM
+
+            from kvttl.session.demo_model import model_path
+
+            self._llm = LLM(**self._stack.engine_kwargs(model_path()))
+        return self._llm
+
+    def _alive(self):
+        core = self._llm.llm_engine.engine_core
+        processes = core.resources.engine_manager.processes
+        return not core.resources.engine_dead and all(one.is_alive() for one in processes)
+
+    def close(self):
+        # Before the stack stops: an engine that has lost its LMCache server hangs at exit.
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+
+
 @pytest.fixture(scope="session")
-def llm(stack):
-    """The demo model in vLLM, connected to the stack."""
-    from vllm import LLM
-
-    from kvttl.session.demo_model import model_path
-
-    engine = LLM(**stack.engine_kwargs(model_path()))
+def shared_engine(stack):
+    """The holder of the engine; tests ask for `llm`."""
+    engine = SharedEngine(stack)
     yield engine
-    # Before the stack stops: an engine that has lost its LMCache server hangs at exit.
-    engine.llm_engine.engine_core.shutdown()
+    engine.close()
+
+
+@pytest.fixture
+def llm(shared_engine):
+    """The demo model in vLLM, connected to the stack, alive."""
+    return shared_engine.get()
 
 
 @pytest.fixture(scope="session")

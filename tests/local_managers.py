@@ -61,7 +61,8 @@ def local_manager(controller=None, clock=None, llm=None, **options) -> MultiTier
     """Return a silent manager; nothing sweeps by itself."""
     controller = controller or local_controller()
     llm = llm or Engine(controller)
-    defaults = {"config": CONFIG, "notify": None, "sweep_every_s": None, "clock": clock or Clock()}
+    quiet = {"notify": None, "sweep_every_s": None, "keep_prompts": True}
+    defaults = {"config": CONFIG, "clock": clock or Clock(), **quiet}
     return MultiTierCache(controller, llm, **{**defaults, **options})
 
 

@@ -209,3 +209,58 @@ def test_sixteen_starts_at_once_are_one_thread(monkeypatch):
 def test_an_interval_that_is_none(every_s):
     with pytest.raises(ValueError, match="every_s must be > 0"):
         Repeater(print, every_s)
+
+
+def test_flush_waits_only_for_what_was_put_before_it():
+    """Under steady traffic the queue is never empty."""
+    queue_holder, done = [], []
+
+    def work(job):
+        done.append(job)
+        queue_holder[0].put(job + 1)  # there is always another one
+
+    queue = JobQueue(work, print, 1000)
+    queue_holder.append(queue)
+    queue.put(0)
+    assert queue.flush(10) and 0 in done
+    queue.close(0)
+
+
+def test_shed_jobs_are_not_waited_for(gate):
+    shed = []
+    queue, done = blocked_queue(gate, 1, shed)
+    for number in range(1, 4):
+        queue.put(number)
+    gate.set()
+    assert queue.flush(10) and (shed, done) == ([1, 2], [0, 3])
+
+
+def test_bytes_are_bounded_and_the_newest_may_always_wait(gate):
+    started, done, shed = threading.Event(), [], []
+
+    def work(job):
+        started.set()
+        gate.wait(10)
+        done.append(job)
+
+    queue = JobQueue(work, shed.append, 100, max_bytes=10, size_bytes=len)
+    queue.put("under way")
+    assert started.wait(10)
+    for job in ("1234", "12345", "12", "123456789012"):
+        queue.put(job)
+    assert shed == ["1234", "12345", "12"] and len(queue) == 1
+    gate.set()
+    assert queue.close(10) and done == ["under way", "123456789012"]
+
+
+def test_workers_work_at_the_same_time():
+    meet, done = threading.Barrier(3), []  # passes only if three are inside at once
+
+    def work(job):
+        meet.wait(10)
+        done.append(job)
+
+    queue = JobQueue(work, print, 100, workers=3)
+    for number in range(6):
+        queue.put(number)
+    assert queue.close(20) and sorted(done) == list(range(6))

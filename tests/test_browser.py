@@ -10,11 +10,11 @@ import psutil
 import pytest
 from browser_pages import ExplorerPage
 from PIL import Image
+from redis_fixtures import free_port
 
 from caching_heuristics import HeuristicConfig
-from kvttl.bench.sliders import browser, scratch_project
+from kvttl.bench.sliders import browser, running, scratch_project
 from kvttl.settings import load_settings
-from kvttl.sliders.servers import free_port, running
 
 SERVERS = {"voila": browser_pages.served_app, "lab": browser_pages.served_lab}
 
@@ -153,7 +153,7 @@ def test_servers_and_kernels_listen_on_this_machine_only(opened, chromium):
 def test_a_server_that_cannot_start_says_why(tmp_path):
     command = [sys.executable, "-c", "raise SystemExit('no such notebook')"]
     with pytest.raises(RuntimeError, match="no such notebook"):
-        with running(command, free_port(), tmp_path / "log"):
+        with running(command, free_port(), tmp_path):
             pass
 
 

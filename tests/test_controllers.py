@@ -267,6 +267,27 @@ def test_discarded_chunks_are_in_no_tier(on, fresh_text):
     assert on.controller.discard(keys[1:]) == 0  # nothing left: fine
 
 
+def test_a_layout_in_hand_saves_the_look_up_and_the_last_one_comes_back(
+    on, fresh_text, monkeypatch
+):
+    tokens = on.put(fresh_text())
+    bring_to(on.controller, tokens, "gpu")
+    here, layout = on.controller.instance_id, on.controller.layout(tokens)
+    monkeypatch.delattr(type(on.controller), "layout")  # a second look-up would fail
+    status = move(on.controller, "gpu", "disk", tokens, chunks=[0, 2], layout=layout)
+    assert (status["status"], status["moved_chunks"]) == ("done", 2)
+    assert status["layout"].keys == (layout.keys[0], layout.keys[2])
+    assert status["layout"].of(here) == (("disk", "remote"),) * 2
+    status = move(on.controller, "gpu", "remote", None, keys=layout.keys[1:2], layout=layout)
+    assert (status["moved_chunks"], status["layout"].keys) == (1, layout.keys[1:2])
+    fresh = on.controller.layout_of(layout.keys)
+    assert [tiers[0] for tiers in fresh.of(here)[:4]] == ["disk", "remote", "disk", "gpu"]
+    status = move(on.controller, "disk", "gpu", tokens, layout=fresh, chunks=[2])
+    assert (status["moved_chunks"], status["layout"].of(here)) == (1, (TIERS,))
+    again = move(on.controller, "gpu", "gpu", tokens)
+    assert (again["status"], again["layout"]) == ("noop", None)
+
+
 def test_keys_and_tokens_together_are_refused(on):
     with pytest.raises(ValueError, match="keys, or tokens"):
         move(on.controller, "gpu", "disk", [1, 2], keys=["ab"])
@@ -299,6 +320,29 @@ def test_everything_at_a_position(on, fresh_text):
     )
     for tokens in prompts:
         assert on.controller.lookup(tokens)[on.controller.instance_id] == ["disk", "remote"]
+
+
+def test_everything_of_a_tier_is_this_models_and_this_tenants_only(stack, llm, greedy, fresh_text):
+    """Equal tokens have equal hashes whatever the tenant: none may move or delete another's."""
+    side, text = OnLMCache(stack, llm, greedy), fresh_text()
+    mine, tokens = side.controller, side.put(text)
+    llm.generate({"prompt": text, "cache_salt": "another"}, greedy, use_tqdm=False)
+    options = {"model": mine.model, "instance_id": stack.instance_id}
+    tenant = LMCacheController(stack.host, stack.port, cache_salt="another", **options)
+    stranger = LMCacheController(stack.host, stack.port, **{**options, "model": "another model"})
+    for controller in (mine, tenant):
+        wait_for(controller, tokens, list(TIERS))
+    keys = mine.layout(tokens).keys
+    assert tenant.layout(tokens).keys == tenant.layout_of().keys == keys
+    assert move(stranger, "gpu", "disk", None)["status"] == "noop"
+    assert move(tenant, "gpu", "remote", None)["moved_chunks"] == len(keys)
+    assert tenant.lookup(tokens)[tenant.instance_id] == ["remote"]
+    while tenant.discard(keys):
+        time.sleep(0.05)
+    assert tenant.lookup(tokens) == {"found": False}
+    assert mine.lookup(tokens)[mine.instance_id] == list(TIERS)
+    for controller in (mine, tenant, stranger):
+        controller.close()
 
 
 # ---- LMCache only: the engine must agree with the directory ----------------------

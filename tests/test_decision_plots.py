@@ -29,7 +29,7 @@ from kvttl.plots.decision_plots import (
 )
 from kvttl.plots.export import all_figures, export_plots
 from kvttl.plots.panels import TIER_COLOURS, duration
-from kvttl.plots.what_if import changes, held_seconds, read_decisions
+from kvttl.plots.what_if import changes, decisions_of, held_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = [
@@ -288,7 +288,7 @@ def naive_changes(records, config, before):
 )
 def test_changes_equal_a_naive_count(records, config):
     before = HeuristicConfig(disk_ttl_factor=3.0)
-    found = changes(read_decisions(records), config, before)
+    found = changes(decisions_of(records), config, before)
     moved, old, new = naive_changes(records, config, before)
     for i, source in enumerate(TIERS):
         assert found.before_token_s[i] == pytest.approx(old[source])
@@ -313,7 +313,7 @@ def test_records_without_a_decision_do_not_count():
         use(4.0, "d", "gpu", metadata={"perplexity": -1.0}),
         use(5.0, "e", "gpu", metadata={"perplexity": [12.0]}),
     ]
-    decisions = read_decisions(log)
+    decisions = decisions_of(log)
     assert len(decisions) == 1 and np.isnan(decisions.metadata["perplexity"][0])
     ttl_s, tier = decisions.decide(HeuristicConfig())  # nothing known: neutral, as live
     assert (ttl_s.tolist(), tier.tolist()) == ([3600.0], [0])

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import constants
 from safetensors import safe_open
 
-from kvttl.session import demo_model
+from kvttl.session import demo_model, texts
 from kvttl.session.demo_model import (
     DEMO_MODEL,
     cached_snapshot,
@@ -28,7 +28,7 @@ OWN_SOURCES = [
 ]
 
 CODE_PROMPTS = {
-    "class": demo_model.CODE_PROMPT,
+    "class": texts.CODE_PROMPT,
     "functions": '''\
 import os
 import json
@@ -162,7 +162,7 @@ def test_example_prompts_are_ordered():
 
 
 def test_a_repeated_template_gets_easier():
-    line = demo_model.TEMPLATE_LINE
+    line = texts.TEMPLATE_LINE
     assert prompt_perplexity(line * 12, PATH) < prompt_perplexity(line * 3, PATH) / 2
 
 

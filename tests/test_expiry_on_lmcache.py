@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import wait_for_checkpoint, wait_until
 
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
@@ -54,15 +55,8 @@ def tiers_of(cache, text):
     return [tiers[0] if tiers else None for tiers in layout.of(cache.controller.instance_id)]
 
 
-def wait_for(cache, text, tier, limit_s=20.0):
-    deadline_s = time.monotonic() + limit_s
-    while set(tiers_of(cache, text)) != {tier}:
-        assert time.monotonic() < deadline_s, (
-            tier,
-            tiers_of(cache, text),
-            list(cache.records)[-3:],
-        )
-        time.sleep(0.05)
+def wait_for(cache, text, tier):
+    wait_until(lambda: set(tiers_of(cache, text)) == {tier})
 
 
 def generations(cache):
@@ -106,11 +100,11 @@ def test_the_sweeper_does_it_by_itself_and_the_next_generation_is_served_from_th
     cache = managers(config=slower, sweep_every_s=0.2)
     text = fresh_text()
     first = cache.generate_and_manage(text, greedy, HOT)
-    wait_for(cache, text, "disk", limit_s=15)
+    wait_for(cache, text, "disk")
     assert cache.generate_and_manage(text, greedy, HOT) == first
-    assert set(generations(cache)[-1].hit_tokens) == {"disk"}
-    wait_for(cache, text, "gpu")  # access renews: promoted again
-    wait_for(cache, text, "disk", limit_s=15)
+    renewed = generations(cache)[-1]
+    assert set(renewed.hit_tokens) == {"disk"} and set(renewed.tier_after) == {"gpu"}
+    wait_for(cache, text, "disk")
 
 
 def test_a_shared_system_prompt_stays_hot_while_one_of_its_two_users_expires(
@@ -140,20 +134,20 @@ def test_expiry_while_lmcache_is_away_is_made_up_for(managers, stack, greedy, fr
     text = fresh_text()
     cache.generate_and_manage(text, greedy, HOT)
     tokens, here = cache.controller.tokenize(text), cache.controller.instance_id
-    while cache.controller.lookup(tokens).get(here) != ["gpu", "disk", "remote"]:
-        time.sleep(0.05)
-    time.sleep(2.0)  # for the coordinator's checkpoint, or it forgets the copies below
+    wait_until(lambda: cache.controller.lookup(tokens).get(here) == ["gpu", "disk", "remote"])
+    wait_for_checkpoint(stack)  # or it forgets the copies below
     stack.kill("coordinator")
     now[0] += 2.3
     (record,) = cache.sweep()
     assert "LMCacheUnavailable" in record.error and record.wanted_tier == "disk"
     stack.start_one("coordinator")
-    deadline_s = time.monotonic() + 30
-    while set(_tiers_or_none(cache, text)) != {"disk"}:
-        assert time.monotonic() < deadline_s
+
+    def settled():
         now[0] += 0.1
         cache.sweep()
-        time.sleep(0.1)
+        return set(_tiers_or_none(cache, text)) == {"disk"}
+
+    wait_until(settled)
     assert cache.records[-1].kind == "settled" and not cache.records[-1].error
 
 
@@ -229,8 +223,8 @@ for turn in range(1000):
 """
 
 
-def run_victim(stack, controller, folder, prompts, seconds):
-    """Let a process manage `prompts` in a loop, and kill it after `seconds`."""
+def run_victim(stack, controller, folder, prompts, decisions):
+    """Let a process manage `prompts` in a loop, and kill it after so many decisions."""
     arguments = [stack.host, stack.port, stack.instance_id, controller.model, str(folder)]
     victim = subprocess.Popen(
         [sys.executable, "-c", _VICTIM, json.dumps(arguments)],
@@ -242,9 +236,14 @@ def run_victim(stack, controller, folder, prompts, seconds):
     victim.stdin.write(json.dumps(prompts) + "\n")
     victim.stdin.flush()
     assert victim.stdout.readline() == "ready\n"
-    time.sleep(seconds)
+    before = _logged_lines(folder)
+    wait_until(lambda: _logged_lines(folder) >= before + decisions)
     victim.send_signal(signal.SIGKILL)
     assert victim.wait() == -signal.SIGKILL
+
+
+def _logged_lines(folder):
+    return sum(path.read_bytes().count(b"\n") for path in Path(folder).glob("*.jsonl"))
 
 
 def test_a_process_killed_during_moves_loses_no_claim_and_leaves_no_kv_for_ever(
@@ -257,8 +256,8 @@ def test_a_process_killed_during_moves_loses_no_claim_and_leaves_no_kv_for_ever(
     texts = [fresh_text() for _ in range(6)]
     prompts = [cache.controller.tokenize(text) for text in texts]
     answers = [llm.generate(text, greedy, use_tqdm=False)[0].outputs[0].text for text in texts]
-    for round_, seconds in enumerate((0.4, 0.9, 1.3)):
-        run_victim(stack, cache.controller, tmp_path / "log", prompts, seconds)
+    for round_, decisions in enumerate((4, 11, 19)):
+        run_victim(stack, cache.controller, tmp_path / "log", prompts, decisions)
         after = managers(config=config, clock=lambda: now[0], sweep_every_s=None, log=log)
         now[0] = time.time()
         logged = {
@@ -268,24 +267,23 @@ def test_a_process_killed_during_moves_loses_no_claim_and_leaves_no_kv_for_ever(
         found = after.recover(tmp_path / "log")  # logs the claims on KV that it adopts
         assert found["claims"] >= len(logged) > 0, round_
         assert all(after.claims.wanted(r.chunk_keys, now[0]) for r in logged.values())
-        deadline_s = time.monotonic() + 20
-        while not _all_where_logged(after, logged, now[0]):
-            assert time.monotonic() < deadline_s
+
+        def settled(after=after, logged=logged):
             now[0] += 0.5
             after.sweep()
+            return _all_where_logged(after, logged, now[0])
+
+        wait_until(settled)
         for text, answer in zip(texts, answers):  # from wherever it is: the same tokens
             assert llm.generate(text, greedy, use_tqdm=False)[0].outputs[0].text == answer
     now[0] += 1000.0  # beyond the whole ladder
-    deadline_s = time.monotonic() + 90  # Redis is asked for what it lost every 10 s
-    while after.controller.layout_of().of(stack.instance_id).count(()) < len(
-        after.controller.layout_of().keys
-    ):
-        left = after.controller.layout_of()
-        held = [t for t in left.of(stack.instance_id) if t]
-        assert time.monotonic() < deadline_s, f"some KV is immortal: {held}"
+
+    def nothing_is_left():  # Redis is asked for what it lost every 10 s
         now[0] += 1.0
         after.sweep()
-        time.sleep(0.05)
+        return not any(after.controller.layout_of().of(stack.instance_id))
+
+    wait_until(nothing_is_left)
     assert len(after.claims) == 0
 
 

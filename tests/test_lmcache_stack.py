@@ -12,7 +12,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -198,6 +197,7 @@ def test_files_of_an_earlier_run_are_in_the_directory(stack):
 
 def test_engine_arguments_point_at_this_stack(stack):
     kwargs = stack.engine_kwargs("m", max_model_len=64)
+    assert kwargs["kv_transfer_config"].kv_connector_module_path == "kvttl.stack.engine_connector"
     extra = kwargs["kv_transfer_config"].kv_connector_extra_config
     assert extra["lmcache.mp.port"] == stack.server_port
     assert (kwargs["block_size"], kwargs["max_model_len"]) == (stack.config.block_size_tokens, 64)
@@ -244,7 +244,7 @@ def test_killed_server_comes_back_with_a_correct_directory(stack, folder):
     stack.start_one("server")
     assert stack.server_port == port
     assert placements(stack) == {(IN_REDIS, "resp"): 32}
-    assert "directory corrected: {'fs': 1, 'resp': 1}" in stack.logs("server", 200)
+    assert "directory corrected: {'disk': 1, 'remote': 1}" in stack.logs("server", 200)
 
 
 # ---- errors at start --------------------------------------------------------
@@ -438,7 +438,7 @@ def test_up_status_partial_start_and_down(tmp_path):
             up.stderr
         )
         children, record = load_state(state)
-        config = replace(load_config(file), **record["ports"])
+        config = load_config(file).replaced(**record["ports"])
         assert command(file, "up").stdout.startswith("already running")
         refused = command(file, "up", "--free-ports")
         assert refused.returncode == 1 and "make down" in refused.stderr
@@ -459,30 +459,66 @@ def test_up_status_partial_start_and_down(tmp_path):
     assert again.returncode == 0 and "nothing is running" in again.stdout
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_up_leaves_nothing(tmp_path, number, code):
-    (tmp_path / "config.yaml").write_text("stack: {l1_size_gb: 0.05}")
-    state = tmp_path / "run_lmcache" / "stack.json"
-    up = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "stack_commands",
-            "up",
-            "--free-ports",
-            "--config",
-            str(tmp_path / "config.yaml"),
-        ],
+# Each sends itself a signal at one moment of `up`, and otherwise does what `make up` does.
+INTERRUPTED_UP = """
+import os, signal, sys
+from kvttl.stack import commands, lifecycle
+
+def then_signal(owner, name, when=lambda *_: True):
+    original = getattr(owner, name)
+    def act(*arguments):
+        if name == "sigpending":  # signals are blocked: it has come, and waits
+            os.kill(os.getpid(), {number})
+        result = original(*arguments)
+        if when(*arguments) and name != "sigpending":
+            os.kill(os.getpid(), {number})
+        return result
+    setattr(owner, name, act)
+
+spawn = lifecycle.spawn
+def tell(*arguments):
+    child = spawn(*arguments)
+    print(child.pid, flush=True)
+    return child
+lifecycle.spawn = tell
+
+if {moment!r} == "spawned":
+    then_signal(lifecycle, "spawn", lambda name, *_: name == "server")
+elif {moment!r} == "ready":
+    then_signal(commands, "_print_health")
+else:
+    then_signal(signal, "sigpending")
+sys.exit(commands.main(["up", "--free-ports", "--config", {file!r}]))
+"""
+
+
+@pytest.mark.parametrize(
+    "number, moment, code",
+    [
+        (signal.SIGINT, "spawned", 130),
+        (signal.SIGINT, "ready", 130),
+        (signal.SIGTERM, "ready", 143),
+        (signal.SIGHUP, "last", 129),
+        (signal.SIGINT, "last", 130),
+    ],
+)
+def test_interrupted_up_leaves_nothing(tmp_path, number, moment, code):
+    file = tmp_path / "config.yaml"
+    file.write_text("stack: {l1_size_gb: 0.05}")
+    script = INTERRUPTED_UP.format(number=int(number), moment=moment, file=str(file))
+    up = subprocess.run(
+        [sys.executable, "-c", script],
         env={**os.environ, "PYTHONPATH": "src"},
         cwd=ROOT,
-        stderr=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=100,
         preexec_fn=take_ctrl_c,
     )
-    wait_until(lambda: state.exists() and "server" in load_state(state)[0])
-    children = load_state(state)[0].values()
-    up.send_signal(number)
-    assert up.wait(timeout=30) == code
-    assert not any(child.alive() for child in children) and not state.exists()
+    assert up.returncode == code, up.stderr
+    assert not (tmp_path / "run_lmcache" / "stack.json").exists()
+    services = [int(line) for line in up.stdout.splitlines() if line.isdigit()]
+    assert len(services) == 3 and not any(psutil.pid_exists(pid) for pid in services)
 
 
 def test_cli_errors_are_one_line(tmp_path):

@@ -22,10 +22,13 @@ from local_managers import (
     local_manager,
 )
 
+from caching_heuristics import HeuristicConfig
 from kvttl.decisions.log import DecisionLog, read_records
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheUnavailable
 from kvttl.plots.decision_plots import plot_session
+from kvttl.session.launch import managed
+from tiered_caching import MultiTierCache, Policy
 
 PROMPT = "0123456789abcdef"  # two chunks
 FIELDS = ("access_count", "time_variance", "seconds_since_access", "perplexity")
@@ -460,7 +463,7 @@ def test_a_sweep_that_fails_is_recorded_once_and_tried_again_later(cache, method
     (done,) = cache.sweep()
     assert (done.kind, done.error, done.wanted_tier) == ("settled", "", below)
     assert hottest(cache, PROMPT) == [below] * 2
-    assert cache._placement.unsettled == 0
+    assert cache._settler.unsettled == 0
     assert_nothing_is_immortal(cache)
 
 
@@ -480,13 +483,13 @@ def test_a_claim_that_could_not_be_made_is_made_late(cache, metadata):
     assert cache.generate_and_manage(PROMPT, None, metadata) == PROMPT.upper()
     record = cache.records[-1]
     assert "LMCache is away" in record.error and record.wanted_tier and record.ttl_s
-    assert len(cache.claims) == 0 and cache._placement.unsettled == 1
+    assert len(cache.claims) == 0 and cache._settler.unsettled == 1
     cache.clock.now_s += 10
     cache.sweep()
     assert len(cache.claims) == 0
     away.back()
     cache.sweep()
-    assert len(cache.claims) == 1 and cache._placement.unsettled == 0
+    assert len(cache.claims) == 1 and cache._settler.unsettled == 0
     tier = record.wanted_tier
     assert hottest(cache, PROMPT) == [tier] * 2  # also moved where it belongs
     cache.clock.now_s = start_s + record.ttl_s - 0.01  # counted from the access
@@ -525,7 +528,7 @@ def test_one_prompt_that_always_fails_does_not_hold_up_the_others(cache):
     cache.sweep()
     assert hottest(cache, PROMPT) == ["disk", "disk"]
     cache.sweep()  # what cannot be claimed as a prompt is claimed chunk by chunk
-    assert cache._placement.unsettled == 0
+    assert cache._settler.unsettled == 0
     cache.controller.layout = layout
     assert_all_claimed_and_none_too_hot(cache)
 
@@ -546,7 +549,7 @@ def test_a_new_decision_makes_what_was_left_of_the_last_one_needless(cache):
     cache.generate_and_manage(PROMPT, None, COLD)
     away.back()
     cache.generate_and_manage(PROMPT, None, WARM)
-    assert hottest(cache, PROMPT) == ["disk"] * 2 and cache._placement.unsettled == 0
+    assert hottest(cache, PROMPT) == ["disk"] * 2 and cache._settler.unsettled == 0
     cache.clock.now_s += 61
     assert cache.sweep() == []
 
@@ -566,25 +569,20 @@ def test_kv_that_appears_after_the_health_check_failed_is_moved_by_a_sweep(cache
     assert hottest(cache, PROMPT) == ["disk", "disk"]
 
 
-@pytest.mark.parametrize("method", ["move", "layout_of"])
-def test_a_promotion_that_breaks_off_half_way_still_expires(cache, method):
+def test_a_promotion_that_breaks_off_half_way_still_expires(cache):
     """The copy came although the answer did not: it must not be taken for a load's buffer."""
     controller, move = cache.controller, cache.controller.move
     cache.generate_and_manage(PROMPT, None, WARM)
     assert hottest(cache, PROMPT) == ["disk", "disk"]
 
     def moved_and_gone(*args, **options):
-        done = move(*args, **options)
-        Away(controller, "layout_of")
-        if method == "move":
-            raise LMCacheUnavailable("LMCache is away")
-        return done
+        move(*args, **options)
+        raise LMCacheUnavailable("LMCache is away")
 
     controller.move = moved_and_gone
     cache.generate_and_manage(PROMPT, None, HOT)
     assert "LMCache is away" in cache.records[-1].error
     controller.move = move
-    del controller.layout_of
     assert hottest(cache, PROMPT) == ["gpu", "gpu"]
     cache.clock.now_s += HOT_TTL_S
     cache.sweep()
@@ -784,3 +782,153 @@ def test_no_more_threads_costs_no_text(monkeypatch):
     assert cache.generate_and_manage(PROMPT, None, HOT) and cache.flush(10)
     assert cache.records[-1].error == ""
     cache.close()
+
+
+# ---- decisions handed back -------------------------------------------------------------
+
+
+def test_generate_hands_back_the_engines_own_outputs_with_their_decisions(cache):
+    prompts = [f"{number} {PROMPT}" for number in range(3)]
+    made = cache.generate(prompts, None, [HOT, WARM, COLD])
+    assert [output.outputs[0].text for output, _ in made] == [p.upper() for p in prompts]
+    assert [output.prompt_token_ids for output, _ in made] == [list(p.encode()) for p in prompts]
+    assert [m.decision.result(0) for m in made] == list(cache.records)
+    assert [m.decision.result(0).wanted_tier for m in made] == ["gpu", "disk", "remote"]
+    (one,) = cache.generate(PROMPT, None, WARM)
+    assert one.decision.result(0) is cache.records[-1]
+    assert cache.generate([], None) == []
+
+
+def test_in_the_background_the_decision_comes_later():
+    with slow_manager() as (cache, gate, asked):
+        (made,) = cache.generate(PROMPT, None, WARM)
+        assert asked.wait(10) and not made.decision.done()
+        assert not made.decision.cancel()  # the KV is there: somebody has to decide
+        gate.set()
+        assert made.decision.result(10) is cache.records[-1]
+        assert made.decision.result().wanted_tier == "disk"
+
+
+def test_a_decision_always_comes_to_a_record():
+    """Refused, given up, closed, not even tokenized: the future has the record that says so."""
+    with slow_manager(max_queue=1) as (cache, gate, asked):
+        first = cache.manage(PROMPT, None, WARM)
+        assert asked.wait(10)
+        shed = cache.manage(PROMPT + "1", None, WARM)
+        refused = cache.manage(PROMPT + "2", None, {"perplexity": -1.0})
+        broken = cache.manage(None, SimpleNamespace(prompt_token_ids=["a"]))
+        gate.set()
+        cache.close()
+        closed = cache.manage(PROMPT, None, WARM)
+        results = [future.result(10) for future in (first, shed, refused, broken, closed)]
+    assert results[0].error == "" and results[1].kind == "shed"
+    reasons = [record.error for record in results[1:]]
+    parts = ("queue", "perplexity must be > 0", "TypeError", "the manager is closed")
+    assert all(part in reason for part, reason in zip(parts, reasons)), reasons
+    assert sorted(map(id, results)) == sorted(map(id, cache.records))
+
+
+def test_a_callback_that_fails_breaks_nothing():
+    with slow_manager() as (cache, gate, _):
+        (made,) = cache.generate(PROMPT, None, WARM)
+        made.decision.add_done_callback(lambda future: 1 / 0)
+        gate.set()
+        assert cache.flush(10) and cache.records[-1].error == ""
+        assert cache.manage(PROMPT, None, WARM).result(10).error == ""  # the worker lives
+
+
+def test_the_engine_is_called_by_one_thread_at_a_time():
+    """vllm.LLM must not be entered twice."""
+    cache = local_manager()
+    inside, most, answer = [], [], cache._llm.generate
+
+    def generate(prompts, sampling_params):
+        inside.append(prompts)
+        most.append(len(inside))
+        time.sleep(0.002)  # another thread would come in here
+        inside.remove(prompts)
+        return answer(prompts, sampling_params)
+
+    cache._llm.generate = generate
+    texts = []
+
+    def work(number):
+        for turn in range(5):
+            prompt = f"{number} {turn} {PROMPT}"
+            (made,) = cache.generate(prompt, None, WARM)
+            texts.append((prompt, made.output.outputs[0].text, made.decision.result(0)))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1 and len(texts) == 40
+    for prompt, text, record in texts:  # each has its own
+        assert text == prompt.upper() and record.prompt == prompt and record.error == ""
+
+
+# ---- settings and policies ------------------------------------------------------------
+
+
+def test_a_manager_reads_no_settings_of_the_folder_it_stands_in(tmp_path, monkeypatch):
+    """The same service has the same TTLs wherever it is started; commands load settings."""
+    (tmp_path / "data").mkdir()
+    saved = tmp_path / "data" / "heuristics.yaml"
+    saved.write_text("base_ttl: 31\n")
+    monkeypatch.delenv("KV_HEURISTICS_FILE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert MultiTierCache(local_controller()).config == HeuristicConfig()
+    stack = SimpleNamespace(host="127.0.0.1", port=9, instance_id="x")
+    with managed(stack, None) as cache:  # what commands and notebooks call
+        assert cache.config.base_ttl == 31.0
+    with managed(stack, None, HeuristicConfig(base_ttl=32.0)) as cache:
+        assert cache.config.base_ttl == 32.0
+    saved.write_text("learning_rate: 0.1\n")  # somebody else's file
+    assert MultiTierCache(local_controller()).config == HeuristicConfig()
+
+
+class ByLength:
+    """A policy of one's own: what is used often is kept in gpu."""
+
+    base_ttl = 7.0
+    ladder = {"gpu": 1.0, "disk": 2.0, "remote": 3.0}
+
+    def __init__(self, answer=None):
+        self.answer, self.seen = answer, []
+
+    def ttl(self, metadata):
+        self.seen.append(dict(metadata))
+        return 10.0 + metadata["access_count"]
+
+    def tier(self, metadata):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer or ("gpu" if metadata["access_count"] else "remote")
+
+
+def test_a_policy_of_ones_own_decides():
+    policy: Policy = ByLength()
+    cache = local_manager(config=policy)
+    decided = [cache.generate(PROMPT, None)[0].decision.result(0) for _ in range(2)]
+    assert [(r.wanted_tier, r.ttl_s, r.error) for r in decided] == [
+        ("remote", 10.0, ""),
+        ("gpu", 11.0, ""),
+    ]
+    assert hottest(cache, PROMPT) == ["gpu", "gpu"]
+    assert set(policy.seen[0]) == {"access_count", "time_variance", "seconds_since_access"}
+    cache.clock.now_s += 11.0
+    assert [r.wanted_tier for r in cache.sweep()] == ["disk"]
+    cache.clock.now_s += 22.0  # its own ladder: twice as long on disk
+    assert [r.wanted_tier for r in cache.sweep()] == ["remote"]
+
+
+@pytest.mark.parametrize("answer", ["tape", ZeroDivisionError("no policy is perfect")])
+def test_a_policy_that_fails_costs_no_text_and_leaves_no_immortal_kv(answer):
+    cache = local_manager(config=ByLength(answer))
+    assert cache.generate_and_manage(PROMPT, None) == PROMPT.upper()
+    reason = "tier must be one of" if answer == "tape" else "no policy is perfect"
+    assert reason in cache.records[-1].error and len(cache.claims) == 0
+    cache.sweep()
+    assert cache.claims.next_due_s == 1007.0  # its base_ttl, from the access on
+    assert_nothing_is_immortal(cache)

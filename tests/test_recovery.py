@@ -159,7 +159,7 @@ def run_until_killed(cache):
 
 def restarted(dead, folder):
     """Return a second manager over what the first has left behind, recovered."""
-    dead._placement.controller.backends = {
+    dead.controller.backends = {
         tier: _alive(backend) for tier, backend in dead.controller.backends.items()
     }
     cache = local_manager(dead.controller, dead.clock, log=DecisionLog(folder))
@@ -250,7 +250,7 @@ def test_recovery_says_what_it_did(tmp_path):
     )
     records = [*read_records(tmp_path, kinds=None), record]
     second = local_manager(controller, first.clock)
-    assert second.recover(records) == {"claims": 2, "adopted": 1, "misplaced": 1}
+    assert second.recover(records) == {"claims": 2, "adopted": 1, "unsettled": 1}
     (settled,) = second.sweep()
     assert (settled.kind, settled.wanted_tier) == ("settled", "remote")
     assert hottest(second, C) == ["remote"] and hottest(second, A) == ["gpu"] * 3
@@ -282,7 +282,7 @@ def test_dropped_claims_stay_dropped_and_come_back_with_a_new_generation(tmp_pat
     second.clock.now_s += 1
     second.generate_and_manage(A, None, WARM)
     third = local_manager(first.controller, first.clock)
-    assert third.recover(tmp_path) == {"claims": 1, "adopted": 0, "misplaced": 0}
+    assert third.recover(tmp_path) == {"claims": 1, "adopted": 0, "unsettled": 0}
     assert wanted(third) == wanted(second)
 
 
@@ -347,8 +347,8 @@ def test_kv_that_no_log_names_is_adopted_where_it_is():
     first = local_manager()
     first.generate_and_manage(B, None, COLD)
     second = local_manager(first.controller, first.clock)
-    found = recover_claims(second._placement, [], second.clock(), adopted_ttl_s=50.0)
-    assert found == {"claims": 0, "adopted": 2, "misplaced": 0}
+    found = recover_claims(second._settler, [], second.clock(), adopted_ttl_s=50.0)
+    assert found == {"claims": 0, "adopted": 2, "unsettled": 0}
     assert hottest(second, B) == ["remote"] * 2
     second.clock.now_s += 50.0  # remote is the last rung
     second.sweep()
@@ -397,7 +397,7 @@ class World:
 
     def do_sweep(self):
         self.cache.sweep()
-        if not (self._away or self.cache._placement.unsettled):
+        if not (self._away or self.cache._settler.unsettled):
             assert_all_claimed_and_none_too_hot(self.cache)
 
     def do_crash(self):
@@ -429,7 +429,7 @@ def test_any_sequence_keeps_every_chunk_claimed_and_cool_enough(sequence):
         world.do_back()
         world.clock.now_s += 61  # whatever failed is tried again within a minute
         world.cache.sweep()
-        assert world.cache._placement.unsettled == 0
+        assert world.cache._settler.unsettled == 0
         assert_all_claimed_and_none_too_hot(world.cache)
         assert_nothing_is_immortal(world.cache)
 

@@ -33,7 +33,7 @@ from kvttl.replay.tables import (
     wide,
 )
 from kvttl.session.calibrate import calibrate
-from kvttl.sliders.replay_tab import ReplayPicture, ReplayTab, readout, replay_view
+from kvttl.sliders.replay_tab import ReplayPicture, ReplayTab, replay_readout, replay_view
 from kvttl.traces.builder import make_trace
 from kvttl.traces.generator import agent_loops
 from kvttl.traces.reading import traces_at_hand
@@ -221,13 +221,13 @@ def test_the_tab_follows_its_sliders(tmp_path):
     tab = ReplayTab({"one": TRACE, "two": fixtures.random_trace(1)}, folder=tmp_path)
     first, picture = tab.view.summary(), bytes(tab.image.value)
     assert picture.startswith(PNG)
-    tab.sliders["base_ttl"].entry.value = 3.0
-    tab.sliders["min_ttl"].entry.value = 0.2
+    tab.controls["base_ttl"].entry.value = 3.0
+    tab.controls["min_ttl"].entry.value = 0.2
     for name in ("disk_ttl_factor", "remote_ttl_factor"):
-        tab.sliders[name].slider.value = 0.1
+        tab.controls[name].slider.value = 0.1
     assert tab.view.summary()["token_hit_ratio"] < first["token_hit_ratio"]
     assert bytes(tab.image.value) != picture
-    assert f"{tab.view.summary()['token_hit_ratio']:.1%}" in tab.figures.value
+    assert f"{tab.view.summary()['token_hit_ratio']:.1%}" in tab.readout.value
     tab.has_perplexity.value = True
     tab.perplexity.value = 90.0
     assert tab.view.result.hit_tokens[:, :2].sum() == 0  # cold: all in remote
@@ -237,15 +237,17 @@ def test_the_tab_follows_its_sliders(tmp_path):
 
 def test_the_tab_exports_what_it_shows(tmp_path):
     tab = ReplayTab({"one/<b>": TRACE}, folder=tmp_path / "a<b")
-    csv, png = sorted(tab.export())
+    csv, png = tab.export()
     assert (csv.name, png.name) == ("replay_one_b_.csv", "replay_one_b_.png")
-    assert csv.read_text().startswith("trace,base_ttl") and png.read_bytes() == tab.image.value
+    assert csv.read_text().startswith("trace,base_ttl") and png.read_bytes().startswith(PNG)
     assert np.isnan(pd.read_csv(csv)["perplexity"][0])
-    assert "exported to" in tab.status.value and "a&lt;b" in tab.status.value
     tab.perplexity.value, tab.has_perplexity.value = 55.0, True
-    tab.sliders["hot_threshold"].entry.value = 500.0  # above the cold one: not drawn
-    assert "hot_threshold" in tab.figures.value
-    row = pd.read_csv(sorted(tab.export())[0]).iloc[0]
+    tab.controls["hot_threshold"].entry.value = 500.0  # above the cold one: not drawn
+    assert set(tab.errors) == {"hot_threshold", "cold_threshold"}
+    tab.export_button.click()
+    assert "exported to" in tab.status.value and "a&lt;b" in tab.status.value
+    assert "the last valid settings" in tab.status.value
+    row = pd.read_csv(csv).iloc[0]
     assert row["perplexity"] == 55.0 and row["hot_threshold"] == tab.config.hot_threshold
     assert row["token_hit_ratio"] == pytest.approx(tab.view.summary()["token_hit_ratio"])
 
@@ -253,42 +255,42 @@ def test_the_tab_exports_what_it_shows(tmp_path):
 def test_an_export_that_fails_is_told(tmp_path):
     (tmp_path / "a<file").write_text("not a folder")
     tab = ReplayTab({"one": TRACE}, folder=tmp_path / "a<file" / "exports")
-    assert tab.export() == []
-    assert "not exported" in tab.status.value and "a&lt;file" in tab.status.value
+    tab.export_button.click()
+    assert "⚠" in tab.status.value and "a&lt;file" in tab.status.value
     tab.folder = tmp_path
-    assert [path.name for path in tab.export()] == ["replay_one.png", "replay_one.csv"]
-    assert "not exported" not in tab.status.value
+    tab.export_button.click()
+    assert "replay_one.csv and" in tab.status.value and "⚠" not in tab.status.value
 
 
 def test_impossible_settings_are_named_and_the_last_picture_stays():
     tab = ReplayTab({"one": TRACE})
     picture = bytes(tab.image.value)
-    tab.sliders["gamma"].entry.value = 7.0
-    assert "gamma must be 0..1, got 7" in tab.figures.value
+    tab.controls["gamma"].entry.value = 7.0
+    assert "must be 0..1, got 7" in tab.controls["gamma"].message.value
     assert bytes(tab.image.value) == picture
-    tab.sliders["gamma"].entry.value = 0.5
-    assert "of tokens hit" in tab.figures.value
+    tab.controls["gamma"].entry.value = 0.5
+    assert not tab.errors and bytes(tab.image.value) != picture
 
 
 def test_every_slider_is_a_setting_and_moves_the_replay():
     tab = ReplayTab({"one": TRACE}, HeuristicConfig(base_ttl=20, min_ttl=1))
-    assert list(tab.sliders) == list(HeuristicConfig().to_dict())
-    assert tab.settings().to_dict() == pytest.approx(tab.config.to_dict())
-    for control in tab.sliders.values():
+    assert list(tab.controls) == list(HeuristicConfig().to_dict())
+    first = tab.values
+    for control in tab.controls.values():
         slider = control.slider
         for end in (slider.min, slider.max):
             slider.value = 10**end if type(slider).__name__ == "FloatLogSlider" else end
             assert 0 <= tab.view.summary()["token_hit_ratio"] <= 1
-        control.entry.value = getattr(tab.config, control.name)
-        assert "of tokens hit" in tab.figures.value
+        control.entry.value = first[control.name]
+        assert not tab.errors and "of tokens hit" in tab.readout.value
 
 
 def test_the_thresholds_move_prompts_between_tiers():
     tab = ReplayTab({"one": TRACE})
     tab.perplexity.value, tab.has_perplexity.value = 50.0, True
     for low, high, tier in ((20.0, 40.0, 2), (20.0, 90.0, 1), (60.0, 90.0, 0)):
-        tab.sliders["cold_threshold"].entry.value = high
-        tab.sliders["hot_threshold"].entry.value = low
+        tab.controls["cold_threshold"].entry.value = high
+        tab.controls["hot_threshold"].entry.value = low
         assert tab.view.result.hit_tokens.sum(axis=0).argmax() == tier
 
 
@@ -334,7 +336,7 @@ def test_the_plain_functions_work_without_widgets():
     picture = ReplayPicture(index)
     empty = picture.png()
     picture.update(view)
-    assert picture.png() != empty and "with the same memory" in readout(view)
+    assert picture.png() != empty and "with the same memory" in replay_readout(view)
     with pytest.raises(ValueError, match="at least one trace"):
         ReplayTab({})
 
@@ -390,10 +392,10 @@ def test_make_replay_takes_tiers_and_settings(capsys):
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        (["--policy", "clock"], "POLICY must be one of"),
+        (["--policy", "clock"], "unknown POLICY 'clock': "),
         (["--capacity", "many"], "CAPACITY must be"),
         (["--capacity", "1,2"], "CAPACITY must be one value"),
-        (["--set", "speed=3"], "SET must name one of"),
+        (["--set", "speed=3"], "unknown setting 'speed': "),
         (["--set", "base_ttl=x"], "base_ttl must be a number"),
         (["--set", "base_ttl=-1"], "base_ttl must be > 0"),
         (["--trace", "absent.jsonl"], "there is no trace"),

@@ -416,7 +416,7 @@ def measured(source="generation", **arguments):
 
 def test_what_the_caller_gave_is_kept_and_the_access_is_counted():
     measure = measured()
-    metadata, sources = measure.complete(GIVEN, [1, 2], made([0.0]), 0)
+    metadata, sources = measure.complete(GIVEN, [1, 2], measure.of_answer(made([0.0])), 0)
     assert metadata == GIVEN and metadata is not GIVEN
     assert sources == dict.fromkeys(FIELDS, "caller")
     assert measure.history.observe([1, 2], 1).access_count == 1
@@ -430,7 +430,7 @@ def test_a_field_that_is_missing_or_unknown_is_measured(field, unknown):
         given[field] = unknown
     measure = measured(vocab_size=100)
     for now_s in (0, 10, 40):
-        metadata, sources = measure.complete(given, [1, 2], made([0.0]), now_s)
+        metadata, sources = measure.complete(given, [1, 2], measure.of_answer(made([0.0])), now_s)
     seen = {"access_count": 2, "seconds_since_access": 30.0, "time_variance": 1 / 3}
     known = {name: value for name, value in GIVEN.items() if name != field}
     assert metadata == pytest.approx({"perplexity": 1.0, **seen, **known})
@@ -464,8 +464,8 @@ def test_metadata_that_is_refused_is_counted_all_the_same(given, reason):
 
 def test_a_generations_perplexity_is_remembered_for_one_without():
     measure = measured(vocab_size=9)
-    output = made([math.log(0.5)] * 2)
-    assert measure.complete({}, [1, 2], output, 0)[0]["perplexity"] == pytest.approx(2.0)
+    perplexity = measure.of_answer(made([math.log(0.5)] * 2))
+    assert measure.complete({}, [1, 2], perplexity, 0)[0]["perplexity"] == pytest.approx(2.0)
     metadata, sources = measure.complete({}, [1, 2], None, 1)
     assert metadata["perplexity"] == pytest.approx(2.0)
     assert sources["perplexity"] == "remembered"
@@ -474,7 +474,10 @@ def test_a_generations_perplexity_is_remembered_for_one_without():
 
 def test_a_short_prompt_has_a_generations_perplexity_but_no_memory_of_it():
     measure = measured()
-    assert measure.complete({}, [1], made([0.0]), 0)[1]["perplexity"] == "generation"
+    assert (
+        measure.complete({}, [1], measure.of_answer(made([0.0])), 0)[1]["perplexity"]
+        == "generation"
+    )
     assert measure.complete({}, [1], None, 1)[1]["perplexity"] == "absent"
 
 
@@ -518,5 +521,6 @@ def test_a_scorer_that_fails_is_logged_and_never_raises(result, caplog):
 
 
 def test_off_measures_no_perplexity():
-    metadata, sources = measured("off").complete({}, [1, 2], made([0.0]), 0)
+    measure = measured("off")
+    metadata, sources = measure.complete({}, [1, 2], measure.of_answer(made([0.0])), 0)
     assert "perplexity" not in metadata and sources["perplexity"] == "absent"

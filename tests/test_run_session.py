@@ -16,7 +16,7 @@ from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.decisions.log import DecisionRecord, read_records
 from kvttl.manager.clock import SessionClock
 from kvttl.plots.decision_plots import TIER_COLOURS, plot_session
-from kvttl.session.run import session_requests, summary, table
+from kvttl.session.run import session_requests, session_summary, session_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,9 +126,8 @@ def run_locally(requests):
     for request in requests:
         clock.advance(request.arrival_s)
         rows += [(None, record) for record in cache.sweep()]
-        cache.generate_and_manage(request.prompt, None)
-        assert cache.flush(10)
-        rows.append((request, cache.records[-1]))
+        (managed,) = cache.generate(request.prompt, None)
+        rows.append((request, managed.decision.result(120)))
     return rows, cache
 
 
@@ -138,7 +137,7 @@ def test_table_summary_and_picture_say_what_the_records_say():
     assert [record.prompt for request, record in rows if request] == [r.prompt for r in requests]
     failed = DecisionRecord(rows[-1][1].time_s, "f0", error="LMCache is away")
     rows.append((requests[0], failed))
-    lines = table(rows).splitlines()[-len(rows) :]
+    lines = session_table(rows).splitlines()[-len(rows) :]
     for (request, record), line in zip(rows, lines):
         if request is None:
             assert f"TTL in {record.from_tier} ended" in line
@@ -151,7 +150,7 @@ def test_table_summary_and_picture_say_what_the_records_say():
     ended = len(rows) - 13
     assert ended > 0
     for words in ("13 generations", "1 not managed", f"TTLs that ended {ended}:"):
-        assert words in summary(records)
+        assert words in session_summary(records)
 
     records = [record for request, record in rows if request]
     tiers = plot_session(records).axes[1]
@@ -235,13 +234,13 @@ def test_a_demotion_is_tried_again_until_its_copy_is_there(monkeypatch):
     for _ in range(5):  # nothing to fall back on: it stays queued
         cache.clock.now_s += 4
         assert cache.sweep() == []
-        assert cache._placement.unsettled == 1 and hottest(cache, prompt) == ["gpu", "gpu"]
+        assert cache._settler.unsettled == 1 and hottest(cache, prompt) == ["gpu", "gpu"]
     for key in controller.layout(controller.tokenize(prompt)).keys:
         controller.backends["disk"].set(key, b"late", 60)
     cache.clock.now_s += 60  # the longest pause between two tries
     (record,) = cache.sweep()
     assert (record.kind, record.wanted_tier, record.error) == ("settled", "disk", "")
-    assert cache._placement.unsettled == 0
+    assert cache._settler.unsettled == 0
     assert hottest(cache, prompt) == ["disk", "disk"]
     assert controller.load(controller.tokenize(prompt)) == [b"late"] * (len(prompt) // CHUNK)
 
@@ -269,10 +268,10 @@ def test_a_failing_second_move_keeps_the_first_in_the_record(monkeypatch):
         ]
         cache.generate_and_manage("another prompt, warm", None, WARM)
         assert cache.records[-1].error == "ConnectionError: Redis is away"  # its own
-        assert cache._placement.unsettled == 2
+        assert cache._settler.unsettled == 2
         cache.generate_and_manage("short", None, WARM)
         assert not cache.records[-1].error  # a failing retry is not booked here
     cache.clock.now_s += 1
     kinds = sorted(record.kind for record in cache.sweep())
-    assert kinds == ["expiry", "settled", "settled"] and cache._placement.unsettled == 0
+    assert kinds == ["expiry", "settled", "settled"] and cache._settler.unsettled == 0
     assert hottest(cache, shared + "2" * CHUNK) == ["remote", "remote"]

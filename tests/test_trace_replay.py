@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from caching_heuristics import HeuristicConfig
 from kvttl.manager.metadata import PromptHistory
-from kvttl.replay.engine import BLOCK_POLICIES, POLICY_NAMES, replay, replay_without_capacity
+from kvttl.replay.engine import replay, replay_without_capacity
 from kvttl.replay.lru_curve import lru_curve
 from kvttl.replay.policies import POLICIES, Plan, capacities, decisions
 from kvttl.replay.runs import index_runs
@@ -25,6 +25,7 @@ SHORT = HeuristicConfig(
 )
 CAPACITIES = [(5, 9, 14), (7, 0, 0), (1, 1, 1), (4, 0, 8), (0, 6, 9), (6, 12, -1), (-1, -1, -1)]
 UNLIMITED = (None, None, None)
+PLANNED = sorted(name for name, policy in POLICIES.items() if policy.plan)
 
 
 def given_capacity(blocks):
@@ -33,14 +34,14 @@ def given_capacity(blocks):
 
 def test_exactly_these_policies_are_known():
     known = ["lru", "fifo", "infinite", "recency", "ttl", "heuristic", "heuristic_order", "optimal"]
-    assert list(POLICY_NAMES) == known
+    assert list(POLICIES) == known
 
 
 # --- the naive replay ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("capacity", CAPACITIES, ids=str)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", PLANNED)
 def test_policies_equal_the_naive_replay(policy, capacity):
     for seed in range(4):
         trace = fixtures.random_trace(seed)
@@ -51,11 +52,11 @@ def test_policies_equal_the_naive_replay(policy, capacity):
 
 
 @pytest.mark.parametrize("capacity", [c for c in CAPACITIES if c[0]], ids=str)
-@pytest.mark.parametrize("policy", BLOCK_POLICIES)
+@pytest.mark.parametrize("policy", ["lru", "fifo"])
 def test_block_lists_equal_the_naive_replay(policy, capacity):
     for seed in range(4):
         trace = fixtures.random_trace(seed)
-        expected = reference.block_lists(trace, BLOCK_POLICIES[policy], capacity)
+        expected = reference.block_lists(trace, policy == "lru", capacity)
         result = replay(trace, policy, given_capacity(capacity))
         reference.assert_equal(result, expected)
         assert result.block_level_hits == expected.level_hits
@@ -68,7 +69,7 @@ numbers = st.sampled_from([0, 1, 2, 3, 5, 8, 13, -1])
 @given(
     st.integers(0, 10**6),
     st.tuples(numbers, numbers, numbers).filter(any),
-    st.sampled_from(sorted(POLICIES)),
+    st.sampled_from(PLANNED),
     st.sampled_from([0.5, 3.0, 8.0, 40.0]),
     st.sampled_from(["request", "block"]),
     st.sampled_from([None, 12.0, 70.0]),
@@ -204,7 +205,7 @@ def test_no_policy_beats_the_optimum(share):
     for trace in fixtures.real_or_sample().values():
         index = index_runs(trace)
         best = replay(index, "optimal", share).block_hit_ratio
-        for policy in set(POLICY_NAMES) - {"optimal", "infinite"}:
+        for policy in set(POLICIES) - {"optimal", "infinite"}:
             ratio = replay(index, policy, share, HeuristicConfig(base_ttl=200)).block_hit_ratio
             assert ratio <= best, policy
         assert best <= replay(index, "infinite").block_hit_ratio
@@ -269,7 +270,7 @@ def test_metadata_are_what_the_live_manager_measures(seed):
 @given(st.integers(0, 10**6))
 def test_runs_cut_by_future_have_one_next_request(seed):
     trace = fixtures.random_trace(seed, requests=30)
-    cut, coming, at = index_runs(trace).split_by_future(), reference.next_requests(trace), 0
+    cut, coming, at = index_runs(trace).by_future, reference.next_requests(trace), 0
     assert cut.length.sum() == trace.accesses and cut.length.min() > 0
     ids = trace.block_ids.tolist()
     for run in range(cut.runs):
@@ -313,14 +314,14 @@ def test_every_token_that_enters_leaves_or_stays():
 
 def test_memory_is_within_capacity():
     trace = agent_loops(400, seed=3)
-    for policy in set(POLICY_NAMES) - {"infinite"}:
+    for policy in set(POLICIES) - {"infinite"}:
         result = replay(trace, policy, (30, 20, 10), SHORT)
         assert np.all(result.block_seconds <= np.array([30, 20, 10]) * trace.span_s * (1 + 1e-9))
 
 
 def test_no_capacity_means_no_hits_and_empty_traces_work():
     trace = fixtures.random_trace(1)
-    for policy in set(POLICY_NAMES) - {"infinite"}:
+    for policy in set(POLICIES) - {"infinite"}:
         assert replay(trace, policy, 0).hit_blocks.sum() == 0
         empty = replay(make_trace([]), policy, 10)
         assert (empty.block_hit_ratio, empty.token_hit_ratio) == (0.0, 0.0)
@@ -367,7 +368,7 @@ def test_wrong_arguments_are_named():
         replay(trace, "lru", (1, -2, 3))
     with pytest.raises(ValueError, match="one for each"):
         replay(trace, "lru", (1, 2))
-    with pytest.raises(ValueError, match="policy must be one of"):
+    with pytest.raises(ValueError, match="unknown policy"):
         replay(trace, "clock")
     with pytest.raises(ValueError, match="per must be"):
         replay(trace, "heuristic", 5, per="session")

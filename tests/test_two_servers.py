@@ -6,6 +6,7 @@ import time
 
 import pytest
 from redis_fixtures import redis_server
+from waiting import wait_for_checkpoint, wait_until
 
 from cache_controller import LMCacheController
 from caching_heuristics import TIERS, HeuristicConfig
@@ -16,7 +17,6 @@ HOT = {"perplexity": 12.0, "time_variance": 0.0}
 WARM = {"perplexity": 35.0, "time_variance": 0.1}
 COLD = {"perplexity": 80.0, "time_variance": 0.0}
 OTHER = "host-b"
-LIMIT_S = 40.0
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +64,6 @@ def both(stack, llm, other, other_llm):
 
 def lookup(manager, text):
     return manager.controller.lookup(manager.controller.tokenize(text))
-
-
-def wait_until(condition, limit_s=LIMIT_S):
-    deadline_s = time.monotonic() + limit_s
-    while not (result := condition()):
-        assert time.monotonic() < deadline_s, "condition not met in time"
-        time.sleep(0.05)
-    return result
 
 
 def wait_for(manager, text, **tiers):
@@ -185,9 +177,8 @@ def test_a_move_between_servers_is_refused_and_says_what_to_do(both, greedy, fre
         status = manager.controller.move([here, tiers[0]], [OTHER, tiers[1]], tokens)
         assert status["status"] == "unsupported" and status["moved_chunks"] == 0
         assert f"generate the prompt on {OTHER}" in status["reason"]
-    time.sleep(0.3)
-    wait_for(first, text, first=list(TIERS))
     other.generate_and_manage(text, greedy, HOT)  # what the reason says to do
+    wait_for(first, text, first=list(TIERS), other=list(TIERS))  # nothing was taken away
     first.sweep(time.time() + 3600 * 1.2)  # and the first one's TTL in gpu ends
     wait_for(first, text, first=["disk", "remote"], other=list(TIERS))
 
@@ -231,7 +222,7 @@ def test_a_coordinator_that_comes_back_manages_both_again(both, stack, greedy, f
     texts = [fresh_text(), fresh_text()]
     for manager, text in zip(both, texts):
         managed(manager, greedy, text)
-    time.sleep(2.0)  # for the coordinator's checkpoint
+    wait_for_checkpoint(stack)
     stack.kill("coordinator")
     for manager in both:
         assert manager.generate_and_manage(fresh_text(), greedy, WARM)

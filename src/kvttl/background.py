@@ -1,8 +1,9 @@
-"""Two small threads: a bounded queue whose oldest jobs give way, and a task that repeats."""
+"""Small threads: a bounded queue whose oldest jobs give way, and a task that repeats."""
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -13,16 +14,22 @@ logger = logging.getLogger(__name__)
 
 
 class JobQueue:
-    """Hands jobs to one worker thread in order; a full queue sheds its oldest job.
+    """Hands jobs to worker threads in order; a full queue sheds its oldest jobs.
 
     Parameters
     ----------
     work : callable
-        Called with each job on the worker. An exception is logged, and the next job comes.
+        Called with each job on a worker. An exception is logged, and the next job comes.
     shed : callable
         Called with each job that had to give way, on the thread of the newer job.
     max_jobs : int
         Jobs that may wait, >= 1.
+    workers : int
+        Jobs that may be under way at the same time, >= 1.
+    max_bytes : int, optional
+        What the jobs that wait may take; the newest may always wait.
+    size_bytes : callable
+        Job -> what it takes.
 
     Examples
     --------
@@ -33,47 +40,51 @@ class JobQueue:
     """
 
     def __init__(
-        self, work: Callable[[Any], Any], shed: Callable[[Any], Any], max_jobs: int
+        self,
+        work: Callable[[Any], Any],
+        shed: Callable[[Any], Any],
+        max_jobs: int,
+        *,
+        workers: int = 1,
+        max_bytes: float = math.inf,
+        size_bytes: Callable[[Any], int] = lambda _job: 0,
     ) -> None:
-        if not isinstance(max_jobs, int) or isinstance(max_jobs, bool) or max_jobs < 1:
-            raise ValueError(f"max_jobs must be a whole number >= 1, got {max_jobs!r}")
-        self._work, self._shed, self._max_jobs = work, shed, max_jobs
-        self._jobs: deque = deque()
-        self._current: Any = None
-        self._busy = self._closed = False
+        self._work, self._shed, self._size_bytes = work, shed, size_bytes
+        self._max_jobs = check_whole("max_jobs", max_jobs)
+        self._max_workers = check_whole("workers", workers)
+        self._max_bytes, self._bytes = max_bytes, 0
+        self._waiting: deque[tuple[int, Any]] = deque()  # (number, job), by number
+        self._under_way: set[int] = set()
+        self._last_number = 0
+        self._closed = False
         self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None  # starts with the first job
+        self._threads: list[threading.Thread] = []  # start when there is work for them
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        return len(self._waiting)
 
     def put(self, job: Any) -> bool:
         """Add a job without waiting; False if the queue is closed."""
-        shed = []
+        shed, size_bytes = [], self._size_bytes(job)
         with self._changed:
             if self._closed:
                 return False
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="kv-decisions", daemon=True)
-                thread.start()  # may fail: then there is no thread to wait for
-                self._thread = thread
-            while len(self._jobs) >= self._max_jobs:
-                shed.append(self._jobs.popleft())
-            self._jobs.append(job)
+            self._start_a_worker()
+            while self._is_full(size_bytes):
+                shed.append(self._take()[1])
+            self._last_number += 1
+            self._waiting.append((self._last_number, job))
+            self._bytes += size_bytes
             self._changed.notify_all()
         for old in shed:
             self._shed(old)
         return True
 
-    def oldest(self) -> Any:
-        """Return the job that is being done, else the first that waits; None if there is none."""
-        with self._changed:
-            return self._current if self._busy else (self._jobs[0] if self._jobs else None)
-
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until every job put so far is done; False if `timeout_s` seconds were not enough."""
+        """Wait until every job put before this call is done; False if `timeout_s` was short."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._jobs and not self._busy, timeout_s)
+            last = self._last_number
+            return self._changed.wait_for(lambda: self._oldest() > last, timeout_s)
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Take no more jobs, and finish those that wait; False if the time was not enough."""
@@ -81,26 +92,60 @@ class JobQueue:
             self._closed = True
             self._changed.notify_all()
         done = self.flush(timeout_s)
-        if done and self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        for thread in self._threads if done else ():
+            if thread is not threading.current_thread():
+                thread.join()
         return done
+
+    def _start_a_worker(self):
+        if len(self._threads) < self._max_workers:
+            thread = threading.Thread(target=self._run, name="kv-decisions", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads
+                if not self._threads:
+                    raise
+            else:
+                self._threads.append(thread)
+
+    def _is_full(self, more_bytes):
+        too_many = len(self._waiting) >= self._max_jobs
+        return self._waiting and (too_many or self._bytes + more_bytes > self._max_bytes)
+
+    def _take(self):
+        number, job = self._waiting.popleft()
+        self._bytes -= self._size_bytes(job)
+        return number, job
+
+    def _oldest(self):
+        """Return the number of the first job that is not done."""
+        waiting = self._waiting[0][0] if self._waiting else math.inf
+        return min(waiting, *self._under_way, math.inf)
 
     def _run(self):
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._jobs or self._closed)
-                if not self._jobs:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if not self._waiting:
                     return
-                job, self._busy = self._jobs.popleft(), True
-                self._current = job
+                number, job = self._take()
+                self._under_way.add(number)
             try:
                 self._work(job)
             except Exception:
                 logger.exception("a background job failed")
             finally:
+                job = None  # else an idle worker would keep it
                 with self._changed:
-                    self._busy, self._current = False, None
+                    self._under_way.discard(number)
                     self._changed.notify_all()
+
+
+def check_whole(name, value):
+    """Return a whole number >= 1, or raise a ValueError that names it."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    return value
 
 
 class Repeater:

@@ -9,30 +9,23 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 from uuid import uuid4
 
+from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages.utils import convert_to_openai_messages
+from langchain_core.outputs import ChatGeneration, ChatResult
+from langchain_core.tools import BaseTool, StructuredTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from pydantic import Field, PrivateAttr
+
 from kvttl.agents.chat import chat_tokens, read_tool_calls
-from kvttl.agents.desk import Ask, desk_of
 from kvttl.decisions.log import DecisionRecord
 from kvttl.lmcache.layout import by_hottest
-from kvttl.manager.generation import prompt_digest
+from kvttl.manager.generation import ManagedOutput, prompt_digest, text_of
 from tiered_caching import MultiTierCache
-
-try:
-    from langchain_core.globals import get_llm_cache
-    from langchain_core.language_models.chat_models import BaseChatModel
-    from langchain_core.messages import AIMessage, BaseMessage
-    from langchain_core.messages.utils import convert_to_openai_messages
-    from langchain_core.outputs import ChatGeneration, ChatResult
-    from langchain_core.tools import BaseTool, StructuredTool
-    from langchain_core.utils.function_calling import convert_to_openai_tool
-    from pydantic import Field, PrivateAttr
-except ImportError as error:
-    raise ImportError(
-        f"agent_tools needs LangChain ({error}): run `make install-agents`, which installs the "
-        "extra kv-cache-ttl-kit[agents] with the pins of requirements-agents.txt"
-    ) from error
 
 
 class ManagedChatModel(BaseChatModel):
@@ -42,8 +35,8 @@ class ManagedChatModel(BaseChatModel):
     ----------
     kv_cache : MultiTierCache
         Generates and manages (``cache`` is LangChain's own name for stored answers).
-        Models and tools over one manager take turns at its engine; whoever waits
-        shares the next batch.
+        Models and tools over one manager take turns at its engine; who waits for an
+        answer of this model shares the next batch.
     max_tokens, temperature : int, float
         Of each answer. A call may say otherwise, and give any other field of
         `vllm.SamplingParams`: ``model.bind(top_p=0.9)``.
@@ -55,8 +48,7 @@ class ManagedChatModel(BaseChatModel):
     ``model.bind(kv={"perplexity": 12.0})``, or ``invoke(..., kv=...)``, says what the
     caller knows; the rest is measured, see `MultiTierCache.generate_and_manage`. What was
     decided stands in the answer's ``response_metadata["kv"]``, unless a manager in
-    background mode had not decided yet. The tokens of an answer are counted from its
-    text; ``cache_read`` are those that LMCache served.
+    background mode had not decided yet; ``cache_read`` are the tokens that LMCache served.
 
     Tools work by text: a template without tools gets them in the system prompt, and JSON that
     names one of them is taken as a call. Calls cannot be forced (`tool_choice`), and answers
@@ -76,7 +68,11 @@ class ManagedChatModel(BaseChatModel):
     max_tokens: int = 256
     temperature: float = 0.0
     tokenizer: Any = Field(default=None, exclude=True)
-    _thread: Any = PrivateAttr(default_factory=threading.local)  # the group a thread is at
+    _batches: Any = PrivateAttr()
+
+    def model_post_init(self, _context: Any) -> None:
+        """Make the place where this model's callers wait for each other."""
+        self._batches = _Batches(self.kv_cache)
 
     @property
     def _llm_type(self) -> str:
@@ -97,24 +93,8 @@ class ManagedChatModel(BaseChatModel):
         ValueError
             Content that is not text, or a conversation that the chat template refuses.
         """
-        tokenizer = self.tokenizer or _tokenizer(self.kv_cache)
+        tokenizer = self.tokenizer or self.kv_cache.controller.tokenizer
         return chat_tokens(tokenizer, convert_to_openai_messages(list(messages)), tools)
-
-    def generate(self, messages: list[list[BaseMessage]], *args: Any, **kwargs: Any) -> Any:
-        """Return the answers to several conversations, from one engine batch.
-
-        See `BaseChatModel.generate`. With LangChain's cache of answers in use, each
-        conversation is a call of its own.
-        """
-        stored = self.cache is not False and (self.cache or get_llm_cache()) is not None
-        self._thread.group = [] if stored or len(messages) < 2 else list(messages)
-        self._thread.asks = deque()
-        try:
-            return super().generate(messages, *args, **kwargs)
-        finally:
-            for ask in self._thread.asks:  # an earlier one has failed
-                ask.withdrawn = True
-            self._thread.group, self._thread.asks = [], deque()
 
     def _generate(
         self,
@@ -123,40 +103,31 @@ class ManagedChatModel(BaseChatModel):
         run_manager: Any = None,
         **kwargs: Any,
     ) -> ChatResult:
-        """Answer one conversation; `generate` has the arguments of the others of its group."""
-        ask = desk_of(self.kv_cache).answer(self.kv_cache, self._next_ask(messages, stop, kwargs))
-        message = self._message(ask, kwargs.get("tools") or ())
+        """Answer one conversation."""
+        tokens, sampling, kv = self._asked(messages, stop, **kwargs)
+        managed = self._batches.answer(tokens, sampling, kv)
+        message = self._message(managed, kwargs.get("tools") or ())
         return ChatResult(generations=[ChatGeneration(message=message)])
 
-    def _next_ask(self, messages, stop, kwargs):
-        thread = self._thread
-        if group := getattr(thread, "group", []):
-            thread.group = []
-            thread.asks = deque(self._ask(each, stop, **kwargs) for each in group)
-            desk_of(self.kv_cache).put(thread.asks)
-        asks = getattr(thread, "asks", None)
-        return asks.popleft() if asks else self._ask(messages, stop, **kwargs)
-
-    def _ask(self, messages, stop, kv=None, tools=(), **sampling):
+    def _asked(self, messages, stop, kv=None, tools=(), **sampling):
         tokens = self.prompt_tokens(messages, tools or ())
         defaults = {"max_tokens": self.max_tokens, "temperature": self.temperature}
-        return Ask(tokens, _sampling({**defaults, **sampling, "stop": stop}), kv)
+        return tokens, _sampling({**defaults, **sampling, "stop": stop}), kv
 
-    def _message(self, ask, tools):
-        names = [tool["function"]["name"] for tool in tools]
-        text, calls = read_tool_calls(ask.text, names) if names else (ask.text, [])
-        tokenizer = self.tokenizer or _tokenizer(self.kv_cache)
-        answered = len(tokenizer.encode(ask.text, add_special_tokens=False))
-        hits = sum(ask.record.hit_tokens.values()) if ask.record else None
+    def _message(self, managed, tools):
+        output, names = managed.output, [tool["function"]["name"] for tool in tools]
+        (answer, *_others) = output.outputs
+        text, calls = read_tool_calls(answer.text, names) if names else (answer.text, [])
+        prompt, answered = len(output.prompt_token_ids), len(answer.token_ids)
         return AIMessage(
             text,
             tool_calls=[{**call, "id": f"call_{uuid4().hex}"} for call in calls],
-            response_metadata={"model_name": self._identifying_params["model"], **_kv(ask.record)},
+            response_metadata={"model_name": self._identifying_params["model"], **_kv(managed)},
             usage_metadata={
-                "input_tokens": len(ask.prompt),
+                "input_tokens": prompt,
                 "output_tokens": answered,
-                "total_tokens": len(ask.prompt) + answered,
-                **({} if hits is None else {"input_token_details": {"cache_read": hits}}),
+                "total_tokens": prompt + answered,
+                "input_token_details": {"cache_read": output.num_cached_tokens or 0},
             },
         )
 
@@ -186,15 +157,45 @@ def _sampling(fields):
     return SamplingParams(**fields)
 
 
-def _tokenizer(kv_cache):
-    tokenizer = kv_cache.controller._tokenizer
-    if tokenizer is None:
-        raise RuntimeError("no tokenizer: the manager needs its engine first, set_llm(llm)")
-    return tokenizer
+class _Batches:
+    """Answers many threads with few engine calls: who waits for the engine shares the next one."""
+
+    def __init__(self, kv_cache):
+        self._kv_cache, self._engine, self._waiting = kv_cache, threading.Lock(), deque()
+
+    def answer(self, prompt, sampling, kv):
+        """Return the prompt's `ManagedOutput`, or raise what the engine says of this prompt."""
+        answer: Future[ManagedOutput] = Future()
+        mine = (prompt, sampling, kv, answer)
+        self._waiting.append(mine)
+        with self._engine:
+            if not answer.done():
+                batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
+                try:
+                    self._serve(batch)
+                except BaseException:  # an interrupt: the others are still to be answered
+                    left = (each for each in batch if each is not mine and not each[-1].done())
+                    self._waiting.extend(left)
+                    raise
+        return answer.result()
+
+    def _serve(self, batch):
+        prompts, samplings, kvs, answers = map(list, zip(*batch))
+        try:
+            made = self._kv_cache.generate(prompts, samplings, kvs)
+        except Exception as error:
+            if len(batch) == 1:
+                answers[0].set_exception(error)
+            else:
+                for each in batch:  # one of them, perhaps: each by itself
+                    self._serve([each])
+        else:
+            for answer, managed in zip(answers, made):
+                answer.set_result(managed)
 
 
-def _kv(record):
-    return {} if record is None else {"kv": decision(record)}
+def _kv(managed):
+    return {"kv": decision(managed.decision.result())} if managed.decision.done() else {}
 
 
 def decision(record: DecisionRecord) -> dict[str, Any]:
@@ -246,8 +247,8 @@ def kv_generate_tool(
     ) -> tuple[str, dict[str, Any]]:
         kv = {"perplexity": perplexity, "time_variance": time_variance}  # None = unknown
         tokens = kv_cache.controller.tokenize(prompt)
-        ask = desk_of(kv_cache).answer(kv_cache, Ask(tokens, _sampling(fields), kv))
-        return ask.text, _kv(ask.record).get("kv", {})
+        (managed,) = kv_cache.generate([tokens], _sampling(fields), [kv])
+        return text_of(managed.output), _kv(managed).get("kv", {})
 
     return StructuredTool.from_function(
         generate,

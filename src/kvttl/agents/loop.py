@@ -10,9 +10,12 @@ import operator
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Annotated, Any, TypedDict
 
 import numpy as np
+from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
+from langgraph.graph import END, START, StateGraph
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
@@ -24,15 +27,6 @@ from kvttl.plots.panels import TIER_COLOURS, tier_keys
 from kvttl.session.launch import managed
 from kvttl.session.texts import CODE_PROMPT, PROSE_PROMPT, random_characters
 from tiered_caching import MultiTierCache
-
-try:
-    from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
-    from langgraph.graph import END, START, StateGraph
-except ImportError as error:
-    raise ImportError(
-        f"agent_loop needs LangGraph ({error}): run `make install-agents`, which installs the "
-        "extra kv-cache-ttl-kit[agents] with the pins of requirements-agents.txt"
-    ) from error
 
 HOUSE_RULES = "You are one of several agents that work on a ticket together.\n" + "".join(
     f"{n}. {rule}\n"
@@ -99,7 +93,7 @@ class LoopRun:
     tickets: dict[str, str] = field(default_factory=dict)
     turns: dict[str, int] = field(default_factory=dict)
     snapshots: list[tuple[float, Mapping[str, str]]] = field(default_factory=list)
-    seen: int = 0  # records of the manager that were looked at
+    last: DecisionRecord | None = None  # of the manager's records, the newest looked at
 
     @property
     def labels(self) -> list[str]:
@@ -186,7 +180,8 @@ def run_loop(
     """
     from tqdm.auto import tqdm
 
-    run = LoopRun(model.kv_cache.clock.start_s, seen=len(model.kv_cache.records))
+    records = model.kv_cache.records
+    run = LoopRun(model.kv_cache.clock.start_s, last=records[-1] if records else None)
     for hours, ticket in tqdm(list(visits), desc="conversations", disable=not progress):
         start = {"messages": [HumanMessage(TICKETS[ticket])], "turns": 0, "at_s": hours * _HOUR}
         agent_graph(model, run, ticket, turns).invoke(start)
@@ -202,8 +197,10 @@ def wait_until(cache: MultiTierCache, run: LoopRun, at_s: float) -> None:
 
 def _note(cache, run):
     """Take over the new records, and look where every chunk is now."""
-    new, run.seen = list(cache.records)[run.seen :], len(cache.records)
+    newest_first = list(reversed(cache.records))
+    new = list(takewhile(lambda record: record is not run.last, newest_first))[::-1]
     run.records += [r for r in new if r.prompt_digest in run.agents]  # others' too are there
+    run.last = newest_first[0] if newest_first else None
     layout = cache.controller.layout_of()
     held = layout.of(cache.controller.instance_id)
     hottest = {key: tiers[0] for key, tiers in zip(layout.keys, held) if tiers}

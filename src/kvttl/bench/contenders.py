@@ -1,4 +1,4 @@
-"""The contenders of `make bench`: one vLLM engine each, and what stands behind it.
+"""The contenders of `make bench`: a table of them, and what runs one: a vLLM engine of its own.
 
 Each serves the same requests and says of every one when its first token came,
 which tier served how many of its tokens, and how much memory its hot tier held.
@@ -8,33 +8,82 @@ clock (storing, evicting once a second) is waited for between two requests.
 
 from __future__ import annotations
 
+import functools
+import json
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
-
-import requests
 
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
 from kvttl.bench.workloads import CHUNK_TOKENS, BenchRequest
+from kvttl.lmcache.client import Service
 from kvttl.lmcache.layout import hits_by_tier
 from kvttl.lmcache.model import EVICTION_WATERMARK
 from kvttl.manager.clock import SessionClock, ends_on_the_way
 from kvttl.replay.costs import TierCosts
 from kvttl.session.calibrate import calibrate
-from kvttl.session.launch import managed
+from kvttl.session.launch import be_quiet, managed
 
-NONE, PREFIX, LMCACHE, RETAIN = "no cache", "vLLM prefix cache", "LMCache", "LMCache, retain"
-KIT, TUNED = "kit, defaults", "kit, tuned"
-ORDER = (NONE, PREFIX, LMCACHE, RETAIN, KIT, TUNED)
 MAIN_SHARE = 0.25  # of the working set, in the hot tier
 ANSWER_TOKENS = 4  # a TTFT needs one; a perplexity from the answer some more
 _QUIET_S = 3.0  # the longest wait for LMCache to have stored and evicted
 _POLL_S = 0.02
+_ENGINE_BLOCKS = 192  # of an engine without a prefix cache: three of the longest prompts
+_LEAST_BLOCKS = 66  # vLLM wants room for one prompt of its full context
 
 
-@dataclass
+@dataclass(frozen=True)
+class Contender:
+    """One of what is compared.
+
+    Parameters
+    ----------
+    name, colour : str
+        In tables and the picture.
+    every_share : bool
+        It runs at every share of the working set, not only at `MAIN_SHARE`.
+    prefix_cache : bool
+        vLLM's own prefix cache is its hot tier.
+    stack : mapping, optional
+        Settings of its LMCache; None = it has none.
+    config : HeuristicConfig, optional
+        The kit manages it with these settings; None = it is not managed.
+    """
+
+    name: str
+    colour: str
+    every_share: bool = False
+    prefix_cache: bool = False
+    stack: Mapping[str, str] | None = None
+    config: HeuristicConfig | None = None
+
+
+NONE, PREFIX, LMCACHE, RETAIN = "no cache", "vLLM prefix cache", "LMCache", "LMCache, retain"
+KIT, TUNED = "kit, defaults", "kit, tuned"
+_AS_IT_COMES = {"prefetch_policy": "default", "redis_client": "lmcache"}
+_MANAGED = {"prefetch_policy": "default", "redis_client": "kit"}
+CONTENDERS = {
+    row.name: row
+    for row in (
+        Contender(NONE, "#888888"),
+        Contender(PREFIX, "#e69f00", every_share=True, prefix_cache=True),
+        Contender(LMCACHE, "#0072b2", every_share=True, stack=_AS_IT_COMES),
+        Contender(RETAIN, "#56b4e9", stack={**_AS_IT_COMES, "prefetch_policy": "retain"}),
+        Contender(KIT, "#d55e00", every_share=True, stack=_MANAGED, config=HeuristicConfig()),
+        # `bench_settings` replaces the settings of this one.
+        Contender(TUNED, "#009e73", every_share=True, stack=_MANAGED, config=HeuristicConfig()),
+    )
+}
+ORDER = tuple(CONTENDERS)
+
+
+@dataclass(frozen=True)
 class Served:
     """One request's outcome.
 
@@ -66,25 +115,21 @@ class Served:
     error: str = ""
 
 
-class Contender:
+class Runner:
     """An engine without LMCache: no cache at all, or vLLM's own prefix cache.
 
     Parameters
     ----------
-    name : str
-        In the tables.
     llm : vllm.LLM
         The engine, with ``disable_log_stats=False``.
-    hot_blocks : int
-        Blocks of its prefix cache; 0 = it has none.
     bytes_per_token : int
         KV cache of a token.
+    hot_blocks : int
+        Blocks of its prefix cache; 0 = it has none.
     """
 
-    def __init__(self, name: str, llm: Any, hot_blocks: int, bytes_per_token: int) -> None:
-        self.name, self.llm = name, llm
-        self.hot_blocks = hot_blocks
-        self.bytes_per_token = bytes_per_token
+    def __init__(self, llm: Any, bytes_per_token: int, hot_blocks: int = 0) -> None:
+        self.llm, self.bytes_per_token, self.hot_blocks = llm, bytes_per_token, hot_blocks
         self.hot_byte_seconds = 0.0
         self._now_s = 0.0
         self._seen: set[int] = set()
@@ -122,12 +167,24 @@ class Contender:
 
     def serve(self, request: BenchRequest, blocks: Sequence[int]) -> Served:
         """Generate; `blocks` are the prompt's complete chunks, numbered."""
-        output, call_s = generate(self.llm, request)
         self._seen.update(blocks)
+        held = self._held(request)
+        start_s = time.perf_counter()
+        output, decision = self._generate(request)
+        call_s = time.perf_counter() - start_s
         cached = output.num_cached_tokens or 0
-        hits = {"gpu": cached} if cached else {}
+        hits = hits_by_tier(held, cached, CHUNK_TOKENS)
         ttft_s = output.metrics.first_token_latency
-        return Served(ttft_s, call_s, len(request.tokens), cached, hits, engine_s=call_s)
+        served = Served(ttft_s, call_s, len(request.tokens), cached, hits, engine_s=call_s)
+        return served if decision is None else _with_decision(served, decision.result())
+
+    def _held(self, request):
+        """Return the tiers of each chunk of a prompt, before it is generated."""
+        return [("gpu",)] * (len(request.tokens) // CHUNK_TOKENS)
+
+    def _generate(self, request):
+        """Return the engine's answer, and the future decision if there is a manager."""
+        return self.llm.generate(_prompt(request), sampling(), use_tqdm=False)[0], None
 
     def settle(self) -> None:
         """Wait until the request's KV is stored: the next contender's turn must not pay for it."""
@@ -144,15 +201,13 @@ class Contender:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-class LMCacheContender(Contender):
+class LMCacheRunner(Runner):
     """An engine on an LMCache server of its own; with `settings`, managed by the kit."""
 
-    def __init__(self, name: str, llm: Any, stack: Any, bytes_per_token: int) -> None:
-        super().__init__(name, llm, 0, bytes_per_token)
+    def __init__(self, llm: Any, bytes_per_token: int, stack: Any) -> None:
+        super().__init__(llm, bytes_per_token)
         self.stack = stack
-        self._http = requests.Session()
-        self._http.trust_env = False  # no proxy between us and loopback
-        self._watched = WatchedEngine(llm)
+        self._server = Service(stack.server_http_url, read_timeout_s=10.0)
         self._used = 0
         self._look: LMCacheController | None = None
         self._cache: Any = None
@@ -168,14 +223,14 @@ class LMCacheContender(Contender):
         self._empty()
         if settings is not None:
             options = {"clock": SessionClock(0.0), "background": True, "sweep_every_s": None}
-            self._cache = managed(self.stack, self._watched, settings, **options)
+            self._cache = managed(self.stack, self.llm, settings, **options)
 
     def _empty(self):
         deadline_s = time.monotonic() + 30.0
         while keys := self._look.layout_of().keys:
             self._look.discard(keys)
             if time.monotonic() > deadline_s:
-                raise RuntimeError(f"{self.name}: LMCache does not give up {len(keys)} chunks")
+                raise RuntimeError(f"LMCache does not give up {len(keys)} chunks")
         self.settle()
 
     @property
@@ -194,31 +249,14 @@ class LMCacheContender(Contender):
         self._cache.sweep()
         return super().advance(arrival_s)
 
-    def serve(self, request: BenchRequest, blocks: Sequence[int]) -> Served:
-        """Generate, and let the manager decide and move before the next contender's turn."""
-        held = self._look.layout(request.tokens).of(self.stack.instance_id)
-        if self._cache is None:
-            output, call_s = generate(self.llm, request)
-            served = Served(0.0, call_s, len(request.tokens), 0, engine_s=call_s)
-        else:
-            output, served = self._serve_managed(request)
-        served.ttft_s = output.metrics.first_token_latency
-        served.cached_tokens = output.num_cached_tokens or 0
-        served.hit_tokens = hits_by_tier(held, served.cached_tokens, CHUNK_TOKENS)
-        return served
+    def _held(self, request):
+        return self._look.layout(request.tokens).of(self.stack.instance_id)
 
-    def _serve_managed(self, request):
-        cache, start_s = self._cache, time.perf_counter()
-        cache.generate_and_manage(list(request.tokens), sampling())
-        call_s = time.perf_counter() - start_s
-        cache.flush()
-        record = cache.records[-1]
-        served = Served(0.0, call_s, record.prompt_tokens, 0)
-        served.manage_s, served.engine_s = record.manage_s, record.generate_s
-        served.moved_chunks = sum(move["moved_chunks"] for move in record.moves)
-        served.perplexity = record.metadata.get("perplexity", float("nan"))
-        served.error = record.error
-        return self._watched.last, served
+    def _generate(self, request):
+        if self._cache is None:
+            return super()._generate(request)
+        (managed_output,) = self._cache.generate(_prompt(request), sampling())
+        return managed_output
 
     def settle(self) -> None:
         """Wait until LMCache has stored what it was given."""
@@ -239,12 +277,12 @@ class LMCacheContender(Contender):
     def expired_chunks(self) -> int:
         """Chunks that went down the ladder because a TTL had ended."""
         records = self._cache.records if self._cache else ()
-        ended = [record for record in records if record.kind in ("expiry", "settled")]
+        ended = [record for record in list(records) if record.kind in ("expiry", "settled")]
         return sum(move["moved_chunks"] for record in ended for move in record.moves)
 
     def _status(self):
         """Return the work that waits, the share of the memory tier in use, and its bytes."""
-        answer = self._http.get(f"{self.stack.server_http_url}/status", timeout=10).json()
+        answer = self._server.call("GET", "/status")
         storage = answer["storage_manager"]
         l1, store = storage["l1_manager"], storage["store_controller"]
         at_work = store["pending_keys_count"] + store["in_flight_task_count"]
@@ -268,36 +306,95 @@ class LMCacheContender(Contender):
     def close(self) -> None:
         """End the manager, then the engine, then the stack."""
         self._release()
-        self._http.close()
+        self._server.close()
         super().close()
         self.stack.stop()
 
 
-class WatchedEngine:
-    """Passes calls on to an engine and keeps its last answer, metrics included."""
-
-    def __init__(self, llm: Any) -> None:
-        self._llm, self.last = llm, None
-        self.llm_engine, self.get_tokenizer = llm.llm_engine, llm.get_tokenizer
-
-    def generate(self, prompts: Any, sampling_params: Any, use_tqdm: bool = False) -> list:
-        """Generate as the engine does."""
-        prompts = {"prompt_token_ids": prompts}
-        outputs = self._llm.generate(prompts, sampling_params, use_tqdm=use_tqdm)
-        self.last = outputs[0]
-        return outputs
-
-
-def sampling():
+def sampling() -> Any:
     """Return the sampling parameters of every request."""
     from vllm import SamplingParams
 
     return SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
 
 
-def generate(llm: Any, request: BenchRequest) -> tuple[Any, float]:
-    """Return the engine's answer and the seconds that the call took."""
-    start_s = time.perf_counter()
-    prompt = {"prompt_token_ids": list(request.tokens)}
-    output = llm.generate(prompt, sampling(), use_tqdm=False)[0]
-    return output, time.perf_counter() - start_s
+def _prompt(request):
+    return {"prompt_token_ids": list(request.tokens)}
+
+
+def _with_decision(served, record):
+    return replace(
+        served,
+        manage_s=record.manage_s,
+        engine_s=record.generate_s,
+        moved_chunks=sum(move["moved_chunks"] for move in record.moves),
+        perplexity=record.metadata.get("perplexity", served.perplexity),
+        error=record.error,
+    )
+
+
+# ---- starting them ----------------------------------------------------------------
+
+
+@contextmanager
+def running_contenders(
+    names: Sequence[str], hot_tokens: int, model: str, config_path: str
+) -> Iterator[dict[str, Runner]]:
+    """Start engines and stacks, each on free ports, with a hot tier of so many tokens."""
+    be_quiet()
+    rows = [CONTENDERS[name] for name in names]
+    size = kv_bytes_per_token(model)
+    with ExitStack() as cleanup:
+        start = functools.partial(_stack, hot_tokens * size, config_path, cleanup)
+        with ThreadPoolExecutor() as pool:
+            stacks = list(pool.map(start, rows))
+        made: dict[str, Runner] = {}
+        cleanup.callback(_close, made)
+        for row, stack in zip(rows, stacks):
+            made[row.name] = _runner(row, stack, hot_tokens, model, size)
+            made[row.name].warm_up((None, 20) if row.config else (None,))
+        yield made
+
+
+def _close(made):
+    """End all at once: each engine takes seconds."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda runner: runner.close(), made.values()))
+
+
+def _stack(hot_bytes, config_path, cleanup, row):
+    """Return the running stack of a contender, None for one without LMCache."""
+    from kvttl.stack.lifecycle import LMCacheStack, load_config
+
+    if row.stack is None:
+        return None
+    folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kv-bench-"))
+    size = {"disk_path": folder, "l1_size_gb": hot_bytes / 2**30}
+    config = load_config(config_path, **size, **row.stack)
+    return cleanup.enter_context(LMCacheStack(config, free_ports=True))
+
+
+def _runner(row, stack, hot_tokens, model, size):
+    from vllm import LLM
+
+    blocks = max(hot_tokens // CHUNK_TOKENS, _LEAST_BLOCKS) if row.prefix_cache else 0
+    options = {
+        "disable_log_stats": False,  # else a request's time to first token is not kept
+        "use_tqdm_on_load": False,
+        "num_gpu_blocks_override": blocks or _ENGINE_BLOCKS,
+    }
+    if stack is not None:
+        return LMCacheRunner(LLM(**stack.engine_kwargs(model, **options)), size, stack)
+    from kvttl.stack.config import StackConfig, engine_kwargs
+
+    kwargs = engine_kwargs(StackConfig(), model, **options, enable_prefix_caching=bool(blocks))
+    del kwargs["kv_transfer_config"]
+    return Runner(LLM(**kwargs), size, blocks)
+
+
+def kv_bytes_per_token(model: str) -> int:
+    """Return the bytes of KV cache that a token takes in bfloat16, from the model's config."""
+    config = json.loads((Path(model) / "config.json").read_text())
+    heads = config.get("num_key_value_heads", config["num_attention_heads"])
+    head = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    return config["num_hidden_layers"] * 2 * heads * head * 2

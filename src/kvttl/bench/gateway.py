@@ -22,13 +22,12 @@ import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kvttl.bench.figures import machine
+from kvttl.bench.figures import machine, percentile_line, percentiles, rounded_figures, write_json
 from kvttl.serve.app import openai_app, server_arguments
 from kvttl.serve.gateway import Gateway, gateway
 from kvttl.serve.listening import listening, serving
@@ -171,7 +170,7 @@ def compare_ways(
             server.cache.flush()
             time.sleep(_PAUSE_S)
             times[way] += taken[-1:] if turn >= _WARM_UP else []
-    figures = {k: v for way in _WAYS for k, v in percentiles(way, times[way]).items()}
+    figures = {k: v for way in _WAYS for k, v in _percentiles(way, times[way]).items()}
     for way, peers in _PEERS.items():
         for peer in peers:
             added_s = np.median(np.array(times[way]) - np.array(times[peer]))
@@ -201,17 +200,15 @@ def compare_streams(
     for name, rounds in answers.items():
         first_s = [seconds for seconds, error in rounds if not error]
         errors = [error for _, error in rounds if error]
-        figures |= percentiles(f"streams_{name}_ttft", first_s)
+        figures |= _percentiles(f"streams_{name}_ttft", first_s)
         figures[f"streams_{name}_errors"] = len(errors)
         for error in errors[:3]:
             print(f"{name}: {error}", file=sys.stderr)
     return figures
 
 
-def percentiles(name: str, seconds: Sequence[float]) -> dict[str, float]:
-    """Return the 50th, 90th and 99th percentile in ms."""
-    values = np.percentile(np.array(seconds) * 1e3, (50, 90, 99)) if seconds else [np.nan] * 3
-    return {f"{name}_p{q}_ms": float(value) for q, value in zip((50, 90, 99), values)}
+def _percentiles(name, seconds):
+    return percentiles(name, np.array(seconds) * 1e3)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -222,15 +219,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--perplexity", choices=("generation", "off"), default="generation")
     options = parser.parse_args(argv)
+    about = {"seed": options.seed, "perplexity": options.perplexity}
+    about |= machine("openai", "fastapi", "uvicorn")
     figures = _measure(options)
-    versions = {name: version(name) for name in ("openai", "fastapi", "uvicorn")}
-    settings = {"seed": options.seed, "perplexity": options.perplexity}
-    report = {**settings, **machine(), "server_versions": versions, **figures}
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(REPORT, about | figures)
     _explain(figures)
-    rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()}
-    print(json.dumps(rounded))
+    print(json.dumps(rounded_figures(figures)))
     return 0
 
 
@@ -255,8 +249,7 @@ def _measure(options):
 
 def _explain(figures):
     for way in (*_WAYS, "streams_vllm_server_ttft", "streams_gateway_ttft"):
-        values = [figures[f"{way}_p{q}_ms"] for q in (50, 90, 99)]
-        print("{:26} p50 {:8.2f}  p90 {:8.2f}  p99 {:8.2f} ms".format(way, *values))
+        print(percentile_line(way, figures))
     for way, peers in _PEERS.items():
         for peer in peers:
             print(f"{way} - {peer}: {figures[f'{way}_adds_to_{peer}_p50_ms']:+.2f} ms (p50)")

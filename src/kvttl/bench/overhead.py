@@ -13,12 +13,14 @@ import json
 import sys
 import time
 import timeit
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from caching_heuristics import compute_ttl, select_backend
-from kvttl.bench.figures import _percentiles, machine
+from kvttl.bench.figures import machine, percentile_line, percentiles, rounded_figures, write_json
+from kvttl.decisions.record import DecisionRecord
 from kvttl.manager.clock import SessionClock
 from kvttl.session.launch import engine, managed, session_stack
 from kvttl.session.run import MAX_TOKENS
@@ -60,60 +62,52 @@ def decision_costs() -> dict[str, float]:
     }
 
 
-def added_times(cache, requests) -> list[tuple[float, float]]:
-    """Run a session; returns the seconds that each call took, and of these in the engine."""
+def timed_session(cache, requests) -> list[tuple[float, DecisionRecord]]:
+    """Run a session; returns the seconds that each call took, with its decision."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
-    called_s = []
+    calls = []
     for request in requests:
         cache.clock.advance(request.arrival_s)
         cache.sweep()  # as the sweeper would, on its own thread
         start_s = time.perf_counter()
-        cache.generate_and_manage(request.prompt, sampling)
-        called_s.append(time.perf_counter() - start_s)
-    cache.flush()
-    records = [record for record in cache.records if record.kind == "generation"]
-    return [(s, record.generate_s) for s, record in zip(called_s, records[-len(requests) :])]
+        (managed,) = cache.generate(request.prompt, sampling)
+        calls.append((time.perf_counter() - start_s, managed.decision))
+    return [(seconds, decision.result()) for seconds, decision in calls]
 
 
-def mode_figures(name, times, records) -> dict[str, float]:
+def mode_figures(name: str, calls: Sequence[tuple[float, DecisionRecord]]) -> dict[str, float]:
     """Return percentiles (ms) of what a mode added to the calls, and of the engine's share."""
-    called_ms, engine_ms = np.array(times).T * 1e3
+    records = [record for _, record in calls]
+    called_ms, engine_ms = np.array([(s, record.generate_s) for s, record in calls]).T * 1e3
     added_ms = called_ms - engine_ms
     moved = np.array([any(move["moved_chunks"] for move in record.moves) for record in records])
     figures = {
-        f"{name}_generations": len(times),
+        f"{name}_generations": len(calls),
         f"{name}_with_moves": int(moved.sum()),
         f"{name}_not_managed": sum(bool(record.error) for record in records),
-        **_percentiles(name, added_ms),
-        **_percentiles(f"{name}_engine", engine_ms),
+        **percentiles(name, added_ms),
+        **percentiles(f"{name}_engine", engine_ms),
         f"{name}_share": float(added_ms.sum() / called_ms.sum()),
     }
     if name == "sync":
-        figures |= _percentiles("sync_without_moves", added_ms[~moved])
-        figures |= _percentiles("sync_with_moves", added_ms[moved])
+        figures |= percentiles("sync_without_moves", added_ms[~moved])
+        figures |= percentiles("sync_with_moves", added_ms[moved])
     return figures
 
 
 def compare_modes(stack, llm, generations: int, seed: int) -> dict[str, float]:
     """Measure both modes in turns of the same length, on sessions of their own."""
-    times: dict[str, list] = {"sync": [], "background": []}
-    records: dict[str, list] = {"sync": [], "background": []}
+    calls: dict[str, list] = {"sync": [], "background": []}
     for turn in range(2 * _TURNS + 2):
         name = ("sync", "background")[turn % 2]
         requests = session_requests(max(generations // _TURNS, 1), seed + turn)
         options = {"clock": SessionClock(time.time()), "sweep_every_s": None}
         with managed(stack, llm, background=name == "background", **options) as cache:
-            measured = added_times(cache, requests)
-            if turn >= 2:  # the first two warm up
-                times[name] += measured
-                records[name] += [r for r in cache.records if r.kind == "generation"]
-    return {
-        key: value
-        for name in times
-        for key, value in mode_figures(name, times[name], records[name]).items()
-    }
+            timed = timed_session(cache, requests)
+            calls[name] += timed if turn >= 2 else []  # the first two warm up
+    return mode_figures("sync", calls["sync"]) | mode_figures("background", calls["background"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -123,18 +117,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--generations", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    figures = decision_costs()
+    about, figures = machine(), decision_costs()
     with session_stack(options.config) as stack:
         from kvttl.session.demo_model import model_path
 
         with engine(stack, model_path()) as llm:
             figures |= compare_modes(stack, llm, options.generations, options.seed)
-    report = {"seed": options.seed, **machine(), **figures}
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(REPORT, {"seed": options.seed, **about, **figures})
     _explain(figures)
-    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
-    print(json.dumps(rounded))
+    print(json.dumps(rounded_figures(figures)))
     return 0
 
 
@@ -143,9 +134,8 @@ def _explain(figures):
         n, moves = figures[f"{name}_generations"], figures[f"{name}_with_moves"]
         print(f"{name}: {n} generations, {moves} with moves; added to the caller, and the engine:")
         rows = [key for key in figures if key.startswith(name) and key.endswith("_p50_ms")]
-        for row in (key.removesuffix("_p50_ms") for key in rows):
-            values = [figures[f"{row}_p{q}_ms"] for q in (50, 90, 99)]
-            print("  {:20} p50 {:8.2f}  p90 {:8.2f}  p99 {:8.2f} ms".format(row, *values))
+        for row in rows:
+            print(percentile_line(row.removesuffix("_p50_ms"), figures))
     print(
         f"  one decision {figures['scalar_us']:.1f} us;"
         f" arrays {figures['array_per_s'] / 1e6:.0f} M decisions/s\n"

@@ -13,13 +13,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from caching_heuristics import HeuristicConfig
-from kvttl.bench.figures import machine
+from kvttl.bench.figures import machine, rounded_figures, write_json
 from kvttl.replay.baselines import BaselineFile
 from kvttl.replay.engine import replay, replay_without_capacity
 from kvttl.replay.lru_curve import lru_curve
@@ -33,7 +32,6 @@ _CAPACITY = 0.05  # of unique blocks
 _CURVE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # capacities of lru_curve, all in one pass
 _TIERS = (0.01, 0.05, 0.2)
 _CONFIG = HeuristicConfig(base_ttl=100)
-_GROWING = ("index", "ttl", "tiers", "lru")
 _COMPARED = (
     "ttl",
     "ttl_with_index",
@@ -137,10 +135,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--largest", type=int, default=_GROWTH[-1], help="accesses")
     parser.add_argument("--report", type=Path, default=REPORT)
     options = parser.parse_args(argv)
-    trace = bench_trace()
+    about, trace = machine("numba", "libcachesim"), bench_trace()
     figures = engines(trace, options.repeats)
     rows = growth([size for size in _GROWTH if size <= options.largest])
-    versions = {name: version(name) for name in ("numba", "libcachesim")}
     report = {
         "trace": trace.name,
         "accesses": trace.accesses,
@@ -148,14 +145,11 @@ def main(argv: list[str] | None = None) -> int:
         "goals": GOALS,
         **figures,
         "growth": rows,
-        **machine(),
+        **about,
     }
-    report["versions"] = report["versions"] | versions
-    options.report.parent.mkdir(parents=True, exist_ok=True)
-    options.report.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(options.report, report)
     _explain(trace, figures, rows)
-    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
-    print(json.dumps(rounded | {"growth": rows}))
+    print(json.dumps(rounded_figures(figures | {"growth": rows})))
     return 0
 
 

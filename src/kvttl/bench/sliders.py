@@ -9,25 +9,33 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import shutil
+import signal
+import socket
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
-
-from kvttl.bench.figures import machine
+from kvttl import PROJECT
+from kvttl.bench.figures import machine, percentiles, rounded_figures, write_json
 from kvttl.decisions.sample import FILE_NAME
-from kvttl.sliders.servers import APP_NOTEBOOK, app_command, free_port, running
+from kvttl.stack.services import pick_ports
 
+APP_NOTEBOOK = Path("notebooks/04_ttl_and_tier_plots.ipynb")  # that `make app` serves
 REPORT = Path("data/reports/sliders.json")
 GOAL_P50_MS = 120.0
 STEPS = 50
 SLIDERS = ("alpha", "hot_threshold", "base_ttl", "variance_threshold", "recent_seconds")
 
+_START_S, _STOP_S = 60.0, 10.0  # of a server
+
+_BROWSERS = ("chromium", "google-chrome", "chromium-browser", "chrome")  # as in .ci/setup
 _FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -59,9 +67,67 @@ def scratch_project(folder: str | Path, root: str | Path = ".") -> Path:
     return folder
 
 
+def server_command(target: str, port: int) -> list[str]:
+    """Return what `make app` or `make lab` runs, with this Python and at this port."""
+    make = ["make", "-n", "--no-print-directory", "-C", str(PROJECT), target]
+    make += [f"PORT={port}", f"PY={sys.executable}"]
+    printed = subprocess.run(make, check=True, capture_output=True, text=True).stdout
+    return shlex.split(printed.splitlines()[-1])
+
+
+@contextmanager
+def running(
+    command: Sequence[str], port: int, folder: str | Path, **environment: str
+) -> Iterator[str]:
+    """Run a server in a folder until the block ends; yields its URL as soon as it answers.
+
+    Its output goes to the folder's file ``log``; keywords are more environment variables.
+
+    Raises
+    ------
+    RuntimeError
+        If it ends at once or does not answer; with the last lines of its log.
+    """
+    log = Path(folder, "log")
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | environment,
+            start_new_session=True,
+        )
+    try:
+        _wait_until_up(process, port, log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        _stop(process)
+
+
+def _wait_until_up(process, port, log):
+    deadline_s = time.monotonic() + _START_S
+    while time.monotonic() < deadline_s and process.poll() is None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2):
+            return
+        time.sleep(0.1)
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    raise RuntimeError(f"nothing answers on port {port}. The server's log ends with:\n{tail}")
+
+
+def _stop(process):
+    """Stop the server and its kernels; kill what does not listen."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_S)
+            break
+
+
 @contextmanager
 def browser() -> Iterator:
-    """Run headless Chromium; yields Playwright's browser.
+    """Run headless Chromium or Chrome, or what `KV_CHROMIUM` names; yields Playwright's browser.
 
     Raises
     ------
@@ -70,15 +136,23 @@ def browser() -> Iterator:
     """
     from playwright.sync_api import sync_playwright
 
-    path = shutil.which("chromium")
-    if path is None:
-        raise RuntimeError("no chromium on this machine; install it: apt-get install chromium")
+    path = _browser_path()
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=path, args=list(_FLAGS))
         try:
             yield chromium
         finally:
             chromium.close()
+
+
+def _browser_path():
+    named = os.environ.get("KV_CHROMIUM")
+    found = map(shutil.which, [named] if named else _BROWSERS)
+    path = next(filter(None, found), None)
+    if path is None:
+        wanted = f"KV_CHROMIUM={named}" if named else "chromium"
+        raise RuntimeError(f"no {wanted} on this machine; install it: apt-get install chromium")
+    return path
 
 
 def open_app(chromium, url: str, timeout_s: float = 60.0):
@@ -98,7 +172,7 @@ def slider_steps(page, steps: int = STEPS) -> list[float]:
         name = SLIDERS[step * len(SLIDERS) // steps]
         page.locator(f".kv-slider-{name} .noUi-handle").press("ArrowRight")
         page.wait_for_function(f"window.kvSteps.length === {step + 1}")
-        page.wait_for_timeout(60)  # a hand is not faster, and the next step must not queue
+        page.wait_for_timeout(60)  # as a hand: faster steps would queue
     return page.evaluate("window.kvSteps")
 
 
@@ -107,37 +181,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args(argv)
-    port = free_port()
+    about = machine("ipywidgets", "ipykernel", "voila", "matplotlib", "playwright")
+    (port,) = pick_ports("127.0.0.1", 1)
     with tempfile.TemporaryDirectory(prefix="kv-bench-") as folder, browser() as chromium:
         project = scratch_project(Path(folder, "project"))
-        command = [*app_command(project, port), "--no-browser"]
-        with running(command, port, project / "log") as url:
+        command = [*server_command("app", port), "--no-browser"]
+        with running(command, port, project) as url:
             page = open_app(chromium, url)
             slider_steps(page, len(SLIDERS))  # warm-up
             page.reload()
             page.wait_for_function("document.querySelector('.kv-picture')?.naturalWidth > 0")
             latencies_ms = slider_steps(page, options.steps)
-            figures = _figures(latencies_ms)
+            figures = percentiles("step", latencies_ms)
+            figures |= {"steps": options.steps, "goal_p50_ms": GOAL_P50_MS}
             figures["chromium"] = chromium.version
-    _write(figures)
-    print(f"{len(latencies_ms)} steps: {figures['p50_ms']:.0f} ms (p50), goal {GOAL_P50_MS:.0f}")
-    print(json.dumps(figures))
+    write_json(REPORT, about | figures)
+    print(f"{options.steps} steps: {figures['step_p50_ms']:.0f} ms (p50), goal {GOAL_P50_MS:.0f}")
+    print(json.dumps(rounded_figures(figures)))
     return 0
-
-
-def _figures(latencies_ms):
-    ranks = (50, 90, 99)
-    values = np.percentile(latencies_ms, ranks)
-    found = {f"p{rank}_ms": round(float(value), 1) for rank, value in zip(ranks, values)}
-    return found | {"steps": len(latencies_ms), "goal_p50_ms": GOAL_P50_MS}
-
-
-def _write(figures):
-    report = machine()
-    packages = ("ipywidgets", "ipykernel", "voila", "matplotlib", "playwright")
-    report["versions"] |= {name: version(name) for name in packages}
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text(json.dumps(report | figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,31 +21,24 @@ from tqdm import tqdm
 
 from caching_heuristics import HeuristicConfig
 from kvttl.bench.contenders import (
+    CONTENDERS,
     KIT,
-    LMCACHE,
     MAIN_SHARE,
-    NONE,
-    ORDER,
-    PREFIX,
-    RETAIN,
     TUNED,
-    Contender,
-    LMCacheContender,
+    Runner,
+    kv_bytes_per_token,
+    running_contenders,
 )
-from kvttl.bench.figures import machine
-from kvttl.bench.speedup_report import BenchResult, headline, rounded, write_report
+from kvttl.bench.figures import machine, rounded_figures
+from kvttl.bench.speedup_report import BenchResult, headline, t_quantile, write_report
 from kvttl.bench.workloads import CHUNK_TOKENS, Workload, make_workload
 from kvttl.replay.on_lmcache import replay_on_lmcache
-from kvttl.session.launch import be_quiet
 from kvttl.settings import default_path, load_settings
 
 REPORTS = Path("data/reports")
-_ALWAYS = (PREFIX, LMCACHE, KIT, TUNED)  # the others only at MAIN_SHARE
 SHARES = (MAIN_SHARE, 0.10, 0.50)
 REQUESTS = {"agentic": 56, "chat": 40, "control": 16}
 _ALL_SHARES = ("agentic",)  # the others at MAIN_SHARE only: twenty minutes are not more
-_ENGINE_BLOCKS = 192  # of an engine without a prefix cache: three of the longest prompts
-_LEAST_BLOCKS = 66  # vLLM wants room for one prompt of its full context
 _LEAST_HOT_TOKENS = 2_112  # less than a prompt is no cache
 _TUNING = (100, 101, 102, 103, 104)
 _TTLS_S = (60.0, 90.0, 120.0, 180.0, 240.0, 300.0, 360.0, 480.0, 600.0, 900.0)
@@ -63,6 +51,9 @@ class BenchPlan:
     shares: tuple[float, ...] = SHARES
     requests: tuple[tuple[str, int], ...] = tuple(REQUESTS.items())
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+
+    def __post_init__(self) -> None:
+        t_quantile(len(self.seeds))  # before hours of measuring: it refuses too many
 
     def workloads(self, model: str) -> dict[tuple[str, int], Workload]:
         """Return every workload by name and seed."""
@@ -77,102 +68,36 @@ class BenchPlan:
 QUICK = BenchPlan((MAIN_SHARE,), (("agentic", 36), ("control", 12)), (0,))
 
 
-def kv_bytes_per_token(model: str) -> int:
-    """Return the bytes of KV cache that a token takes in bfloat16, from the model's config."""
-    config = json.loads((Path(model) / "config.json").read_text())
-    heads = config.get("num_key_value_heads", config["num_attention_heads"])
-    head = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
-    return config["num_hidden_layers"] * 2 * heads * head * 2
-
-
-@contextmanager
-def contenders(
-    names: Sequence[str], hot_tokens: int, model: str, config_path: str
-) -> Iterator[dict[str, Contender]]:
-    """Start engines and stacks, each on free ports, with a hot tier of so many tokens."""
-    be_quiet()
-    on_lmcache = [name for name in names if name not in (NONE, PREFIX)]
-    size = kv_bytes_per_token(model)
-    with ExitStack() as cleanup:
-        start = functools.partial(_stack, hot_tokens * size, config_path, cleanup)
-        with ThreadPoolExecutor() as pool:
-            stacks = dict(zip(on_lmcache, pool.map(start, on_lmcache)))
-        made: dict[str, Contender] = {}
-        cleanup.callback(_close, made)
-        for name in names:
-            made[name] = _contender(name, stacks.get(name), hot_tokens, model, size)
-            made[name].warm_up((None, 20) if name in (KIT, TUNED) else (None,))
-        yield made
-
-
-def _close(made):
-    """End all at once: each engine takes seconds."""
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda contender: contender.close(), made.values()))
-
-
-def _stack(hot_bytes, config_path, cleanup, name):
-    from kvttl.stack.lifecycle import LMCacheStack, load_config
-
-    folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kv-bench-"))
-    config = load_config(
-        config_path,
-        disk_path=folder,
-        l1_size_gb=hot_bytes / 2**30,
-        prefetch_policy="retain" if name == RETAIN else "default",
-        redis_client="kit" if name in (KIT, TUNED) else "lmcache",
-    )
-    return cleanup.enter_context(LMCacheStack(config, free_ports=True))
-
-
-def _contender(name, stack, hot_tokens, model, size):
-    from vllm import LLM
-
-    blocks = max(hot_tokens // CHUNK_TOKENS, _LEAST_BLOCKS) if name == PREFIX else 0
-    options = {
-        "disable_log_stats": False,  # else a request's time to first token is not kept
-        "use_tqdm_on_load": False,
-        "num_gpu_blocks_override": blocks or _ENGINE_BLOCKS,
-    }
-    if stack is not None:
-        return LMCacheContender(name, LLM(**stack.engine_kwargs(model, **options)), stack, size)
-    from kvttl.stack.config import StackConfig, engine_kwargs
-
-    kwargs = engine_kwargs(StackConfig(), model, **options, enable_prefix_caching=bool(blocks))
-    del kwargs["kv_transfer_config"]
-    return Contender(name, LLM(**kwargs), blocks, size)
-
-
 def run_pass(
-    contending: dict[str, Contender], workload: Workload, settings: dict[str, HeuristicConfig]
+    runners: dict[str, Runner], workload: Workload, settings: dict[str, HeuristicConfig]
 ) -> tuple[list[dict], list[dict]]:
     """Serve a workload by all contenders in turns; returns rows of requests and of totals."""
-    trace, rows = workload.trace(), []
-    for name, contender in contending.items():
-        contender.reset(settings.get(name))
-    names, start_s = list(contending), time.perf_counter()
+    rows: list[dict] = []
+    for name, runner in runners.items():
+        runner.reset(settings.get(name))
+    names, start_s = list(runners), time.perf_counter()
     for number, request in enumerate(workload.requests):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            contender = contending[name]
-            contender.advance(request.arrival_s)
-            served = contender.serve(request, trace.request(number))
-            contender.settle()
+            runner = runners[name]
+            runner.advance(request.arrival_s)
+            served = runner.serve(request, workload.trace.request(number))
+            runner.settle()
             rows.append({"contender": name, "request": number, **_row(request, served)})
-        for contender in contending.values():
-            contender.rest()
+        for runner in runners.values():
+            runner.rest()
         for row in rows[-len(names) :]:
-            row["hot_bytes"] = contending[row["contender"]].hot_bytes
+            row["hot_bytes"] = runners[row["contender"]].hot_bytes
     wall_s = time.perf_counter() - start_s
     totals = [
         {
             "contender": name,
-            "hot_byte_seconds": contender.hot_byte_seconds,
-            "expired_chunks": contender.expired_chunks(),
+            "hot_byte_seconds": runner.hot_byte_seconds,
+            "expired_chunks": runner.expired_chunks(),
             "span_s": workload.span_s,
             "wall_s": wall_s,
         }
-        for name, contender in contending.items()
+        for name, runner in runners.items()
     ]
     return rows, totals
 
@@ -191,21 +116,21 @@ def run(
 ) -> BenchResult:
     """Run every pass of a plan."""
     workloads = plan.workloads(model)
-    mean_tokens = np.mean([workload.working_set_tokens() for workload in workloads.values()])
+    mean_tokens = np.mean([workload.working_set_tokens for workload in workloads.values()])
     requests, totals, costs = [], [], None
     passes = sum(_wanted(name, share) for share in plan.shares for name, _ in workloads)
     with tqdm(total=passes, desc="passes", unit="pass") as bar:
         for share in plan.shares:
-            names = ORDER if share == MAIN_SHARE else _ALWAYS
+            names = [n for n, row in CONTENDERS.items() if row.every_share or share == MAIN_SHARE]
             hot_tokens = max(int(share * mean_tokens), _LEAST_HOT_TOKENS)
-            with contenders(names, hot_tokens, model, config_path) as contending:
-                costs = costs or contending[KIT].calibrate()
+            with running_contenders(names, hot_tokens, model, config_path) as runners:
+                costs = costs or runners[KIT].calibrate()
                 for (name, seed), workload in workloads.items():
                     if not _wanted(name, share):
                         continue
-                    rows, sums = run_pass(contending, workload, settings)
+                    rows, sums = run_pass(runners, workload, settings)
                     about = {"workload": name, "hot_share": share, "seed": seed}
-                    size = {"hot_tokens": hot_tokens, "working_set": workload.working_set_tokens()}
+                    size = {"hot_tokens": hot_tokens, "working_set": workload.working_set_tokens}
                     requests += [about | row for row in rows]
                     totals += [about | size | row for row in sums]
                     bar.update()
@@ -223,12 +148,12 @@ def choose_settings(model: str, hot_share: float = MAIN_SHARE) -> HeuristicConfi
     variance do not choose the tier here: `kvttl.lmcache.model` knows no answers.
     """
     workloads = [make_workload("agentic", seed, REQUESTS["agentic"], model) for seed in _TUNING]
-    hot_chunks = [int(hot_share * w.working_set_tokens()) // CHUNK_TOKENS for w in workloads]
+    hot_chunks = [int(hot_share * w.working_set_tokens) // CHUNK_TOKENS for w in workloads]
 
     def outcome(config):
         """Return mean hit shares in gpu and in all tiers, and the hot tier's chunk-seconds."""
         results = [
-            replay_on_lmcache(w.trace(), [r.tokens for r in w.requests], hot, config)
+            replay_on_lmcache(w.trace, w.prompts, hot, config)
             for w, hot in zip(workloads, hot_chunks)
         ]
         shares = [r.hit_tokens.sum(axis=0) / r.trace.prompt_tokens.sum() for r in results]
@@ -249,11 +174,12 @@ def _with_ttl(base_ttl):
 
 
 def bench_settings(model: str) -> tuple[dict[str, HeuristicConfig], str]:
-    """Return the settings of both managed contenders, and where the tuned ones come from."""
+    """Return the settings of the managed contenders, and where the tuned ones come from."""
+    settings = {name: row.config for name, row in CONTENDERS.items() if row.config}
     if default_path().is_file():
-        return {KIT: HeuristicConfig(), TUNED: load_settings()}, str(default_path())
+        return settings | {TUNED: load_settings()}, str(default_path())
     source = f"the least hot memory at LMCache's hits, on the model, seeds {_TUNING}"
-    return {KIT: HeuristicConfig(), TUNED: choose_settings(model)}, source
+    return settings | {TUNED: choose_settings(model)}, source
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -267,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     plan = QUICK if options.quick else BenchPlan(seeds=tuple(range(options.seeds)))
     from kvttl.session.demo_model import model_path
 
-    started_s, model = time.perf_counter(), model_path()
+    about, started_s, model = machine(), time.perf_counter(), model_path()
     settings, source = bench_settings(model)
     result = run(plan, model, options.config, settings)
     figures = {
@@ -279,10 +205,10 @@ def main(argv: list[str] | None = None) -> int:
         "settings": {name: dataclasses.asdict(config) for name, config in settings.items()},
         "settings_source": source,
         "sources": sorted({w.source for w in result.workloads.values()}),
-        **machine(),
+        **about,
     }
     print(write_report(result, settings, figures, options.out))
-    print(json.dumps(rounded(figures | headline(result))))
+    print(json.dumps(rounded_figures(figures | headline(result))))
     return 0
 
 

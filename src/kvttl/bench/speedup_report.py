@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from caching_heuristics import HeuristicConfig
-from kvttl.bench.contenders import KIT, LMCACHE, MAIN_SHARE, NONE, ORDER, PREFIX, RETAIN, TUNED
+from kvttl.bench.contenders import CONTENDERS, KIT, LMCACHE, MAIN_SHARE, ORDER, TUNED
+from kvttl.bench.figures import write_json
 from kvttl.bench.truth import replay_truth
 from kvttl.bench.workloads import Workload
 from kvttl.replay.costs import TierCosts
@@ -30,14 +31,6 @@ RUNS, REQUESTS, FIGURES = "speedup.csv", "speedup_requests.csv.gz", "speedup.jso
 SETTINGS, PICTURE = "speedup_heuristics.yaml", "speedup.png"
 KEYS = ["workload", "hot_share", "contender"]
 _GOAL = ("hot_mb_s", "ttft_p50_ms", "ttft_p90_ms")  # what is compared with LMCache
-COLOURS = {
-    NONE: "#888888",
-    PREFIX: "#e69f00",
-    LMCACHE: "#0072b2",
-    RETAIN: "#56b4e9",
-    KIT: "#d55e00",
-    TUNED: "#009e73",
-}
 # 97.5 % quantiles of Student's t, by degrees of freedom from 1
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -101,11 +94,20 @@ def _means(frame):
     """Return means over seeds by `KEYS`, and the half widths of their intervals."""
     groups = frame.groupby(KEYS, sort=False)
     counts = groups.size()
-    return groups.mean(), groups.std().mul(counts.map(_t).div(np.sqrt(counts)), axis=0)
+    return groups.mean(), groups.std().mul(counts.map(t_quantile).div(np.sqrt(counts)), axis=0)
 
 
-def _t(seeds):
-    return _T[min(seeds - 1, len(_T)) - 1] if seeds > 1 else math.nan
+def t_quantile(seeds: int) -> float:
+    """Return Student's t for a 95 % interval of so many seeds' mean; NaN for one seed.
+
+    Raises
+    ------
+    ValueError
+        More seeds than the table has.
+    """
+    if not 1 <= seeds <= len(_T) + 1:
+        raise ValueError(f"seeds must be 1..{len(_T) + 1} for an interval, got {seeds}")
+    return _T[seeds - 2] if seeds > 1 else math.nan
 
 
 def compared(seeds: pd.DataFrame, to: str = LMCACHE) -> pd.DataFrame:
@@ -151,7 +153,7 @@ def _line(row):
     times = " ".join(f"{row[n]:5.0f} {_half(row['±' + n], 0):6}" for n in _times())
     served = f"{row.hit_gpu:5.0%} {row.hit_disk:5.0%} {row.hit_remote:7.0%}"
     held = f"{row.hot_mean_mb:6.2f} {_half(row['±hot_mean_mb'], 2):6}"
-    manage = f"{row.manage_p50_ms:6.1f}" if row.contender in (KIT, TUNED) else "     -"
+    manage = f"{row.manage_p50_ms:6.1f}" if CONTENDERS[row.contender].config else "     -"
     return (
         f"  {row.contender:18} {times} {served}   {row.recomputed_tokens:8.0f}"
         f"     {held}  {row.moved_chunks:6.0f}   {manage}"
@@ -170,14 +172,14 @@ def verdict(seeds: pd.DataFrame) -> str:
     """Return who needs how much hot memory at which TTFT, against LMCache as it comes."""
     lines = ["\nAgainst LMCache as it comes, paired by seed (95 % interval); below 1 is better:"]
     rows = compared(seeds)
-    for name in (KIT, TUNED, RETAIN, PREFIX):
-        for row in rows[rows["contender"] == name].itertuples():
-            lines.append(
-                f"  {name:18} {row.workload:8} {row.hot_share:4.0%}"
-                f"  hot memory {_ratio(row, 'hot_mb_s')}"
-                f"  TTFT p50 {_ratio(row, 'ttft_p50_ms')}  p90 {_ratio(row, 'ttft_p90_ms')}"
-                f"  {_word(row)}"
-            )
+    rows = rows[(rows["hot_mb_s"] > 0) & (rows["contender"] != LMCACHE)]  # who has a hot tier
+    for row in rows.sort_values("contender", key=_order, kind="stable").itertuples():
+        lines.append(
+            f"  {row.contender:18} {row.workload:8} {row.hot_share:4.0%}"
+            f"  hot memory {_ratio(row, 'hot_mb_s')}"
+            f"  TTFT p50 {_ratio(row, 'ttft_p50_ms')}  p90 {_ratio(row, 'ttft_p90_ms')}"
+            f"  {_word(row)}"
+        )
     return "\n".join(lines)
 
 
@@ -237,17 +239,19 @@ _COLUMNS = 3
 
 
 def _legend(rows):
-    names = [name for name in ORDER if name in set(rows["contender"])]
-    made = [Line2D([], [], ls="", marker="o", color=COLOURS[name], label=name) for name in names]
-    for fill, label in (("black", "p50"), ("white", "p90")):
-        made.append(Line2D([], [], ls="", marker="o", color="black", mfc=fill, label=label))
-    return made
+    seen = set(rows["contender"])
+    keys = [(row.name, row.colour, row.colour) for row in CONTENDERS.values() if row.name in seen]
+    keys += [("p50", "black", "black"), ("p90", "black", "white")]
+    return [
+        Line2D([], [], ls="", marker="o", color=colour, mfc=fill, label=label)
+        for label, colour, fill in keys
+    ]
 
 
 def _panel(axes, part):
     top = 0.0
     for _, row in part.iterrows():
-        colour = COLOURS[row.contender]
+        colour = CONTENDERS[row.contender].colour
         for name, fill in (("ttft_p50_ms", colour), ("ttft_p90_ms", "white")):
             half = np.nan_to_num(row["±" + name])
             top = max(top, row[name] + half)
@@ -285,7 +289,7 @@ def write_report(
     save_settings(settings[TUNED], folder / SETTINGS)
     report = {**figures, **headline(result), "costs": asdict(result.costs)}
     report |= {"truth": truth.to_dict("records"), "text": text.splitlines()}
-    (folder / FIGURES).write_text(json.dumps(rounded(report), indent=1) + "\n")
+    write_json(folder / FIGURES, report)
     picture(seeds).savefig(folder / PICTURE, dpi=150)
     return text
 
@@ -321,12 +325,3 @@ def read_report(folder: str | Path = "data/reports") -> tuple[pd.DataFrame, dict
     """
     folder = Path(folder)
     return pd.read_csv(folder / RUNS), json.loads((folder / FIGURES).read_text())
-
-
-def rounded(value: Any) -> Any:
-    """Return a JSON value with short numbers, null for what is not finite."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value

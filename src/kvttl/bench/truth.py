@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from caching_heuristics import TIERS, HeuristicConfig
-from kvttl.bench.contenders import KIT, LMCACHE, RETAIN, TUNED
+from kvttl.bench.contenders import CONTENDERS, RETAIN
 from kvttl.bench.workloads import CHUNK_TOKENS
 from kvttl.lmcache.model import EVICTION_WATERMARK
 from kvttl.replay.costs import fit_costs
@@ -46,7 +46,7 @@ def replay_truth(result: Any, settings: Mapping[str, HeuristicConfig]) -> pd.Dat
     rows = []
     keys = ["workload", "hot_share", "contender"]
     for (workload, share, name), part in result.requests.groupby(keys, sort=False):
-        if name not in (LMCACHE, RETAIN, KIT, TUNED):
+        if CONTENDERS[name].stack is None:  # not on LMCache
             continue
         checks = [
             predict(result, seed_part, name, settings.get(name))
@@ -81,8 +81,8 @@ def predict(
     hits = measured[_COLUMNS].to_numpy()
     fast = _fast(workload, hot_chunks, config, measured)
     model = replay_on_lmcache(
-        workload.trace(),
-        [request.tokens for request in workload.requests],
+        workload.trace,
+        workload.prompts,
         hot_chunks,
         config,
         retain=name == RETAIN,
@@ -114,8 +114,7 @@ def _fitted_errors(costs, part):
 def _fast(workload, hot_chunks, config, measured):
     """Replay with the capacity at which LMCache starts to evict; disk and Redis hold all."""
     capacity = (int(EVICTION_WATERMARK * hot_chunks), None, None)
-    trace = workload.trace()
     if config is None:
-        return replay(trace, "recency", capacity).hit_tokens
+        return replay(workload.trace, "recency", capacity).hit_tokens
     perplexity = measured["perplexity"].to_numpy()  # NaN where none was measured
-    return replay(trace, "heuristic", capacity, config, perplexity=perplexity).hit_tokens
+    return replay(workload.trace, "heuristic", capacity, config, perplexity=perplexity).hit_tokens

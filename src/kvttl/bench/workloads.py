@@ -11,7 +11,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -65,22 +65,29 @@ class Workload:
         """Seconds from the first to the last arrival."""
         return self.requests[-1].arrival_s if self.requests else 0.0
 
-    def trace(self, chunk_tokens: int = CHUNK_TOKENS) -> Trace:
-        """Return the requests as a `Trace` of complete chunks, for the replay engines."""
-        builder = TraceBuilder(chunk_tokens, chained=False)
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """Token ids of every request."""
+        return [request.tokens for request in self.requests]
+
+    @cached_property
+    def trace(self) -> Trace:
+        """The requests as a `Trace` of complete chunks, for the replay engines."""
+        builder = TraceBuilder(CHUNK_TOKENS, chained=False)
         for request in self.requests:
-            chunks = _chunks_of(request.tokens, chunk_tokens)
-            keys = [hash(chunk) for chunk in chunks]  # ints: equal in every process
+            keys = [hash(chunk) for chunk in _chunks_of(request.tokens)]  # equal in every process
             builder.add(keys, request.arrival_s, len(request.tokens), session=request.session)
         return builder.finish(self.name)
 
-    def working_set_tokens(self, chunk_tokens: int = CHUNK_TOKENS) -> int:
-        """Return the tokens of all distinct chunks: what an unlimited cache would hold."""
-        return self.trace(chunk_tokens).unique_blocks * chunk_tokens
+    @property
+    def working_set_tokens(self) -> int:
+        """Tokens of all distinct chunks: what an unlimited cache would hold."""
+        return self.trace.unique_blocks * CHUNK_TOKENS
 
 
-def _chunks_of(tokens, size):
-    return [tokens[at : at + size] for at in range(0, len(tokens) - size + 1, size)]
+def _chunks_of(tokens):
+    ends = range(CHUNK_TOKENS, len(tokens) + 1, CHUNK_TOKENS)
+    return [tokens[end - CHUNK_TOKENS : end] for end in ends]
 
 
 def make_workload(name: str, seed: int, requests: int, model: str) -> Workload:
@@ -102,9 +109,9 @@ def make_workload(name: str, seed: int, requests: int, model: str) -> Workload:
 
     Examples
     --------
-    >>> from demo_model import model_path
+    >>> from kvttl.session.demo_model import model_path
     >>> control = make_workload("control", 0, 3, model_path())
-    >>> len(control.requests), control.trace().unique_blocks == control.trace().accesses
+    >>> len(control.requests), control.trace.unique_blocks == control.trace.accesses
     (3, True)
     """
     if name not in WORKLOADS:

@@ -6,8 +6,9 @@ None of them can break a generation: what fails is logged, and said in the recor
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,37 @@ from kvttl.decisions.metrics import DecisionMetrics
 
 logger = logging.getLogger(__name__)
 
-_CLAIM_FIELDS = ("time_s", "prompt_digest", "chunks", "chunk_keys", "ttl_s", "wanted_tier")
+_RECORD_BYTES, _KEY_BYTES = 2_000, 120  # a record without its text, and each chunk key
+
+
+class RecentRecords(deque):
+    """The last records, bounded in number and in bytes: what was kept first goes first.
+
+    Parameters
+    ----------
+    max_records, max_bytes : int
+        The newest one is kept whatever it takes.
+    """
+
+    def __init__(self, max_records: int, max_bytes: int) -> None:
+        super().__init__()
+        self._max_records, self._max_bytes, self._bytes = max_records, max_bytes, 0
+
+    def append(self, record: DecisionRecord) -> None:
+        """Keep a record as the newest."""
+        super().append(record)
+        self._bytes += _size_bytes(record)
+        while len(self) > 1 and (len(self) > self._max_records or self._bytes > self._max_bytes):
+            self._bytes -= _size_bytes(self.popleft())
+
+    def clear(self) -> None:
+        """Forget all records."""
+        super().clear()
+        self._bytes = 0
+
+
+def _size_bytes(record):
+    return _RECORD_BYTES + _KEY_BYTES * len(record.chunk_keys) + 4 * len(record.prompt or "")
 
 
 class RecordKeeper:
@@ -25,7 +56,7 @@ class RecordKeeper:
 
     Parameters
     ----------
-    max_records : int
+    max_records, max_bytes : int
         Kept in memory; the oldest go first.
     log : DecisionLog, optional
         Gets every record.
@@ -38,24 +69,26 @@ class RecordKeeper:
     def __init__(
         self,
         max_records: int,
+        max_bytes: int,
         log: DecisionLog | None = None,
         metrics: DecisionMetrics | None = None,
         notify: Callable[[str], Any] | None = None,
     ) -> None:
-        self.records: deque[DecisionRecord] = deque(maxlen=max_records)
+        self.records = RecentRecords(max_records, max_bytes)
+        self._keeping = threading.Lock()
         self._log, self._metrics, self._notify = log, metrics, notify
 
-    def claim(self, entry: Mapping[str, Any]) -> None:
+    def write_ahead(self, claim: DecisionRecord) -> None:
         """Write a claim down before KV moves: a process killed meanwhile must not lose it."""
-        self._write(DecisionRecord(kind="claim", **{name: entry[name] for name in _CLAIM_FIELDS}))
+        self._write(claim)
 
-    def keep(self, entry: Mapping[str, Any]) -> DecisionRecord:
-        """Return the record made of `entry`, after it has gone everywhere."""
-        record = DecisionRecord(**{**entry, "moves": tuple(entry.get("moves", ()))})
+    def keep(self, record: DecisionRecord) -> DecisionRecord:
+        """Return the record after it has gone everywhere; it then says what went wrong there."""
         problem = self._write(record)
         if problem and not record.error:
             record = replace(record, error=problem)
-        self.records.append(record)
+        with self._keeping:
+            self.records.append(record)
         try:
             if self._metrics is not None:
                 self._metrics.observe(record)
@@ -87,18 +120,19 @@ def notices(record: DecisionRecord) -> list[str]:
     """
     if record.error:
         return [f"⚠ KV not managed: {record.error}"]
-    if record.kind in ("expiry", "settled") and record.from_tier:
+    if record.kind == "expiry":
         return [_expiry_notice(record)]
-    ttl = f"{record.ttl_s:.0f}s"
+    ttl = "" if record.ttl_s is None else f"TTL: {record.ttl_s:.0f}s"
     lines = []
     for move in record.moves:
         path = f"from {move['from']} to {move['to']}"
         if move["moved_chunks"]:
-            lines.append(f"✓ Moved KV {path} (TTL: {ttl})")
+            lines.append(f"✓ Moved KV {path}" + (ttl and f" ({ttl})"))
         elif move["status"] != "noop":
             lines.append(f"⚠ KV not moved {path}: {move['reason']}")
     held = [tier for tier in TIERS if record.tier_after.get(tier)]
-    return lines or [f"✓ KV in {'+'.join(held) or record.wanted_tier}, TTL: {ttl}"]
+    place = "+".join(held) or record.wanted_tier or "no tier"
+    return lines or [f"✓ KV in {place}" + (ttl and f", {ttl}")]
 
 
 def _expiry_notice(record):

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -104,7 +105,9 @@ class DecisionLog:
         OSError
             If it cannot be written, as on a full disk; nothing of it stays then.
         """
-        line = record.to_json(prompts=self._prompts).encode() + b"\n"
+        if record.prompt is not None and not self._prompts:
+            record = replace(record, prompt=None)
+        line = record.to_json().encode() + b"\n"
         with self._lock:
             if self._needs_file(len(line)):
                 self._open_next()
@@ -162,7 +165,7 @@ class DecisionLog:
         except OSError:
             self._close()  # the torn line stays the last of its file
 
-    __del__ = _close  # without the lock: nobody else can hold a lost log's
+    __del__ = _close  # without the lock: what is being deleted has no other user
 
 
 _LOGS: weakref.WeakSet[DecisionLog] = weakref.WeakSet()

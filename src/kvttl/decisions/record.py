@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from operator import attrgetter
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import numpy as np
 
 KINDS = ("generation", "claim", "expiry", "settled", "shed")
 SOURCES = ("caller", "history", "generation", "prompt", "remembered", "absent")
 _MAX_DEPTH = 8  # levels of nesting that a line of the log shows; deeper values become text
+
+Kind = Annotated[str, msgspec.Meta(pattern=f"^({'|'.join(KINDS)})$")]
+Number = Annotated[float, msgspec.Meta(gt=-1e300, lt=1e300)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,140 +58,108 @@ class DecisionRecord:
         Of an expiry: the tier whose TTL passed.
     """
 
-    time_s: float
+    time_s: Number
     prompt_digest: str
-    prompt_tokens: int = 0
-    chunks: int = 0
-    metadata: Mapping[str, float] = field(default_factory=dict)
-    ttl_s: float | None = None
+    prompt_tokens: Count = 0
+    chunks: Count = 0
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    ttl_s: Number | None = None
     wanted_tier: str | None = None
-    hit_tokens: Mapping[str, int] = field(default_factory=dict)
-    tier_before: Mapping[str, int] = field(default_factory=dict)
-    tier_after: Mapping[str, int] = field(default_factory=dict)
+    hit_tokens: Mapping[str, Count] = field(default_factory=dict)
+    tier_before: Mapping[str, Count] = field(default_factory=dict)
+    tier_after: Mapping[str, Count] = field(default_factory=dict)
     moves: tuple[Mapping[str, Any], ...] = ()
-    generate_s: float = 0.0
-    manage_s: float = 0.0
+    generate_s: Number = 0.0
+    manage_s: Number = 0.0
     error: str = ""
-    kind: str = "generation"
+    kind: Kind = "generation"
     prompt: str | None = None
     chunk_keys: tuple[str, ...] = ()
     metadata_sources: Mapping[str, str] = field(default_factory=dict)
     from_tier: str | None = None
 
-    def to_json(self, *, prompts: bool = True) -> str:
-        """Return the record as one line of strict JSON; `prompts` = with the prompt's text.
+    def to_json(self) -> str:
+        """Return the record as one line of strict JSON.
 
-        NumPy scalars become numbers. NaN and infinity become null, in the
-        metadata (which they made unusable) text; so does all else unknown.
+        NumPy scalars become numbers, NaN and infinity null. What JSON cannot
+        hold becomes text: no value that a caller gave costs the record.
 
         Examples
         --------
-        >>> line = DecisionRecord(0.0, "a", metadata={"perplexity": math.nan}).to_json()
+        >>> line = DecisionRecord(0.0, "a", metadata={"perplexity": float("nan")}).to_json()
         >>> json.loads(line)["metadata"]
-        {'perplexity': 'nan'}
+        {'perplexity': None}
         """
-        values = dict(zip(_NAMES, _values(self)))
-        if not prompts:
-            values["prompt"] = None
         try:
-            return _encode(values)
-        except (ValueError, TypeError, RecursionError):  # NaN, odd keys, a circle
-            return _encode({k: _clean(v, as_text=k == "metadata") for k, v in values.items()})
-
-
-_NAMES = tuple(f.name for f in fields(DecisionRecord))
-_values = attrgetter(*_NAMES)
+            return _encode(self).decode()
+        except (ValueError, TypeError, RecursionError):  # half a surrogate pair, a circle
+            values = {name: getattr(self, name) for name in self.__slots__}
+            return _encode(_shown(values)).decode()
 
 
 def _plain(value):
     """Return what JSON can show of a value that it does not know."""
     if isinstance(value, Mapping):
         return dict(value)
-    if isinstance(value, np.generic):
-        plain = value.item()
-        return float(plain) if isinstance(plain, np.generic) else plain  # a long double
-    return _text(value)
+    if isinstance(value, np.floating):  # a long double too
+        return float(value)
+    return value.item() if isinstance(value, np.generic) else _text(value)
 
 
-_encode = json.JSONEncoder(allow_nan=False, default=_plain).encode
+_encode = msgspec.json.Encoder(enc_hook=_plain).encode
 
 
 def _text(value):
     try:
-        return str(value)
-    except Exception:  # whatever a caller's object does must not cost the record
+        return str(value).encode(errors="backslashreplace").decode()
+    except Exception:  # `str` of a caller's object may raise anything
         return f"<{type(value).__name__}>"
 
 
-def _clean(value, *, as_text, depth=0):
-    """Return a copy that strict JSON can show: `as_text` = "nan" instead of null."""
-    if isinstance(value, np.generic):
-        value = _plain(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return _text(float(value)) if as_text else None
-    if isinstance(value, int) and value.bit_length() > 64:
-        return f"{value.bit_length()}-bit number"
-    if value is None or isinstance(value, (str, int, float)):
-        return value
+def _shown(value, depth=0):
+    """Return a copy in which everything that cannot be encoded is text."""
     if depth < _MAX_DEPTH and isinstance(value, Mapping):
-        pairs = ((_text(k), v) for k, v in value.items())
-        return {k: _clean(v, as_text=as_text, depth=depth + 1) for k, v in pairs}
+        return {_text(k): _shown(v, depth + 1) for k, v in value.items()}
     if depth < _MAX_DEPTH and isinstance(value, (list, tuple)):
-        return [_clean(v, as_text=as_text, depth=depth + 1) for v in value]
-    return _text(value)
+        return [_shown(v, depth + 1) for v in value]
+    try:
+        _encode(value)
+        return value
+    except (ValueError, TypeError, RecursionError):
+        return _text(value)
 
 
-def parse_record(line):
-    """Return a line's record; what is null or missing has its default."""
+_Move = TypedDict(
+    "_Move", {"from": str, "to": str, "status": str, "moved_chunks": Count}, total=False
+)
+
+
+class _Moves(TypedDict, total=False):  # apart from the record: a move keeps its other keys
+    moves: list[_Move]
+
+
+def parse_record(line: str | bytes) -> DecisionRecord:
+    """Return a line's record; what is null or missing has its default, unknown fields are left.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the line is no record; names the field, its value and what is allowed.
+
+    Examples
+    --------
+    >>> parse_record('{"time_s": 1, "prompt_digest": "a", "chunks": -1}')
+    Traceback (most recent call last):
+    ValueError: Expected `int` >= 0 - at `$.chunks`, got -1
+    """
     values = json.loads(line)
     if not isinstance(values, dict):
         raise TypeError(f"a JSON object was expected, got {type(values).__name__}")
-    values = {k: v for k, v in values.items() if k in _CHECKS and v is not None}
-    for name, value in values.items():
-        if not _CHECKS[name](value):
-            raise TypeError(f"{name} must not be {str(value)[:80]!r}")
-    for name in values.keys() & {"moves", "chunk_keys"}:
-        values[name] = tuple(values[name])
-    return DecisionRecord(**values)
-
-
-def _is_text(value):
-    return isinstance(value, str)
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and type(value) is not bool and abs(value) < 1e300
-
-
-def _is_count(value):
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_list(check):
-    return lambda value: isinstance(value, list) and all(map(check, value))
-
-
-def _is_dict(check):
-    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
-
-
-_MOVE_CHECKS = {"from": _is_text, "to": _is_text, "status": _is_text, "moved_chunks": _is_count}
-
-
-def _is_move(move):
-    return isinstance(move, dict) and all(
-        check(move[key]) for key, check in _MOVE_CHECKS.items() if key in move
-    )
-
-
-_CHECKS = {
-    **dict.fromkeys(("time_s", "ttl_s", "generate_s", "manage_s"), _is_number),
-    **dict.fromkeys(("prompt_tokens", "chunks"), _is_count),
-    **dict.fromkeys(("prompt_digest", "wanted_tier", "error", "prompt", "from_tier"), _is_text),
-    **dict.fromkeys(("hit_tokens", "tier_before", "tier_after"), _is_dict(_is_count)),
-    "metadata": _is_dict(lambda value: True),
-    "metadata_sources": _is_dict(_is_text),
-    "kind": KINDS.__contains__,
-    "chunk_keys": _is_list(_is_text),
-    "moves": _is_list(_is_move),
-}
+    values = {name: value for name, value in values.items() if value is not None}
+    try:
+        msgspec.convert(values, _Moves)
+        return msgspec.convert(values, DecisionRecord)
+    except msgspec.ValidationError as error:
+        name = re.search(r"\$\.(\w+)", f"{error}")
+        value = f", got {values[name[1]]!r:.80}" if name else ""
+        raise ValueError(f"{error}{value}") from error

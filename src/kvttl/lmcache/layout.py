@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from caching_heuristics import TIER_CODES, TIERS
 from kvttl.lmcache.client import LMCacheError
@@ -56,6 +56,14 @@ class KVLayout:
             self.handles,
         )
 
+    def indices(
+        self, chunks: Iterable[int] | None = None, keys: Iterable[str] | None = None
+    ) -> list[int]:
+        """Return which chunks are among these indices and these keys (None: all)."""
+        wanted = range(len(self.keys)) if chunks is None else frozenset(chunks)
+        named = frozenset(self.keys if keys is None else keys)
+        return [i for i, key in enumerate(self.keys) if i in wanted and key in named]
+
     def complete_tiers(self, instance_id: str) -> list[str]:
         """Return the tiers that hold every chunk, hottest first."""
         total = len(self.keys)
@@ -83,8 +91,9 @@ class BaseController(ABC):
         get_tokenizer = getattr(llm, "get_tokenizer", None)
         self._tokenizer = get_tokenizer() if get_tokenizer else self._tokenizer
 
-    def tokenize(self, prompt: str) -> list[int]:
-        """Return the prompt's token ids, as the attached engine tokenizes it.
+    @property
+    def tokenizer(self) -> Any:
+        """The attached engine's tokenizer.
 
         Raises
         ------
@@ -96,7 +105,11 @@ class BaseController(ABC):
                 "no tokenizer: attach the engine with set_llm(llm) first "
                 "(the LMCache server has no /tokenize)"
             )
-        return list(self._tokenizer.encode(prompt))
+        return self._tokenizer
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """Return the prompt's token ids, as the attached engine's `tokenizer` makes them."""
+        return list(self.tokenizer.encode(prompt))
 
     def lookup(self, tokens: Sequence[int]) -> dict[str, Any]:
         """Return ``{"found": bool, "<instance_id>": ["gpu", ...]}``.
@@ -143,6 +156,7 @@ class BaseController(ABC):
         chunks: Iterable[int] | None = None,
         keys: Sequence[str] | None = None,
         timeout_s: float | None = None,
+        layout: KVLayout | None = None,
     ) -> dict[str, Any]:
         """Move KV from one tier to another; a copy is deleted only when another was seen.
 
@@ -161,13 +175,16 @@ class BaseController(ABC):
             In place of `tokens`: the chunks with these keys.
         timeout_s : float, optional
             How long to wait until the new copy is seen; 0 = look once.
+        layout : KVLayout, optional
+            Where the chunks are, as just looked up: saves this call's own look-up.
 
         Returns
         -------
         dict
             ``status``: ``"done"``, ``"noop"`` (nothing to move), ``"partial"``, ``"timeout"``
             (no copy appeared; source kept) or ``"unsupported"``; ``reason``; ``moved_tokens``,
-            ``moved_chunks``; ``skipped`` (reason -> chunks); ``latency_s``.
+            ``moved_chunks``; ``skipped`` (reason -> chunks); ``latency_s``; ``layout``: the
+            KVLayout of the chunks in question as last seen (None: nothing was looked at).
 
         Raises
         ------
@@ -179,14 +196,8 @@ class BaseController(ABC):
         target = check_position("new_position", new_position)
         if keys is not None and (tokens, chunks) != (None, None):
             raise ValueError("give keys, or tokens (and chunks), not both")
-        refusal = self._refusal(source, target, tokens)
-        if refusal:
-            outcome = Outcome(status="unsupported", reason=refusal)
-        elif source == target:
-            outcome = Outcome(status="noop", reason="already there")
-        else:
-            wanted = None if chunks is None else frozenset(chunks)
-            outcome = self._move(source, target, tokens, wanted, keys, timeout_s)
+        request = MoveRequest(source, target, tokens, timeout_s)
+        outcome = self._carry_out(request, chunks, keys, layout)
         return {
             **outcome.as_dict(self.chunk_size_tokens),
             "from": source[1],
@@ -194,15 +205,38 @@ class BaseController(ABC):
             "latency_s": time.perf_counter() - start_s,
         }
 
-    def _refusal(self, source, target, tokens) -> str:
+    def _carry_out(self, request, chunks, keys, layout):
+        if refusal := self._refusal(request):
+            return Outcome(status="unsupported", reason=refusal)
+        if request.source == request.target:
+            return Outcome(status="noop", reason="already there")
+        found = self._look(request, keys) if layout is None else layout
+        return self._move(request, found, found.indices(chunks, keys))
+
+    def _refusal(self, request: MoveRequest) -> str:
         """Return why this direction cannot be done at all, or an empty string."""
-        if source[0] != target[0]:
+        if request.source[0] != request.target[0]:
             return "a move between instances is not possible: LMCache copies, it does not move"
         return ""
 
+    def _look(self, request: MoveRequest, keys: Sequence[str] | None) -> KVLayout:
+        """Return the layout of the chunks that a move is about."""
+        if keys is None and request.tokens is not None:
+            return self.layout(request.tokens)
+        return self.layout_of(keys)
+
     @abstractmethod
-    def _move(self, source, target, tokens, wanted, keys, timeout_s) -> Outcome:
-        """Carry out a move that `_refusal` has let pass."""
+    def _move(self, request: MoveRequest, layout: KVLayout, chosen: Sequence[int]) -> Outcome:
+        """Carry out, for the chosen chunks of `layout`, a move that `_refusal` has let pass."""
+
+
+class MoveRequest(NamedTuple):
+    """What `BaseController.move` was asked for: positions as (instance, tier)."""
+
+    source: tuple[str, str]
+    target: tuple[str, str]
+    tokens: Sequence[int] | None
+    timeout_s: float | None
 
 
 @dataclass
@@ -213,6 +247,12 @@ class Outcome:
     reason: str = ""
     moved: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    layout: KVLayout | None = None  # of the chunks in question, as last seen
+
+    def skip(self, reason: str, chunks: int = 1) -> None:
+        """Count chunks that did not move."""
+        if chunks:
+            self.skipped[reason] = self.skipped.get(reason, 0) + chunks
 
     def as_dict(self, chunk_size_tokens: int) -> dict[str, Any]:
         if not self.status:
@@ -226,6 +266,7 @@ class Outcome:
             "moved_tokens": self.moved * chunk_size_tokens,
             "moved_chunks": self.moved,
             "skipped": dict(self.skipped),
+            "layout": self.layout,
         }
 
 
@@ -241,12 +282,15 @@ def check_position(name, position):
 
 def check_tokens(tokens):
     """Return token ids as a list of plain integers >= 0."""
-    checked = []
-    for token in tokens:
-        if not hasattr(token, "__index__") or isinstance(token, bool) or token < 0:
-            raise ValueError(f"tokens must be integers >= 0, got {token!r}")
-        checked.append(int(token))
-    return checked
+    listed = list(tokens)
+    plain = {int}.issuperset(map(type, listed)) and min(listed, default=0) >= 0
+    return listed if plain else [_check_token(token) for token in listed]  # that is slower
+
+
+def _check_token(token):
+    if not hasattr(token, "__index__") or isinstance(token, bool) or token < 0:
+        raise ValueError(f"tokens must be integers >= 0, got {token!r}")
+    return int(token)
 
 
 def unseen(tier: str) -> str:

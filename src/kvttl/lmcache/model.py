@@ -129,25 +129,28 @@ class LMCacheModel(BaseController):
                 chunks.pop(key, None)
         return 0
 
-    def _refusal(self, source, target, tokens):
-        if source[1] == "remote" and target[1] == "disk":
+    def _refusal(self, request):
+        if (request.source[1], request.target[1]) == ("remote", "disk"):
             return "LMCache has no L2-to-L2 copy"
-        return super()._refusal(source, target, tokens)
+        return super()._refusal(request)
 
-    def _move(self, source, target, tokens, wanted, keys, timeout_s):
-        if keys is None:
-            keys = self._keys(tokens)
-        chosen = [key for n, key in enumerate(keys) if wanted is None or n in wanted]
-        if target[1] == "gpu":
-            return self._promote(keys, [key for key in chosen if key not in self.held["gpu"]])
+    def _move(self, request, layout, chosen):
+        target, keys = request.target[1], [layout.keys[i] for i in chosen]
+        if target == "gpu":
+            outcome = self._promote(layout.keys, [k for k in keys if k not in self.held["gpu"]])
+        else:
+            outcome = self._demote(keys, target)
+        outcome.layout = self.layout_of(keys)
+        return outcome
+
+    def _demote(self, keys, target):
         outcome = Outcome()
-        for key in chosen:
-            if key not in self.held[target[1]]:
-                reason = unseen(target[1])
-                outcome.skipped[reason] = outcome.skipped.get(reason, 0) + 1
+        for key in keys:
+            if key not in self.held[target]:
+                outcome.skip(unseen(target))
                 continue
             outcome.moved += 1
-            for tier in TIERS[: TIER_CODES[target[1]]]:
+            for tier in TIERS[: TIER_CODES[target]]:
                 self.held[tier].pop(key, None)
         return outcome
 
@@ -160,6 +163,5 @@ class LMCacheModel(BaseController):
             self._touch(prefix)
         left = sum(key not in self.held["gpu"] for key in wanted)
         outcome.moved = len(wanted) - left
-        if left:
-            outcome.skipped[unseen("gpu")] = left
+        outcome.skip(unseen("gpu"), left)
         return outcome

@@ -1,4 +1,4 @@
-"""The engine, and one generation whose KV cache is to be placed."""
+"""The engine, and what is known of one generation whose KV cache is to be placed."""
 
 from __future__ import annotations
 
@@ -6,46 +6,70 @@ import hashlib
 import inspect
 import logging
 import math
+import threading
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from kvttl.lmcache.layout import BaseController, engine_config
+from kvttl.decisions.record import DecisionRecord
+from kvttl.lmcache.layout import engine_config
 from kvttl.manager.metadata import with_logprobs
 
 logger = logging.getLogger(__name__)
 
 
-class Generation(NamedTuple):
-    """What the manager needs to know of a generation.
+class ManagedOutput(NamedTuple):
+    """An engine's answer, and the decision about its prompt's KV cache.
 
     Parameters
     ----------
-    prompt, output : object
-        As given to the engine, and its answer (vLLM's RequestOutput, or a text).
-    metadata : object
-        As the caller gave it.
-    generate_s : float
-        Seconds in the engine.
-    time_s : float or None
-        The manager's clock when the engine had answered; None = the clock failed.
+    output : vllm.RequestOutput
+        As the engine returned it: ids, finish reason, all sequences.
+    decision : concurrent.futures.Future of DecisionRecord
+        Done at once unless the manager decides in the background. It always comes to a
+        record, never to an error: a failure is a record with its reason.
     """
 
-    prompt: Any
     output: Any
-    metadata: Any
-    generate_s: float
-    time_s: float | None
+    decision: Future[DecisionRecord]
 
-    def tokens(self, controller: BaseController) -> list[int]:
-        """Return the prompt's token ids: the engine's, else the controller's."""
-        tokens = getattr(self.output, "prompt_token_ids", None)
-        return list(tokens or controller.tokenize(self.prompt))
+
+class Generation(NamedTuple):
+    """The facts of a generation that a decision needs; the answer itself is not kept.
+
+    Parameters
+    ----------
+    tokens : array of int
+        The prompt's token ids.
+    cached_tokens : int
+        How many of them the engine did not have to compute.
+    perplexity : float or None
+        Measured from the answer.
+    metadata : object
+        As the caller gave it.
+    prompt : str or None
+        Its text, where records are to show it.
+    """
+
+    tokens: array
+    cached_tokens: int
+    perplexity: float | None
+    metadata: Any
+    prompt: str | None
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes while it waits, apart from a constant."""
+        return self.tokens.itemsize * len(self.tokens) + 4 * len(self.prompt or "")
 
 
 class Engine:
     """Anything with vLLM's ``generate(prompts, sampling_params)``, asked for log-probabilities.
+
+    ``vllm.LLM.generate`` must not be called by two threads at once: calls from
+    several wait for each other here.
 
     Parameters
     ----------
@@ -54,7 +78,7 @@ class Engine:
     """
 
     def __init__(self, llm: Any) -> None:
-        self._llm = llm
+        self._llm, self._calling = llm, threading.Lock()
         # vLLM draws a progress bar for every call unless told not to.
         takes_tqdm = "use_tqdm" in inspect.signature(llm.generate).parameters
         self._options = {"use_tqdm": False} if takes_tqdm else {}
@@ -64,14 +88,18 @@ class Engine:
         most = getattr(model, "max_logprobs", 0)
         self._max_logprobs = math.inf if most < 0 else most  # -1 = no limit
 
-    def generate(self, prompts: Any, sampling_params: Any, logprobs: int) -> tuple[Any, float]:
+    def generate(
+        self, prompts: Any, sampling_params: Any, logprobs: int
+    ) -> tuple[Sequence[Any], float]:
         """Return the outputs and the seconds they took, with `logprobs` a token if it can."""
         if self._is_async:
             raise TypeError("an asynchronous engine: generate with it, then manage(prompt, output)")
         asked = self.asking(sampling_params, logprobs)
-        start_s = time.perf_counter()
-        outputs = self._llm.generate(prompts, asked, **self._options)
-        return outputs, time.perf_counter() - start_s
+        with self._calling:
+            start_s = time.perf_counter()
+            outputs = self._llm.generate(prompts, asked, **self._options)
+            seconds = time.perf_counter() - start_s
+        return outputs if isinstance(outputs, (list, tuple)) else [outputs], seconds
 
     def asking(self, sampling_params: Any, logprobs: int) -> Any:
         """Return sampling parameters that ask for `logprobs` a token, or as many as it gives."""
@@ -85,6 +113,13 @@ class Engine:
         except Exception:  # the engine judges the caller's object, not we
             logger.exception("log-probabilities cannot be asked for")
             return sampling_params
+
+
+def is_one_prompt(prompts: Any) -> bool:
+    """Say whether this is one prompt: a text, token ids, or one of vLLM's mappings."""
+    if isinstance(prompts, (list, tuple)):
+        return bool(prompts) and all(isinstance(token, int) for token in prompts)
+    return isinstance(prompts, (str, Mapping))
 
 
 def metadata_of_each(prompts: Sequence[Any], metadata: Any) -> Sequence[Mapping | None]:
@@ -104,6 +139,20 @@ def metadata_of_each(prompts: Sequence[Any], metadata: Any) -> Sequence[Mapping 
 def text_of(output: Any) -> str:
     """Return the text of an engine's answer."""
     return output if isinstance(output, str) else output.outputs[0].text
+
+
+def compact(tokens: Iterable[int]) -> array:
+    """Return token ids at 4 bytes each; 8 where one is larger.
+
+    Examples
+    --------
+    >>> compact([1, 2]).itemsize, compact([1, 2**40]).itemsize
+    (4, 8)
+    """
+    try:
+        return array("i", tokens)
+    except OverflowError:
+        return array("q", tokens)
 
 
 def prompt_digest(tokens: Sequence[int]) -> str:

@@ -272,8 +272,17 @@ class RequestMetadata:
         """How many log-probabilities a generated token should come with."""
         return MEASURE_LOGPROBS if self.perplexity_source == "generation" else 0
 
+    def of_answer(self, output: Any) -> float | None:
+        """Return the perplexity of an engine's answer, None where it is not to be measured."""
+        wanted = self.perplexity_source == "generation"
+        return output_perplexity(output, self.vocab_size) if wanted else None
+
     def complete(
-        self, given: Mapping[str, Any] | None, tokens: Sequence[int], output: Any, now_s: float
+        self,
+        given: Mapping[str, Any] | None,
+        tokens: Sequence[int],
+        perplexity: float | None,
+        now_s: float,
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Count the access; return the metadata, and by heuristic field where it is from.
 
@@ -292,18 +301,18 @@ class RequestMetadata:
             if name not in metadata and hasattr(seen, name):
                 metadata[name], sources[name] = getattr(seen, name), "history"
         if "perplexity" not in metadata:
-            value, sources["perplexity"] = self._perplexity(seen.key, tokens, output)
+            value, sources["perplexity"] = self._perplexity(seen.key, tokens, perplexity)
             if value is not None:
                 metadata["perplexity"] = value
         return metadata, sources
 
-    def _perplexity(self, key, tokens, output):
+    def _perplexity(self, key, tokens, value):
         """Return a perplexity, None if there is none, and where it came from."""
         if self.perplexity_source == "off":
             return None, "absent"
         if self.perplexity_source == "prompt":
             value = self._score(key, tokens)
-        elif (value := output_perplexity(output, self.vocab_size)) is not None:
+        elif value is not None:
             self.history.note_perplexity(key, value)
         if value is not None:
             return value, self.perplexity_source

@@ -27,13 +27,13 @@ from kvttl.plots.panels import (
     duration,
     tier_keys,
 )
-from kvttl.plots.what_if import read_decisions
+from kvttl.plots.what_if import decisions_of
 
 # (perplexity, time variance, access count) of the worked examples of the requirements.
 PINNED_EXAMPLES = ((15.0, 0.05, 0.0), (12.5, 0.08, 0.0))
 
 _ROW_INCHES = 0.19
-_MAX_ROWS = 200  # of a timeline; more would be a poster
+_MAX_ROWS = 200  # of a timeline; more cannot be read on a page
 
 
 def ttl_curves(
@@ -129,7 +129,7 @@ def tier_map(
         If `against` is neither of the two.
     """
     figure = Figure(figsize=(5.5, 4.2), layout="constrained")
-    TierPanel(figure.subplots(), against, read_decisions(records)).update(config)
+    TierPanel(figure.subplots(), against, decisions_of(records)).update(config)
     figure.legend(handles=tier_keys(), loc="outside upper center", ncols=3, frameon=False)
     return figure
 
@@ -138,7 +138,7 @@ def decision_distributions(
     records: Iterable[DecisionRecord], config: HeuristicConfig | None = None
 ) -> Figure:
     """Draw how a run's TTLs and tiers are spread; outlined, what `config` would have decided."""
-    decisions = read_decisions(records)
+    decisions = decisions_of(records)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     ttls, tiers = figure.subplots(1, 2, width_ratios=[3, 2])
     found = {"run": (decisions.ttl_s, decisions.tier)}

@@ -220,7 +220,7 @@ class TierPanel:
         self.regions.set_facecolor([_pale(TIER_COLOURS[TIERS[code]]) for code in codes])
         self.hot.set_xdata([hot, hot])
         self.cold.set_xdata([cold, cold])
-        right = cold if is_variance else hot  # further right the other threshold has no say
+        right = cold if is_variance else hot  # beyond it, the threshold does not decide
         self.across.set_data([_PERPLEXITY_SPAN[0], right], [across, across])
         self._label(hot, cold, across)
         if self._decisions is not None:

@@ -8,19 +8,9 @@ from matplotlib.ticker import PercentFormatter
 
 from caching_heuristics import TIERS
 from kvttl.plots.decision_plots import TIER_COLOURS
+from kvttl.replay.policies import POLICIES
 from kvttl.replay.result import ReplayResult
 from kvttl.replay.tables import mean_blocks_held
-
-# Okabe and Ito's colours; what is not named here is grey, each with a mark of its own.
-POLICY_STYLES = {
-    "optimal": ("#000000", "-"),
-    "heuristic_order": ("#D55E00", "-"),
-    "heuristic": ("#E69F00", "-"),
-    "ttl": ("#CC79A7", "-"),
-    "recency": ("#0072B2", "-"),
-    "lru": ("#56B4E9", "--"),
-    "fifo": ("#009E73", "--"),
-}
 
 
 def plot_policies(table: pd.DataFrame, value: str = "token_hit_ratio") -> Figure:
@@ -29,9 +19,9 @@ def plot_policies(table: pd.DataFrame, value: str = "token_hit_ratio") -> Figure
     axes = figure.subplots()
     others = iter("xsv^D+<>PX*hd12348" * 3)
     for policy, rows in table.groupby("policy", sort=False):
-        if policy in POLICY_STYLES:
-            colour, dash = POLICY_STYLES[policy]
-            style = {"color": colour, "linestyle": dash, "marker": "o", "linewidth": 1.8}
+        if policy in POLICIES and POLICIES[policy].colour:
+            line = {"color": POLICIES[policy].colour, "linestyle": POLICIES[policy].dash}
+            style = {**line, "marker": "o", "linewidth": 1.8}
         else:
             style = {"color": "#999999", "linestyle": ":", "marker": next(others), "linewidth": 1.0}
         axes.plot(rows["share"], rows[value], markersize=4, label=policy, **style)
@@ -63,8 +53,8 @@ def plot_trade_off(sweep: pd.DataFrame, result: ReplayResult | None = None) -> F
         ("ttl", "ttl_share_held"),
         ("recency", "share_held"),
     ):
-        colour, dash = POLICY_STYLES[name]
-        axes.plot(sweep[column], sweep[name], dash, color=colour, marker="o", ms=4, label=name)
+        style = {"color": POLICIES[name].colour, "marker": "o", "ms": 4}
+        axes.plot(sweep[column], sweep[name], POLICIES[name].dash, label=name, **style)
     if result is not None:
         share = mean_blocks_held(result) / max(result.trace.unique_blocks, 1)
         axes.plot([share], [result.token_hit_ratio], "*", color="#D55E00", ms=15, label="now")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from caching_heuristics import METADATA_FIELDS, TIER_CODES, TIERS, HeuristicConf
 from kvttl.decisions.log import DecisionRecord
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Decisions:
     """A run's decisions as arrays, in the order of time; shape (n,) each.
 
@@ -30,7 +31,12 @@ class Decisions:
 
     def decide(self, config: HeuristicConfig) -> tuple[np.ndarray, np.ndarray]:
         """Return TTLs (s) and tier codes that `config` would have chosen, shape (n,) each."""
-        return config.ttl(self.metadata), tier_codes(config.tier(self.metadata))
+        return _decide(self, config)
+
+
+@lru_cache(maxsize=1)  # both tier panels and the readout ask about the same settings in turn
+def _decide(decisions, config):
+    return config.ttl(decisions.metadata), tier_codes(config.tier(decisions.metadata))
 
 
 @dataclass(frozen=True)
@@ -52,13 +58,13 @@ class Changes:
         return int(self.moved.sum() - np.trace(self.moved))
 
 
-def read_decisions(records: Iterable[DecisionRecord]) -> Decisions:
+def decisions_of(records: Iterable[DecisionRecord]) -> Decisions:
     """Return the generations of a log that were decided, as arrays.
 
     Examples
     --------
     >>> records = [DecisionRecord(t, "a", 8, ttl_s=60.0, wanted_tier="gpu") for t in (0.0, 5.0)]
-    >>> read_decisions(records).gap_s
+    >>> decisions_of(records).gap_s
     array([ 5., inf])
     """
     decided = sorted(filter(_is_decided, records), key=lambda record: record.time_s)
@@ -94,7 +100,7 @@ def changes(
     >>> record = DecisionRecord(
     ...     0.0, "a", 100, metadata={"perplexity": 12.0}, ttl_s=60.0, wanted_tier="gpu"
     ... )
-    >>> found = changes(read_decisions([record]), HeuristicConfig(hot_threshold=10.0))
+    >>> found = changes(decisions_of([record]), HeuristicConfig(hot_threshold=10.0))
     >>> found.changed, found.moved[0].tolist()  # from gpu to gpu, disk, remote
     (1, [0, 1, 0])
     """

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
+from caching_heuristics import unknown_name
 from kvttl.replay.policies import capacities
 from kvttl.replay.result import ReplayResult
 from kvttl.traces.trace import Trace
@@ -42,7 +43,7 @@ class BaselineFile:
 
     Examples
     --------
-    >>> from trace_builder import make_trace
+    >>> from kvttl.traces.builder import make_trace
     >>> with BaselineFile(make_trace([[0], [1], [0]], block_tokens=1)) as file:
     ...     file.hits("LRU", 1), file.hits("LRU", 2)
     (0, 1)
@@ -103,7 +104,7 @@ def replay_baseline(trace: Trace, policy: str, capacity=None) -> ReplayResult:
 
     Examples
     --------
-    >>> from trace_builder import make_trace
+    >>> from kvttl.traces.builder import make_trace
     >>> trace = make_trace([[0, 1], [0, 2], [0, 1]])
     >>> replay_baseline(trace, "LRU", 3).hit_blocks[:, 0].tolist()
     [0, 1, 2]
@@ -154,7 +155,7 @@ def _cache(policy, capacity, trace):
     import libcachesim
 
     if policy not in BASELINES:
-        raise ValueError(f"policy must be one of {', '.join(BASELINES)}, got {policy!r}")
+        raise ValueError(unknown_name("policy", policy, BASELINES))
     size = _size(capacity, trace)
     if not size:
         return None

@@ -7,13 +7,14 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields
 
-from caching_heuristics import TIERS, HeuristicConfig
+from caching_heuristics import TIERS, HeuristicConfig, unknown_name
 from kvttl.replay.baselines import BASELINES, replay_baseline
 from kvttl.replay.costs import TierCosts, result_costs
-from kvttl.replay.engine import POLICY_NAMES, replay
+from kvttl.replay.engine import replay
+from kvttl.replay.policies import POLICIES, ReplayPolicy
 from kvttl.replay.result import ReplayResult
+from kvttl.settings import settings_from
 from kvttl.traces.formats import FORMATS, SESSIONS_PER_HOUR
 from kvttl.traces.reading import read_trace
 
@@ -53,17 +54,7 @@ def parse_settings(pairs: Sequence[str]) -> HeuristicConfig:
     >>> parse_settings(["base_ttl=300", "gamma=0"]).base_ttl
     300.0
     """
-    names = {field.name for field in fields(HeuristicConfig)}
-    values = {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        if name not in names:
-            raise ValueError(f"SET must name one of {', '.join(sorted(names))}, got {pair!r}")
-        try:
-            values[name] = float(value)
-        except ValueError:
-            raise ValueError(f"{name} must be a number, got {value!r}") from None
-    return HeuristicConfig(**values)
+    return settings_from(dict(pair.partition("=")[::2] for pair in pairs))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +76,7 @@ def _options(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trace", default=SAMPLE, help="file or folder")
     parser.add_argument("--format", choices=list(FORMATS), help="default: found from the content")
-    parser.add_argument("--policy", default="lru", help=", ".join((*POLICY_NAMES, *BASELINES)))
+    parser.add_argument("--policy", default="lru", help=", ".join((*POLICIES, *BASELINES)))
     parser.add_argument("--capacity", default="", help="blocks or a share; or gpu,disk,remote")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", dest="settings")
     parser.add_argument("--per", choices=("request", "block"), help="of the heuristics' decisions")
@@ -100,9 +91,9 @@ def _options(argv):
 
 def _run(options):
     capacity, config = parse_capacity(options.capacity), parse_settings(options.settings)
-    known = (*POLICY_NAMES, *BASELINES)
+    known = (*POLICIES, *BASELINES)
     if options.policy not in known:
-        raise ValueError(f"POLICY must be one of {', '.join(known)}, got {options.policy!r}")
+        raise ValueError(unknown_name("POLICY", options.policy, known))
     start_s = time.perf_counter()
     trace = read_trace(
         options.trace,
@@ -117,14 +108,15 @@ def _run(options):
     )
     read_s = time.perf_counter() - start_s
     print(f"{trace.name}: {trace}", file=sys.stderr)
-    metadata = {"per": options.per} if options.per and "heuristic" in options.policy else {}
+    policy = POLICIES.get(options.policy, ReplayPolicy(None))
+    metadata = {"per": options.per} if options.per and policy.reads_metadata else {}
     if options.policy in BASELINES:
         result = replay_baseline(trace, options.policy, capacity)
     else:
         result = replay(trace, options.policy, capacity, config, progress=True, **metadata)
     replay_s = time.perf_counter() - start_s - read_s
     print(describe(result), file=sys.stderr)
-    settings = config.to_dict() if options.policy in ("ttl", *_HEURISTICS) else {}
+    settings = config.to_dict() if policy.reads_config else {}
     costs = TierCosts()
     extra = {
         "moved_bytes": result.moved_bytes(costs.bytes_per_token),
@@ -137,9 +129,6 @@ def _run(options):
         "skipped_lines": trace.skipped_lines,
     }
     return without_nan(result.to_dict() | extra) | {"read_s": read_s, "replay_s": replay_s}
-
-
-_HEURISTICS = ("heuristic", "heuristic_order")
 
 
 def without_nan(value):

@@ -12,16 +12,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from caching_heuristics import HeuristicConfig
-from kvttl.replay import block_kernel, tier_kernel, ttl_kernel
+from caching_heuristics import HeuristicConfig, unknown_name
+from kvttl.replay.block_kernel import block_rows, block_sizes, replay_blocks
 from kvttl.replay.policies import POLICIES, UNLIMITED, Plan, capacities
 from kvttl.replay.result import ReplayResult
 from kvttl.replay.runs import RunIndex, index_runs
+from kvttl.replay.tier_kernel import Work, new_state, replay_requests
+from kvttl.replay.ttl_kernel import ladder_deadlines, replay_ttl
 from kvttl.traces.trace import Trace
 
-BLOCK_POLICIES = {"lru": True, "fifo": False}  # name -> whether a hit refreshes
-POLICY_NAMES = (*BLOCK_POLICIES, *POLICIES)
-_NEED_CAPACITY = ("recency", "heuristic_order", "optimal")  # they say what to evict, not when
 _CHUNK = 16_384  # requests between two steps of the progress bar
 
 
@@ -41,7 +40,7 @@ def replay(
     trace : Trace or RunIndex
         An index (`index_runs`) saves grouping the trace again in each call.
     policy : str or callable
-        One of `POLICY_NAMES`, or a function (index, config) -> Plan.
+        One of `POLICIES`, or a function (index, config) -> Plan.
         ``"lru"`` and ``"fifo"`` touch blocks in the prompt's order and evict at
         once, as a cache without prefixes does; all others evict after the
         request, and of equals a prompt's end first.
@@ -64,7 +63,7 @@ def replay(
 
     Examples
     --------
-    >>> from trace_generator import agent_loops
+    >>> from kvttl.traces.generator import agent_loops
     >>> trace = agent_loops(200, seed=1)
     >>> results = [replay(trace, name, capacity=0.2) for name in ("lru", "optimal")]
     >>> results[0].block_hit_ratio < results[1].block_hit_ratio
@@ -74,7 +73,7 @@ def replay(
     config = config or HeuristicConfig()
     if policy == "infinite":
         blocks = (UNLIMITED,) * 3
-    if isinstance(policy, str) and policy in BLOCK_POLICIES:
+    if isinstance(policy, str) and policy in POLICIES and POLICIES[policy].plan is None:
         trace = trace.trace if isinstance(trace, RunIndex) else trace
         return _replay_blocks(trace, policy, blocks, progress)
     index = trace if isinstance(trace, RunIndex) else index_runs(trace)
@@ -99,7 +98,7 @@ def replay_without_capacity(
 
     Examples
     --------
-    >>> from trace_generator import agent_loops
+    >>> from kvttl.traces.generator import agent_loops
     >>> index = index_runs(agent_loops(200, seed=1))
     >>> short, long = (
     ...     replay_without_capacity(index, HeuristicConfig(base_ttl=s), "ttl") for s in (9, 900)
@@ -110,10 +109,10 @@ def replay_without_capacity(
     index = trace if isinstance(trace, RunIndex) else index_runs(trace)
     plan = _plan_without_capacity(index, policy, config or HeuristicConfig(), metadata)
     segments, trace, hits = plan.segments, plan.index.trace, _hit_arrays(index.trace)
-    columns = (segments.offsets, segments.request, segments.length, segments.short, segments.rest)
     ttl_s = np.full(segments.count, np.inf) if plan.ttl_s is None else plan.ttl_s
-    area, moved = ttl_kernel.replay_ttl(
-        columns + _pieces(segments),
+    area, moved = replay_ttl(
+        segments.arrays,
+        segments.rest,
         trace.arrival_s,
         np.ascontiguousarray(ttl_s, np.float64),
         _tiers(plan, (UNLIMITED,) * 3),
@@ -124,15 +123,6 @@ def replay_without_capacity(
     return ReplayResult(trace, _name(policy), (UNLIMITED,) * 3, *hits, area[0], area[1], moved)
 
 
-def _pieces(segments):
-    return (
-        segments.piece_offsets,
-        segments.piece_old,
-        segments.piece_start,
-        segments.piece_length,
-    )
-
-
 def _name(policy):
     return policy if isinstance(policy, str) else getattr(policy, "__name__", "plan")
 
@@ -140,17 +130,17 @@ def _name(policy):
 def _plan(index, policy, config, metadata):
     if isinstance(policy, str):
         if policy not in POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(POLICY_NAMES)}, got {policy!r}")
-        policy = POLICIES[policy]
+            raise ValueError(unknown_name("policy", policy, POLICIES))
+        policy = POLICIES[policy].plan
     return policy(index, config, **metadata)
 
 
 def _plan_without_capacity(index, policy, config, metadata):
-    known = [name for name in POLICIES if name not in _NEED_CAPACITY]
+    known = [name for name, row in POLICIES.items() if row.plan and not row.needs_capacity]
     if isinstance(policy, str) and policy not in known:
         raise ValueError(
             f"without capacity, policy must be one of {', '.join(known)}, got {policy!r};"
-            f" `replay` takes a capacity and {', '.join(POLICY_NAMES)}"
+            f" `replay` takes a capacity and {', '.join(POLICIES)}"
         )
     plan = _plan(index, policy, config, metadata)
     if plan.key is not None:
@@ -177,7 +167,7 @@ def _tiers(plan, blocks):
 
 def _replay_plan(plan, name, blocks, progress):
     segments, trace = plan.segments, plan.index.trace
-    hits, state = _hit_arrays(trace), tier_kernel.new_state(segments.count)
+    hits, state = _hit_arrays(trace), new_state(segments.count)
     result = ReplayResult(trace, name, blocks, *hits, *state.area, state.moved)
     if not any(blocks):
         return result  # no tier at all
@@ -186,21 +176,18 @@ def _replay_plan(plan, name, blocks, progress):
     if plan.ttl_s is not None:
         ladder = plan.ladder[1:] if plan.ladder else (0.0, 0.0)
         ttl_s = np.ascontiguousarray(plan.ttl_s, np.float64)
-        until_s = ttl_kernel.ladder_deadlines(segments.arrival_s, ttl_s, tier, *ladder)
-    work = tier_kernel.Work(
-        segments.offsets,
-        segments.length,
-        segments.short,
-        *_pieces(segments),
+        until_s = ladder_deadlines(segments.arrival_s, ttl_s, tier, *ladder)
+    work = Work(
+        segments.arrays,
         segments.mirror,
-        np.array(segments.request if plan.key is None else plan.key, np.float64),
+        np.array(segments.arrays.request if plan.key is None else plan.key, np.float64),
         tier,
         until_s,
         np.array(blocks, np.int64),
         trace.block_tokens,
     )
     for first, last in _chunks(trace.requests, progress, name):
-        tier_kernel.replay_requests(state, work, trace.arrival_s, first, last, *hits)
+        replay_requests(state, work, trace.arrival_s, first, last, *hits)
     return result
 
 
@@ -210,14 +197,14 @@ def _replay_blocks(trace, name, blocks, progress):
     hits, area = _hit_arrays(trace), np.zeros((2, 3))
     moved, held, level_hits = np.zeros((4, 4), np.int64), np.zeros((2, 3), np.int64), 0
     capacity = np.array(blocks, np.int64)
-    sizes = block_kernel.block_sizes(
+    sizes = block_sizes(
         trace.block_ids, trace.offsets, trace.tail_tokens(), trace.unique_blocks, trace.block_tokens
     )
-    rows = block_kernel.block_rows(sizes)
+    rows = block_rows(sizes)
     arrays = (trace.block_ids, trace.offsets, trace.arrival_s, rows, capacity)
     for first, last in _chunks(trace.requests if any(blocks) else 0, progress, name):
-        level_hits += block_kernel.replay_blocks(
-            *arrays, BLOCK_POLICIES[name], held, first, last, (*hits, area, moved)
+        level_hits += replay_blocks(
+            *arrays, POLICIES[name].refreshes, held, first, last, (*hits, area, moved)
         )
     return ReplayResult(trace, name, blocks, *hits, *area, moved, int(level_hits))
 

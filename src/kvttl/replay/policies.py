@@ -3,7 +3,7 @@
 A plan says for each run, at its access, in which tier its blocks go, until when
 they may stay, and in which order they are evicted where a tier is full. To add
 a policy, learned ones included, write such a function and hand it to
-`kvttl.replay.engine.replay`, or put it into `POLICIES`.
+`kvttl.replay.engine.replay`, or add a row to `POLICIES`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -47,8 +48,8 @@ class Plan:
 
     Examples
     --------
-    >>> from trace_builder import make_trace
-    >>> from trace_replay import replay
+    >>> from kvttl.traces.builder import make_trace
+    >>> from kvttl.replay.engine import replay
     >>> def least_used(index, config):
     ...     return Plan(index, "run", key=index.access_count)
     >>> trace = make_trace([[0], [0], [1], [2], [0], [1]], block_tokens=1)
@@ -121,18 +122,38 @@ def optimal(index: RunIndex, config: HeuristicConfig) -> Plan:
 
     A whole request at once: its own blocks may be evicted as soon as it is done.
     """
-    cut = index.split_by_future()
+    cut = index.by_future
     deeper = np.where(cut.next_request < index.trace.requests, cut.depth / 2.0**21, 0.0)
     return Plan(cut, "run", key=-(cut.next_request + deeper))
 
 
-POLICIES: dict[str, Callable[..., Plan]] = {
-    "infinite": infinite,
-    "recency": recency,
-    "ttl": fixed_ttl,
-    "heuristic": heuristic,
-    "heuristic_order": heuristic_order,
-    "optimal": optimal,
+class ReplayPolicy(NamedTuple):
+    """What the engine, the command and the plots know of a policy."""
+
+    plan: Callable[..., Plan] | None  # None: a list of blocks without prefixes, block by block
+    refreshes: bool = False  # of such a list: whether a hit makes a block the newest
+    needs_capacity: bool = False  # it says what to evict, not when
+    reads_config: bool = False
+    reads_metadata: bool = False  # it takes `per` and `perplexity`
+    colour: str | None = None  # of Okabe and Ito; None = grey, with a mark of its own
+    dash: str = "-"
+
+
+POLICIES = {
+    "lru": ReplayPolicy(None, refreshes=True, colour="#56B4E9", dash="--"),
+    "fifo": ReplayPolicy(None, colour="#009E73", dash="--"),
+    "infinite": ReplayPolicy(infinite),
+    "recency": ReplayPolicy(recency, needs_capacity=True, colour="#0072B2"),
+    "ttl": ReplayPolicy(fixed_ttl, reads_config=True, colour="#CC79A7"),
+    "heuristic": ReplayPolicy(heuristic, reads_config=True, reads_metadata=True, colour="#E69F00"),
+    "heuristic_order": ReplayPolicy(
+        heuristic_order,
+        needs_capacity=True,
+        reads_config=True,
+        reads_metadata=True,
+        colour="#D55E00",
+    ),
+    "optimal": ReplayPolicy(optimal, needs_capacity=True, colour="#000000"),
 }
 
 
@@ -175,7 +196,7 @@ def capacities(capacity, trace) -> tuple[int, int, int]:
 
     Examples
     --------
-    >>> from trace_builder import make_trace
+    >>> from kvttl.traces.builder import make_trace
     >>> trace = make_trace([range(200)])
     >>> capacities(0.05, trace), capacities((10, 0.5, None), trace)
     ((10, 0, 0), (10, 100, -1))

@@ -41,8 +41,8 @@ class ReplayResult:
 
     Examples
     --------
-    >>> from trace_builder import make_trace
-    >>> from trace_replay import replay
+    >>> from kvttl.traces.builder import make_trace
+    >>> from kvttl.replay.engine import replay
     >>> result = replay(make_trace([[0, 1], [0, 2], [0, 1]]), "infinite")
     >>> result.block_hit_ratio, result.token_hit_ratio
     (0.5, 0.5)

@@ -11,7 +11,8 @@ import pandas as pd
 from caching_heuristics import HeuristicConfig
 from kvttl.replay.baselines import BASELINES, replay_baseline
 from kvttl.replay.costs import TierCosts, result_costs
-from kvttl.replay.engine import POLICY_NAMES, replay, replay_without_capacity
+from kvttl.replay.engine import replay, replay_without_capacity
+from kvttl.replay.policies import POLICIES
 from kvttl.replay.result import ReplayResult
 from kvttl.replay.runs import RunIndex, index_runs
 from kvttl.traces.trace import Trace
@@ -22,7 +23,7 @@ SHARES = (0.01, 0.02, 0.05, 0.10, 0.20, 0.50)  # of a trace's unique blocks
 def policy_table(
     trace: Trace | RunIndex,
     shares: Sequence[float] = SHARES,
-    policies: Sequence[str] = (*POLICY_NAMES, *BASELINES),
+    policies: Sequence[str] = (*POLICIES, *BASELINES),
     config: HeuristicConfig | None = None,
     costs: TierCosts | None = None,
     since_s: float = 0.0,
@@ -36,7 +37,7 @@ def policy_table(
     shares : sequence of float
         Capacities, as shares ]0, 1] of the unique blocks.
     policies : sequence of str
-        Names of `kvttl.replay.engine.POLICY_NAMES` and `kvttl.replay.baselines.BASELINES`.
+        Names of `kvttl.replay.policies.POLICIES` and `kvttl.replay.baselines.BASELINES`.
     config, costs
         Settings of the TTL policies; of the estimated TTFT.
     since_s : float
@@ -53,7 +54,7 @@ def policy_table(
 
     Examples
     --------
-    >>> from trace_generator import agent_loops
+    >>> from kvttl.traces.generator import agent_loops
     >>> table = policy_table(agent_loops(50), (0.1, 0.5), ("lru", "optimal"))
     >>> table.shape
     (4, 9)

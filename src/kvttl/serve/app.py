@@ -13,8 +13,9 @@ from typing import Any
 
 from caching_heuristics import check_metadata
 from kvttl.decisions.metrics import DecisionMetrics
-from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
+from kvttl.lmcache.client import LMCacheError
 from kvttl.serve.engine import KV_METADATA
+from kvttl.serve.vllm_parts import vllm_parts
 from tiered_caching import MultiTierCache
 
 BODY_LIMIT = 4 * 2**20  # bytes: some million tokens
@@ -38,10 +39,8 @@ def server_arguments(
     options : sequence of str
         Server options of ``vllm serve``, such as ``--enable-auto-tool-choice``.
     """
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = make_arg_parser(FlexibleArgumentParser())
+    vllm = vllm_parts()
+    parser = vllm.make_arg_parser(vllm.FlexibleArgumentParser())
     arguments = parser.parse_args(["--model", model, "--served-model-name", name, *options])
     arguments.api_key = [api_key] if api_key else None
     # vLLM's default lets every web page that the user has open ask this server.
@@ -53,22 +52,16 @@ async def openai_app(engine: Any, arguments: Any, body_limit: int = BODY_LIMIT) 
     """Return vLLM's routes ``/v1/models``, ``/v1/completions`` and ``/v1/chat/completions``."""
     from fastapi import FastAPI
     from starlette.middleware import Middleware
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-    from vllm.entrypoints.launchers.utils.server_utils import lifespan
-    from vllm.entrypoints.openai.chat_completion.api_router import attach_router as attach_chat
-    from vllm.entrypoints.openai.completion.api_router import attach_router as attach_completion
-    from vllm.entrypoints.openai.models.api_router import attach_router as attach_models
-    from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
-    from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
-    for attach in (attach_models, attach_completion, attach_chat):
+    vllm = vllm_parts()
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=vllm.lifespan)
+    for attach in (vllm.attach_models, vllm.attach_completion, vllm.attach_chat):
         attach(app)
-    init_exception_handler(app)
-    init_entrypoints_middleware(arguments, app, ("generate",))
+    vllm.init_exception_handler(app)
+    vllm.init_entrypoints_middleware(arguments, app, ("generate",))
     # The innermost one: without the API key nobody can have bodies buffered here.
     app.user_middleware.append(Middleware(BodyLimit, limit=body_limit))
-    await init_app_state(engine, app.state, arguments, ("generate",))
+    await vllm.init_app_state(engine, app.state, arguments, ("generate",))
     app.state.openai_serving_chat_batch = None  # "not implemented": one `kv` for many prompts
     # vLLM's server ends itself after the engine; this one stays, to say what happened.
     app.state.server = SimpleNamespace(should_exit=False)
@@ -102,7 +95,7 @@ def health_of(engine: Any, cache: MultiTierCache, metrics: DecisionMetrics) -> d
     try:
         cache.controller.check_health()
         lmcache = "running"
-    except (LMCacheUnavailable, LMCacheError) as error:
+    except LMCacheError as error:
         lmcache = f"away: {error}"
     healthy = "ok" if lmcache == "running" else "degraded"  # generation goes on without it
     return {
@@ -126,21 +119,20 @@ def _sum(metrics, name):
 def metrics_text(metrics: DecisionMetrics) -> bytes:
     """Return vLLM's metrics and this kit's in Prometheus' text format."""
     from prometheus_client import generate_latest
-    from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-    return generate_latest(get_prometheus_registry()) + generate_latest(metrics.registry)
+    registries = (vllm_parts().get_prometheus_registry(), metrics.registry)
+    return b"".join(map(generate_latest, registries))
 
 
 def _with_kv(create):
     """Wrap one of vLLM's ``create_...`` so that the engine knows the request's metadata."""
-    from vllm.entrypoints.serve import create_error_response
 
     async def create_managed(request, raw_request=None):
         try:
             refuse_fields(request)
             metadata = kv_of(request)
         except ValueError as error:
-            return create_error_response(str(error), param="kv")
+            return vllm_parts().create_error_response(str(error), param="kv")
         before = KV_METADATA.set(metadata)
         try:
             return await create(request, raw_request)

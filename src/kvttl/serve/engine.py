@@ -6,8 +6,10 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any
 
+from kvttl.serve.vllm_parts import vllm_parts
 from tiered_caching import MultiTierCache
 
 # What the caller of the current request knows about its prompt; see `compute_ttl`.
@@ -94,23 +96,22 @@ class _Answer:
         self.prompt = known.get("prompt", prompt)
         self.prompt_token_ids = known.get("prompt_token_ids")
         self.num_cached_tokens = None
-        self.outputs = [self]  # it is its only sequence too
-        self.logprobs: list = []
+        self.outputs = [SimpleNamespace(logprobs=[])]
         kind = getattr(sampling_params, "output_kind", None)
         self._in_parts = getattr(kind, "name", "") == "DELTA"
 
     def add(self, output):
         self.prompt_token_ids = output.prompt_token_ids or self.prompt_token_ids
         self.num_cached_tokens = output.num_cached_tokens
+        (answer,) = self.outputs
         for sequence in output.outputs:
             if sequence.index == 0 and sequence.logprobs:
                 if not self._in_parts:
-                    self.logprobs = []
-                self.logprobs.extend(sequence.logprobs)
+                    answer.logprobs.clear()
+                answer.logprobs.extend(sequence.logprobs)
 
 
 def _is_refusal(error):
     """Say whether the engine did not take the request, so that there is no KV cache of it."""
-    from vllm.exceptions import GracefulHTTPError, VLLMClientError
-
-    return isinstance(error, (VLLMClientError, GracefulHTTPError))
+    vllm = vllm_parts()
+    return isinstance(error, (vllm.VLLMClientError, vllm.GracefulHTTPError))

@@ -8,10 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from caching_heuristics import TIERS
-from kvttl.replay.costs import (
-    TierCosts,
-    fit_costs,
-)
+from kvttl.replay.costs import TierCosts, fit_costs
 
 
 def calibrate(
@@ -75,8 +72,8 @@ def _serve_from_each_tier(cache, prompt, pause_s):
     sampling, records = SamplingParams(temperature=0.0, max_tokens=1), []
     for metadata in (*_PLACING, _PLACING[0]):
         time.sleep(pause_s)
-        cache.generate_and_manage(prompt, sampling, metadata)
-        records.append(cache.records[-1])
+        (managed,) = cache.generate(prompt, sampling, metadata)
+        records.append(managed.decision.result())
     return records
 
 

@@ -16,6 +16,7 @@ from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
 from kvttl.background import Repeater
 from kvttl.manager.clock import SessionClock
+from kvttl.settings import load_settings
 from tiered_caching import MultiTierCache
 
 RUNS_FOLDER = Path("data/runs")
@@ -108,7 +109,11 @@ def be_quiet():
 
 
 def managed(stack, llm, config: HeuristicConfig | None = None, **options) -> MultiTierCache:
-    """Return a manager for an engine on a stack, silent unless `notify` is given."""
+    """Return a manager for an engine on a stack, silent unless `notify` is given.
+
+    Without a `config` it has the settings that the sliders have saved, see `load_settings`.
+    """
+    config = load_settings() if config is None else config
     controller = LMCacheController(stack.host, stack.port, instance_id=stack.instance_id)
     return MultiTierCache(controller, llm, config=config, **{"notify": None, **options})
 

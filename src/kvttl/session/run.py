@@ -79,8 +79,8 @@ def _run(options):
                     rows = list(run_session(cache, requests))
     records = [record for _, record in rows]
     _write_pictures(folder, rows)
-    print(table(rows, requests))
-    print(summary(records))
+    print(session_table(rows))
+    print(session_summary(records))
     print(f"\nWrote the decision log, timeline.png and served.png to {folder}")
     print(f"All services are stopped. Total: {time.perf_counter() - started_s:.0f} s")
 
@@ -118,9 +118,9 @@ def run_session(
     sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
     for request in tqdm(list(requests), desc="generations", unit="prompt", disable=not progress):
         yield from ((None, record) for record in _expire_until(cache, request.arrival_s))
-        cache.generate_and_manage(request.prompt, sampling)
-        cache.flush()  # the think time until the next request is over at once
-        yield request, cache.records[-1]
+        (managed,) = cache.generate(request.prompt, sampling)
+        # The think time until the next request is over at once.
+        yield request, managed.decision.result()
 
 
 def _expire_until(cache, arrival_s):
@@ -130,7 +130,7 @@ def _expire_until(cache, arrival_s):
     yield from cache.sweep()
 
 
-def table(rows: Sequence[tuple[Request | None, DecisionRecord]], requests=()) -> str:
+def session_table(rows: Sequence[tuple[Request | None, DecisionRecord]]) -> str:
     """Return the decisions as a text table: one line a generation, one a TTL that ended."""
     lines = [
         "\n   #  time agent            kind      tokens  perpl. var. uses     TTL"
@@ -169,7 +169,7 @@ def _expiry_line(record, numbers):
     return f"  ↓ {what}, {record.error or moves or 'its chunks stay where others want them'}"
 
 
-def summary(records: Sequence[DecisionRecord]) -> str:
+def session_summary(records: Sequence[DecisionRecord]) -> str:
     """Return what came of a session: hits, moves, TTLs, time."""
     import numpy as np
 

@@ -68,7 +68,7 @@ class Control:
 
     def say(self, text: str) -> None:
         """Show what is wrong, under the slider; empty = nothing."""
-        shown = f'<span style="color:#B00020">⚠ {html.escape(text)}</span>' if text else ""
+        shown = warning(text) if text else ""
         if shown != self.message.value:
             self.message.value = shown
             self.message.layout.display = None if text else "none"
@@ -100,6 +100,11 @@ class Control:
     def _within_slider(self, value):
         low, high = self._setting.slider
         return min(max(value, low), high)
+
+
+def warning(text: str) -> str:
+    """Return a text as a warning, in HTML."""
+    return f'<span style="color:#B00020">⚠ {html.escape(text)}</span>'
 
 
 def rounded(value: float) -> float:

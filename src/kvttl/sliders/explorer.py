@@ -1,12 +1,9 @@
-"""Sliders over the decision plots: tune the heuristics, see what changes, take it along."""
+"""Sliders over the decision plots: tune the heuristics, see what changes, save and export."""
 
 from __future__ import annotations
 
-import asyncio
-import html
 import io
 import math
-import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,13 +14,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from caching_heuristics import TTL_SETTINGS, HeuristicConfig
+from caching_heuristics import HeuristicConfig
 from kvttl.decisions.log import DecisionRecord
 from kvttl.plots.export import all_figures, export_plots
 from kvttl.plots.panels import TierPanel, TtlPanel, tier_keys
-from kvttl.plots.what_if import Decisions, changes, read_decisions
+from kvttl.plots.what_if import Decisions, changes, decisions_of
 from kvttl.settings import FILE_NAME, load_settings, save_settings
-from kvttl.sliders.controls import Control
+from kvttl.sliders.panel import SettingsPanel, button
 from kvttl.sliders.readout import readout
 
 PRESETS = {
@@ -36,7 +33,7 @@ _UNDO_DEPTH = 100
 _ONE_DRAG_S = 0.8  # changes of one control closer than this are undone together
 
 
-class Explorer(widgets.VBox):
+class Explorer(SettingsPanel):
     """Sliders for every setting, a picture and a readout that follow; a widget.
 
     Parameters
@@ -53,15 +50,6 @@ class Explorer(widgets.VBox):
         The run's own settings: its ladder factors are the "before". Default `HeuristicConfig()`.
     clock : callable
         Seconds, for telling one drag of a slider from the next.
-
-    Attributes
-    ----------
-    config : HeuristicConfig
-        The settings in force: the last valid ones.
-    errors : dict of str to str
-        What is wrong with the controls as they stand, by field.
-    drawn : int
-        Pictures drawn so far.
 
     Examples
     --------
@@ -85,34 +73,17 @@ class Explorer(widgets.VBox):
     ) -> None:
         self._records, self._folder, self._source = list(records), Path(data_folder), source
         self.settings_path = self._folder / FILE_NAME
-        self.config = config or load_settings(self.settings_path)
+        super().__init__(config or load_settings(self.settings_path))
         self._first, self._run_config, self._clock = self.config, run_config, clock
-        self._decisions = read_decisions(self._records)
+        self._decisions = decisions_of(self._records)
         self._undo: list[dict[str, float]] = []
         self._last_change = ("", -math.inf)
-        self._waiting: asyncio.Handle | None = None
-        self.errors: dict[str, str] = {}
-        self.drawn = 0
         self._picture = LivePicture(self._decisions)
-        self.controls = {
-            name: Control(name, value, self._control_changed)
-            for name, value in self.config.to_dict().items()
-        }
         self._latest = self.values
-        self.image = widgets.Image(format="png", layout=widgets.Layout(width="100%"))
-        self.image.add_class("kv-picture")
-        self.readout = widgets.HTML()
-        self.readout.add_class("kv-readout")
-        super().__init__([self.image, self.readout, self._sliders(), self._buttons()])
-        self.layout.max_width = "1240px"
+        self.children = [self.image, self.readout, self.sliders(), self._buttons()]
         self.redraw()
 
     # ---- settings ----------------------------------------------------------------
-
-    @property
-    def values(self) -> dict[str, float]:
-        """What the controls say, valid or not."""
-        return {name: control.value for name, control in self.controls.items()}
 
     def update(self, **settings: float) -> HeuristicConfig:
         """Set controls and redraw at once: the plain function under the sliders.
@@ -161,16 +132,10 @@ class Explorer(widgets.VBox):
             self.controls[name].set(value)
         self._latest = self.values
 
-    def _control_changed(self, name, value):
-        """A person moved a control: redraw soon, with the newest values only."""
+    def control_changed(self, name: str, value: float) -> None:
+        """Follow a control that a person moved; `undo` takes it back."""
         self._remember(name)
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # no kernel around us
-            self.redraw()
-            return
-        if self._waiting is None:
-            self._waiting = loop.call_soon(self.redraw)
+        self.redraw_soon()
 
     def _remember(self, name):
         """Keep the values so far for undo, unless this goes on with the drag before it."""
@@ -181,31 +146,13 @@ class Explorer(widgets.VBox):
         self._last_change = (name, now_s)
         self._latest = self.values
 
-    def redraw(self) -> None:
-        """Draw the newest settings; keeps the last valid picture if they are not valid."""
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
-        try:
-            config = HeuristicConfig(**self.values)
-        except ValueError as error:
-            self._explain(str(error))
-            return
-        self._explain("")
-        self.config = config
-        self.drawn += 1
+    def draw(self, config: HeuristicConfig) -> None:
+        """Show these settings, and what they would change in the run."""
         self.image.value = self._picture.png(config)
         found = changes(self._decisions, config, self._run_config)
         self.readout.value = readout(found, len(self._decisions), self._source)
 
-    def _explain(self, message):
-        """Show an error at every control that it names."""
-        named = [name for name in self.controls if re.search(rf"\b{name}\b", message)]
-        self.errors = {name: message.removeprefix(f"{name} ") for name in named}
-        for name, control in self.controls.items():
-            control.say(self.errors.get(name, ""))
-
-    # ---- take it along -----------------------------------------------------------
+    # ---- save and export ---------------------------------------------------------
 
     def save(self) -> Path:
         """Write the settings in force to ``heuristics.yaml``; returns its path."""
@@ -219,33 +166,20 @@ class Explorer(widgets.VBox):
 
     # ---- layout ------------------------------------------------------------------
 
-    def _sliders(self):
-        groups: dict[str, list] = {}
-        for name, control in self.controls.items():
-            group = "TTL" if name in TTL_SETTINGS else "Tier"
-            groups.setdefault(group, []).append(control.widget)
-        columns = [
-            widgets.VBox([widgets.HTML(f"<b>{title}</b>"), *parts], layout=_column())
-            for title, parts in groups.items()
-        ]
-        return widgets.HBox(columns, layout=widgets.Layout(flex_flow="row wrap", grid_gap="24px"))
-
     def _buttons(self):
         self.name = widgets.Text("explorer", layout=widgets.Layout(width="140px"))
         self.name.add_class("kv-export-name")
-        self.status = widgets.HTML()
-        self.status.add_class("kv-status")
         presets = [
-            _button(name, "Set all sliders", lambda _, name=name: self.apply_preset(name))
+            button(name, "Set all sliders", lambda _, name=name: self.apply_preset(name))
             for name in PRESETS
         ]
         line = [
             widgets.Label("Presets"),
             *presets,
-            _button("Undo", "Take the last change back", lambda _: self.undo()),
-            _button("Reset", "As opened", lambda _: self.reset()),
-            _button("Save settings", f"Write {self.settings_path}", self._save_pressed, "success"),
-            _button("Export plots", "PNG, SVG, PDF and JSON", self._export_pressed, "primary"),
+            button("Undo", "Take the last change back", lambda _: self.undo()),
+            button("Reset", "As opened", lambda _: self.reset()),
+            button("Save settings", f"Write {self.settings_path}", self._save_pressed, "success"),
+            button("Export plots", "PNG, SVG, PDF and JSON", self._export_pressed, "primary"),
             widgets.Label("as"),
             self.name,
         ]
@@ -253,37 +187,11 @@ class Explorer(widgets.VBox):
         return widgets.VBox([row, self.status])
 
     def _save_pressed(self, _):
-        self._report(lambda: f"Saved {self.save()}")
+        self.report(lambda: f"Saved {self.save()}")
 
     def _export_pressed(self, _):
         self.status.value = "Exporting ..."
-        self._report(lambda: _exported(self.export(self.name.value)))
-
-    def _report(self, work):
-        """Do what a button asks; say what came of it, also if it failed."""
-        invalid = f" (the last valid settings; see {', '.join(self.errors)})" if self.errors else ""
-        try:
-            text = html.escape(work() + invalid)
-        except (OSError, ValueError) as error:
-            text = f'<span style="color:#B00020">⚠ {html.escape(str(error))}</span>'
-        self.status.value = text
-
-
-def _column():
-    """Two side by side where there is room for 430 pixels each."""
-    return widgets.Layout(flex="1 1 430px", max_width="560px")
-
-
-def _button(text, tooltip, on_click, style=""):
-    button = widgets.Button(
-        description=text,
-        tooltip=tooltip,
-        button_style=style,
-        layout=widgets.Layout(width="auto"),
-    )
-    button.add_class(f"kv-{text.lower().replace(' ', '-')}")
-    button.on_click(on_click)
-    return button
+        self.report(lambda: _exported(self.export(self.name.value)))
 
 
 def _exported(paths):
@@ -300,8 +208,8 @@ class LivePicture:
 
     Examples
     --------
-    >>> from decision_changes import read_decisions
-    >>> picture = LivePicture(read_decisions([]))
+    >>> from kvttl.plots.what_if import decisions_of
+    >>> picture = LivePicture(decisions_of([]))
     >>> first, other = (picture.png(HeuristicConfig(alpha=a)) for a in (0.25, 0.5))
     >>> first[1:4], first == other, first == picture.png(HeuristicConfig(alpha=0.25))
     (b'PNG', False, True)

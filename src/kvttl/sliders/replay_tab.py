@@ -5,27 +5,27 @@
 
 from __future__ import annotations
 
-import asyncio
-import html
 import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import ipywidgets as widgets
 import numpy as np
+import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from caching_heuristics import SETTINGS, TIERS, HeuristicConfig
+from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.plots.decision_plots import TIER_COLOURS
-from kvttl.plots.replay_plots import POLICY_STYLES
 from kvttl.replay.costs import TierCosts, result_costs
 from kvttl.replay.engine import replay, replay_without_capacity
+from kvttl.replay.policies import POLICIES
 from kvttl.replay.result import ReplayResult
 from kvttl.replay.runs import RunIndex, index_runs
-from kvttl.replay.tables import at_same_memory, mean_blocks_held
-from kvttl.sliders.controls import Control
+from kvttl.replay.tables import at_same_memory, export, mean_blocks_held
+from kvttl.sliders.panel import SettingsPanel, button
 from kvttl.traces.trace import Trace
 
 _CURVE_SHARES = np.geomspace(0.002, 1.0, 12)  # of unique blocks
@@ -63,7 +63,7 @@ def replay_view(
 
     Examples
     --------
-    >>> from trace_generator import agent_loops
+    >>> from kvttl.traces.generator import agent_loops
     >>> view = replay_view(index_runs(agent_loops(200)), HeuristicConfig(base_ttl=60))
     >>> 0 < view.summary()["token_hit_ratio"] <= 1
     True
@@ -95,8 +95,8 @@ class ReplayPicture:
         axes = self._hits
         for name in ("optimal", "recency"):
             ratios = [replay(self.index, name, s).token_hit_ratio for s in _CURVE_SHARES.tolist()]
-            colour, dash = POLICY_STYLES[name]
-            axes.plot(_CURVE_SHARES, ratios, dash, color=colour, label=name)
+            policy = POLICIES[name]
+            axes.plot(_CURVE_SHARES, ratios, policy.dash, color=policy.colour, label=name)
         most = replay(self.index, "infinite").token_hit_ratio
         axes.set(xscale="log", xlim=(0.002, 1.2), ylim=(0, min(1.02, 1.3 * most + 0.02)))
         axes.set(xlabel="blocks held on average, share of unique", ylabel="token hit ratio")
@@ -140,8 +140,8 @@ class ReplayPicture:
         return buffer.getvalue()
 
 
-class ReplayTab:
-    """The widgets: sliders, a picture, a line of figures, export.
+class ReplayTab(SettingsPanel):
+    """Sliders for every setting, a picture and a line of figures that follow; a widget.
 
     Parameters
     ----------
@@ -162,114 +162,48 @@ class ReplayTab:
         costs: TierCosts | None = None,
         folder: str | Path = "data/exports",
     ) -> None:
-        import ipywidgets as widgets
-
         if not traces:
             raise ValueError("traces must name at least one trace, got none")
-        self.config, self.costs, self.folder = config or HeuristicConfig(), costs, Path(folder)
+        super().__init__(config or HeuristicConfig())
+        self.costs, self.folder = costs, Path(folder)
         self._traces, self._pictures = dict(traces), {}
         self.trace = widgets.Dropdown(options=list(traces), description="trace")
-        self.sliders = {
-            name: Control(name, getattr(self.config, name), self._changed) for name in SETTINGS
-        }
         self.perplexity = widgets.FloatSlider(30.0, min=1.0, max=100.0, description="perplexity")
         self.has_perplexity = widgets.Checkbox(False, description="give all prompts a perplexity")
-        self.image = widgets.Image(format="png", layout=widgets.Layout(width="100%"))
-        self.figures, self.status = widgets.HTML(), widgets.HTML()
-        self._drawn: dict[str, object] = {}  # what the picture shows: trace, settings, figures
-        wide = widgets.Layout(width="200px")
-        self.export_button = widgets.Button(description="Export picture and CSV", layout=wide)
-        self.export_button.on_click(lambda _: self.export())
-        self._waiting: asyncio.Handle | None = None
-        for widget in (self.trace, self.perplexity, self.has_perplexity):
-            widget.observe(self._changed, "value")
-        settings = [control.widget for control in self.sliders.values()]
-        controls = [self.trace, *settings, self.has_perplexity, self.perplexity]
-        shown = widgets.VBox([self.image, self.figures, self.export_button, self.status])
-        columns = [widgets.VBox(controls, layout=_column("440px")), shown]
-        shown.layout = _column("780px")
-        self.widget = widgets.HBox(columns, layout=widgets.Layout(flex_flow="row wrap"))
+        chosen = (self.trace, self.has_perplexity, self.perplexity)
+        for widget in chosen:
+            widget.observe(self.redraw_soon, "value")
+        self.export_button = button("Export replay", "PNG and CSV", self._export_pressed)
+        below = (self.image, self.readout, self.sliders(), self.export_button, self.status)
+        self.children = [widgets.HBox(chosen), *below]
         self.redraw()
 
-    def settings(self) -> HeuristicConfig:
-        """Return what the sliders say; a lower limit above an upper one gives way."""
-        values = {name: control.value for name, control in self.sliders.items()}
-        values["min_ttl"] = min(values["min_ttl"], values["max_ttl"])
-        return HeuristicConfig(**values)
-
-    def _changed(self, *_change):
-        """Redraw soon, with the newest values only; at once where no kernel is around us."""
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            self.redraw()
-            return
-        if self._waiting is None:
-            self._waiting = loop.call_soon(self.redraw)
-
-    def redraw(self) -> None:
-        """Replay and draw the settings as they stand; impossible ones are named, not drawn."""
-        self._waiting = None
-        try:
-            self._replay()
-        except ValueError as error:
-            self.figures.value = _warning(str(error))
-
-    def _replay(self):
-        perplexity = self.perplexity.value if self.has_perplexity.value else None
-        picture, config = self._picture(), self.settings()
-        self.view = replay_view(picture.index, config, perplexity, self.costs)
-        picture.update(self.view)
-        self.image.value = picture.png()
-        self.figures.value = readout(self.view)
-        drawn = {"trace": self.trace.value, **config.to_dict(), "perplexity": perplexity}
-        self._drawn = drawn | self.view.summary()
-
-    def _picture(self):
+    def draw(self, config: HeuristicConfig) -> None:
+        """Replay and draw these settings."""
         name = self.trace.value
         if name not in self._pictures:
             self._pictures[name] = ReplayPicture(index_runs(self._traces[name]))
-        return self._pictures[name]
+        picture = self._pictures[name]
+        perplexity = self.perplexity.value if self.has_perplexity.value else None
+        self.view = replay_view(picture.index, config, perplexity, self.costs)
+        picture.update(self.view)
+        self.image.value = picture.png()
+        self.readout.value = replay_readout(self.view)
+        drawn = {"trace": name, **config.to_dict(), "perplexity": perplexity}
+        self._drawn = drawn | self.view.summary()
 
     def export(self) -> list[Path]:
-        """Write what is shown, as picture and CSV; returns the files, none if that failed.
+        """Write what is drawn, the last possible settings, as CSV and PNG; returns the files."""
+        name = self._drawn["trace"]
+        stem = re.sub(r"[^\w.-]+", "_", f"replay_{name}")
+        frame = pd.DataFrame([self._drawn])
+        return export(self.folder, stem, frame, self._pictures[name].figure)
 
-        Impossible settings are not drawn, so the last possible ones are written. The
-        line under the button says where the files went, or why there are none.
-        """
-        try:
-            paths = self._write()
-        except OSError as error:
-            self.status.value = _warning(f"not exported: {error}")
-            return []
-        names = " and ".join(map(str, paths))
-        self.status.value = html.escape(f"exported to {names}" if paths else "nothing to export")
-        return paths
-
-    def _write(self):
-        import pandas as pd
-
-        if not self._drawn:
-            return []
-        self.folder.mkdir(parents=True, exist_ok=True)
-        stem = re.sub(r"[^\w.-]+", "_", f"replay_{self._drawn['trace']}")
-        paths = [self.folder / f"{stem}.{kind}" for kind in ("png", "csv")]
-        paths[0].write_bytes(self.image.value)
-        pd.DataFrame([self._drawn]).to_csv(paths[1], index=False)
-        return paths
+    def _export_pressed(self, _):
+        self.report(lambda: f"exported to {' and '.join(map(str, self.export()))}")
 
 
-def _warning(text):
-    return f'<span style="color:#B00020">⚠ {html.escape(text)}</span>'
-
-
-def _column(width):
-    import ipywidgets as widgets
-
-    return widgets.Layout(flex=f"1 1 {width}", max_width=width)
-
-
-def readout(view: ReplayView) -> str:
+def replay_readout(view: ReplayView) -> str:
     """Return the figures of a setting as a line of HTML."""
     values = view.summary()
     hours = ", ".join(f"{tier} {values[f'block_hours_{tier}']:,.0f}" for tier in TIERS)

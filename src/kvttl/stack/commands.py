@@ -5,24 +5,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import os
 import signal
 import sys
 from pathlib import Path
 
 from kvttl.stack.lifecycle import LMCacheStack, StackConfig, StackError, load_config
-from kvttl.stack.process import load_state, save_state
+from kvttl.stack.process import STOP_SIGNALS, load_state, save_state
 from kvttl.stack.services import SERVICES
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``python -m kvttl.stack.commands up|down|status``; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="stack_commands", description=__doc__)
+    """``python -m kvttl.stack.commands up|down|status``; returns the exit code.
+
+    An `up` that succeeded ends the process by itself; see `_end_well`.
+    """
+    parser = argparse.ArgumentParser(prog="kvttl.stack.commands", description=__doc__)
     parser.add_argument("command", choices=("up", "down", "status"))
     parser.add_argument("--config", default="config.yaml", help="settings (default: config.yaml)")
     parser.add_argument("--free-ports", action="store_true", help="up: pick free ports")
     arguments = parser.parse_args(argv)
-    # A polite kill during `up` must clean up like Ctrl-C does.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):  # must clean up like Ctrl-C does
+        if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
+            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
         config = load_config(arguments.config)
         if arguments.command == "status":
@@ -35,8 +40,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was started is stopped again", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -49,10 +52,28 @@ def _lock(config: StackConfig):
 
 
 def _up(config: StackConfig, free_ports: bool) -> int:
-    stack = LMCacheStack(config, free_ports=free_ports, detached=True).start()
-    print(f"started {', '.join(stack.started)}" if stack.started else "already running")
-    _print_health(stack)
-    return 0
+    stack = LMCacheStack(config, free_ports=free_ports, detached=True)
+    try:
+        stack.start()
+        print(f"started {', '.join(stack.started)}" if stack.started else "already running")
+        _print_health(stack)
+        return _end_well()
+    except BaseException:
+        stack.stop(keep_logs=True)
+        raise
+
+
+def _end_well() -> int:
+    """End the process with 0, or raise for a signal that came before.
+
+    Python's own way out takes a while, in which a signal finds no handler: the user would have
+    interrupted, and yet the services would run.
+    """
+    sys.stdout.flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # handles what has come already
+    if signal.sigpending().intersection(STOP_SIGNALS):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the handler raises here
+    os._exit(0)
 
 
 def _down(config: StackConfig) -> int:
@@ -69,7 +90,7 @@ def _down(config: StackConfig) -> int:
 
 def _status(config: StackConfig) -> int:
     stack = LMCacheStack(config)
-    stack._choose_ports()
+    stack.choose_ports()
     return 0 if _print_health(stack) else 1
 
 

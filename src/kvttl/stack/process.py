@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvttl import PROJECT
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CHILD_MODULE = "kvttl.stack.child"
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # LMCache colours its log even in a file
 
@@ -24,6 +27,29 @@ class StackError(RuntimeError):
     def _render_traceback_(self) -> list[str]:
         """Show the message alone in a notebook: IPython asks for this."""
         return [f"{type(self).__name__}: {self}"]
+
+
+@contextlib.contextmanager
+def signals_deferred():
+    """Let Ctrl-C and a polite kill wait until the block has ended.
+
+    By handlers, not by the signal mask, which a child started in the block would inherit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    ours = {number: it for number, it in handlers.items() if it not in (signal.SIG_IGN, None)}
+    for number in ours:
+        signal.signal(number, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The formats of traces, one reader each: a file or folder to a `TraceBuilder`.
+"""The formats of traces, one reader each: files to a `TraceBuilder`.
 
 A bad line raises a ValueError that names file, line and reason, or is skipped
 and counted; see `kvttl.traces.reading.read_trace`.
@@ -14,11 +14,11 @@ import math
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -72,15 +72,16 @@ def open_bytes(path: str | Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             yield stream, raw
 
 
-def _lines(path, source):
-    """Yield (line number, record) of a JSON-lines file; bad JSON is a bad line."""
-    with progress(source, os.path.getsize(path), path.name) as bar:
-        for number, line in text_lines(path, source, bar):
-            record = None
-            with source.place(path, number):
-                record = _record(line)
-            if record is not None:
-                yield number, record
+def _lines(files, source):
+    """Yield ((file, line number), record) of JSON-lines files; bad JSON is a bad line."""
+    for path in files:
+        with _bar(source, os.path.getsize(path), path.name) as bar:
+            for number, line in text_lines(path, source, bar):
+                record = None
+                with source.place(path, number):
+                    record = _record(line)
+                if record is not None:
+                    yield (path, number), record
 
 
 def text_lines(path: Path, source: Source, bar=lambda size: None) -> Iterator[tuple[int, bytes]]:
@@ -122,7 +123,7 @@ def _record(line):
 
 
 @contextmanager
-def progress(source, total, name, unit="B"):
+def _bar(source, total, name, unit="B"):
     """Give a function that counts bytes or files, or does nothing; shown after a second only."""
     if not source.progress:
         yield lambda n: None
@@ -207,11 +208,11 @@ def _check_blocks(keys, prompt_tokens, block_tokens):
         )
 
 
-def read_mooncake(path: Path, source: Source) -> TraceBuilder:
+def read_mooncake(files: Sequence[Path], source: Source) -> TraceBuilder:
     """Mooncake: ``timestamp`` (ms), ``input_length``, ``output_length``, chained ``hash_ids``."""
     builder = TraceBuilder(source.block_tokens or 512)
-    for line, record in _lines(path, source):
-        with source.place(path, line):
+    for place, record in _lines(files, source):
+        with source.place(*place):
             keys = _keys(record, "hash_ids")
             prompt = _tokens(record, "input_length")
             _check_blocks(keys, prompt, builder.block_tokens)
@@ -220,12 +221,12 @@ def read_mooncake(path: Path, source: Source) -> TraceBuilder:
     return builder
 
 
-def read_qwen(path: Path, source: Source) -> TraceBuilder:
+def read_qwen(files: Sequence[Path], source: Source) -> TraceBuilder:
     """Qwen-Bailian: seconds, 16-token blocks whose ids are *not* chained, chats as sessions."""
     builder = TraceBuilder(source.block_tokens or 16, chained=False)
     chats: dict[int, int] = {}  # chat -> session: its first chat's number
-    for line, record in _lines(path, source):
-        with source.place(path, line):
+    for place, record in _lines(files, source):
+        with source.place(*place):
             keys = _keys(record, "hash_ids", chained=False)
             prompt = _tokens(record, "input_length")
             _check_blocks(keys, prompt, builder.block_tokens)
@@ -238,34 +239,32 @@ def read_qwen(path: Path, source: Source) -> TraceBuilder:
     return builder
 
 
-def read_lmcache(path: Path, source: Source) -> TraceBuilder:
+def read_lmcache(files: Sequence[Path], source: Source) -> TraceBuilder:
     """LMCache's ``lookup_hashes_*.jsonl`` (``lmcache server --lookup-hash-log-dir``).
 
     Hashes are of complete chunks and chained; equal ones of two models differ here.
     """
-    files = [path] if path.is_file() else sorted(path.glob("lookup_hashes_*.jsonl*"))
     builder = None
-    for file in files:
-        for line, record in _lines(file, source):
-            with source.place(file, line):
-                chunk = _tokens(record, "chunk_size")
-                size = builder.block_tokens if builder else source.block_tokens or chunk
-                if chunk != size or not chunk:
-                    raise ValueError(f"chunk_size must be {size or '>= 1'}, got {chunk}")
-                keys = _hash_keys(record, "chunk_hashes", source.number(record["model_name"]))
-                prompt = _tokens(record, "seq_len")
-                _check_blocks(keys, prompt, chunk)
-                arrival_s = float(_number(record, "timestamp", -math.inf))
-                builder = builder or TraceBuilder(size, shown=_hash_text)
-                builder.add(keys, arrival_s, prompt)
+    for place, record in _lines(files, source):
+        with source.place(*place):
+            chunk = _tokens(record, "chunk_size")
+            size = builder.block_tokens if builder else source.block_tokens or chunk
+            if chunk != size or not chunk:
+                raise ValueError(f"chunk_size must be {size or '>= 1'}, got {chunk}")
+            keys = _hash_keys(record, "chunk_hashes", source.number(record["model_name"]))
+            prompt = _tokens(record, "seq_len")
+            _check_blocks(keys, prompt, chunk)
+            arrival_s = float(_number(record, "timestamp", -math.inf))
+            builder = builder or TraceBuilder(size, shown=_hash_text)
+            builder.add(keys, arrival_s, prompt)
     return builder or TraceBuilder(source.block_tokens or 256)
 
 
-def read_decisions(path: Path, source: Source) -> TraceBuilder:
-    """Read this kit's decision log: its generations, by their chained ``chunk_keys``."""
-    builder = TraceBuilder(source.block_tokens or _chunk_tokens(path), shown=_hash_text)
-    for line, record in _lines(path, source):
-        with source.place(path, line):
+def read_decision_log(files: Sequence[Path], source: Source) -> TraceBuilder:
+    """Read this kit's decision log, rotated or not: its generations, by their ``chunk_keys``."""
+    builder = TraceBuilder(source.block_tokens or _chunk_tokens(files), shown=_hash_text)
+    for place, record in _lines(files, source):
+        with source.place(*place):
             if record.get("kind", "generation") != "generation":
                 continue
             if not record.get("chunk_keys") and record.get("chunks"):
@@ -277,12 +276,12 @@ def read_decisions(path: Path, source: Source) -> TraceBuilder:
     return builder
 
 
-def _chunk_tokens(path):
+def _chunk_tokens(files):
     """Return the chunk size that fits all usable records: chunks = prompt_tokens // size."""
     low, high = 1, 2**31
     quiet = Source(skip_bad=True)
-    for line, record in _lines(path, quiet):
-        with quiet.place(path, line):
+    for place, record in _lines(files, quiet):
+        with quiet.place(*place):
             keys, tokens = record.get("chunk_keys") or [], _tokens(record, "prompt_tokens")
             _check_blocks(keys, tokens, 1)
             if keys:
@@ -291,35 +290,29 @@ def _chunk_tokens(path):
     if high == 2**31:
         return 256  # LMCache's default; no record has a chunk
     if low > high:
-        raise ValueError(f"{path}, line 1: no one chunk size fits all records; give block_tokens")
+        raise ValueError(
+            f"{files[0]}, line 1: no one chunk size fits all records; give block_tokens"
+        )
     power = 1 << (high.bit_length() - 1)  # the largest power of two <= high
     return power if power >= low else high
 
 
-def read_weka(path: Path, source: Source) -> TraceBuilder:
+def read_weka(files: Sequence[Path], source: Source) -> TraceBuilder:
     """Agentic sessions, a file each; overlaid, sub-agents inside their session.
 
     Ids are local to a file and a model. The tail of a prompt has no id.
     """
-    files = [path] if path.is_file() else _session_files(path)
     rng = np.random.default_rng(source.seed)
     if len(files) > 1:
         files = [files[i] for i in rng.permutation(len(files))][: source.max_sessions]
     starts_s = np.cumsum(rng.exponential(3600.0 / source.sessions_per_hour, len(files)))
     builder = None
-    with progress(source, len(files), "reading", " sessions") as bar:
+    with _bar(source, len(files), "reading", " sessions") as bar:
         for session, (file, start_s) in enumerate(zip(files, starts_s)):
             with source.place(file, 1):
                 builder = _add_session(file, session, float(start_s), source, builder)
             bar(1)
     return builder or TraceBuilder(source.block_tokens or 64)
-
-
-def _session_files(folder):
-    files = sorted([*folder.glob("*.json"), *folder.glob("*.json.gz")])
-    if not files:
-        raise ValueError(f"{folder}, line 1: no .json or .json.gz file in this folder")
-    return files
 
 
 def _add_session(file, session, start_s, source, builder):
@@ -374,10 +367,29 @@ def _add_agent_request(builder, request, at_s, session, source):
     builder.add(keys | (scope << 32), at_s, prompt, _tokens(request, "out", 0), session)
 
 
-FORMATS: dict[str, Callable[[Path, Source], TraceBuilder]] = {
-    "mooncake": read_mooncake,
-    "weka": read_weka,
-    "qwen": read_qwen,
-    "lmcache": read_lmcache,
-    "decisions": read_decisions,
+class Format(NamedTuple):
+    """How a format is read, found, and which of `read_trace`'s options it depends on."""
+
+    read: Callable[[Sequence[Path], Source], TraceBuilder]
+    mark: str | None  # a key that its first record has, and no record of a format above
+    files: tuple[str, ...] = ("*.jsonl", "*.jsonl.gz")  # of a folder
+    options: tuple[str, ...] = ("skip_bad", "block_tokens")
+
+    def files_of(self, path: Path) -> list[Path]:
+        """Return the file, or a folder's files of this format, by name."""
+        if not path.is_dir():
+            return [path]
+        return sorted(file for pattern in self.files for file in path.glob(pattern))
+
+
+_OVERLAID = ("skip_bad", "block_tokens", "seed", "sessions_per_hour", "max_sessions")
+
+FORMATS = {
+    "qwen": Format(read_qwen, "chat_id"),
+    "mooncake": Format(read_mooncake, "hash_ids"),
+    "lmcache": Format(
+        read_lmcache, "chunk_hashes", ("lookup_hashes_*.jsonl", "lookup_hashes_*.jsonl.gz")
+    ),
+    "decisions": Format(read_decision_log, "prompt_digest"),
+    "weka": Format(read_weka, None, ("*.json", "*.json.gz"), _OVERLAID),
 }

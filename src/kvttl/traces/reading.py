@@ -1,7 +1,8 @@
 """Reads traces in the formats that users have into one `Trace`.
 
-Mooncake, Qwen-Bailian, LMCache's lookup-hash logs and this kit's decision log
-are JSON lines; WEKA's agentic sessions are a file each. All may be gzipped.
+Mooncake, Qwen-Bailian, LMCache's lookup-hash logs and this kit's decision logs
+are JSON lines, in one file or in a folder of rotated ones; WEKA's agentic
+sessions are a file each. All may be gzipped.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def read_trace(
     path = Path(path)
     if not 0 < sessions_per_hour < math.inf:
         raise ValueError(f"sessions_per_hour must be > 0 and finite, got {sessions_per_hour!r}")
-    source = Source(skip_bad, progress, seed, sessions_per_hour, max_sessions, block_tokens)
+    rate = float(sessions_per_hour)
+    source = Source(skip_bad, progress, seed, rate, max_sessions, block_tokens)
     return _read(path, format, source, cache_dir)
 
 
@@ -82,16 +84,19 @@ def _read(path, format, source, cache_dir):
         raise FileNotFoundError(f"there is no trace at {path}")
     if path.suffix == ".npz":
         return load_trace(path)
-    cached = cache_dir and Path(cache_dir) / _cache_name(path, format, source)
+    name = format or detect_format(path)
+    if name not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
+    files = FORMATS[name].files_of(path)
+    if not files:
+        raise ValueError(f"{path}: no {' or '.join(FORMATS[name].files)} file in this folder")
+    cached = cache_dir and Path(cache_dir) / _cache_name(path, name, files, source)
     if cached and cached.exists():
         try:
             return load_trace(cached)
         except ValueError as error:
             warnings.warn(f"{error}; {path} is read anew", stacklevel=3)
-    name = format or detect_format(path)
-    if name not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
-    trace = FORMATS[name](path, source).finish(path.name, source.skipped)
+    trace = FORMATS[name].read(files, source).finish(path.name, source.skipped)
     if cached:
         cached.parent.mkdir(parents=True, exist_ok=True)
         save_trace(trace, cached)
@@ -101,25 +106,23 @@ def _read(path, format, source, cache_dir):
 def detect_format(path: str | Path) -> str:
     """Return the name in `FORMATS` that fits a file or folder, from its first record."""
     path = Path(path)
-    if path.is_dir():
-        return "lmcache" if any(path.glob("lookup_hashes_*.jsonl*")) else "weka"
-    if path.name.removesuffix(".gz").endswith(".json"):
+    if path.is_file() and path.name.removesuffix(".gz").endswith(".json"):
         return "weka"
-    lines = text_lines(path, Source())
-    first = next((line for _, line in lines), b"").decode(errors="replace")
-    lines.close()
-    for name, mark in (("lmcache", "chunk_hashes"), ("qwen", "chat_id"), ("mooncake", "hash_ids")):
-        if f'"{mark}"' in first:
+    files = sorted(path.glob("*.jsonl*")) if path.is_dir() else [path]
+    lines = (line for file in files for _, line in text_lines(file, Source()))
+    first = next(lines, b"").decode(errors="replace")
+    for name, format in FORMATS.items():
+        if format.mark and f'"{format.mark}"' in first:
             return name
-    if '"prompt_digest"' in first:
-        return "decisions"
+    if path.is_dir() and FORMATS["weka"].files_of(path):
+        return "weka"
     raise ValueError(f"{path}, line 1: no format of {', '.join(FORMATS)} fits: {first[:80]!r}")
 
 
-def _cache_name(path, format, source):
-    """Name a trace's compact copy after everything it depends on."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-    parts = [CACHE_VERSION, READER_VERSION, str(path.resolve()), format, source]
+def _cache_name(path, name, files, source):
+    """Name a trace's compact copy after what its content depends on, and nothing else."""
+    parts = [CACHE_VERSION, READER_VERSION, str(path.resolve()), name]
+    parts += [getattr(source, option) for option in FORMATS[name].options]
     parts += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return f"{path.name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.npz"
 

@@ -54,7 +54,7 @@ class Trace:
 
     Examples
     --------
-    >>> from trace_builder import make_trace
+    >>> from kvttl.traces.builder import make_trace
     >>> trace = make_trace([[0, 1, 2], [0, 1, 3]], arrival_s=[0, 5], block_tokens=16)
     >>> trace
     Trace(2 requests, 6 accesses, 4 unique blocks of 16 tokens, 5 s)

@@ -1,0 +1,196 @@
+"""LMCache's key directory, read and changed for one model and one tenant."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from caching_heuristics import TIERS
+from kvttl.lmcache.client import LMCacheHTTP
+from kvttl.lmcache.layout import KVLayout, Outcome, check_tokens, unseen
+from kvttl.lmcache.tiers import tier_of
+
+_VERIFY_S = 0.5  # a delete shows in the directory within an event flush (0.2 s by default)
+
+
+class Directory:
+    """Where LMCache's servers hold the KV of one model and tenant, and how to change it.
+
+    Other models' and tenants' chunks of equal tokens have equal hashes: what the
+    coordinator lists of them is left out of every answer.
+
+    Parameters
+    ----------
+    http : LMCacheHTTP
+        The calls.
+    model : str
+        The model name that the engine stores KV under.
+    world_size : int
+        The engine's tensor-parallel size.
+    cache_salt : str
+        The tenant.
+    """
+
+    def __init__(
+        self, http: LMCacheHTTP, model: str, world_size: int = 1, cache_salt: str = ""
+    ) -> None:
+        self.model = model
+        self.world_size = world_size
+        self.cache_salt = cache_salt
+        self._http = http
+        self._shapes: list[dict] = []  # object keys of a chunk, without its hash
+
+    def of_model(self, model: str) -> Directory:
+        """Return the same tenant's directory of another model."""
+        return Directory(self._http, model, self.world_size, self.cache_salt)
+
+    # ---- reading -----------------------------------------------------------------
+
+    def layout(self, tokens: Sequence[int]) -> KVLayout:
+        """Return where each complete chunk of a prompt is."""
+        tokens = check_tokens(tokens)
+        return self._look_up(self._prompt(tokens)) if tokens else KVLayout((), {})
+
+    def layout_of(self, keys: Sequence[str], instance_id: str) -> KVLayout:
+        """Return where chunks are, by their keys; `instance_id` holds some chunk of this model."""
+        if keys and not self._shapes:  # a new process that looks at KV of an earlier one
+            self.listed(instance_id)
+        return self._look_up_keys(
+            {**shape, "chunk_hash_hex": key} for key in keys for shape in self._shapes
+        )
+
+    def listed(self, instance_id: str, tiers: Iterable[str] = TIERS) -> KVLayout:
+        """Return where all chunks are that some tiers of an instance hold."""
+        keys = (key for tier in tiers for key in self._http.list_keys(instance_id, tier))
+        return self._look_up_keys({str(key): key for key in keys if self._is_ours(key)}.values())
+
+    def again(self, layout: KVLayout) -> KVLayout:
+        """Return where the same chunks are now."""
+        return self._look_up_keys(handle for key in layout.keys for handle in layout.handles[key])
+
+    def _look_up_keys(self, handles):
+        handles = list(handles)
+        return self._look_up({"keys": handles}) if handles else KVLayout((), {})
+
+    def _look_up(self, query):
+        entries = [entry for entry in self._http.lookup(query) if self._is_ours(entry["key"])]
+        layout = read_layout(entries)
+        if layout.keys and not self._shapes:
+            self._shapes = [
+                {name: value for name, value in handle.items() if name != "chunk_hash_hex"}
+                for handle in layout.handles[layout.keys[0]]
+            ]
+        return layout
+
+    def _prompt(self, tokens):
+        return {
+            "model_name": self.model,
+            "world_size": self.world_size,
+            "token_ids": tokens,
+            "cache_salt": self.cache_salt,
+        }
+
+    def _is_ours(self, key):
+        return (key["model_name"], key["cache_salt"]) == (self.model, self.cache_salt)
+
+    # ---- changing ----------------------------------------------------------------
+
+    def demote(self, layout: KVLayout, instance_id: str, tier: str, timeout_s: float) -> Outcome:
+        """Delete the hotter copies of each chunk once the directory shows one in `tier`."""
+        total = len(layout.keys)
+        layout, waiting, shown = self._clear(layout, instance_id, tier, timeout_s)
+        outcome = Outcome(moved=total - len(waiting) - len(shown), layout=layout)
+        outcome.skip(unseen(tier), len(waiting))
+        outcome.skip("hotter copy still shown (in use?)", len(shown))
+        return outcome
+
+    def discard(self, layout: KVLayout, instance_id: str) -> int:
+        """Delete every copy of some chunks on one instance; returns how many keep one."""
+        return len(self._clear(layout, instance_id, None, 0.0)[2])
+
+    def promote(
+        self, layout: KVLayout, instance_id: str, tokens: Sequence[int], timeout_s: float
+    ) -> Outcome:
+        """Prefetch a prefix of a prompt into gpu; wait until the chunks of `layout` are there."""
+        deadline_s = time.monotonic() + timeout_s
+        self._http.prefetch(instance_id, self._prompt(check_tokens(tokens)))
+        for pause_s in _pauses_s():
+            time.sleep(pause_s)
+            layout = self.again(layout)
+            left = len(layout.keys) - layout.counts(instance_id)["gpu"]
+            if not left or time.monotonic() >= deadline_s:
+                break
+        outcome = Outcome(moved=len(layout.keys) - left, layout=layout)
+        outcome.skip(unseen("gpu"), left)
+        return outcome
+
+    def _clear(self, layout, instance_id, tier, timeout_s):
+        """Delete the copies hotter than `tier` (None: all) of chunks that have one there.
+
+        Returns the last layout, the chunks still without a copy in `tier`, and the copies
+        still shown that were to be deleted.
+        """
+        sent_at_s: dict = {}
+        deadline_s = time.monotonic() + timeout_s
+        for pause_s in _pauses_s():
+            held = dict(zip(layout.keys, layout.of(instance_id)))
+            waiting = [key for key in held if tier is not None and tier not in held[key]]
+            due = {key: gone for key in held if (gone := _may_go(held[key], tier))}
+            self._delete(instance_id, layout, due, sent_at_s)
+            late_s = time.monotonic() - deadline_s
+            # Deletes that were sent are seen through even when nothing is waited for.
+            if not (waiting or due) or late_s > (_VERIFY_S if due else 0):
+                break
+            time.sleep(pause_s)
+            layout = self.again(layout)
+        return layout, waiting, due
+
+    def _delete(self, instance_id, layout, due, sent_at_s):
+        """Send deletes; again at once for locked copies (still being written to L2)."""
+        now_s, groups = time.monotonic(), {}
+        for key, held in due.items():
+            again_s = (sent_at_s.get((key, tier), -math.inf) + _VERIFY_S for tier in held)
+            tiers = tuple(tier for tier, at_s in zip(held, again_s) if now_s >= at_s)
+            groups.setdefault(tiers, []).append(key)
+        groups.pop((), None)
+        for tiers, keys in groups.items():
+            handles = [handle for key in keys for handle in layout.handles[key]]
+            if not self._http.delete(instance_id, tiers, handles):
+                sent_at_s.update({(key, tier): now_s for key in keys for tier in tiers})
+
+
+def _pauses_s():
+    """Yield the pauses between look-ups (about 5 ms each): longer the longer it has taken."""
+    pause_s = 0.005  # a delete mostly shows by then; a store or load takes tens of ms
+    while True:
+        yield pause_s
+        pause_s = min(1.25 * pause_s, 0.05)
+
+
+def _may_go(held, target):
+    """Return the tiers whose copies of a chunk may go: all (None), or those hotter than target."""
+    if target is None:
+        return held
+    return held[: held.index(target)] if target in held else ()
+
+
+def read_layout(entries: Iterable[Mapping[str, Any]]) -> KVLayout:
+    """Turn directory entries of one model and tenant (one per object key) into a layout."""
+    handles: dict[str, list] = {}
+    placements: dict[str, list] = {}
+    for entry in entries:
+        key = entry["key"]["chunk_hash_hex"]
+        handles.setdefault(key, []).append(entry["key"])
+        placements.setdefault(key, []).append(
+            {(place["instance_id"], tier_of(place)) for place in entry["placements"]}
+        )
+    # With several ranks a chunk is in a tier only if every rank's object is.
+    common = {key: set.intersection(*sets) for key, sets in placements.items()}
+    instances = sorted({name for held in common.values() for name, tier in held if tier})
+    tiers = {
+        name: tuple(tuple(t for t in TIERS if (name, t) in held) for held in common.values())
+        for name in instances
+    }
+    return KVLayout(tuple(common), tiers, {key: tuple(h) for key, h in handles.items()})

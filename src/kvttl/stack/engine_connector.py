@@ -1,0 +1,103 @@
+"""LMCache's connector for vLLM, with which no aborted request ends the engine.
+
+vLLM loads it by name: ``KVTransferConfig(kv_connector="LMCacheMPConnector",
+kv_connector_module_path="kvttl.stack.engine_connector", ...)``, as
+`kvttl.stack.config.kv_transfer_config` does.
+
+vLLM frees a finished request's blocks at one report of the worker. Which one is agreed in
+`request_finished`: True = the report of its store; False = at once, or, when its load is under
+way, the report of the load. LMCache 0.5.6 answers True for every request and reports a store
+also for one that is aborted while it loads: the engine ends at the second report (vLLM issue
+46240, LMCache issue 4938), and where LMCache copies by itself (GPU) the blocks may be free for
+others before the load has ended. Here such a request waits for the report of its load alone,
+and the report of a store waits for the request's last store.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.lmcache_mp_connector import (
+    LMCacheMPConnector as _LMCacheMPConnector,
+)
+from vllm.v1.core.sched.scheduler import Scheduler
+
+_HOOKS = (
+    "update_state_after_alloc",
+    "update_connector_output",
+    "request_finished",
+    "build_connector_meta",
+    "get_finished",
+)
+
+
+class LMCacheMPConnector(_LMCacheMPConnector):
+    """Connects vLLM to an LMCache server; parameters are those of LMCache's own connector.
+
+    Raises
+    ------
+    RuntimeError
+        This vLLM or LMCache works in another way than the ones it was written for.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        _check_versions()
+        super().__init__(*args, **options)
+        self._loading: set[str] = set()  # scheduler: a load was ordered and not yet reported
+        self._aborted_loads: set[str] = set()  # scheduler: finished meanwhile; for the workers
+        self._finished: set[str] = set()  # worker: finished, while a store is under way
+
+    # ---- in the scheduler's process -----------------------------------------
+
+    def update_state_after_alloc(self, request, blocks, num_external_tokens: int) -> None:
+        """Note a request whose KV cache vLLM will wait for."""
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        if num_external_tokens > 0:
+            self._loading.add(request.request_id)
+
+    def update_connector_output(self, connector_output) -> None:
+        """Note the loads that have ended, before vLLM acts on them."""
+        super().update_connector_output(connector_output)
+        self._loading.difference_update(connector_output.finished_recving or ())
+
+    def request_finished(self, request, block_ids) -> tuple[bool, dict[str, Any] | None]:
+        """Return whether the blocks wait for the report of a store."""
+        if request.request_id not in self.request_trackers:
+            request.kv_transfer_params = None  # aborted unseen: LMCache has nothing to tell of it
+        waits_for_store, parameters = super().request_finished(request, block_ids)
+        if request.request_id in self._loading:  # then vLLM waits for the load by itself
+            self._loading.remove(request.request_id)
+            self._aborted_loads.add(request.request_id)
+            waits_for_store = False
+        return waits_for_store, parameters
+
+    def build_connector_meta(self, scheduler_output):
+        """Tell the workers which of the finished requests are not to be reported as stored."""
+        metadata = super().build_connector_meta(scheduler_output)
+        metadata.aborted_loads = self._aborted_loads & scheduler_output.finished_req_ids
+        self._aborted_loads -= metadata.aborted_loads
+        return metadata
+
+    # ---- in the workers -----------------------------------------------------
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Return the requests whose stores have ended, and those whose loads have."""
+        self._finished |= finished_req_ids - self._get_connector_metadata().aborted_loads
+        storing = self._finished & self.worker_adapter.store_futures.keys()
+        stored, loaded = super().get_finished(self._finished - storing)
+        self._finished = storing
+        return stored, loaded
+
+
+def _check_versions() -> None:
+    """Refuse a vLLM or LMCache that would not call, or not heed, the methods above."""
+    missing = [name for name in _HOOKS if not hasattr(_LMCacheMPConnector, name)]
+    if "delay_free_blocks" not in inspect.signature(Scheduler._free_request).parameters:
+        missing.append("Scheduler._free_request(delay_free_blocks)")
+    if missing:
+        raise RuntimeError(
+            f"engine_connector was written for vLLM 0.30 and LMCache 0.5.6; here {missing} "
+            "are missing: leave kv_connector_module_path out of the KVTransferConfig if aborted "
+            "requests no longer end this engine, else install the versions above"
+        )

@@ -1,0 +1,96 @@
+"""Requests that are given up, on real engines: nobody else notices, and no block is lost."""
+
+from __future__ import annotations
+
+import pytest
+from abort_storm import all_blocks_free, random_prompts, storm
+
+from kvttl.session.demo_model import model_path
+
+ROUNDS = 40  # about 70 aborts an engine
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return random_prompts(12, seed=7)
+
+
+@pytest.fixture(scope="module")
+def texts(stack, prompts):
+    """What an engine without LMCache answers."""
+    from vllm import LLM, SamplingParams
+
+    options = stack.engine_kwargs(model_path())
+    del options["kv_transfer_config"]
+    engine = LLM(**options)
+    sampling = SamplingParams(temperature=0.0, max_tokens=6)
+    outputs = [engine.generate(prompt, sampling, use_tqdm=False)[0] for prompt in prompts]
+    engine.llm_engine.engine_core.shutdown()
+    return [output.outputs[0].text for output in outputs]
+
+
+@pytest.fixture(scope="module", params=["engine_driven", "lmcache_driven"])
+def engine(request, stack):
+    """CPU engines copy KV themselves, in order; GPU engines schedule ahead, and LMCache copies."""
+    from vllm import LLM
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMCACHE_MP_TRANSFER_MODE", request.param)
+        options = {"async_scheduling": request.param == "lmcache_driven"}
+        made = LLM(**stack.engine_kwargs(model_path(), **options))
+    yield made
+    made.llm_engine.engine_core.shutdown()
+
+
+def test_aborts_at_random_moments(engine, greedy, prompts, texts):
+    engine.generate(prompts, greedy, use_tqdm=False)
+    assert all_blocks_free(engine)
+    aborted, answers = storm(engine, greedy, prompts, ROUNDS, seed=0)
+    assert aborted > ROUNDS and len(answers) > 10
+    assert [(known, texts[known]) for known, _ in answers] == answers
+    assert all_blocks_free(engine)
+    outputs = engine.generate(prompts, greedy, use_tqdm=False)
+    assert [output.outputs[0].text for output in outputs] == texts
+    assert sum(output.num_cached_tokens for output in outputs) > 5000, "nothing came from LMCache"
+
+
+def test_a_batch_with_a_prompt_that_is_too_long(engine, greedy, prompts, texts):
+    too_long = {"prompt_token_ids": [17] * 3000}
+    for _ in range(10):
+        with pytest.raises(ValueError, match="2048|maximum"):
+            engine.generate([*prompts[:6], too_long], greedy, use_tqdm=False)
+        outputs = engine.generate(prompts[:3], greedy, use_tqdm=False)
+        assert [output.outputs[0].text for output in outputs] == texts[:3]
+    assert all_blocks_free(engine)
+
+
+def test_a_request_that_asks_for_counts_and_is_aborted_unseen(engine, greedy, prompts, texts):
+    from vllm import SamplingParams
+
+    asking = {"kv_transfer_params": {"cached_token_stats": True}}
+    sampling = SamplingParams(temperature=0.0, max_tokens=6, extra_args=asking)
+    for number in range(10):
+        name = f"unseen-{number}"
+        engine.llm_engine.add_request(name, prompts[0], sampling)
+        engine.llm_engine.abort_request([name])
+    assert engine.generate(prompts[0], greedy, use_tqdm=False)[0].outputs[0].text == texts[0]
+    assert all_blocks_free(engine)
+
+
+def test_the_shared_engine_is_started_again_when_it_has_died(shared_engine, greedy, prompts, texts):
+    before = shared_engine.get()
+    assert shared_engine.get() is before
+    process = before.llm_engine.engine_core.resources.engine_manager.processes[0]
+    process.kill()
+    process.join(20)
+    with pytest.warns(UserWarning, match="shared engine has died"):
+        after = shared_engine.get()
+    assert after.generate(prompts[0], greedy, use_tqdm=False)[0].outputs[0].text == texts[0]
+
+
+def test_another_vllm_is_refused_in_words(monkeypatch):
+    from kvttl.stack import engine_connector
+
+    monkeypatch.setattr(engine_connector.Scheduler, "_free_request", lambda self, request: None)
+    with pytest.raises(RuntimeError, match=r"vLLM 0.30 and LMCache 0.5.6.*delay_free_blocks"):
+        engine_connector.LMCacheMPConnector(None, None, None)
