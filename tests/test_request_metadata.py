@@ -234,12 +234,11 @@ def test_threads_lose_no_access():
 
 # A call that must fail, and what the message must name.
 BAD_CALLS = [
-    (lambda: PromptHistory(0), "chunk_size_tokens must be an integer in 1..*, got 0"),
+    (lambda: PromptHistory(0), "chunk_size_tokens must be a whole number >= 1, got 0"),
     (lambda: PromptHistory(2.0), "chunk_size_tokens .* got 2.0"),
     (lambda: PromptHistory(True), "chunk_size_tokens .* got True"),
-    (lambda: PromptHistory(1, 0), r"max_patterns must be an integer in 1\.\.2147483646, got 0"),
-    (lambda: PromptHistory(1, 2**31), "max_patterns .* got 2147483648"),
-    (lambda: PromptHistory(1).observe([1], math.nan), "now_s must be a number .*, got nan"),
+    (lambda: PromptHistory(1, 0), "max_patterns must be a whole number >= 1, got 0"),
+    (lambda: PromptHistory(1).observe([1], math.nan), "now_s must be .*, got nan"),
     (lambda: PromptHistory(1).observe([1], "3"), "now_s .* got '3'"),
     (lambda: PromptHistory(1).observe([1], 10**400), "now_s .* got 1000"),
     (lambda: PromptHistory(1).observe([1], None), "now_s .* got None"),
@@ -248,9 +247,9 @@ BAD_CALLS = [
     (lambda: PromptHistory(1).observe([2**63], 0), "tokens .* got"),
     (lambda: PromptHistory(1).observe(b"12345678", 0), "tokens .* got"),
     (lambda: PromptHistory(1).observe(None, 0), "tokens .* got None"),
-    (lambda: PromptHistory(1).note_perplexity(1, 0), "perplexity must be a number .*, got 0"),
+    (lambda: PromptHistory(1).note_perplexity(1, 0), "perplexity must be > 0 and finite, got 0"),
     (lambda: PromptHistory(1).note_perplexity(1, math.inf), "perplexity .* got inf"),
-    (lambda: output_perplexity(None, 0), "vocab_size must be an integer .*, got 0"),
+    (lambda: output_perplexity(None, 0), "vocab_size must be a whole number .*, got 0"),
     (lambda: RequestMetadata(PromptHistory(1), vocab_size=None), "vocab_size .* got None"),
     (lambda: RequestMetadata(PromptHistory(1), "x"), "'generation', 'prompt', 'off', got 'x'"),
     (lambda: RequestMetadata(PromptHistory(1), "prompt"), "scorer must be callable .* got None"),

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from caching_heuristics import METADATA_FIELDS, check_metadata
+from caching_heuristics import METADATA_FIELDS, check_metadata, check_number
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +89,8 @@ class PromptHistory:
     """
 
     def __init__(self, chunk_size_tokens: int, max_patterns: int = 200_000) -> None:
-        self.chunk_size_tokens = int(_check("chunk_size_tokens", chunk_size_tokens))
-        self.max_patterns = int(_check("max_patterns", max_patterns))
+        self.chunk_size_tokens = _check_count("chunk_size_tokens", chunk_size_tokens)
+        self.max_patterns = _check_count("max_patterns", max_patterns)
         self._lock = threading.Lock()
         self._patterns: OrderedDict[int, _Pattern] = OrderedDict()  # the oldest first
 
@@ -104,7 +104,7 @@ class PromptHistory:
         """
         keys = self._pattern_keys(tokens)
         # Within these, squared gaps stay far from the largest float.
-        now_s = float(_check("now_s", now_s, -1e100, 1e100, numbers.Real))
+        now_s = check_number("now_s", now_s, -1e100, 1e100)
         if not keys:
             return Observation()
         with self._lock:
@@ -174,7 +174,7 @@ def output_perplexity(output: Any, vocab_size: int) -> float | None:
     >>> output_perplexity(Made(outputs=[Made(logprobs=[position])]), vocab_size=1000)
     4.0
     """
-    _check("vocab_size", vocab_size)
+    _check_count("vocab_size", vocab_size)
     try:
         entropy = _mean_entropy(output.outputs[0].logprobs, vocab_size)
     except Exception:  # an output of any other shape: a measurement must not lose the text
@@ -264,7 +264,7 @@ class RequestMetadata:
         if not callable(scorer) and (scorer is not None or perplexity_source == "prompt"):
             raise ValueError(f"scorer must be callable (token ids -> perplexity), got {scorer!r}")
         self.history, self.perplexity_source, self._scorer = history, perplexity_source, scorer
-        self.vocab_size = _check("vocab_size", vocab_size)
+        self.vocab_size = _check_count("vocab_size", vocab_size)
         self._scoring = threading.RLock()  # so that no pattern is scored twice at once
 
     @property
@@ -342,12 +342,12 @@ def _as_int64(tokens):
     raise ValueError(f"tokens must be a sequence of integers within int64, got {tokens!r:.80}")
 
 
-def _check(name, value, lowest=1, highest=2**31 - 2, kind=numbers.Integral):
-    if isinstance(value, bool) or not isinstance(value, kind) or not lowest <= value <= highest:
-        noun = "an integer" if kind is numbers.Integral else "a number"
-        raise ValueError(f"{name} must be {noun} in {lowest}..{highest}, got {value!r}")
-    return value
+def _check_count(name, value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    return int(value)
 
 
 def _check_perplexity(value):
-    return float(_check("perplexity", value, 1e-300, 1e300, numbers.Real))
+    field = METADATA_FIELDS["perplexity"]
+    return check_number("perplexity", value, field.low, field.high, field.open_low)
