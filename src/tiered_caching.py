@@ -53,7 +53,13 @@ from kvttl.manager.placement import KVPlacement
 from kvttl.manager.policy import Policy
 from kvttl.manager.recovery import adopt_unclaimed, recover_claims
 from kvttl.manager.settling import Settler
-from kvttl.storage.redis_client import MAX_REDIS_TTL_MS, _address, _connect
+from kvttl.storage.redis_client import (
+    DEFAULT_LIMITS,
+    MAX_REDIS_TTL_MS,
+    RedisLimits,
+    address_of,
+    connect,
+)
 from kvttl.storage.sealed import (
     SECRET_BYTES,
     Record,
@@ -357,7 +363,7 @@ class RemoteBackend(BaseBackend):
         key_prefix: str = "kvttl:",
         secret: bytes | None = None,
         client: redis.Redis | None = None,
-        timeout_s: float = 5.0,
+        timeout_s: float = DEFAULT_LIMITS.timeout_s,
         **options: Any,
     ):
         if client is not None and url is not None or options and url is None:
@@ -366,10 +372,11 @@ class RemoteBackend(BaseBackend):
         self._prefix = key_prefix.encode()
         self._signer = Signer(secret, self.tier)
         self._owns_client = client is None
-        self._client = _connect(url, timeout_s, options) if client is None else client
+        limits = RedisLimits(timeout_s, timeout_s)
+        self._client = connect(url, limits, **options) if client is None else client
         if self._client.get_encoder().decode_responses:
             raise ValueError("decode_responses must be off: the values are bytes")
-        self.address = _address(self._client)
+        self.address = address_of(self._client)
 
     def get(self, key: str) -> Any:
         redis_key = self._redis_key(key)

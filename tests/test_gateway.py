@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -749,7 +748,7 @@ def test_ctrl_c_leaves_nothing_behind(command):
 
 def test_attaching_uses_the_stack_that_runs(stack, redis_url, tmp_path):
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump({"stack": asdict(stack.config) | {"redis_url": None}}))
+    config.write_text(yaml.safe_dump({"stack": vars(stack.config) | {"redis_url": None}}))
     options = SimpleNamespace(attach=True, config=str(config), redis_url=redis_url)
     with agent_gateway._stack(options) as attached:
         assert attached.started == []

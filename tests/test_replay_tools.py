@@ -392,10 +392,10 @@ def test_make_replay_takes_tiers_and_settings(capsys):
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        (["--policy", "clock"], "POLICY must be one of"),
+        (["--policy", "clock"], "unknown POLICY 'clock': "),
         (["--capacity", "many"], "CAPACITY must be"),
         (["--capacity", "1,2"], "CAPACITY must be one value"),
-        (["--set", "speed=3"], "SET must name one of"),
+        (["--set", "speed=3"], "unknown setting 'speed': "),
         (["--set", "base_ttl=x"], "base_ttl must be a number"),
         (["--set", "base_ttl=-1"], "base_ttl must be > 0"),
         (["--trace", "absent.jsonl"], "there is no trace"),

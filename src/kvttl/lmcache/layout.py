@@ -197,19 +197,21 @@ class BaseController(ABC):
         if keys is not None and (tokens, chunks) != (None, None):
             raise ValueError("give keys, or tokens (and chunks), not both")
         request = MoveRequest(source, target, tokens, timeout_s)
-        if refusal := self._refusal(request):
-            outcome = Outcome(status="unsupported", reason=refusal)
-        elif source == target:
-            outcome = Outcome(status="noop", reason="already there")
-        else:
-            found = self._look(request, keys) if layout is None else layout
-            outcome = self._move(request, found, found.indices(chunks, keys))
+        outcome = self._carry_out(request, chunks, keys, layout)
         return {
             **outcome.as_dict(self.chunk_size_tokens),
             "from": source[1],
             "to": target[1],
             "latency_s": time.perf_counter() - start_s,
         }
+
+    def _carry_out(self, request, chunks, keys, layout):
+        if refusal := self._refusal(request):
+            return Outcome(status="unsupported", reason=refusal)
+        if request.source == request.target:
+            return Outcome(status="noop", reason="already there")
+        found = self._look(request, keys) if layout is None else layout
+        return self._move(request, found, found.indices(chunks, keys))
 
     def _refusal(self, request: MoveRequest) -> str:
         """Return why this direction cannot be done at all, or an empty string."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from kvttl.decisions.log import DecisionRecord
-from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
+from kvttl.lmcache.client import LMCacheError
 from kvttl.manager.draft import Wish
 from kvttl.manager.settling import Settler
 
@@ -78,7 +78,7 @@ def adopt_unclaimed(settler: Settler, now_s: float, ttl_s: float) -> None:
     settler.has_unclaimed = False  # before looking: another one may give way meanwhile
     try:
         settler.adopt(settler.held(), frozenset(), now_s, ttl_s)
-    except (LMCacheUnavailable, LMCacheError) as error:
+    except LMCacheError as error:
         settler.has_unclaimed = True
         logger.info("adopting KV without a claim waits: %s", error)
 

@@ -7,14 +7,14 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields
 
-from caching_heuristics import TIERS, HeuristicConfig
+from caching_heuristics import TIERS, HeuristicConfig, unknown_name
 from kvttl.replay.baselines import BASELINES, replay_baseline
 from kvttl.replay.costs import TierCosts, result_costs
 from kvttl.replay.engine import replay
 from kvttl.replay.policies import POLICIES, ReplayPolicy
 from kvttl.replay.result import ReplayResult
+from kvttl.settings import settings_from
 from kvttl.traces.formats import FORMATS, SESSIONS_PER_HOUR
 from kvttl.traces.reading import read_trace
 
@@ -54,17 +54,7 @@ def parse_settings(pairs: Sequence[str]) -> HeuristicConfig:
     >>> parse_settings(["base_ttl=300", "gamma=0"]).base_ttl
     300.0
     """
-    names = {field.name for field in fields(HeuristicConfig)}
-    values = {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        if name not in names:
-            raise ValueError(f"SET must name one of {', '.join(sorted(names))}, got {pair!r}")
-        try:
-            values[name] = float(value)
-        except ValueError:
-            raise ValueError(f"{name} must be a number, got {value!r}") from None
-    return HeuristicConfig(**values)
+    return settings_from(dict(pair.partition("=")[::2] for pair in pairs))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,7 +93,7 @@ def _run(options):
     capacity, config = parse_capacity(options.capacity), parse_settings(options.settings)
     known = (*POLICIES, *BASELINES)
     if options.policy not in known:
-        raise ValueError(f"POLICY must be one of {', '.join(known)}, got {options.policy!r}")
+        raise ValueError(unknown_name("POLICY", options.policy, known))
     start_s = time.perf_counter()
     trace = read_trace(
         options.trace,

@@ -13,7 +13,7 @@ from typing import Any
 
 from caching_heuristics import check_metadata
 from kvttl.decisions.metrics import DecisionMetrics
-from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
+from kvttl.lmcache.client import LMCacheError
 from kvttl.serve.engine import KV_METADATA
 from kvttl.serve.vllm_parts import vllm_parts
 from tiered_caching import MultiTierCache
@@ -95,7 +95,7 @@ def health_of(engine: Any, cache: MultiTierCache, metrics: DecisionMetrics) -> d
     try:
         cache.controller.check_health()
         lmcache = "running"
-    except (LMCacheUnavailable, LMCacheError) as error:
+    except LMCacheError as error:
         lmcache = f"away: {error}"
     healthy = "ok" if lmcache == "running" else "degraded"  # generation goes on without it
     return {

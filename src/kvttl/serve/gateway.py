@@ -21,7 +21,7 @@ from typing import Any
 from caching_heuristics import HeuristicConfig
 from kvttl.decisions.log import DecisionLog
 from kvttl.decisions.metrics import DecisionMetrics
-from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
+from kvttl.lmcache.client import LMCacheError
 from kvttl.serve.app import BODY_LIMIT, manage_app, openai_app, server_arguments
 from kvttl.serve.engine import ManagedEngine
 from kvttl.serve.listening import (
@@ -76,6 +76,7 @@ def gateway(
     host: str = "127.0.0.1",
     api_key: str | None = None,
     log: DecisionLog | None = None,
+    recover_from: str | Path | None = None,
     config: HeuristicConfig | None = None,
     perplexity: str = "generation",
     body_limit: int = BODY_LIMIT,
@@ -90,14 +91,12 @@ def gateway(
         Running; it must outlive the block.
     model : str
         A model's folder; see `kvttl.session.demo_model.model_path`.
-    port : int
-        0 = any free port.
-    host : str
-        Only with an API key may it be another than loopback.
-    api_key : str, optional
-        What clients must send.
+    port, host, api_key : int, str, str
+        0 = any free port. Another host than loopback needs a key, which clients must send.
     log : DecisionLog, optional
         Gets every decision.
+    recover_from : str or Path, optional
+        Folder of a log; its claims count again before the first request comes.
     config : HeuristicConfig, optional
         Default: the saved settings.
     perplexity : str
@@ -123,6 +122,7 @@ def gateway(
         cache = exits.enter_context(managed(stack, None, config, background=True, **options))
         engine = ManagedEngine(engine, cache)
         arguments = server_arguments(model, name, api_key, server_options)
+        _recover(cache, recover_from)
         app = loop.run(openai_app(engine, arguments, body_limit))
         manage_app(app, cache, metrics)
         url = exits.enter_context(serving(app, listener, loop))
@@ -217,12 +217,12 @@ def _serve(options):
             "host": options.host,
             "api_key": api_key,
             "log": log,
+            "recover_from": folder,
             "perplexity": options.perplexity,
             "server_options": shlex.split(options.server_options),
         }
         with progress(f"Loading vLLM with {model_name(model)}", about_s=25):
             server = exits.enter_context(gateway(stack, model, options.port, **settings))
-        _recover(server.cache, folder)
         print(_welcome(server, folder, bool(api_key)), flush=True)
         threading.Event().wait()
 
@@ -240,9 +240,11 @@ def _stack(options):
 
 def _recover(cache, folder):
     """Claim what an earlier process has claimed, and KV that nobody has (of an attached stack)."""
+    if folder is None:
+        return
     try:
         found = cache.recover(folder)
-    except (LMCacheUnavailable, LMCacheError) as error:
+    except LMCacheError as error:
         print(f"KV without a claim was not looked for: {error}", file=sys.stderr)
     else:
         if any(found.values()):
