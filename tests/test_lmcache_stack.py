@@ -12,7 +12,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -245,7 +244,7 @@ def test_killed_server_comes_back_with_a_correct_directory(stack, folder):
     stack.start_one("server")
     assert stack.server_port == port
     assert placements(stack) == {(IN_REDIS, "resp"): 32}
-    assert "directory corrected: {'fs': 1, 'resp': 1}" in stack.logs("server", 200)
+    assert "directory corrected: {'disk': 1, 'remote': 1}" in stack.logs("server", 200)
 
 
 # ---- errors at start --------------------------------------------------------
@@ -439,7 +438,7 @@ def test_up_status_partial_start_and_down(tmp_path):
             up.stderr
         )
         children, record = load_state(state)
-        config = replace(load_config(file), **record["ports"])
+        config = load_config(file).replaced(**record["ports"])
         assert command(file, "up").stdout.startswith("already running")
         refused = command(file, "up", "--free-ports")
         assert refused.returncode == 1 and "make down" in refused.stderr

@@ -19,6 +19,7 @@ from cache_controller import LMCacheController
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.stack.lifecycle import LMCacheStack, load_config
 from kvttl.stack.redis_adapter import RedisClient
+from kvttl.storage.redis_client import RedisLimits, connect
 from tiered_caching import MultiTierCache, RemoteBackend
 
 PASSWORD = "pass-w0rd"
@@ -188,7 +189,7 @@ class Batches:
 def batches(server):
     url = f"{server.url}?ssl_ca_certs={server.options['ssl_ca_certs']}"
     server.admin.flushall()
-    client = RedisClient(url, timeout_s=0.5, workers=1)
+    client = RedisClient(connect(url, RedisLimits(0.5, 0.5)), workers=1)
     yield Batches(client)
     client.close()
 
@@ -296,12 +297,11 @@ def managed_stack(tls_redis, tmp_path_factory):
         disk_path=str(folder / "disk"),
         run_dir=str(folder / "run"),
         l1_size_gb=0.1,
+        redis_timeout_s=1.5,
+        redis_verify_s=2,
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KV_REDIS_TIMEOUT_S", "1.5")
-        patch.setenv("KV_REDIS_VERIFY_S", "2")
-        with LMCacheStack(config, free_ports=True) as running:
-            yield running
+    with LMCacheStack(config, free_ports=True) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +379,7 @@ def test_full_redis_costs_no_copy_and_later_kv_moves_again(cache, server, greedy
     assert cache.generate_and_manage(late, greedy, COLD) == answer  # a hit now, and it says why
     assert any("no copy in remote" in reason for reason in reasons(cache))
     assert held(cache, late) == ["gpu", "disk"]
-    assert cache._placement.unsettled == 1
+    assert cache._settler.unsettled == 1
     assert cache.generate_and_manage(early, greedy, COLD) == first
     wait_for(cache, early, ["remote"])  # what Redis has, it has, and serves
     assert serve(cache, early, greedy) == (first, cache.records[-1].chunks * 32)

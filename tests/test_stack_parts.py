@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
-from kvttl.stack import reconcile
+from kvttl.lmcache.client import get_json
+from kvttl.lmcache.tiers import ChunkKey, parse_key
+from kvttl.stack import child, reconcile
 from kvttl.stack.lifecycle import StackConfig, StackError, load_config
 from kvttl.stack.process import Child, load_state, save_state, spawn
-from kvttl.stack.services import SERVICES, arguments_of, child_env, get_json, pick_ports
+from kvttl.stack.services import SERVICES, arguments_of, child_env, pick_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,11 +58,15 @@ BAD_VALUES = {
     "registration_heartbeat_s": [0, 11],
     "event_flush_interval_s": [0, 11],
     "directory_checkpoint_s": [-1, 3601],
+    "redis_connect_timeout_s": [0, 61],
+    "redis_timeout_s": [0, "2"],
+    "redis_retries": [-1, 11, 1.0],
+    "redis_verify_s": [0, None],
 }
 
 
 def test_every_setting_has_bad_values_below():
-    assert set(BAD_VALUES) == {f.name for f in fields(StackConfig)}
+    assert set(BAD_VALUES) == set(StackConfig.model_fields)
 
 
 @pytest.mark.parametrize("name, value", [(n, v) for n, vs in BAD_VALUES.items() for v in vs])
@@ -81,7 +88,7 @@ def test_refusal_names_value_and_range():
 
 def test_shipped_config_is_complete_and_equals_the_defaults():
     section = yaml.safe_load((ROOT / "config.yaml").read_text())["stack"]
-    assert section == {f.name: f.default for f in fields(StackConfig)}
+    assert section == {name: field.default for name, field in StackConfig.model_fields.items()}
 
 
 def test_relative_folders_lie_beside_the_file(tmp_path):
@@ -93,7 +100,12 @@ def test_relative_folders_lie_beside_the_file(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("stack: {chunks: 3}", "unknown setting 'chunks'.*known: host"),
+        ("stack: {chunks: 3}", "unknown setting in stack: 'chunks': known are host"),
+        (
+            "stack: {redis_prot: 3}",
+            "unknown setting in stack: 'redis_prot': did you mean 'redis_port'",
+        ),
+        ("stakc: {redis_port: 3}", "c.yaml: unknown section 'stakc': did you mean 'stack'"),
         ("stack: [1]", "mapping under stack"),
         ("- 1", "mapping under stack"),
         ("stack: {a: ", "not valid YAML"),
@@ -108,7 +120,7 @@ def test_bad_file_is_one_clear_error(tmp_path, text, message):
 def test_missing_file_and_empty_section(tmp_path):
     with pytest.raises(ValueError, match="no.yaml' not found"):
         load_config(tmp_path / "no.yaml")
-    (tmp_path / "c.yaml").write_text("stack:\nother: {a: 1}\n")
+    (tmp_path / "c.yaml").write_text("stack:\n")
     assert load_config(tmp_path / "c.yaml").coordinator_port == 9000
 
 
@@ -181,21 +193,21 @@ def test_detached_child_outlives_its_starter(tmp_path):
     )
     command = psutil.Process(child.pid).cmdline()
     child.kill()
-    assert command[2:4] == ["0", "redis"] and not child.alive()
+    assert command[4:6] == ["0", "redis"] and not child.alive()
 
 
 # ---- directory correction ---------------------------------------------------
 
 
 def test_names_that_are_no_chunks_are_ignored(tmp_path):
-    assert reconcile.parse_key("m@0x1@0@zz") is None
-    assert reconcile.parse_key("m@0x1@0@ab@salt") == ("m", 1, 0, "ab", "salt")
+    assert parse_key("m@0x1@0@zz") is None
+    assert parse_key("m@0x1@0@ab@salt") == ("m", 1, 0, "ab", "salt")
     assert reconcile.disk_contents(tmp_path / "none") == {}
 
 
 def test_corrections_are_paged_and_minimal(monkeypatch):
     monkeypatch.setattr(reconcile, "PAGE_KEYS", 2)
-    keys = [("m", 1, 0, f"{i:02x}", "") for i in range(6)]
+    keys = [ChunkKey("m", 1, 0, f"{i:02x}", "") for i in range(6)]
     found = reconcile.corrections(set(keys[:2]), {k: 9 for k in keys[1:]})
     assert [(kind, len(rows)) for kind, rows in found] == [
         ("store", 2),
@@ -212,4 +224,31 @@ def test_another_protocols_answer_is_no_coordinator(redis_url):
     """Redis answers HTTP with a line that no HTTP client understands."""
     from urllib.parse import urlsplit
 
-    assert get_json(f"http://127.0.0.1:{urlsplit(redis_url).port}/openapi.json") is None
+    assert get_json(f"http://127.0.0.1:{urlsplit(redis_url).port}", "/openapi.json") == {}
+
+
+# ---- what hangs on one version of LMCache ------------------------------------
+
+
+def test_another_lmcache_is_refused_with_both_versions(monkeypatch):
+    monkeypatch.setattr(child, "version", lambda _name: "0.6.0")
+    with pytest.raises(RuntimeError, match=r"LMCache 0\.5\.6, but 0\.6\.0 is installed.*lmcache=="):
+        child.install_redis_adapter()
+
+
+def test_the_private_parts_of_lmcache_that_this_kit_uses_are_there():
+    from lmcache.v1.distributed.api import ObjectKey
+    from lmcache.v1.distributed.l2_adapters import factory, native_connector_l2_adapter
+    from lmcache.v1.internal_api_server.common import env_api
+
+    assert version("lmcache") == child.LMCACHE_VERSION
+    factory.ensure_adapter_loaded("resp")
+    assert "resp" in factory._L2_ADAPTER_FACTORY_REGISTRY
+    adapter = native_connector_l2_adapter.NativeConnectorL2Adapter
+    assert callable(adapter._notify_keys_stored) and callable(adapter._notify_keys_deleted)
+    source = inspect.getsource(adapter)
+    assert all(f"self.{name}" in source for name in ("_lock", "_key_sizes", "_client"))
+    key = ObjectKey(b"\x00\xff", "org/model", 1, 0, "salt")
+    name = native_connector_l2_adapter._object_key_to_string(key)
+    assert parse_key(name) == ("org/model", 1, 0, "00ff", "salt")
+    assert [route.path for route in env_api.router.routes] == ["/env"]

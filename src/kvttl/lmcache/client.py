@@ -1,4 +1,4 @@
-"""HTTP to LMCache's coordinator and servers: one session, time limits, a circuit breaker.
+"""HTTP to LMCache's coordinator and servers: time limits, retries, a circuit breaker.
 
 Nothing here decides; it only speaks. A service that does not answer costs one
 full time limit; after that the breaker fails calls at once, and a thread beside
@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import requests
 from urllib3.exceptions import ReadTimeoutError
 
-from kvttl.lmcache.tiers import LMCACHE_TIERS
+from kvttl.lmcache.tiers import LMCACHE_TIERS, addresses
 
 # uvicorn closes connections idle for 5 s, so a first try may meet a dead one.
 _CONNECTION_RETRIES = 2
@@ -28,7 +28,7 @@ class LMCacheError(RuntimeError):
     """LMCache answered, and said no, or nothing that makes sense."""
 
 
-class LMCacheUnavailable(ConnectionError):
+class LMCacheUnavailable(LMCacheError, ConnectionError):
     """LMCache did not answer, or is known to be away."""
 
 
@@ -101,6 +101,128 @@ class CircuitBreaker:
             self._retry_at_s = None
 
 
+class Service:
+    """One HTTP service that answers JSON objects.
+
+    Parameters
+    ----------
+    url : str
+        Such as ``http://localhost:9000``.
+    connect_timeout_s, read_timeout_s : float
+        Limits of one call, seconds.
+    retry_after_s : float, optional
+        Seconds between trials of a service that was away, beside the callers; None: each
+        call tries for itself.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        connect_timeout_s: float = 0.5,
+        read_timeout_s: float = 2.0,
+        retry_after_s: float | None = None,
+    ) -> None:
+        self.url = url
+        self._timeout_s = (connect_timeout_s, read_timeout_s)
+        self._breaker = None if retry_after_s is None else CircuitBreaker(retry_after_s)
+        self._session = _new_session()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._session.close()
+
+    def call(self, method: str, path: str, body: Any = None) -> _Answer:
+        """Return the answer to one call.
+
+        Raises
+        ------
+        LMCacheUnavailable
+            No answer, or the service is known to be away.
+        LMCacheError
+            A refusal (4xx, 5xx), with the service's own words; no JSON object.
+        """
+        self._check_breaker()
+        try:
+            response = self._request(method, path, body)
+        except requests.RequestException as error:
+            reason = _plain_reason(error)
+            if self._breaker:
+                self._breaker.failed(reason)
+            raise LMCacheUnavailable(f"{self.url} is away: {reason}") from error
+        if self._breaker:
+            self._breaker.succeeded()
+        call = f"{method} {self.url}{path}"
+        if not response.ok:
+            raise LMCacheError(f"{call} answered {response.status_code}: {response.text[:300]}")
+        return _Answer(response, call)
+
+    def get(self, path: str) -> dict[str, Any]:
+        """Return the answer to a GET; an empty one if nothing sensible answers."""
+        try:
+            return self.call("GET", path)
+        except LMCacheError:
+            return {}
+
+    def _check_breaker(self):
+        admitted = self._breaker.admit() if self._breaker else "call"
+        if admitted == "trial":  # beside the caller: no generation waits for it
+            threading.Thread(target=self._probe, daemon=True).start()
+        if admitted != "call":
+            raise LMCacheUnavailable(f"{self.url} is away: {self._breaker.reason}")
+
+    def _probe(self):
+        """Ask a service that was away once more, with the ordinary limits; any answer counts."""
+        try:
+            with _new_session() as session:  # the other one is the callers'
+                session.get(f"{self.url}/healthcheck", timeout=self._timeout_s)
+        except requests.RequestException as error:
+            self._breaker.failed(_plain_reason(error))
+        else:
+            self._breaker.succeeded()
+
+    def _request(self, method, path, body):
+        """Retry connection errors only (all calls here may safely be sent twice)."""
+        for attempt in range(_CONNECTION_RETRIES + 1):
+            try:
+                url = self.url + path
+                return self._session.request(method, url, json=body, timeout=self._timeout_s)
+            except requests.ConnectionError as error:
+                if attempt == _CONNECTION_RETRIES or _is_timeout(error):
+                    raise
+
+
+def _new_session():
+    session = requests.Session()
+    session.trust_env = False  # a proxy of the environment must not stand before loopback
+    return session
+
+
+def get_json(url: str, path: str) -> dict[str, Any]:
+    """Return the JSON object at ``url`` + ``path``; an empty one if nothing sensible answers."""
+    service = Service(url, connect_timeout_s=2.0)
+    try:
+        return service.get(path)
+    finally:
+        service.close()
+
+
+def server_settings(url: str) -> dict[str, Any]:
+    """Return what the LMCache server at `url` was started with; empty if none is healthy."""
+    if get_json(url, "/healthcheck").get("status") != "healthy":
+        return {}
+    answer = get_json(url, "/config")
+    if "mp" not in answer:
+        return {}
+    places = addresses(answer["storage_manager"]["l2_adapter_config"]["adapters"])
+    return {
+        "instance_id": answer["mp"]["instance_id"],
+        "server_port": answer["mp"]["port"],
+        "chunk_size_tokens": answer["mp"]["chunk_size"],
+        "coordinator": answer["coordinator"]["url"],
+        **{LMCACHE_TIERS[tier].setting: place for tier, place in places.items()},
+    }
+
+
 class LMCacheHTTP:
     """The calls that this kit makes, with their time limits.
 
@@ -128,18 +250,16 @@ class LMCacheHTTP:
         read_timeout_s: float = 2.0,
         retry_after_s: float = 1.0,
     ) -> None:
-        self._coordinator = coordinator_url
-        self._timeout_s = (connect_timeout_s, read_timeout_s)
-        self._retry_after_s = retry_after_s
-        self._session = requests.Session()
-        self._session.trust_env = False  # no proxy between here and loopback
-        self._breakers: dict[str, CircuitBreaker] = {}
+        self._limits = (connect_timeout_s, read_timeout_s, retry_after_s)
+        self._coordinator = Service(coordinator_url, *self._limits)
+        self._services: dict[str, Service] = {}  # by URL: a breaker outlives a lost server
+        self._servers: dict[str, Service] = {}  # by instance id
         self._answered_s: dict[str, float] = {}  # instance id -> when its server last did
-        self._servers: dict[str, str] = {}  # instance id -> its server's URL
 
     def close(self) -> None:
-        """Close the session's connections."""
-        self._session.close()
+        """Close the connections."""
+        for service in (self._coordinator, *self._services.values()):
+            service.close()
 
     def lookup(self, query: dict[str, Any]) -> list[dict]:
         """Return the directory's entries for ``token_ids`` or ``keys`` (these in pages)."""
@@ -151,57 +271,57 @@ class LMCacheHTTP:
         )
         found: list[dict] = []
         for page in pages:  # an answer of 100,000 keys would take longer than the time limit
-            found += self._call(self._coordinator, "POST", "/directory/lookup", page)["results"]
+            found += self._coordinator.call("POST", "/directory/lookup", page)["results"]
         return found
 
     def instances(self) -> list[str]:
         """Return the ids of the servers that have signed up at the coordinator."""
-        answer = self._call(self._coordinator, "GET", "/instances")
+        answer = self._coordinator.call("GET", "/instances")
         return [entry["instance_id"] for entry in answer["instances"]]
 
     def count_keys(self, instance_id: str, tier: str) -> int:
         """Return how many objects the directory shows in one tier."""
         path = f"{_keys_path(instance_id, tier)}&limit=1"
-        return int(self._call(self._coordinator, "GET", path)["total"])
+        return int(self._coordinator.call("GET", path)["total"])
 
     def list_keys(self, instance_id: str, tier: str) -> list[dict]:
         """Return the object keys that the directory shows in one tier, of all models."""
         path = f"{_keys_path(instance_id, tier)}&limit={_PAGE_KEYS}"
         keys: list[dict] = []
         while True:
-            page = self._call(self._coordinator, "GET", f"{path}&offset={len(keys)}")
+            page = self._coordinator.call("GET", f"{path}&offset={len(keys)}")
             keys += [entry["key"] for entry in page["keys"]]
             if not page["keys"] or len(keys) >= page["total"]:
                 return keys
 
-    def delete(self, instance_id: str, tier: str, keys: list[dict]) -> int:
-        """Delete objects from one tier of one server; returns how many were locked and stay."""
+    def correct(self, event: dict[str, Any]) -> None:
+        """Send the directory an event of a server that does not run."""
+        self._coordinator.call("POST", "/events", {"batches": [event]})
+
+    def delete(self, instance_id: str, tiers: Sequence[str], keys: list[dict]) -> int:
+        """Delete objects from some tiers of one server; returns how many were locked and stay."""
         locked = 0
-        level, adapter = LMCACHE_TIERS[tier]
-        for start in range(0, len(keys), _MAX_DELETE_KEYS):
-            body = {"keys": keys[start : start + _MAX_DELETE_KEYS], "tier": level}
-            answer = self._call_server(
-                instance_id, "DELETE", "/cache/objects", {**body, "adapter": adapter}
-            )
-            if not answer["ok"]:
-                raise LMCacheError(f"delete from {tier} failed: {answer.get('error')}")
-            locked += answer["skipped"]
+        adapters = [adapter for tier in tiers if (adapter := LMCACHE_TIERS[tier].adapter)]
+        level = "l2" if "gpu" not in tiers else "all" if adapters else "l1"
+        for adapter in adapters or [None]:  # one a call; the first takes level 1 along
+            for start in range(0, len(keys), _MAX_DELETE_KEYS):
+                page = keys[start : start + _MAX_DELETE_KEYS]
+                body = {"keys": page, "tier": level, "adapter": adapter}
+                answer = self._call_server(instance_id, "DELETE", "/cache/objects", body)
+                if not answer["ok"]:
+                    raise LMCacheError(f"delete from {level} failed: {answer.get('error')}")
+                locked += answer["skipped"]
+            level = "l2"
         return locked
 
-    def prefetch(self, instance_id: str, prompt: dict[str, Any], deadline_s: float) -> None:
-        """Load a prompt from L2 into L1; returns when loaded, or at `deadline_s` (monotonic)."""
-        answer = self._call_server(instance_id, "POST", "/cache/prefetches", prompt)
-        request_id = answer.get("request_id")
-        while request_id and time.monotonic() < deadline_s:
-            path = f"/cache/prefetches/{request_id}"
-            if self._call_server(instance_id, "GET", path)["status"] != "pending":
-                return
-            time.sleep(0.002)
+    def prefetch(self, instance_id: str, prompt: dict[str, Any]) -> None:
+        """Let a server begin to load a prompt from L2 into L1."""
+        self._call_server(instance_id, "POST", "/cache/prefetches", prompt)
 
     def ping(self, instance_id: str) -> None:
         """Return if the instance's server answers, or did within the last `retry_after_s`."""
         now_s = time.monotonic()
-        if now_s - self._answered_s.get(instance_id, -math.inf) > self._retry_after_s:
+        if now_s - self._answered_s.get(instance_id, -math.inf) > self._limits[2]:
             self._call_server(instance_id, "GET", "/healthcheck")
             self._answered_s[instance_id] = now_s
 
@@ -210,67 +330,30 @@ class LMCacheHTTP:
         return int(self._call_server(instance_id, "GET", "/status")["chunk_size"])
 
     def _call_server(self, instance_id, method, path, body=None):
-        url = self._servers.get(instance_id) or self._find_server(instance_id)
+        server = self._servers.get(instance_id) or self._find_server(instance_id)
         try:
-            return self._call(url, method, path, body)
+            return server.call(method, path, body)
         except LMCacheUnavailable:
             self._servers.pop(instance_id, None)  # it may come back at another port
             self._answered_s.pop(instance_id, None)
             raise
 
     def _find_server(self, instance_id):
-        instances = self._call(self._coordinator, "GET", "/instances")["instances"]
-        for entry in instances:
-            self._servers[entry["instance_id"]] = f"http://{entry['ip']}:{entry['http_port']}"
+        for entry in self._coordinator.call("GET", "/instances")["instances"]:
+            url = f"http://{entry['ip']}:{entry['http_port']}"
+            if url not in self._services:
+                self._services[url] = Service(url, *self._limits)
+            self._servers[entry["instance_id"]] = self._services[url]
         if instance_id not in self._servers:
             known = ", ".join(sorted(self._servers)) or "none"
             raise LMCacheUnavailable(
-                f"no LMCache server {instance_id!r} at {self._coordinator} (known: {known})"
+                f"no LMCache server {instance_id!r} at {self._coordinator.url} (known: {known})"
             )
         return self._servers[instance_id]
 
-    def _call(self, base_url, method, path, body=None):
-        """Make one call under the service's breaker; returns the JSON answer."""
-        breaker = self._breakers.setdefault(base_url, CircuitBreaker(self._retry_after_s))
-        admitted = breaker.admit()
-        if admitted == "trial":  # beside the caller: no generation waits for it
-            threading.Thread(target=self._probe, args=(base_url, breaker), daemon=True).start()
-        if admitted != "call":
-            raise LMCacheUnavailable(f"{base_url} is away: {breaker.reason}")
-        try:
-            response = self._request(base_url + path, method, body)
-        except requests.RequestException as error:
-            breaker.failed(_plain_reason(error))
-            raise LMCacheUnavailable(f"{base_url} is away: {breaker.reason}") from error
-        breaker.succeeded()
-        call = f"{method} {base_url}{path}"
-        if not response.ok:
-            raise LMCacheError(f"{call} answered {response.status_code}: {response.text[:300]}")
-        return _Answer(response, call)
-
-    def _probe(self, base_url, breaker):
-        """Ask a service that was away once more, with the ordinary limits; any answer counts."""
-        try:
-            with requests.Session() as session:  # the other one is the callers'
-                session.trust_env = False
-                session.get(f"{base_url}/healthcheck", timeout=self._timeout_s)
-        except requests.RequestException as error:
-            breaker.failed(_plain_reason(error))
-        else:
-            breaker.succeeded()
-
-    def _request(self, url, method, body):
-        """Retry connection errors only (all calls here may safely be sent twice)."""
-        for attempt in range(_CONNECTION_RETRIES + 1):
-            try:
-                return self._session.request(method, url, json=body, timeout=self._timeout_s)
-            except requests.ConnectionError as error:
-                if attempt == _CONNECTION_RETRIES or _is_timeout(error):
-                    raise
-
 
 def _keys_path(instance_id, tier):
-    level, adapter = LMCACHE_TIERS[tier]
+    level, adapter = LMCACHE_TIERS[tier][:2]
     path = f"/directory/keys?tier={level}&instance_id={instance_id}"
     return path + (f"&backend={adapter}" if adapter else "")
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from caching_heuristics import TIER_CODES, TIERS
+from caching_heuristics import TIERS
 from kvttl.lmcache.client import LMCacheHTTP
 from kvttl.lmcache.layout import KVLayout, Outcome, check_tokens, unseen
 from kvttl.lmcache.tiers import tier_of
 
-_POLL_S = 0.005  # about what one directory look-up costs
 _VERIFY_S = 0.5  # a delete shows in the directory within an event flush (0.2 s by default)
 
 
@@ -115,13 +115,13 @@ class Directory:
     ) -> Outcome:
         """Prefetch a prefix of a prompt into gpu; wait until the chunks of `layout` are there."""
         deadline_s = time.monotonic() + timeout_s
-        self._http.prefetch(instance_id, self._prompt(check_tokens(tokens)), deadline_s)
-        while True:
+        self._http.prefetch(instance_id, self._prompt(check_tokens(tokens)))
+        for pause_s in _pauses_s():
+            time.sleep(pause_s)
             layout = self.again(layout)
             left = len(layout.keys) - layout.counts(instance_id)["gpu"]
             if not left or time.monotonic() >= deadline_s:
                 break
-            time.sleep(_POLL_S)
         outcome = Outcome(moved=len(layout.keys) - left, layout=layout)
         outcome.skip(unseen("gpu"), left)
         return outcome
@@ -129,40 +129,51 @@ class Directory:
     def _clear(self, layout, instance_id, tier, timeout_s):
         """Delete the copies hotter than `tier` (None: all) of chunks that have one there.
 
-        Returns the last layout, the chunks still without a copy in `tier`, and those
-        that still have a copy which was to be deleted.
+        Returns the last layout, the chunks still without a copy in `tier`, and the copies
+        still shown that were to be deleted.
         """
         sent_at_s: dict = {}
         deadline_s = time.monotonic() + timeout_s
-        while True:
+        for pause_s in _pauses_s():
             held = dict(zip(layout.keys, layout.of(instance_id)))
             waiting = [key for key in held if tier is not None and tier not in held[key]]
-            due = {t: [key for key in held if _may_go(t, tier, held[key])] for t in TIERS}
+            due = {key: gone for key in held if (gone := _may_go(held[key], tier))}
             self._delete(instance_id, layout, due, sent_at_s)
-            shown = {key for keys in due.values() for key in keys}
             late_s = time.monotonic() - deadline_s
             # Deletes that were sent are seen through even when nothing is waited for.
-            if not (waiting or shown) or late_s > (_VERIFY_S if shown else 0):
-                return layout, waiting, shown
-            time.sleep(_POLL_S)
+            if not (waiting or due) or late_s > (_VERIFY_S if due else 0):
+                break
+            time.sleep(pause_s)
             layout = self.again(layout)
+        return layout, waiting, due
 
-    def _delete(self, instance_id, layout, keys_by_tier, sent_at_s):
+    def _delete(self, instance_id, layout, due, sent_at_s):
         """Send deletes; again at once for locked copies (still being written to L2)."""
-        now_s = time.monotonic()
-        for tier, keys in keys_by_tier.items():
-            due = [k for k in keys if now_s - sent_at_s.get((tier, k), -1e9) >= _VERIFY_S]
-            if due:
-                handles = [handle for key in due for handle in layout.handles[key]]
-                if not self._http.delete(instance_id, tier, handles):
-                    sent_at_s.update({(tier, key): now_s for key in due})
+        now_s, groups = time.monotonic(), {}
+        for key, held in due.items():
+            again_s = (sent_at_s.get((key, tier), -math.inf) + _VERIFY_S for tier in held)
+            tiers = tuple(tier for tier, at_s in zip(held, again_s) if now_s >= at_s)
+            groups.setdefault(tiers, []).append(key)
+        groups.pop((), None)
+        for tiers, keys in groups.items():
+            handles = [handle for key in keys for handle in layout.handles[key]]
+            if not self._http.delete(instance_id, tiers, handles):
+                sent_at_s.update({(key, tier): now_s for key in keys for tier in tiers})
 
 
-def _may_go(tier, target, held):
-    """Say whether a chunk's copy in `tier` may go: all may (None), or a colder one is in target."""
+def _pauses_s():
+    """Yield the pauses between look-ups (about 5 ms each): longer the longer it has taken."""
+    pause_s = 0.005  # a delete mostly shows by then; a store or load takes tens of ms
+    while True:
+        yield pause_s
+        pause_s = min(1.25 * pause_s, 0.05)
+
+
+def _may_go(held, target):
+    """Return the tiers whose copies of a chunk may go: all (None), or those hotter than target."""
     if target is None:
-        return tier in held
-    return tier in held and target in held and TIER_CODES[tier] < TIER_CODES[target]
+        return held
+    return held[: held.index(target)] if target in held else ()
 
 
 def read_layout(entries: Iterable[Mapping[str, Any]]) -> KVLayout:

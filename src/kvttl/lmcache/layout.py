@@ -64,6 +64,19 @@ class KVLayout:
         named = frozenset(self.keys if keys is None else keys)
         return [i for i, key in enumerate(self.keys) if i in wanted and key in named]
 
+    def to_demote(self, instance_id: str, tier: str, chosen: Iterable[int]) -> list[int]:
+        """Return which of some chunks are hottest in `tier`, so that they can go down from there.
+
+        A chunk that is shown nowhere has just been generated: its store, into gpu, is under way.
+        """
+        held = self.of(instance_id)
+        return [i for i in chosen if (held[i][0] if held[i] else "gpu") == tier]
+
+    def to_promote(self, instance_id: str, tier: str, chosen: Iterable[int]) -> list[int]:
+        """Return which of some chunks are in `tier` and not in gpu."""
+        held = self.of(instance_id)
+        return [i for i in chosen if tier in held[i] and "gpu" not in held[i]]
+
     def complete_tiers(self, instance_id: str) -> list[str]:
         """Return the tiers that hold every chunk, hottest first."""
         total = len(self.keys)
@@ -197,19 +210,21 @@ class BaseController(ABC):
         if keys is not None and (tokens, chunks) != (None, None):
             raise ValueError("give keys, or tokens (and chunks), not both")
         request = MoveRequest(source, target, tokens, timeout_s)
-        if refusal := self._refusal(request):
-            outcome = Outcome(status="unsupported", reason=refusal)
-        elif source == target:
-            outcome = Outcome(status="noop", reason="already there")
-        else:
-            found = self._look(request, keys) if layout is None else layout
-            outcome = self._move(request, found, found.indices(chunks, keys))
+        outcome = self._carry_out(request, chunks, keys, layout)
         return {
             **outcome.as_dict(self.chunk_size_tokens),
             "from": source[1],
             "to": target[1],
             "latency_s": time.perf_counter() - start_s,
         }
+
+    def _carry_out(self, request, chunks, keys, layout):
+        if refusal := self._refusal(request):
+            return Outcome(status="unsupported", reason=refusal)
+        if request.source == request.target:
+            return Outcome(status="noop", reason="already there")
+        found = self._look(request, keys) if layout is None else layout
+        return self._move(request, found, found.indices(chunks, keys))
 
     def _refusal(self, request: MoveRequest) -> str:
         """Return why this direction cannot be done at all, or an empty string."""

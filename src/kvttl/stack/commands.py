@@ -90,7 +90,7 @@ def _down(config: StackConfig) -> int:
 
 def _status(config: StackConfig) -> int:
     stack = LMCacheStack(config)
-    stack._choose_ports()
+    stack.choose_ports()
     return 0 if _print_health(stack) else 1
 
 

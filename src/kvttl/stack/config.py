@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
-from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from urllib.parse import SplitResult, parse_qsl, urlsplit
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import parse_qsl, urlsplit
 
 import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from caching_heuristics import unknown_name
 from kvttl import PROJECT
+from kvttl.storage.redis_client import RedisLimits
 
-LOOPBACK_HOST = "127.0.0.1"
-# IsolatedLRU is left out: it admits nothing until per-salt quotas are set over HTTP.
-EVICTION_POLICIES = ("LRU", "ARC", "noop")
-PREFETCH_POLICIES = ("default", "retain")
-REDIS_CLIENTS = ("kit", "lmcache")
 # read by vLLM itself, so they cannot travel as engine arguments
 ENGINE_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -27,27 +30,16 @@ ENGINE_ENV = {
 }
 PORT_FIELDS = ("coordinator_port", "server_port", "server_http_port", "redis_port")
 
-# field -> (type, lowest, highest), both ends allowed
-RANGES = {
-    "coordinator_port": (int, 1, 65535),
-    "server_port": (int, 1, 65535),
-    "server_http_port": (int, 1, 65535),
-    "redis_port": (int, 1, 65535),
-    "chunk_size_tokens": (int, 1, 8192),
-    "block_size_tokens": (int, 1, 1024),
-    "l1_size_gb": (float, 0.001, 4096.0),
-    "start_timeout_s": (float, 1.0, 600.0),
-    "stop_timeout_s": (float, 0.1, 120.0),
-    "mq_timeout_s": (float, 0.5, 300.0),
-    "engine_heartbeat_s": (float, 0.5, 40.0),
-    "registration_heartbeat_s": (float, 0.1, 10.0),
-    "event_flush_interval_s": (float, 1e-6, 10.0),
-    "directory_checkpoint_s": (float, 0.0, 3600.0),
-}
+Port = Annotated[int, Field(ge=1, le=65535)]
+Text = Annotated[str, Field(pattern=r"^[^\x00]*[^\x00\s][^\x00]*$", description="a non-empty text")]
+_LOOPBACK_ONLY = (
+    "only 127.0.0.1; the services have no login, so on any other address the network could "
+    "read and delete the cache"
+)
+_URL_FORM = "redis[s]://[user:password@]host[:port]"
 
 
-@dataclass(frozen=True)
-class StackConfig:
+class StackConfig(BaseModel):
     """Settings of coordinator, LMCache server and Redis (ports, sizes, timeouts).
 
     Parameters
@@ -70,6 +62,10 @@ class StackConfig:
     redis_client : str
         ``"kit"``: `redis_adapter`, which survives what Redis answers; ``"lmcache"``: the
         client that comes with LMCache, without TLS.
+    redis_connect_timeout_s, redis_timeout_s, redis_retries : float, float, int
+        See `RedisLimits`.
+    redis_verify_s : float
+        How often Redis is asked whether it still has all chunks, seconds.
     prefetch_policy : str
         ``"retain"`` keeps what a hit loads from disk or Redis in the memory tier;
         ``"default"`` drops it again after the load.
@@ -82,36 +78,74 @@ class StackConfig:
         Names the field, its value and what is allowed.
     """
 
-    host: str = "127.0.0.1"
-    coordinator_port: int = 9000
-    server_port: int = 5555
-    server_http_port: int = 8081
-    redis_url: str | None = field(default=None, repr=False)  # may hold a password
-    redis_port: int = 6390  # not 6379, where a system Redis would sit
-    redis_client: str = "kit"
-    instance_id: str = "lmcache_default_instance"
-    chunk_size_tokens: int = 32
-    block_size_tokens: int = 32
-    l1_size_gb: float = 0.5
-    eviction_policy: str = "LRU"
-    prefetch_policy: str = "default"
-    disk_path: str = "./cache_lmcache"
-    run_dir: str = "./run_lmcache"
-    start_timeout_s: float = 60.0
-    stop_timeout_s: float = 10.0
-    mq_timeout_s: float = 5.0
-    engine_heartbeat_s: float = 2.0
-    registration_heartbeat_s: float = 1.0
-    event_flush_interval_s: float = 1e-5
-    directory_checkpoint_s: float = 1.0
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
-    def __post_init__(self) -> None:
-        for name, (kind, low, high) in RANGES.items():
-            _check_number(name, getattr(self, name), kind, low, high)
-        _check_texts(self)
-        _check_redis_url(self.redis_url)
-        _check_ports_differ(self)
-        _check_chunk(self.chunk_size_tokens, self.block_size_tokens)
+    host: Literal["127.0.0.1"] = Field("127.0.0.1", description=_LOOPBACK_ONLY)
+    coordinator_port: Port = 9000
+    server_port: Port = 5555
+    server_http_port: Port = 8081
+    redis_url: str | None = Field(None, repr=False)  # may hold a password
+    redis_port: Port = 6390  # not 6379, where a system Redis would sit
+    redis_client: Literal["kit", "lmcache"] = "kit"
+    redis_connect_timeout_s: float = Field(2.0, ge=0.01, le=60)
+    redis_timeout_s: float = Field(2.0, ge=0.01, le=60)
+    redis_retries: int = Field(1, ge=0, le=10)
+    redis_verify_s: float = Field(10.0, ge=0.1, le=3600)
+    instance_id: str = Field(
+        "lmcache_default_instance",
+        pattern=r"^[A-Za-z0-9_.-]{1,64}$",
+        description="1 to 64 letters, digits, '_', '.' or '-'",
+    )
+    chunk_size_tokens: int = Field(32, ge=1, le=8192)
+    block_size_tokens: int = Field(32, ge=1, le=1024)
+    l1_size_gb: float = Field(0.5, ge=0.001, le=4096)
+    # IsolatedLRU is left out: it admits nothing until per-salt quotas are set over HTTP.
+    eviction_policy: Literal["LRU", "ARC", "noop"] = "LRU"
+    prefetch_policy: Literal["default", "retain"] = "default"
+    disk_path: Text = "./cache_lmcache"
+    run_dir: Text = "./run_lmcache"
+    start_timeout_s: float = Field(60.0, ge=1, le=600)
+    stop_timeout_s: float = Field(10.0, ge=0.1, le=120)
+    mq_timeout_s: float = Field(5.0, ge=0.5, le=300)
+    engine_heartbeat_s: float = Field(2.0, ge=0.5, le=40)
+    registration_heartbeat_s: float = Field(1.0, ge=0.1, le=10)
+    event_flush_interval_s: float = Field(1e-5, ge=1e-6, le=10)
+    directory_checkpoint_s: float = Field(1.0, ge=0, le=3600)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:  # not chained: it shows the password
+            raise ValueError(_plain_words(error)) from None
+
+    @field_validator("redis_url", mode="before")
+    @classmethod
+    def _check_redis_url(cls, url: Any) -> Any:
+        """Refuse what the remote tier cannot do; never echo the URL (password)."""
+        if url is not None and (problem := _redis_url_problem(url)):
+            raise ValueError(f"redis_url is not allowed: {problem}")
+        return url
+
+    @model_validator(mode="after")
+    def _check_together(self) -> StackConfig:
+        names = [n for n in PORT_FIELDS if n != "redis_port" or self.redis_url is None]
+        seen: dict[int, str] = {}
+        for name in names:
+            port = getattr(self, name)
+            if port in seen:
+                _refuse(name, port, f"a port of its own, but {seen[port]} has the same")
+            seen[port] = name
+        if self.chunk_size_tokens % self.block_size_tokens:
+            allowed = f"a multiple of block_size_tokens = {self.block_size_tokens}"
+            _refuse("chunk_size_tokens", self.chunk_size_tokens, allowed)
+        if self.redis_client == "lmcache" and str(self.redis_url).startswith("rediss:"):
+            allowed = "kit with rediss://; LMCache's own client has no TLS"
+            _refuse("redis_client", "lmcache", allowed)
+        return self
+
+    def replaced(self, **changes: Any) -> StackConfig:
+        """Return these settings with some changed, checked like new ones."""
+        return StackConfig(**{**vars(self), **changes})
 
     @property
     def redis_address(self) -> tuple[str, int]:
@@ -120,6 +154,26 @@ class StackConfig:
             return self.host, self.redis_port
         parts = urlsplit(self.redis_url)
         return parts.hostname, parts.port or 6379
+
+    @property
+    def redis_limits(self) -> RedisLimits:
+        """Limits of every connection to Redis."""
+        return RedisLimits(self.redis_connect_timeout_s, self.redis_timeout_s, self.redis_retries)
+
+    @property
+    def storage(self) -> dict[str, tuple]:
+        """Address of each tier that an adapter of LMCache stores, as `LMCACHE_TIERS` names it."""
+        return {"disk": (self.disk_path,), "remote": self.redis_address}
+
+    @property
+    def coordinator_url(self) -> str:
+        """Base URL of the coordinator."""
+        return f"http://{self.host}:{self.coordinator_port}"
+
+    @property
+    def server_http_url(self) -> str:
+        """Base URL of the LMCache server's control interface."""
+        return f"http://{self.host}:{self.server_http_port}"
 
 
 def kv_transfer_config(config: StackConfig):
@@ -186,19 +240,11 @@ def load_config(path: str | Path = "config.yaml", **overrides) -> StackConfig:
         No such file, an unknown key, a wrong type or a value out of range.
     """
     file = _find_file(Path(path))
-    section = _read_section(file)
-    values = {**section, **overrides}
-    known = [f.name for f in fields(StackConfig)]
-    for name in values:
-        if name not in known:
-            raise ValueError(
-                f"unknown setting {name!r} in stack: of {file}; known: {', '.join(known)}"
-            )
-    config = StackConfig(**values)
+    config = StackConfig(**{**_read_section(file), **overrides})
     # A relative folder means "beside config.yaml", whatever the caller's directory is.
     base = file.parent.resolve()
-    return replace(
-        config, disk_path=str(base / config.disk_path), run_dir=str(base / config.run_dir)
+    return config.replaced(
+        disk_path=str(base / config.disk_path), run_dir=str(base / config.run_dir)
     )
 
 
@@ -214,97 +260,66 @@ def _read_section(file: Path) -> dict:
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid YAML: {error}") from None
-    section = document.get("stack") if isinstance(document, dict) else None
-    if section is None and (document is None or isinstance(document, dict)):
-        return {}
+    section = document or {}
+    if isinstance(document, dict):
+        for name in document:
+            if name != "stack":
+                raise ValueError(f"{file}: {unknown_name('section', name, ['stack'])}")
+        section = document.get("stack") or {}
     if not isinstance(section, dict):
         raise ValueError(f"{file} must hold a mapping under stack:, got {type(section).__name__}")
     return section
 
 
+def _plain_words(error: ValidationError) -> str:
+    """Return what is wrong with the first bad setting: its name, its value, what is allowed."""
+    first = error.errors()[0]
+    if first["type"] == "value_error":  # one of the checks of `StackConfig`
+        return str(first["ctx"]["error"])
+    name, known = str(first["loc"][0]), StackConfig.model_fields
+    if name not in known:
+        return unknown_name("setting in stack:", name, known)
+    return _refusal(name, first["input"], _allowed(known[name]))
+
+
+def _allowed(field: Any) -> str:
+    if field.description:
+        return field.description
+    if choices := get_args(field.annotation):
+        return f"one of {', '.join(choices)}"
+    kind = "an integer" if field.annotation is int else "a number"
+    low, high = field.metadata
+    return f"{kind} from {low.ge} to {high.le}"
+
+
+def _refusal(name: str, value: object, allowed: str) -> str:
+    return f"{name} = {value!r} is not allowed: {allowed}"
+
+
 def _refuse(name: str, value: object, allowed: str) -> None:
-    raise ValueError(f"{name} = {value!r} is not allowed: {allowed}")
+    raise ValueError(_refusal(name, value, allowed))
 
 
-def _check_number(name, value, kind, low, high) -> None:
-    allowed = f"{'an integer' if kind is int else 'a number'} from {low} to {high}"
-    is_kind = isinstance(value, int) or (kind is float and isinstance(value, float))
-    if isinstance(value, bool) or not is_kind:
-        _refuse(name, value, allowed)
-    if not (math.isfinite(value) and low <= value <= high):
-        _refuse(name, value, allowed)
-
-
-def _check_texts(config: StackConfig) -> None:
-    for name in ("host", "instance_id", "disk_path", "run_dir"):
-        value = getattr(config, name)
-        if not isinstance(value, str) or not value.strip() or "\0" in value:
-            _refuse(name, value, "a non-empty text")
-    if config.redis_client == "lmcache" and str(config.redis_url).startswith("rediss:"):
-        _refuse("redis_client", "lmcache", "kit with rediss://; LMCache's own client has no TLS")
-    if config.host != LOOPBACK_HOST:
-        _refuse(
-            "host",
-            config.host,
-            f"only {LOOPBACK_HOST}; the services have no login, so on any "
-            "other address the network could read and delete the cache",
-        )
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", config.instance_id):
-        _refuse("instance_id", config.instance_id, "1 to 64 letters, digits, '_', '.' or '-'")
-    for name, known in (
-        ("eviction_policy", EVICTION_POLICIES),
-        ("prefetch_policy", PREFETCH_POLICIES),
-        ("redis_client", REDIS_CLIENTS),
-    ):
-        if getattr(config, name) not in known:
-            _refuse(name, getattr(config, name), f"one of {', '.join(known)}")
-
-
-def _check_redis_url(url: object) -> None:
-    """Refuse what the remote tier cannot do; never echo the URL (password)."""
-    if url is None:
-        return
+def _redis_url_problem(url: object) -> str | None:
+    """Return what is wrong with a URL, without its user and password."""
     if not isinstance(url, str):
-        _refuse(
-            "redis_url", f"a {type(url).__name__}", "null or redis[s]://[user:password@]host[:port]"
-        )
+        return f"got a {type(url).__name__}; write null or {_URL_FORM}"
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018 - reading it validates it
     except ValueError:
-        raise ValueError(
-            "redis_url is not a valid URL: the port must be 0 to 65535 "
+        return (
+            "it is no valid URL: the port must be 0 to 65535 "
             "(special characters in a password must be percent-encoded)"
-        ) from None
-    problem = _redis_url_problem(parts)
-    if problem:
-        raise ValueError(f"redis_url for host {parts.hostname!r} is not allowed: {problem}")
-
-
-def _redis_url_problem(parts: SplitResult) -> str | None:
+        )
     if parts.scheme not in ("redis", "rediss"):
-        return f"scheme {parts.scheme!r}; only redis[s]://[user:password@]host[:port] works"
+        return f"scheme {parts.scheme!r}; only {_URL_FORM} works"
     if not parts.hostname:
-        return "the host is missing; write redis[s]://[user:password@]host[:port]"
+        return f"the host is missing; write {_URL_FORM}"
     if parts.path not in ("", "/", "/0"):
-        return "only database 0 works; leave the database out"
+        return f"host {parts.hostname!r}: only database 0 works; leave the database out"
     options = parse_qsl(parts.query, keep_blank_values=True)
     allowed = parts.scheme == "rediss" and all(name.startswith("ssl_") for name, _ in options)
     if parts.fragment or (parts.query and not (options and allowed)):
         return "options after '?' or '#' but rediss://'s ssl_..., such as ?ssl_ca_certs=<file>"
     return None
-
-
-def _check_ports_differ(config: StackConfig) -> None:
-    names = [n for n in PORT_FIELDS if n != "redis_port" or config.redis_url is None]
-    seen: dict[int, str] = {}
-    for name in names:
-        port = getattr(config, name)
-        if port in seen:
-            _refuse(name, port, f"a port of its own, but {seen[port]} has the same")
-        seen[port] = name
-
-
-def _check_chunk(chunk: int, block: int) -> None:
-    if chunk % block:
-        _refuse("chunk_size_tokens", chunk, f"a multiple of block_size_tokens = {block}")

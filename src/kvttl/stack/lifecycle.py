@@ -10,9 +10,9 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
+from kvttl.lmcache.client import get_json, server_settings
 from kvttl.stack.config import (
     PORT_FIELDS,
     StackConfig,
@@ -29,14 +29,12 @@ from kvttl.stack.services import (
     check_ports_free,
     check_shares_nothing,
     child_env,
-    get_json,
     is_coordinator,
     pick_ports,
     ping_redis,
     port_advice,
     redis_answers,
     running_services,
-    server_settings,
 )
 
 __all__ = ["LMCacheStack", "PortTakenError", "StackConfig", "StackError", "load_config"]
@@ -105,12 +103,12 @@ class LMCacheStack:
     @property
     def coordinator_url(self) -> str:
         """Base URL of the coordinator."""
-        return f"http://{self.host}:{self.port}"
+        return self.config.coordinator_url
 
     @property
     def server_http_url(self) -> str:
         """Base URL of the LMCache server's control interface."""
-        return f"http://{self.host}:{self.config.server_http_port}"
+        return self.config.server_http_url
 
     @property
     def redis_url(self) -> str:
@@ -139,7 +137,7 @@ class LMCacheStack:
         tries = FREE_PORT_TRIES if self._free_ports else 1
         for attempt in range(1, tries + 1):
             try:
-                self._choose_ports()
+                self.choose_ports()
                 self._bring_up()
                 return self
             except PortTakenError:
@@ -208,19 +206,20 @@ class LMCacheStack:
 
     # ---- starting -----------------------------------------------------------
 
-    def _choose_ports(self) -> None:
+    def choose_ports(self) -> None:
+        """Take up the ports of a stack that an earlier `up` started, or pick free ones."""
         self._recorded, record = load_state(self._state_path)
         if not self._free_ports:
             # `up --free-ports` may have put the stack elsewhere.
             ports = record.get("ports", {}) if self._recorded else {}
-            self.config = replace(self._settings, **ports)
+            self.config = self._settings.replaced(**ports)
             return
         if self._detached and self._recorded:
             raise StackError("a stack from an earlier `up` is running; run `make down` first")
         ports = dict(zip(PORT_FIELDS, pick_ports(self.host, len(PORT_FIELDS)), strict=True))
         if self._first:
             ports["coordinator_port"] = self._first.port
-        self.config = replace(self._settings, run_dir=self._new_run_dir(), **ports)
+        self.config = self._settings.replaced(run_dir=self._new_run_dir(), **ports)
 
     def _new_run_dir(self) -> str:
         run_dir = Path(self._settings.run_dir)
@@ -292,12 +291,12 @@ class LMCacheStack:
             return redis_answers(self.config)
         if name == "coordinator":
             return is_coordinator(self.config)
-        return server_settings(self.config) is not None and self._registered(child)
+        return bool(server_settings(self.server_http_url)) and self._registered(child)
 
     def _registered(self, child: Child | None) -> bool:
         """Whether the coordinator lists the server, and not just one that died earlier."""
         since = child.created_s - 1.0 if child else 0.0
-        answer = get_json(f"{self.coordinator_url}/instances") or {}
+        answer = get_json(self.coordinator_url, "/instances")
         return any(
             i.get("instance_id") == self.instance_id
             and i.get("registration_time", 0) >= since

@@ -24,14 +24,14 @@ from lmcache.v1.distributed.l2_adapters.native_connector_l2_adapter import (
     NativeConnectorL2Adapter,
     _object_key_to_string,
 )
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from kvttl.background import Repeater
 from kvttl.lmcache.client import CircuitBreaker
-from kvttl.stack.reconcile import parse_key, redis_url_of
+from kvttl.lmcache.tiers import parse_key
+from kvttl.stack.reconcile import chunk_names
+from kvttl.storage.redis_client import connect_as_server
 
-TIMEOUT_VARIABLE, VERIFY_VARIABLE = "KV_REDIS_TIMEOUT_S", "KV_REDIS_VERIFY_S"
+_SOCKET_READ_BYTES = 2**20  # a chunk can have megabytes
 _TILE_KEYS = 16  # a command's share of a batch: large answers of many chunks in parts
 _VERIFY_KEYS = 1000
 _LOOKS = 3  # for what a store that failed may have written
@@ -45,24 +45,15 @@ class RedisClient:
 
     Parameters
     ----------
-    url : str
-        ``redis://`` or ``rediss://`` (TLS), as redis-py takes it.
-    timeout_s : float
-        Longest wait for a connection or an answer, seconds. After it Redis counts as away:
-        all fails at once until a PING, sent once a second beside the callers, comes back.
+    connection : redis.Redis
+        After a wait that was too long Redis counts as away: all fails at once until a PING,
+        sent once a second beside the callers, comes back.
     workers : int
         Threads, and connections.
     """
 
-    def __init__(self, url: str, timeout_s: float = 2.0, workers: int = 8) -> None:
-        self._redis = redis.Redis.from_url(
-            url,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            socket_read_size=2**20,  # a chunk can have megabytes
-            # Once, where a connection was closed meanwhile; never after a time-out.
-            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-        )
+    def __init__(self, connection: redis.Redis, workers: int = 8) -> None:
+        self._redis = connection
         self._breaker = CircuitBreaker(_RETRY_AFTER_S)
         self._pool = ThreadPoolExecutor(workers, "redis-l2")
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -119,8 +110,7 @@ class RedisClient:
 
     def names(self) -> list[str]:
         """Return the names of all chunks in Redis, now; raises where Redis fails."""
-        found = (name.decode() for name in self._redis.scan_iter(match="*@*@*@*", count=1000))
-        return [name for name in found if parse_key(name)]
+        return chunk_names(self._redis)
 
     def close(self) -> None:
         """End the threads, close the connections."""
@@ -177,9 +167,9 @@ class RedisClient:
             raise
 
     def _exists(self, keys):
-        known = [key for key in keys if self.is_known(key)]
-        others = [key for key in keys if not self.is_known(key)]
-        there = {key for group in (known, others) for key in self._existing(group)}
+        known = set(filter(self.is_known, keys))
+        groups = [k for k in keys if k in known], [k for k in keys if k not in known]
+        there = {key for group in groups for key in self._existing(group)}
         if absent := [key for key in keys if key not in there]:
             self.on_absent(absent)
         return [key in there for key in keys]
@@ -315,11 +305,9 @@ def install() -> None:
 
 
 def _create(config, l1_memory_desc=None):
-    timeout_s, verify_s = (
-        float(os.environ.get(name, default))
-        for name, default in ((TIMEOUT_VARIABLE, 2.0), (VERIFY_VARIABLE, 10.0))
-    )
-    client = RedisClient(redis_url_of(config.host, config.port), timeout_s, config.num_workers)
+    connection = connect_as_server(config.host, config.port, socket_read_size=_SOCKET_READ_BYTES)
+    client = RedisClient(connection, config.num_workers)
+    verify_s = float(os.environ.get("KV_REDIS_VERIFY_S", "10"))
     adapter = RedisL2Adapter(client, config.max_capacity_gb, verify_s)
     adapter.know(client.names())
     return adapter

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import socket
-import urllib.request
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
+import redis
+
+from kvttl.lmcache.client import get_json, server_settings
+from kvttl.lmcache.tiers import LMCACHE_TIERS, adapter_settings
 from kvttl.stack.config import StackConfig
 from kvttl.stack.process import StackError
+from kvttl.storage.redis_client import connect, environment_of
 
 SERVICES = ("redis", "coordinator", "server")  # start order; stopped in reverse, so that
 # the server can still sign off at the coordinator
@@ -20,9 +22,7 @@ PORTS_OF = {
     "coordinator": ("coordinator_port",),
     "server": ("server_port", "server_http_port"),
 }
-HTTP_TIMEOUT_S = 2.0
-# A proxy from the environment must not stand between us and loopback.
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_OPEN_TIMEOUT_S = 2.0
 
 
 class PortTakenError(StackError):
@@ -74,9 +74,7 @@ def _coordinator_arguments(config: StackConfig) -> list:
 
 
 def _server_arguments(config: StackConfig) -> list:
-    redis_host, redis_port = config.redis_address
-    disk = {"type": "fs", "base_path": config.disk_path}
-    remote = {"type": "resp", "host": redis_host, "port": redis_port}
+    adapters = [adapter_settings(tier, address) for tier, address in config.storage.items()]
     return [
         "--host",
         config.host,
@@ -96,12 +94,9 @@ def _server_arguments(config: StackConfig) -> list:
         config.eviction_policy,
         "--l2-prefetch-policy",
         config.prefetch_policy,
-        "--l2-adapter",
-        json.dumps(disk),
-        "--l2-adapter",
-        json.dumps(remote),
+        *(part for adapter in adapters for part in ("--l2-adapter", json.dumps(adapter))),
         "--coordinator-url",
-        f"http://{config.host}:{config.coordinator_port}",
+        config.coordinator_url,
         "--coordinator-advertise-ip",
         config.host,
         "--coordinator-heartbeat-interval",
@@ -121,11 +116,12 @@ def child_env(config: StackConfig) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()  # others override our arguments
-        if name == "LMCACHE_LOG_LEVEL" or not name.startswith(("LMCACHE_", "OTEL_"))
+        if name == "LMCACHE_LOG_LEVEL" or not name.startswith(("LMCACHE_", "OTEL_", "KV_REDIS_"))
     }
     no_proxy = ",".join(filter(None, [kept.get("NO_PROXY"), config.host]))
     kept.update(
         KV_REDIS_CLIENT=config.redis_client,
+        KV_REDIS_VERIFY_S=f"{config.redis_verify_s:g}",
         LMCACHE_TRACK_USAGE="false",
         DO_NOT_TRACK="1",
         HF_HUB_DISABLE_TELEMETRY="1",
@@ -135,16 +131,7 @@ def child_env(config: StackConfig) -> dict[str, str]:
         PYTHONUNBUFFERED="1",
         PYTHONWARNINGS="ignore::FutureWarning",
     )
-    kept.pop("KV_REDIS_URL", None)
-    if config.redis_url:
-        parts = urlsplit(config.redis_url)
-        # Not in the argument list, which every user of the machine can read.
-        kept.update(
-            KV_REDIS_URL=config.redis_url,
-            LMCACHE_RESP_USERNAME=unquote(parts.username or ""),
-            LMCACHE_RESP_PASSWORD=unquote(parts.password or ""),
-        )
-    return kept
+    return kept | environment_of(config.redis_url, config.redis_limits)
 
 
 def checkpoint_path(config: StackConfig) -> Path:
@@ -206,7 +193,7 @@ def _holder(port: int) -> str:
 
 def _is_open(config: StackConfig, port: int) -> bool:
     try:
-        with socket.create_connection((config.host, port), timeout=HTTP_TIMEOUT_S):
+        with socket.create_connection((config.host, port), timeout=_OPEN_TIMEOUT_S):
             return True
     except OSError:
         return False
@@ -215,46 +202,10 @@ def _is_open(config: StackConfig, port: int) -> bool:
 # ---- recognising what runs --------------------------------------------------
 
 
-def get_json(url: str):
-    """The JSON at `url`, or None if nothing sensible answers."""
-    try:
-        with _DIRECT.open(url, timeout=HTTP_TIMEOUT_S) as response:
-            return json.load(response)
-    except (OSError, ValueError, http.client.HTTPException):  # URLError is an OSError
-        return None
-
-
 def is_coordinator(config: StackConfig) -> bool:
     """Whether an LMCache coordinator answers on its port."""
-    answer = get_json(f"http://{config.host}:{config.coordinator_port}/openapi.json")
-    return (
-        isinstance(answer, dict) and answer.get("info", {}).get("title") == "LMCache MP Coordinator"
-    )
-
-
-def server_settings(config: StackConfig) -> dict | None:
-    """What the LMCache server on our HTTP port was started with, or None."""
-    return settings_at(f"http://{config.host}:{config.server_http_port}")
-
-
-def settings_at(base: str) -> dict | None:
-    """What the LMCache server at a base URL was started with, or None."""
-    if (get_json(f"{base}/healthcheck") or {}).get("status") != "healthy":
-        return None
-    answer = get_json(f"{base}/config")
-    if not isinstance(answer, dict) or "mp" not in answer:
-        return None
-    adapters = answer["storage_manager"]["l2_adapter_config"]["adapters"]
-    disk = [a["base_path"] for a in adapters if "base_path" in a]
-    redis = [(a["host"], a["port"]) for a in adapters if "host" in a]
-    return {
-        "instance_id": answer["mp"]["instance_id"],
-        "server_port": answer["mp"]["port"],
-        "chunk_size_tokens": answer["mp"]["chunk_size"],
-        "coordinator": answer["coordinator"]["url"],
-        "disk_path": disk[0] if disk else None,
-        "redis": redis[0] if redis else None,
-    }
+    info = get_json(config.coordinator_url, "/openapi.json").get("info", {})
+    return info.get("title") == "LMCache MP Coordinator"
 
 
 def check_shares_nothing(config: StackConfig) -> None:
@@ -263,21 +214,20 @@ def check_shares_nothing(config: StackConfig) -> None:
     Equal prompts have equal keys: what the one deletes would be gone for the other, whose
     directory entries would stay.
     """
-    url = f"http://{config.host}:{config.coordinator_port}/instances"
-    ours = {
-        "instance_id": config.instance_id,
-        "disk_path": config.disk_path,
-        "redis": config.redis_address,
-    }
-    for entry in (get_json(url) or {}).get("instances", []):
+    ours = {"instance_id": config.instance_id, **_storage(config)}
+    for entry in get_json(config.coordinator_url, "/instances").get("instances", []):
         base = f"http://{entry['ip']}:{entry['http_port']}"
-        other = settings_at(base) or {}  # one that is dead is listed for a while
+        other = server_settings(base)  # one that is dead is listed for a while
         for field, value in ours.items():
             if other.get(field) == value:
                 raise StackError(
                     f"the LMCache server at {base} has {field} = {value!r} too: each server "
                     "under one coordinator needs an instance_id, a disk_path and a Redis of its own"
                 )
+
+
+def _storage(config):
+    return {LMCACHE_TIERS[tier].setting: place for tier, place in config.storage.items()}
 
 
 def running_services(config: StackConfig) -> list[str]:
@@ -306,22 +256,21 @@ def running_services(config: StackConfig) -> list[str]:
 
 
 def _is_our_server(config: StackConfig) -> bool:
-    settings = server_settings(config)
-    if settings is None:
+    settings = server_settings(config.server_http_url)
+    if not settings:
         return False
     wanted = {
         "instance_id": config.instance_id,
         "server_port": config.server_port,
         "chunk_size_tokens": config.chunk_size_tokens,
-        "disk_path": config.disk_path,
-        "coordinator": f"http://{config.host}:{config.coordinator_port}",
-        "redis": config.redis_address,
+        "coordinator": config.coordinator_url,
+        **_storage(config),
     }
     for field, value in wanted.items():
-        if settings[field] != value:
+        if settings.get(field) != value:
             raise StackError(
                 f"the LMCache server on port {config.server_http_port} runs with {field} = "
-                f"{settings[field]!r}, but {value!r} is asked for: `make down` first, "
+                f"{settings.get(field)!r}, but {value!r} is asked for: `make down` first, "
                 "or use the same settings, or ask for free ports"
             )
     return True
@@ -338,17 +287,8 @@ def redis_answers(config: StackConfig) -> bool:
 
 def ping_redis(config: StackConfig) -> None:
     """PING the Redis in use; raise `StackError`, without credentials, if it does not answer."""
-    import redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-
     host, port = config.redis_address
-    client = redis.Redis.from_url(
-        config.redis_url or f"redis://{host}:{port}",
-        socket_timeout=HTTP_TIMEOUT_S,
-        socket_connect_timeout=HTTP_TIMEOUT_S,
-        retry=Retry(NoBackoff(), 0),
-    )  # its default tries for half a minute
+    client = connect(config.redis_url or f"redis://{host}:{port}", config.redis_limits)
     try:
         client.ping()
     except redis.AuthenticationError:
