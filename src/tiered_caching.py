@@ -45,9 +45,11 @@ from kvttl.manager.generation import (
     text_of,
 )
 from kvttl.manager.metadata import PromptHistory, RequestMetadata
+from kvttl.manager.motion import Motion
 from kvttl.manager.placement import KVPlacement
 from kvttl.manager.policy import Policy
 from kvttl.manager.recovery import adopt_unclaimed, recover_claims
+from kvttl.manager.settling import Settler
 from kvttl.storage.redis_client import (
     DEFAULT_LIMITS,
     MAX_REDIS_TTL_MS,
@@ -424,12 +426,14 @@ class MultiTierCache:
         self._keep_prompts = keep_prompts
         self._records = RecordKeeper(max_records, _MAX_RECORD_BYTES, log, metrics, notify)
         self.records = self._records.records
-        self._placement = KVPlacement(lmcache_controller, self.claims, self._records.write_ahead)
+        motion, write_ahead = Motion(lmcache_controller), self._records.write_ahead
+        self._settler = Settler(lmcache_controller, self.claims, motion, write_ahead)
+        self._placement = KVPlacement(lmcache_controller, self._settler, motion)
         self._measured = RequestMetadata(None, perplexity_source, scorer)
         self._measured_lock = threading.Lock()
         self._decider = Decider(
             self._decide,
-            self._placement,
+            self._settler,
             self.config.base_ttl,
             self._records,
             workers=check_whole("workers", workers) if background else 0,
@@ -576,10 +580,9 @@ class MultiTierCache:
 
     def _decide(self, draft: Draft, made: Generation) -> None:
         """Fill the draft in step by step: a failure leaves what was known before it."""
-        tokens, given = made.tokens.tolist(), made.metadata
-        draft.metadata = dict(given) if isinstance(given, Mapping) else {}
+        tokens = made.tokens.tolist()
         draft.metadata, draft.metadata_sources = self._measuring().complete(
-            given, tokens, made.perplexity, draft.time_s
+            made.metadata, tokens, made.perplexity, draft.time_s
         )
         draft.ttl_s = float(self.config.ttl(draft.metadata))  # step 4
         draft.wanted_tier = str(self.config.tier(draft.metadata))  # step 5
@@ -612,8 +615,8 @@ class MultiTierCache:
         swept: list[DecisionRecord] = []
         while not (self._sweeper and self._sweeper.must_stop):  # `recover` takes the rest up again
             now = self._decider.known_until(self.clock() if now_s is None else now_s)
-            adopt_unclaimed(self._placement, now, self.config.base_ttl)
-            records = self._placement.sweep(now)
+            adopt_unclaimed(self._settler, now, self.config.base_ttl)
+            records = self._settler.sweep(now)
             if not records:
                 break
             swept += [self._records.keep(record) for record in records]
@@ -628,7 +631,7 @@ class MultiTierCache:
         self._start_sweeper()  # what is claimed again must end without a generation too
         if isinstance(log, (str, Path)):
             log = read_records(log, kinds=None) if Path(log).exists() else ()  # the first start
-        return recover_claims(self._placement, log, self.clock(), self.config.base_ttl)
+        return recover_claims(self._settler, log, self.clock(), self.config.base_ttl)
 
     @property
     def shed_decisions(self) -> int:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Annotated, TypedDict
 
@@ -19,6 +20,7 @@ from langchain_core.tools import tool
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.message import add_messages
 from langgraph.prebuilt import ToolNode, tools_condition
+from waiting import wait_until
 
 from cache_controller import LMCacheController, LocalLMCacheController
 from caching_heuristics import HeuristicConfig
@@ -241,6 +243,25 @@ def test_one_bad_prompt_in_a_batch_spoils_no_other(model, cache, fresh_text):
     with pytest.raises(Exception, match="maximum context length is 2048"):
         model.generate([[HumanMessage(text)] for text in texts])
     assert model.invoke("Still there?") is not None
+
+
+def test_an_interrupted_call_costs_nobody_else_an_answer(scripted, monkeypatch):
+    model, engine = scripted("one", "two", "three")
+    generate, entered = engine.generate, threading.Event()
+
+    def interrupted(prompts, sampling_params):
+        monkeypatch.setattr(engine, "generate", generate)
+        entered.set()
+        wait_until(lambda: len(model._batches._waiting) == 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "generate", interrupted)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(model.invoke, "a")
+        assert entered.wait(60)
+        others = [pool.submit(model.invoke, text) for text in "bc"]
+        assert isinstance(first.exception(60), KeyboardInterrupt)
+        assert {other.result(60).content for other in others} == {"one", "two"}
 
 
 # ---- prompts -----------------------------------------------------------------------------

@@ -248,11 +248,9 @@ MAY_IMPORT = {
     "decisions": "caching_heuristics, settings",
     "stack": "caching_heuristics, background, storage, lmcache",
     "manager": "caching_heuristics, background, lmcache, decisions",
-    "tiered_caching": (
-        "caching_heuristics, background, storage, settings, lmcache, decisions, manager"
-    ),
+    "tiered_caching": "caching_heuristics, background, storage, lmcache, decisions, manager",
     "cache_controller": "caching_heuristics, lmcache, tiered_caching",
-    "replay": "caching_heuristics, traces, lmcache, manager, tiered_caching",
+    "replay": "caching_heuristics, traces, settings, lmcache, manager, tiered_caching",
     "plots": "caching_heuristics, decisions, replay",
     "session": "all above",
     "sliders": "caching_heuristics, traces, settings, decisions, replay, plots",

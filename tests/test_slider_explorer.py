@@ -373,7 +373,7 @@ def test_fields_left_out_have_their_defaults(text, config, tmp_path):
         ("base_ttl: true", "base_ttl must be a number .* got True"),
         ("alpha: null", "alpha must be a number"),
         ("base_tll: 5", "unknown setting 'base_tll': did you mean 'base_ttl'"),
-        ("1: 5", "no setting 1; known are"),
+        ("1: 5", "unknown setting 1: known are"),
         ("just text", "must hold `name: number` lines, got 'just text'"),
         ("- 1\n- 2", "must hold `name: number` lines"),
         ("alpha: [1", "not YAML"),

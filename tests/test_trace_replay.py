@@ -270,7 +270,7 @@ def test_metadata_are_what_the_live_manager_measures(seed):
 @given(st.integers(0, 10**6))
 def test_runs_cut_by_future_have_one_next_request(seed):
     trace = fixtures.random_trace(seed, requests=30)
-    cut, coming, at = index_runs(trace).split_by_future(), reference.next_requests(trace), 0
+    cut, coming, at = index_runs(trace).by_future, reference.next_requests(trace), 0
     assert cut.length.sum() == trace.accesses and cut.length.min() > 0
     ids = trace.block_ids.tolist()
     for run in range(cut.runs):
@@ -368,7 +368,7 @@ def test_wrong_arguments_are_named():
         replay(trace, "lru", (1, -2, 3))
     with pytest.raises(ValueError, match="one for each"):
         replay(trace, "lru", (1, 2))
-    with pytest.raises(ValueError, match="policy must be one of"):
+    with pytest.raises(ValueError, match="unknown policy"):
         replay(trace, "clock")
     with pytest.raises(ValueError, match="per must be"):
         replay(trace, "heuristic", 5, per="session")

@@ -13,25 +13,19 @@ from concurrent.futures import Future
 from typing import Any
 from uuid import uuid4
 
+from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages.utils import convert_to_openai_messages
+from langchain_core.outputs import ChatGeneration, ChatResult
+from langchain_core.tools import BaseTool, StructuredTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from pydantic import Field, PrivateAttr
+
 from kvttl.agents.chat import chat_tokens, read_tool_calls
 from kvttl.decisions.log import DecisionRecord
 from kvttl.lmcache.layout import by_hottest
 from kvttl.manager.generation import ManagedOutput, prompt_digest, text_of
 from tiered_caching import MultiTierCache
-
-try:
-    from langchain_core.language_models.chat_models import BaseChatModel
-    from langchain_core.messages import AIMessage, BaseMessage
-    from langchain_core.messages.utils import convert_to_openai_messages
-    from langchain_core.outputs import ChatGeneration, ChatResult
-    from langchain_core.tools import BaseTool, StructuredTool
-    from langchain_core.utils.function_calling import convert_to_openai_tool
-    from pydantic import Field, PrivateAttr
-except ImportError as error:
-    raise ImportError(
-        f"agent_tools needs LangChain ({error}): run `make install-agents`, which installs the "
-        "extra kv-cache-ttl-kit[agents] with the pins of requirements-agents.txt"
-    ) from error
 
 
 class ManagedChatModel(BaseChatModel):
@@ -172,10 +166,17 @@ class _Batches:
     def answer(self, prompt, sampling, kv):
         """Return the prompt's `ManagedOutput`, or raise what the engine says of this prompt."""
         answer: Future[ManagedOutput] = Future()
-        self._waiting.append((prompt, sampling, kv, answer))
+        mine = (prompt, sampling, kv, answer)
+        self._waiting.append(mine)
         with self._engine:
             if not answer.done():
-                self._serve([self._waiting.popleft() for _ in range(len(self._waiting))])
+                batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
+                try:
+                    self._serve(batch)
+                except BaseException:  # an interrupt: the others are still to be answered
+                    left = (each for each in batch if each is not mine and not each[-1].done())
+                    self._waiting.extend(left)
+                    raise
         return answer.result()
 
     def _serve(self, batch):
@@ -188,9 +189,6 @@ class _Batches:
             else:
                 for each in batch:  # one of them, perhaps: each by itself
                     self._serve([each])
-        except BaseException:  # an interrupt: the others are still to be answered
-            self._waiting.extend(batch)
-            raise
         else:
             for answer, managed in zip(answers, made):
                 answer.set_result(managed)

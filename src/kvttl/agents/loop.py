@@ -14,6 +14,8 @@ from itertools import takewhile
 from typing import Annotated, Any, TypedDict
 
 import numpy as np
+from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
+from langgraph.graph import END, START, StateGraph
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
@@ -25,15 +27,6 @@ from kvttl.plots.panels import TIER_COLOURS, tier_keys
 from kvttl.session.launch import managed
 from kvttl.session.texts import CODE_PROMPT, PROSE_PROMPT, random_characters
 from tiered_caching import MultiTierCache
-
-try:
-    from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
-    from langgraph.graph import END, START, StateGraph
-except ImportError as error:
-    raise ImportError(
-        f"agent_loop needs LangGraph ({error}): run `make install-agents`, which installs the "
-        "extra kv-cache-ttl-kit[agents] with the pins of requirements-agents.txt"
-    ) from error
 
 HOUSE_RULES = "You are one of several agents that work on a ticket together.\n" + "".join(
     f"{n}. {rule}\n"

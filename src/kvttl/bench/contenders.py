@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ CONTENDERS = {
 ORDER = tuple(CONTENDERS)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Served:
     """One request's outcome.
 
@@ -167,12 +167,24 @@ class Runner:
 
     def serve(self, request: BenchRequest, blocks: Sequence[int]) -> Served:
         """Generate; `blocks` are the prompt's complete chunks, numbered."""
-        output, call_s = generate(self.llm, request)
         self._seen.update(blocks)
+        held = self._held(request)
+        start_s = time.perf_counter()
+        output, decision = self._generate(request)
+        call_s = time.perf_counter() - start_s
         cached = output.num_cached_tokens or 0
-        hits = {"gpu": cached} if cached else {}
+        hits = hits_by_tier(held, cached, CHUNK_TOKENS)
         ttft_s = output.metrics.first_token_latency
-        return Served(ttft_s, call_s, len(request.tokens), cached, hits, engine_s=call_s)
+        served = Served(ttft_s, call_s, len(request.tokens), cached, hits, engine_s=call_s)
+        return served if decision is None else _with_decision(served, decision.result())
+
+    def _held(self, request):
+        """Return the tiers of each chunk of a prompt, before it is generated."""
+        return [("gpu",)] * (len(request.tokens) // CHUNK_TOKENS)
+
+    def _generate(self, request):
+        """Return the engine's answer, and the future decision if there is a manager."""
+        return self.llm.generate(_prompt(request), sampling(), use_tqdm=False)[0], None
 
     def settle(self) -> None:
         """Wait until the request's KV is stored: the next contender's turn must not pay for it."""
@@ -237,30 +249,14 @@ class LMCacheRunner(Runner):
         self._cache.sweep()
         return super().advance(arrival_s)
 
-    def serve(self, request: BenchRequest, blocks: Sequence[int]) -> Served:
-        """Generate, and let the manager decide and move before the next contender's turn."""
-        held = self._look.layout(request.tokens).of(self.stack.instance_id)
-        if self._cache is None:
-            output, call_s = generate(self.llm, request)
-            served = Served(0.0, call_s, len(request.tokens), 0, engine_s=call_s)
-        else:
-            output, served = self._serve_managed(request)
-        served.ttft_s = output.metrics.first_token_latency
-        served.cached_tokens = output.num_cached_tokens or 0
-        served.hit_tokens = hits_by_tier(held, served.cached_tokens, CHUNK_TOKENS)
-        return served
+    def _held(self, request):
+        return self._look.layout(request.tokens).of(self.stack.instance_id)
 
-    def _serve_managed(self, request):
-        start_s = time.perf_counter()
-        (made,) = self._cache.generate(_prompt(request), sampling())
-        call_s = time.perf_counter() - start_s
-        record = made.decision.result()
-        served = Served(0.0, call_s, record.prompt_tokens, 0)
-        served.manage_s, served.engine_s = record.manage_s, record.generate_s
-        served.moved_chunks = sum(move["moved_chunks"] for move in record.moves)
-        served.perplexity = record.metadata.get("perplexity", float("nan"))
-        served.error = record.error
-        return made.output, served
+    def _generate(self, request):
+        if self._cache is None:
+            return super()._generate(request)
+        (managed_output,) = self._cache.generate(_prompt(request), sampling())
+        return managed_output
 
     def settle(self) -> None:
         """Wait until LMCache has stored what it was given."""
@@ -281,7 +277,7 @@ class LMCacheRunner(Runner):
     def expired_chunks(self) -> int:
         """Chunks that went down the ladder because a TTL had ended."""
         records = self._cache.records if self._cache else ()
-        ended = [record for record in records if record.kind in ("expiry", "settled")]
+        ended = [record for record in list(records) if record.kind in ("expiry", "settled")]
         return sum(move["moved_chunks"] for record in ended for move in record.moves)
 
     def _status(self):
@@ -315,22 +311,26 @@ class LMCacheRunner(Runner):
         self.stack.stop()
 
 
-def sampling():
+def sampling() -> Any:
     """Return the sampling parameters of every request."""
     from vllm import SamplingParams
 
     return SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
 
 
-def generate(llm: Any, request: BenchRequest) -> tuple[Any, float]:
-    """Return the engine's answer and the seconds that the call took."""
-    start_s = time.perf_counter()
-    output = llm.generate(_prompt(request), sampling(), use_tqdm=False)[0]
-    return output, time.perf_counter() - start_s
-
-
 def _prompt(request):
     return {"prompt_token_ids": list(request.tokens)}
+
+
+def _with_decision(served, record):
+    return replace(
+        served,
+        manage_s=record.manage_s,
+        engine_s=record.generate_s,
+        moved_chunks=sum(move["moved_chunks"] for move in record.moves),
+        perplexity=record.metadata.get("perplexity", served.perplexity),
+        error=record.error,
+    )
 
 
 # ---- starting them ----------------------------------------------------------------

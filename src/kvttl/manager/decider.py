@@ -19,7 +19,7 @@ from kvttl.decisions.record import DecisionRecord
 from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
 from kvttl.manager.draft import Draft, Wish
 from kvttl.manager.generation import Generation, prompt_digest
-from kvttl.manager.placement import KVPlacement
+from kvttl.manager.settling import Settler
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Decider:
     ----------
     decide : callable
         Fills a draft with the decision about a generation, and carries it out.
-    placement : KVPlacement
+    settler : Settler
         Gets a default wish where `decide` came to none.
     default_ttl_s : float
         TTL of that wish, in gpu, seconds.
@@ -60,7 +60,7 @@ class Decider:
     def __init__(
         self,
         decide: Callable[[Draft, Generation], None],
-        placement: KVPlacement,
+        settler: Settler,
         default_ttl_s: float,
         records: RecordKeeper,
         *,
@@ -68,7 +68,7 @@ class Decider:
         max_queue: int,
         max_queue_bytes: int,
     ) -> None:
-        self._decide, self._placement = decide, placement
+        self._decide, self._settler = decide, settler
         self._default_ttl_s, self._records = default_ttl_s, records
         limits = {"max_bytes": max_queue_bytes, "size_bytes": lambda job: job.made.size_bytes}
         queue = JobQueue(self._run, self._shed, max_queue, workers=workers or 1, **limits)
@@ -152,7 +152,7 @@ class Decider:
         draft = job.draft
         if job.made is not None and not draft.claimed:
             wish = Wish("gpu", draft.time_s, self._default_ttl_s)
-            self._placement.claim_later(draft.prompt_digest, job.made.tokens, wish)
+            self._settler.claim_later(draft.prompt_digest, job.made.tokens, wish)
         with self._lock:
             self._open.pop(job, None)
         job.future.set_result(self._records.keep(draft.record(kind)))

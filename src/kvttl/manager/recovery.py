@@ -13,19 +13,19 @@ from dataclasses import replace
 from kvttl.decisions.log import DecisionRecord
 from kvttl.lmcache.client import LMCacheError
 from kvttl.manager.draft import Wish
-from kvttl.manager.placement import KVPlacement
+from kvttl.manager.settling import Settler
 
 logger = logging.getLogger(__name__)
 
 
 def recover_claims(
-    placement: KVPlacement, records: Iterable[DecisionRecord], now_s: float, adopted_ttl_s: float
+    settler: Settler, records: Iterable[DecisionRecord], now_s: float, adopted_ttl_s: float
 ) -> dict[str, int]:
     """Make the claims again that a log holds, and claim the KV that none accounts for.
 
     Parameters
     ----------
-    placement : KVPlacement
+    settler : Settler
         Gets the claims.
     records : iterable of DecisionRecord
         All kinds, in time order.
@@ -46,14 +46,14 @@ def recover_claims(
     LMCacheUnavailable, LMCacheError
         The directory cannot be read; the log's claims are made all the same.
     """
-    latest = [r for r in _latest_claims(records) if _claim_again(placement, r)]
-    held = placement.held()
+    latest = [r for r in _latest_claims(records) if _claim_again(settler, r)]
+    held = settler.held()
     known = {key for record in latest for key in record.chunk_keys}
-    adopted = placement.adopt(held, known, now_s, adopted_ttl_s)
-    too_hot = placement.too_hot(held, now_s)
+    adopted = settler.adopt(held, known, now_s, adopted_ttl_s)
+    too_hot = settler.too_hot(held, now_s)
     unsettled = [record for record in latest if too_hot.intersection(record.chunk_keys)]
     for record in unsettled:
-        placement.settle_later(record.prompt_digest, record.chunk_keys, _wish(record))
+        settler.settle_later(record.prompt_digest, record.chunk_keys, _wish(record))
     return {"claims": len(latest), "adopted": adopted, "unsettled": len(unsettled)}
 
 
@@ -61,25 +61,25 @@ def _wish(record):
     return Wish(record.wanted_tier, record.time_s, record.ttl_s)
 
 
-def _claim_again(placement, record):
+def _claim_again(settler, record):
     """Make a logged claim; False where the record makes no sense: its KV is adopted then."""
     try:
-        placement.ledger.claim(record.prompt_digest, record.chunk_keys, *_wish(record))
+        settler.ledger.claim(record.prompt_digest, record.chunk_keys, *_wish(record))
     except ValueError as error:
         logger.warning("a logged claim is left out: %s", error)
         return False
     return True
 
 
-def adopt_unclaimed(placement: KVPlacement, now_s: float, ttl_s: float) -> None:
+def adopt_unclaimed(settler: Settler, now_s: float, ttl_s: float) -> None:
     """Claim KV whose claim had to give way to others in a full table."""
-    if not placement.has_unclaimed:
+    if not settler.has_unclaimed:
         return
-    placement.has_unclaimed = False  # before looking: another one may give way meanwhile
+    settler.has_unclaimed = False  # before looking: another one may give way meanwhile
     try:
-        placement.adopt(placement.held(), frozenset(), now_s, ttl_s)
+        settler.adopt(settler.held(), frozenset(), now_s, ttl_s)
     except LMCacheError as error:
-        placement.has_unclaimed = True
+        settler.has_unclaimed = True
         logger.info("adopting KV without a claim waits: %s", error)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
+from caching_heuristics import unknown_name
 from kvttl.replay.policies import capacities
 from kvttl.replay.result import ReplayResult
 from kvttl.traces.trace import Trace
@@ -154,7 +155,7 @@ def _cache(policy, capacity, trace):
     import libcachesim
 
     if policy not in BASELINES:
-        raise ValueError(f"policy must be one of {', '.join(BASELINES)}, got {policy!r}")
+        raise ValueError(unknown_name("policy", policy, BASELINES))
     size = _size(capacity, trace)
     if not size:
         return None

@@ -7,14 +7,13 @@ defaults were measured on this kit's stack with two cores and no GPU; `calibrate
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
-from caching_heuristics import TIERS
+from caching_heuristics import FINITE, TIERS, check_number
 from kvttl.replay.result import ReplayResult
 
 # Measured on 2 CPU cores (design notes, section 5): seconds to serve a prompt of
@@ -83,9 +82,7 @@ class TierCosts:
                 raise ValueError(f"{field.name} must have one value for each of {TIERS}")
             may_be_zero = field.name in ("latency_s", "start_s") or "price" in field.name
             for value in values if by_tier else (values,):
-                if not (0 <= value < math.inf and (may_be_zero or value > 0)):
-                    allowed = ">= 0" if may_be_zero else "> 0"
-                    raise ValueError(f"{field.name} must be {allowed} and finite, got {value!r}")
+                check_number(field.name, value, 0, FINITE, open_low=not may_be_zero)
 
     def request_ttft_s(self, hit_tokens, prompt_tokens) -> np.ndarray:
         """Return seconds to the first token; hits (..., 3), prompts (...)."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from caching_heuristics import HeuristicConfig
+from caching_heuristics import HeuristicConfig, unknown_name
 from kvttl.replay.block_kernel import block_rows, block_sizes, replay_blocks
 from kvttl.replay.policies import POLICIES, UNLIMITED, Plan, capacities
 from kvttl.replay.result import ReplayResult
@@ -109,10 +109,10 @@ def replay_without_capacity(
     index = trace if isinstance(trace, RunIndex) else index_runs(trace)
     plan = _plan_without_capacity(index, policy, config or HeuristicConfig(), metadata)
     segments, trace, hits = plan.segments, plan.index.trace, _hit_arrays(index.trace)
-    columns = (segments.offsets, segments.request, segments.length, segments.short, segments.rest)
     ttl_s = np.full(segments.count, np.inf) if plan.ttl_s is None else plan.ttl_s
     area, moved = replay_ttl(
-        columns + _pieces(segments),
+        segments.arrays,
+        segments.rest,
         trace.arrival_s,
         np.ascontiguousarray(ttl_s, np.float64),
         _tiers(plan, (UNLIMITED,) * 3),
@@ -123,15 +123,6 @@ def replay_without_capacity(
     return ReplayResult(trace, _name(policy), (UNLIMITED,) * 3, *hits, area[0], area[1], moved)
 
 
-def _pieces(segments):
-    return (
-        segments.piece_offsets,
-        segments.piece_old,
-        segments.piece_start,
-        segments.piece_length,
-    )
-
-
 def _name(policy):
     return policy if isinstance(policy, str) else getattr(policy, "__name__", "plan")
 
@@ -139,7 +130,7 @@ def _name(policy):
 def _plan(index, policy, config, metadata):
     if isinstance(policy, str):
         if policy not in POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+            raise ValueError(unknown_name("policy", policy, POLICIES))
         policy = POLICIES[policy].plan
     return policy(index, config, **metadata)
 
@@ -187,12 +178,9 @@ def _replay_plan(plan, name, blocks, progress):
         ttl_s = np.ascontiguousarray(plan.ttl_s, np.float64)
         until_s = ladder_deadlines(segments.arrival_s, ttl_s, tier, *ladder)
     work = Work(
-        segments.offsets,
-        segments.length,
-        segments.short,
-        *_pieces(segments),
+        segments.arrays,
         segments.mirror,
-        np.array(segments.request if plan.key is None else plan.key, np.float64),
+        np.array(segments.arrays.request if plan.key is None else plan.key, np.float64),
         tier,
         until_s,
         np.array(blocks, np.int64),

@@ -46,15 +46,8 @@ def lru_curve(trace: Trace | RunIndex, capacities: Sequence[int | float]) -> dic
     [0, 2, 3]
     """
     index = trace if isinstance(trace, RunIndex) else index_runs(trace)
-    segments, trace = index.by_request, index.trace
-    own, prefix, tokens = _distances(
-        segments.length,
-        segments.short,
-        segments.piece_offsets,
-        segments.piece_old,
-        segments.piece_length,
-        trace.block_tokens,
-    )
+    segments, trace = index.by_request.arrays, index.trace
+    own, prefix, tokens = _distances(segments, trace.block_tokens)
     blocks = np.array([as_blocks(capacity, trace)[0] for capacity in capacities], np.int64)
     limits = np.where(blocks < 0, NEVER, blocks)  # a distance below it is a hit
     limits, place = np.unique(limits, return_inverse=True)
@@ -81,28 +74,28 @@ def _below(distances, weights, limits):
 
 
 @njit(cache=True)
-def _distances(length, short, piece_offsets, piece_old, piece_length, block_tokens):
-    """Return by piece: its distance, the largest of its prefix, its tokens."""
-    tree = np.zeros(len(length) + 1, np.int64)  # Fenwick: blocks last accessed in each request
-    own = np.full(len(piece_old), NEVER, np.int64)
-    prefix, tokens = own.copy(), np.zeros(len(piece_old), np.int64)
+def _distances(s, block_tokens):
+    """Return by piece of `SegmentArrays`: its distance, the largest of its prefix, its tokens."""
+    tree = np.zeros(len(s.length) + 1, np.int64)  # Fenwick: blocks last accessed in each request
+    own = np.full(len(s.piece_old), NEVER, np.int64)
+    prefix, tokens = own.copy(), np.zeros(len(s.piece_old), np.int64)
     held = 0  # blocks accessed so far, by now
-    for r in range(len(length)):
+    for r in range(len(s.length)):
         largest = np.int64(-1)
         taken = 0
-        for piece in range(piece_offsets[r], piece_offsets[r + 1]):
-            old, blocks = piece_old[piece], piece_length[piece]
+        for piece in range(s.piece_offsets[r], s.piece_offsets[r + 1]):
+            old, blocks = s.piece_old[piece], s.piece_length[piece]
             tokens[piece] = blocks * block_tokens
             if old >= 0:
-                own[piece] = length[old] - 1 + held - taken - _sum_to(tree, old + 1)
+                own[piece] = s.length[old] - 1 + held - taken - _sum_to(tree, old + 1)
                 _add(tree, old + 1, -blocks)
                 taken += blocks
             largest = max(largest, own[piece])
             prefix[piece] = largest
-        if length[r]:
-            tokens[piece_offsets[r + 1] - 1] -= short[r]
-            _add(tree, r + 1, length[r])
-            held += length[r] - taken
+        if s.length[r]:
+            tokens[s.piece_offsets[r + 1] - 1] -= s.short[r]
+            _add(tree, r + 1, s.length[r])
+            held += s.length[r] - taken
     return own, prefix, tokens
 
 

@@ -122,7 +122,7 @@ def optimal(index: RunIndex, config: HeuristicConfig) -> Plan:
 
     A whole request at once: its own blocks may be evicted as soon as it is done.
     """
-    cut = index.split_by_future()
+    cut = index.by_future
     deeper = np.where(cut.next_request < index.trace.requests, cut.depth / 2.0**21, 0.0)
     return Plan(cut, "run", key=-(cut.next_request + deeper))
 

@@ -13,8 +13,9 @@ from its back, because a prefix without its end is of use and an end is not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -40,7 +41,7 @@ class RunIndex:
         Shape (runs,), int32: tokens that its last block lacks to a complete one.
     next_request : numpy.ndarray or None
         Shape (runs,): the one request that accesses its blocks next, the number
-        of requests if none does. Only after `split_by_future`.
+        of requests if none does. Only in `by_future`.
 
     Examples
     --------
@@ -60,7 +61,6 @@ class RunIndex:
     length: np.ndarray
     short: np.ndarray
     next_request: np.ndarray | None = None
-    _split: list = field(default_factory=list, repr=False)
 
     @property
     def runs(self) -> int:
@@ -129,7 +129,8 @@ class RunIndex:
         """The runs as segments, for policies that decide about each."""
         each = np.arange(self.runs + 1)
         pieces = (each, self.previous, self.start, self.length)
-        return Segments(self.trace, self.offsets, self.request, self.length, self.short, *pieces)
+        own = (self.offsets, self.request, self.length, self.short)
+        return Segments(self.trace, SegmentArrays(*own, *pieces))
 
     @cached_property
     def by_request(self) -> Segments:
@@ -140,24 +141,20 @@ class RunIndex:
         some = trace.blocks > 0
         short[some] = self.short[self.offsets[1:][some] - 1]
         requests = np.arange(trace.requests + 1)
-        lengths = trace.blocks.astype(np.int32)
-        return Segments(trace, requests, requests[:-1], lengths, short, piece_offsets, *columns)
+        own = (requests, requests[:-1], trace.blocks.astype(np.int32), short)
+        return Segments(trace, SegmentArrays(*own, piece_offsets, *columns))
 
-    def split_by_future(self) -> RunIndex:
-        """Return the runs cut where blocks differ in the request that accesses them next."""
-        if not self._split:
-            self._split.append(_split_by_future(self))
-        return self._split[0]
+    @cached_property
+    def by_future(self) -> RunIndex:
+        """The runs cut where blocks differ in the request that accesses them next."""
+        return _split_by_future(self)
 
 
-@dataclass(frozen=True, eq=False)
-class Segments:
-    """What an engine moves as one: blocks with one last access and one decision.
+class SegmentArrays(NamedTuple):
+    """Segments as the compiled engines read them.
 
     Parameters
     ----------
-    trace : Trace
-        Where they are from.
     offsets, request : numpy.ndarray
         Each request's segments, (requests + 1,), and each segment's request, (segments,).
     length, short : numpy.ndarray
@@ -169,7 +166,6 @@ class Segments:
         never seen), where in it they begin, and how many they are.
     """
 
-    trace: Trace
     offsets: np.ndarray
     request: np.ndarray
     length: np.ndarray
@@ -179,28 +175,37 @@ class Segments:
     piece_start: np.ndarray
     piece_length: np.ndarray
 
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """What an engine moves as one: blocks of a trace with one last access and one decision."""
+
+    trace: Trace
+    arrays: SegmentArrays
+
     @property
     def count(self) -> int:
         """Number of segments."""
-        return len(self.request)
+        return len(self.arrays.request)
 
     @cached_property
     def arrival_s(self) -> np.ndarray:
         """Seconds of each segment's access, shape (segments,)."""
-        return self.trace.arrival_s[self.request]
+        return self.trace.arrival_s[self.arrays.request]
 
     @cached_property
     def mirror(self) -> np.ndarray:
         """Segment -> its place if each request's went deepest first; its own inverse."""
-        ends = self.offsets[self.request] + self.offsets[self.request + 1] - 1
+        offsets, request = self.arrays.offsets, self.arrays.request
+        ends = offsets[request] + offsets[request + 1] - 1
         return (ends - np.arange(self.count)).astype(np.int32)
 
     @cached_property
     def rest(self) -> np.ndarray:
         """Blocks of each segment that no later request accesses, shape (segments,)."""
-        known = self.piece_old >= 0
-        taken = np.bincount(self.piece_old[known], self.piece_length[known], self.count)
-        return (self.length - taken).astype(np.int32)
+        old, length = self.arrays.piece_old, self.arrays.piece_length
+        taken = np.bincount(old[old >= 0], length[old >= 0], self.count)
+        return (self.arrays.length - taken).astype(np.int32)
 
 
 @njit(cache=True)

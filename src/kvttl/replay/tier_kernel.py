@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from kvttl.replay.runs import SegmentArrays
+
 # Nothing here allocates: counting references would take most of the time.
 _compiled = njit(cache=True, _nrt=False)
 _inlined = njit(cache=True, _nrt=False, inline="always")
@@ -34,13 +36,7 @@ class State(NamedTuple):
 class Work(NamedTuple):
     """What the kernel reads; see Segments and Plan."""
 
-    offsets: np.ndarray
-    length: np.ndarray
-    short: np.ndarray
-    piece_offsets: np.ndarray
-    piece_old: np.ndarray
-    piece_start: np.ndarray
-    piece_length: np.ndarray
+    segments: SegmentArrays
     mirror: np.ndarray
     key: np.ndarray  # (segments,) float64
     tier: np.ndarray  # (segments,) int8
@@ -128,7 +124,8 @@ def _tokens(segment, begin, end, r):
     """Tokens of a segment's blocks [begin, end)."""
     if end <= begin:
         return 0
-    return (end - begin) * r.block_tokens - (r.short[segment] if end == r.length[segment] else 0)
+    lacks = r.segments.short[segment] if end == r.segments.length[segment] else 0
+    return (end - begin) * r.block_tokens - lacks
 
 
 @_inlined
@@ -218,11 +215,11 @@ def _take(s, r, piece):
     """Take a piece's blocks out of the segment they were in; counts them by tier."""
     for tier in range(3):
         s.counts[0, tier] = s.counts[1, tier] = 0
-    s.counts[0, 3] = r.piece_length[piece]
-    old = r.piece_old[piece]
+    s.counts[0, 3] = r.segments.piece_length[piece]
+    old = r.segments.piece_old[piece]
     if old < 0:
         return
-    begin, end = s.marks[old, 0], r.piece_start[piece] + r.piece_length[piece]
+    begin, end = s.marks[old, 0], r.segments.piece_start[piece] + r.segments.piece_length[piece]
     for tier in range(3):
         stop = min(end, s.marks[old, tier + 1])
         if stop > begin:
@@ -239,7 +236,7 @@ def _take(s, r, piece):
 @_inlined
 def _put(s, r, segment):
     """Put a segment's blocks into its first tier."""
-    length, tier = r.length[segment], r.tier[segment]
+    length, tier = r.segments.length[segment], r.tier[segment]
     for k in range(4):
         s.marks[segment, k] = length if k > tier else 0
     tokens = _tokens(segment, 0, length, r)
@@ -276,18 +273,19 @@ def _deepest(s):
 @_compiled
 def replay_requests(s, r, arrival_s, first, last, hit_blocks, hit_tokens):
     """Replay requests [first, last); fills their rows of hits, (requests, 3)."""
+    pieces = r.segments.piece_offsets
     for request in range(first, last):
         _expire(s, r, arrival_s[request])
         _tick(s, arrival_s[request])
         whole = True  # so far the prefix is resident
-        for segment in range(r.offsets[request], r.offsets[request + 1]):
-            if r.length[segment] == 0:
+        for segment in range(r.segments.offsets[request], r.segments.offsets[request + 1]):
+            if r.segments.length[segment] == 0:
                 continue
             s.counts[2, 0] = s.counts[2, 1] = s.counts[2, 2] = 0
-            for piece in range(r.piece_offsets[segment], r.piece_offsets[segment + 1]):
+            for piece in range(pieces[segment], pieces[segment + 1]):
                 _take(s, r, piece)
                 whole = whole and _count_hits(s, r, hit_blocks, hit_tokens, request)
             if whole:
-                hit_tokens[request, _deepest(s)] -= r.short[segment]
+                hit_tokens[request, _deepest(s)] -= r.segments.short[segment]
             _put(s, r, segment)
         _evict(s, r, 0)

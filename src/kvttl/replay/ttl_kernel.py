@@ -57,25 +57,25 @@ def _reside(blocks, tokens, begin_s, end_s, ttl_s, first, factors, area, moved):
 
 
 @njit(cache=True)
-def replay_ttl(columns, arrival_s, ttl_s, first, factors, block_tokens, hit_blocks, hit_tokens):
+def replay_ttl(s, rest, arrival_s, ttl_s, first, factors, block_tokens, hit_blocks, hit_tokens):
     """Fill hits by request and tier, (requests, 3); returns area (2, 3), moved (4, 4).
 
-    Columns are those of Segments; TTL (seconds) and first tier are by segment.
+    `s` are `SegmentArrays`; what no later request takes of each segment (blocks),
+    TTL (seconds) and first tier are by segment.
     """
-    offsets, request, length, short, rest, piece_offsets, piece_old, piece_start, pieces = columns
     area, moved = np.zeros((2, 3)), np.zeros((4, 4), np.int64)
     end_s = arrival_s[-1] if len(arrival_s) else 0.0
-    for r in range(len(offsets) - 1):
+    for r in range(len(s.offsets) - 1):
         whole, now_s = True, arrival_s[r]
-        for at in range(offsets[r], offsets[r + 1]):
+        for at in range(s.offsets[r], s.offsets[r + 1]):
             target, stored, tier = first[at], 0, 3
-            for piece in range(piece_offsets[at], piece_offsets[at + 1]):
-                old, blocks, tier = piece_old[piece], pieces[piece], 3
+            for piece in range(s.piece_offsets[at], s.piece_offsets[at + 1]):
+                old, blocks, tier = s.piece_old[piece], s.piece_length[piece], 3
                 tokens = blocks * block_tokens
                 if old >= 0:
-                    to_end = piece_start[piece] + blocks == length[old]
-                    tokens -= short[old] if to_end else 0
-                    since_s = arrival_s[request[old]]
+                    to_end = s.piece_start[piece] + blocks == s.length[old]
+                    tokens -= s.short[old] if to_end else 0
+                    since_s = arrival_s[s.request[old]]
                     tier = _reside(
                         blocks, tokens, since_s, now_s, ttl_s[old], first[old], factors, area, moved
                     )
@@ -87,8 +87,8 @@ def replay_ttl(columns, arrival_s, ttl_s, first, factors, block_tokens, hit_bloc
                     stored += tokens
                     moved[tier, target] += tokens if tier != target else 0
             if whole and tier < 3:
-                hit_tokens[r, tier] -= short[at]
-            moved[3, target] += max(0, length[at] * block_tokens - short[at] - stored)
-            left = rest[at] * block_tokens - min(rest[at], 1) * short[at]
+                hit_tokens[r, tier] -= s.short[at]
+            moved[3, target] += max(0, s.length[at] * block_tokens - s.short[at] - stored)
+            left = rest[at] * block_tokens - min(rest[at], 1) * s.short[at]
             _reside(rest[at], left, now_s, end_s, ttl_s[at], target, factors, area, moved)
     return area, moved

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anyio.from_thread import BlockingPortal
+
 from caching_heuristics import HeuristicConfig
 from kvttl.decisions.log import DecisionLog
 from kvttl.decisions.metrics import DecisionMetrics
@@ -26,9 +28,9 @@ from kvttl.serve.app import BODY_LIMIT, manage_app, openai_app, server_arguments
 from kvttl.serve.engine import ManagedEngine
 from kvttl.serve.listening import (
     KEY_VARIABLE,
-    LoopThread,
     check_exposure,
     listening,
+    loop_thread,
     read_key,
     serving,
 )
@@ -51,7 +53,7 @@ class Gateway:
         The manager; its `records` say what was decided.
     engine : ManagedEngine
         The engine; only for `loop`.
-    loop : LoopThread
+    loop : anyio.from_thread.BlockingPortal
         Where it all runs.
     """
 
@@ -59,7 +61,7 @@ class Gateway:
     model: str
     cache: MultiTierCache
     engine: ManagedEngine
-    loop: LoopThread
+    loop: BlockingPortal
 
     @property
     def url(self) -> str:
@@ -76,6 +78,7 @@ def gateway(
     host: str = "127.0.0.1",
     api_key: str | None = None,
     log: DecisionLog | None = None,
+    recover_from: str | Path | None = None,
     config: HeuristicConfig | None = None,
     perplexity: str = "generation",
     body_limit: int = BODY_LIMIT,
@@ -90,14 +93,12 @@ def gateway(
         Running; it must outlive the block.
     model : str
         A model's folder; see `kvttl.session.demo_model.model_path`.
-    port : int
-        0 = any free port.
-    host : str
-        Only with an API key may it be another than loopback.
-    api_key : str, optional
-        What clients must send.
+    port, host, api_key : int, str, str
+        0 = any free port. Another host than loopback needs a key, which clients must send.
     log : DecisionLog, optional
         Gets every decision.
+    recover_from : str or Path, optional
+        Folder of a log; its claims count again before the first request comes.
     config : HeuristicConfig, optional
         Default: the saved settings.
     perplexity : str
@@ -118,12 +119,13 @@ def gateway(
     options = {"log": log, "metrics": metrics, "perplexity_source": perplexity}
     with ExitStack() as exits:
         listener = exits.enter_context(listening(host, port))
-        loop = exits.enter_context(LoopThread())
+        loop = exits.enter_context(loop_thread())
         engine = exits.enter_context(async_engine(stack, model, loop, **engine_options))
         cache = exits.enter_context(managed(stack, None, config, background=True, **options))
         engine = ManagedEngine(engine, cache)
         arguments = server_arguments(model, name, api_key, server_options)
-        app = loop.run(openai_app(engine, arguments, body_limit))
+        _recover(cache, recover_from)
+        app = loop.call(openai_app, engine, arguments, body_limit)
         manage_app(app, cache, metrics)
         url = exits.enter_context(serving(app, listener, loop))
         yield Gateway(f"{url}/v1", name, cache, engine, loop)
@@ -145,7 +147,7 @@ def model_name(model: str) -> str:
 
 
 @contextmanager
-def async_engine(stack: Any, model: str, loop: LoopThread, **options: Any) -> Iterator[Any]:
+def async_engine(stack: Any, model: str, loop: BlockingPortal, **options: Any) -> Iterator[Any]:
     """Load vLLM's asynchronous engine on `loop`; shut it down before the stack goes.
 
     An engine that has lost its LMCache server hangs when its process ends.
@@ -164,7 +166,7 @@ def async_engine(stack: Any, model: str, loop: LoopThread, **options: Any) -> It
 def _shut_down(engines):
     for engine in engines:
         engine.shutdown()
-        # Its finalizer would do it again, perhaps in an interpreter that is half gone.
+        # Its finalizer would do it again while the interpreter exits.
         engine.shutdown = lambda *_args, **_options: None
 
 
@@ -217,12 +219,12 @@ def _serve(options):
             "host": options.host,
             "api_key": api_key,
             "log": log,
+            "recover_from": folder,
             "perplexity": options.perplexity,
             "server_options": shlex.split(options.server_options),
         }
         with progress(f"Loading vLLM with {model_name(model)}", about_s=25):
             server = exits.enter_context(gateway(stack, model, options.port, **settings))
-        _recover(server.cache, folder)
         print(_welcome(server, folder, bool(api_key)), flush=True)
         threading.Event().wait()
 
@@ -240,6 +242,8 @@ def _stack(options):
 
 def _recover(cache, folder):
     """Claim what an earlier process has claimed, and KV that nobody has (of an attached stack)."""
+    if folder is None:
+        return
     try:
         found = cache.recover(folder)
     except LMCacheError as error:

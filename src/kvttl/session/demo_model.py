@@ -56,7 +56,7 @@ def model_path(prefer: str | None = None) -> str:
         return _named_model(wanted)
     found = cached_snapshot(GEMMA_ID) or DEMO_MODEL
     if not has_weights(found):
-        raise FileNotFoundError(f"no model in {found}: make one with src/train_demo_model.py")
+        raise FileNotFoundError(f"no model in {found}: `make demo-model` makes one")
     return str(found)
 
 
@@ -182,6 +182,3 @@ def _mean_loss(model: PreTrainedModel, ids: list[int]) -> float:
     with torch.inference_mode():
         logits = model(input_ids=batch, use_cache=False).logits  # (1, n_tokens, vocab)
     return torch.nn.functional.cross_entropy(logits[0, :-1].float(), batch[0, 1:]).item()
-
-
-# ---- examples ------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Train the repository's own small Gemma-3 model on Python's standard library.
 
-Run it as ``python src/train_demo_model.py --out data/demo_model``.  Nothing is downloaded: the
-text is the standard library of the interpreter that runs the script (code, docstrings and the
-help topics of ``pydoc``), the tokenizer and the weights are made here from a seed.
+`make demo-model` runs it.  Nothing is downloaded: the text is the standard library of the
+interpreter that runs it (code, docstrings and the help topics of ``pydoc``), the tokenizer and
+the weights are made here from a seed.
 """
 
 from __future__ import annotations
