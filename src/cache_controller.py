@@ -199,17 +199,14 @@ class LMCacheController(BaseController):
 
     def _demote(self, request, layout, chosen, timeout_s):
         (instance, source), (_, target) = request.source, request.target
-        held = layout.of(instance)
-        # A chunk shown nowhere has just been generated: its store is under way.
-        due = [i for i in chosen if (held[i][0] if held[i] else "gpu") == source]
+        due = layout.to_demote(instance, source, chosen)
         if not due:
             return Outcome(reason=f"no complete chunk in {source}", layout=layout.select(chosen))
         return self._directory.demote(layout.select(due), instance, target, timeout_s)
 
     def _promote(self, request, layout, chosen, timeout_s):
         instance, source = request.source
-        held = layout.of(instance)
-        due = [i for i in chosen if "gpu" not in held[i] and source in held[i]]
+        held, due = layout.of(instance), layout.to_promote(instance, source, chosen)
         if due:
             # Keys are prefix-chained, so a prefetch is always of a prefix of the prompt.
             prefix = request.tokens[: (due[-1] + 1) * self.chunk_size_tokens]
@@ -362,7 +359,7 @@ class LocalLMCacheController(BaseController):
         if tier not in held:
             value = self.backends[source_tier].get(key)
             self.backends[tier].set(key, value, self._ttl_s)
-            if self.backends[tier].get(key) is None:
+            if key not in self.backends[tier]:
                 return outcome.skip(unseen(tier))
         for hot in hotter:
             self.backends[hot].delete(key)
@@ -374,7 +371,7 @@ class LocalLMCacheController(BaseController):
         self._known[key] = None
 
     def _held(self, key):
-        return tuple(tier for tier in TIERS if self.backends[tier].get(key) is not None)
+        return tuple(tier for tier in TIERS if key in self.backends[tier])
 
     def _chunks(self, tokens):
         """Return the complete chunks as (key, packed tokens); keys chain the prefix's hash."""

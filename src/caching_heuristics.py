@@ -440,7 +440,8 @@ def _check_settings(names, *values):
     return tuple(_check_setting(name, given) for name in names)
 
 
-_remembered_settings = functools.lru_cache(maxsize=256, typed=True)(_check_settings)  # 1, not True
+# Typed: else a remembered 1 would let True pass.
+_remembered_settings = functools.lru_cache(maxsize=256, typed=True)(_check_settings)
 
 
 def _check_setting(name, values):
@@ -505,16 +506,16 @@ def check_number(
         ...
     ValueError: gamma must be 0..1, got 2
     """
-    allowed = range_text(low, high, open_low, high_name)
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise _no_number(name, allowed, value)
+        raise _no_number(name, range_text(low, high, open_low, high_name), value)
     try:
         number = float(value)  # a float32 would compare and compute in its own precision
     except OverflowError:
         number = math.inf
-    if not in_range(number, low, high, open_low):
-        raise ValueError(f"{name} must be {allowed}, got {value!r:.80}")
-    return number
+    if in_range(number, low, high, open_low):
+        return number
+    allowed = range_text(low, high, open_low, high_name)
+    raise ValueError(f"{name} must be {allowed}, got {value!r:.80}")
 
 
 def _no_number(name, allowed, value):

@@ -10,14 +10,11 @@ forger's code.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import logging
 import math
 import numbers
 import os
-import secrets
-import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -61,8 +58,8 @@ from kvttl.storage.redis_client import (
     connect,
 )
 from kvttl.storage.sealed import (
-    SECRET_BYTES,
     Record,
+    SealedFolder,
     Signer,
     check_seconds,
     dump,
@@ -84,9 +81,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MAX_MTIME_S = 2.0**32  # year 2106; file systems differ in how far they go
 _MAX_RECORD_BYTES = 64 * 2**20  # of the records kept in memory
-STALE_TEMP_S = 3600.0  # a temp file this old is a crashed writer's, not a slow one's
 
 
 class BaseBackend(ABC):
@@ -124,11 +119,29 @@ class BaseBackend(ABC):
     def delete(self, key: str) -> bool:
         """Forget ``key`` and return whether it was there."""
 
+    def __contains__(self, key: str) -> bool:
+        return self.get(key) is not None
+
     def close(self) -> None:
         """Let go of connections; what is stored stays."""
 
 
-class InMemoryBackend(BaseBackend):
+class _RecordBackend(BaseBackend):
+    """Finds pickled records: what only asks for existence need not unpickle them."""
+
+    def get(self, key: str) -> Any:
+        record = self._find(key)
+        return None if record is None else load(record.payload)
+
+    def __contains__(self, key: str) -> bool:
+        return self._find(key) is not None
+
+    @abstractmethod
+    def _find(self, key: str) -> Record | None:
+        """Return the record of a key that has not expired."""
+
+
+class InMemoryBackend(_RecordBackend):
     """Hot tier: pickled copies in this process; when full, the least recently used go.
 
     Parameters
@@ -160,11 +173,10 @@ class InMemoryBackend(BaseBackend):
         )
         self._lock = threading.Lock()
 
-    def get(self, key: str) -> Any:
+    def _find(self, key: str) -> Record | None:
         name = key_bytes(key)
         with self._lock:
-            record = self._cache.get(name)
-        return None if record is None else load(record.payload)
+            return self._cache.get(name)
 
     def set(self, key: str, value: Any, ttl: float) -> None:
         name, payload, ttl_s = key_bytes(key), dump(value), check_seconds("ttl", ttl)
@@ -180,10 +192,10 @@ class InMemoryBackend(BaseBackend):
             return self._cache.pop(name, None) is not None
 
 
-class LocalDiskBackend(BaseBackend):
+class LocalDiskBackend(_RecordBackend):
     """Warm tier: one signed file per key, named after the key's SHA-256; survives a restart.
 
-    A file is written aside and moved into place, so a crash leaves the old value or the new one.
+    See `SealedFolder`.
 
     Parameters
     ----------
@@ -201,6 +213,7 @@ class LocalDiskBackend(BaseBackend):
 
     Examples
     --------
+    >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
     >>> LocalDiskBackend(folder.name).set("chunk", [1, 2], ttl=60)
     >>> LocalDiskBackend(folder.name).get("chunk")
@@ -216,111 +229,25 @@ class LocalDiskBackend(BaseBackend):
         secret: bytes | None = None,
         timer: Callable[[], float] = time.time,
     ):
-        self._folder = Path(path).absolute()  # a later chdir must not split the cache
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._timer = timer
-        self._signer = Signer(self._folder_secret() if secret is None else secret, self.tier)
+        self._folder = SealedFolder(path, secret, self.tier, timer)
         self.purge()
 
-    def get(self, key: str) -> Any:
-        name = sha256(key_bytes(key))
-        record = self._read(name)
-        if record is not None and self._timer() < record.expires_at_s:
-            return load(record.payload)
-        if record is not None:
-            self._drop_expired(name)
-        return None
+    def _find(self, key: str) -> Record | None:
+        return self._folder.read(sha256(key_bytes(key)))
 
     def set(self, key: str, value: Any, ttl: float) -> None:
         name, payload, ttl_s = sha256(key_bytes(key)), dump(value), check_seconds("ttl", ttl)
-        expires_at_s, target = self._timer() + ttl_s, self._folder / name.hex()
-        hint_s = min(expires_at_s, MAX_MTIME_S)  # spares purge() the reading; the signed one rules
-        with self._staged(self._signer.seal(name, payload, expires_at_s)) as temp, self._locked():
-            os.replace(temp, target)
-            os.utime(target, (hint_s, hint_s))
+        self._folder.write(name, payload, ttl_s)
 
     def delete(self, key: str) -> bool:
-        name = sha256(key_bytes(key))
-        with self._locked():
-            record = self._read(name)
-            (self._folder / name.hex()).unlink(missing_ok=True)  # an unreadable one as well
-        return record is not None and self._timer() < record.expires_at_s
+        return self._folder.delete(sha256(key_bytes(key)))
 
     def purge(self) -> int:
         """Remove expired entries, and what crashes left behind; return how many entries went."""
-        for temp in self._folder.glob(".tmp-*"):
-            if time.time() - _mtime_s(temp) > STALE_TEMP_S:
-                temp.unlink(missing_ok=True)
-        files = self._folder.glob("[0-9a-f]" * 64)
-        due = [file.name for file in files if _mtime_s(file) <= self._timer()]
-        return sum(self._drop_expired(bytes.fromhex(name)) for name in due)
-
-    def _read(self, name: bytes) -> Record | None:
-        try:
-            with open(self._folder / name.hex(), "rb", opener=_open_plain) as file:
-                return self._signer.open(name, file.read())
-        except FileNotFoundError:
-            return None
-        except OSError as error:  # such as a link or a folder in its place
-            logger.warning("%s cannot be read, taken as a miss: %s", name.hex(), error)
-            return None
-
-    def _drop_expired(self, name: bytes) -> bool:
-        with self._locked():  # looked at again: someone may just have renewed it
-            record = self._read(name)
-            expired = record is not None and not self._timer() < record.expires_at_s
-            if expired:
-                (self._folder / name.hex()).unlink(missing_ok=True)
-        return expired
-
-    @contextlib.contextmanager
-    def _staged(self, content: bytes) -> Iterator[str]:
-        descriptor, temp = tempfile.mkstemp(prefix=".tmp-", dir=self._folder)  # mode 0600
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())  # or a power cut could leave the new name on no data
-            yield temp
-        finally:
-            Path(temp).unlink(missing_ok=True)  # still there only if it was not moved into place
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        descriptor = os.open(self._folder / ".lock", flags, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # holds off threads and processes alike
-            yield
-        finally:
-            os.close(descriptor)  # which unlocks
-
-    def _folder_secret(self) -> bytes:
-        path = self._folder / ".hmac_key"
-        with self._locked():  # so that all who share the folder agree on one
-            if not os.path.lexists(path):
-                with self._staged(secrets.token_bytes(SECRET_BYTES)) as temp:
-                    os.replace(temp, path)
-            with open(path, "rb", opener=_open_plain) as file:
-                info, secret = os.fstat(file.fileno()), file.read(SECRET_BYTES + 1)
-        if info.st_uid != os.geteuid() or info.st_mode & 0o077 or len(secret) != SECRET_BYTES:
-            raise PermissionError(f"{path} must hold {SECRET_BYTES} bytes, be yours and mode 0600")
-        return secret
+        return self._folder.purge()
 
 
-def _open_plain(path: str, flags: int) -> int:
-    # Follows no link, and does not wait for a writer where someone has put a pipe.
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-
-
-def _mtime_s(path: Path) -> float:
-    try:
-        return path.lstat().st_mtime
-    except FileNotFoundError:  # gone since it was listed
-        return math.inf
-
-
-class RemoteBackend(BaseBackend):
+class RemoteBackend(_RecordBackend):
     """Cold tier: signed values in Redis, which expires them itself.
 
     Parameters
@@ -378,12 +305,11 @@ class RemoteBackend(BaseBackend):
             raise ValueError("decode_responses must be off: the values are bytes")
         self.address = address_of(self._client)
 
-    def get(self, key: str) -> Any:
+    def _find(self, key: str) -> Record | None:
         redis_key = self._redis_key(key)
         with self._calling():
             sealed = self._client.get(redis_key)
-        record = None if sealed is None else self._signer.open(sha256(redis_key), sealed)
-        return None if record is None else load(record.payload)
+        return None if sealed is None else self._signer.open(sha256(redis_key), sealed)
 
     def set(self, key: str, value: Any, ttl: float) -> None:
         redis_key, payload, ttl_s = self._redis_key(key), dump(value), check_seconds("ttl", ttl)

@@ -60,7 +60,10 @@ def stack(tmp_path_factory, redis_url):
 
     folder = tmp_path_factory.mktemp("stack")
     config = load_config(
-        redis_url=redis_url, disk_path=str(folder / "disk"), run_dir=str(folder / "run")
+        redis_url=redis_url,
+        disk_path=str(folder / "disk"),
+        run_dir=str(folder / "run"),
+        start_timeout_s=250,
     )
     with LMCacheStack(config, free_ports=True) as running:
         yield running

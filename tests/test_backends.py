@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import math
 import os
 import pickle
@@ -11,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -124,7 +126,8 @@ def backend(case):
 def subclasses(cls: type) -> set[type]:
     """Return all the concrete classes that the module derives from ``cls``."""
     below = {sub for direct in cls.__subclasses__() for sub in {direct, *subclasses(direct)}}
-    return {sub for sub in below if sub.__module__ == tiered_caching.__name__}
+    ours = {sub for sub in below if sub.__module__ == tiered_caching.__name__}
+    return {sub for sub in ours if not inspect.isabstract(sub)}
 
 
 def test_every_backend_is_under_the_contract():
@@ -181,6 +184,20 @@ def test_expired_is_none_and_not_deletable(case):
     assert case.backend.delete("key") is False
     assert case.backend.get("key") is None
     assert case.backend.get("other") == 2
+
+
+def test_existence_is_told_without_unpickling(case, monkeypatch):
+    backend = case.backend
+    backend.set("key", 1, SHORT_S)
+    backend.set("other", 2, LONG_S)
+    monkeypatch.setattr(tiered_caching, "load", lambda _payload: pytest.fail("was unpickled"))
+    assert "other" in backend and "absent" not in backend
+    case.let_expire()
+    assert "key" not in backend
+    backend.delete("other")
+    assert "other" not in backend
+    with pytest.raises(TypeError, match="key must be"):
+        5 in backend  # noqa: B015
 
 
 def test_overwriting_renews_value_and_ttl(case):
@@ -342,7 +359,7 @@ class MemoryAgainstModel(AgainstModel):
 
 class DiskAgainstModel(AgainstModel):
     def make(self):
-        self.folder = tiered_caching.tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory()
         return LocalDiskBackend(self.folder.name, timer=self.clock)
 
     @rule()
@@ -654,16 +671,16 @@ def test_processes_share_a_folder(folder):
 def test_expired_file_goes_but_never_one_that_was_renewed(disk, folder, monkeypatch):
     disk.set("key", "old", 5)
     disk.set("gone", "old", 5)
-    disk._timer.advance(5)
+    disk._folder._timer.advance(5)
     assert disk.get("gone") is None
     assert not file_of(folder, "gone").exists()
-    drop = disk._drop_expired
+    drop = disk._folder._drop_expired
 
     def renewed_meanwhile(name: bytes) -> bool:
         disk.set("key", "new", LONG_S)  # as another thread may, right after get() has read
         return drop(name)
 
-    monkeypatch.setattr(disk, "_drop_expired", renewed_meanwhile)
+    monkeypatch.setattr(disk._folder, "_drop_expired", renewed_meanwhile)
     assert disk.get("key") is None
     assert disk.get("key") == "new"
 
@@ -671,14 +688,14 @@ def test_expired_file_goes_but_never_one_that_was_renewed(disk, folder, monkeypa
 def test_purge_removes_what_nobody_reads_any_more(disk, folder):
     for number in range(5):
         disk.set(f"{number}", number, 5 + number)
-    disk._timer.advance(7)
+    disk._folder._timer.advance(7)
     (folder / "README").write_text("not ours")
     assert disk.purge() == 3
     assert disk.purge() == 0
     expected = {file_of(folder, key).name for key in "34"}
     assert names(folder) == expected | {"README", ".hmac_key", ".lock"}
-    disk._timer.advance(7)
-    LocalDiskBackend(folder, timer=disk._timer)
+    disk._folder._timer.advance(7)
+    LocalDiskBackend(folder, timer=disk._folder._timer)
     assert names(folder) == {"README", ".hmac_key", ".lock"}
 
 
@@ -687,7 +704,7 @@ def test_touched_file_lives_by_its_signed_expiry(disk, folder):
     os.utime(file_of(folder, "key"), (0, 0))
     assert disk.purge() == 0
     os.utime(file_of(folder, "key"), (2.0**31, 2.0**31))
-    disk._timer.advance(LONG_S)
+    disk._folder._timer.advance(LONG_S)
     assert disk.get("key") is None
 
 

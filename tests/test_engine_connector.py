@@ -55,9 +55,11 @@ def test_aborts_at_random_moments(engine, greedy, prompts, texts):
 
 
 def test_a_batch_with_a_prompt_that_is_too_long(engine, greedy, prompts, texts):
+    from vllm.exceptions import VLLMValidationError
+
     too_long = {"prompt_token_ids": [17] * 3000}
     for _ in range(10):
-        with pytest.raises(ValueError, match="2048|maximum"):
+        with pytest.raises(VLLMValidationError, match="maximum context length"):
             engine.generate([*prompts[:6], too_long], greedy, use_tqdm=False)
         outputs = engine.generate(prompts[:3], greedy, use_tqdm=False)
         assert [output.outputs[0].text for output in outputs] == texts[:3]

@@ -19,7 +19,6 @@ import openai
 import pytest
 import requests
 import yaml
-from starlette.testclient import TestClient
 from waiting import children_of, is_gone, wait_until
 
 from cache_controller import LocalLMCacheController
@@ -29,7 +28,6 @@ from kvttl.lmcache.client import LMCacheUnavailable
 from kvttl.manager.metadata import output_perplexity, with_logprobs
 from kvttl.serve import gateway as agent_gateway
 from kvttl.serve.app import (
-    BodyLimit,
     health_of,
     kv_of,
     manage_app,
@@ -79,7 +77,7 @@ def latest(server):
 def guarded(server, api_key=KEY):
     """A second application on the same engine that asks for an API key; gives its URL."""
     arguments = server_arguments(model_path(), server.model, api_key)
-    app = server.loop.run(openai_app(server.engine, arguments))
+    app = server.loop.call(openai_app, server.engine, arguments)
     manage_app(app, server.cache, DecisionMetrics())
     with listening() as listener, serving(app, listener, server.loop) as url:
         yield url
@@ -347,28 +345,11 @@ def test_unknown_model(client):
 def test_bodies_over_the_limit(server):
     large = {"model": server.model, "prompt": "x" * BODY_LIMIT}
     answer = post(server, large)
-    assert answer.status_code == 413
-    assert f"larger than {BODY_LIMIT} bytes" in message_of(answer)
+    assert (answer.status_code, answer.text) == (413, "Content Too Large")
     in_chunks = post(server, None, json=None, data=iter([b"x" * 1000] * 66))  # no length announced
-    assert in_chunks.status_code == 413 and str(BODY_LIMIT) in message_of(in_chunks)
-
-
-def test_the_body_limit_passes_on_what_fits():
-    async def echo(scope, receive, send):
-        body = b""
-        while True:
-            message = await receive()
-            body += message["body"]
-            if not message.get("more_body"):
-                break
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": body})
-
-    small = TestClient(BodyLimit(echo, 10))
-    assert small.post("/", content=b"0123456789").content == b"0123456789"
-    assert small.post("/", content=iter([b"01234", b"56789"])).content == b"0123456789"
-    assert small.post("/", content=b"0123456789a").status_code == 413
-    assert small.post("/", content=iter([b"01234", b"56789", b"a"])).status_code == 413
+    assert in_chunks.status_code == 413
+    fits = {"model": server.model, "prompt": "Hi", "user": "x" * (BODY_LIMIT - 200)}
+    assert post(server, {**fits, "max_tokens": 1}).status_code == 200
 
 
 def test_routes_that_are_not_needed_do_not_exist(server):
@@ -532,10 +513,17 @@ def test_fifty_streams_at_once(server, fresh_text):
     assert sorted(record.metadata["perplexity"] for record in made) == [1.0 + i for i in range(50)]
 
 
+def generated_tokens(server):
+    """Return how many tokens the engine has generated so far."""
+    lines = requests.get(server.url + "/metrics", timeout=120).text.splitlines()
+    totals = [line for line in lines if line.startswith("vllm:generation_tokens_total{")]
+    return sum(float(line.split()[-1]) for line in totals)
+
+
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_client_that_leaves_ends_its_request(client, server, fresh_text, latest, streaming):
     assert server.cache.flush(120)
-    before = len(server.cache.records)
+    before, generated = len(server.cache.records), generated_tokens(server)
     asked = {"model": server.model, "prompt": fresh_text(), "max_tokens": 1500, "stream": streaming}
     if streaming:
         stream = client.completions.create(**asked, extra_body=EXACTLY)
@@ -544,7 +532,7 @@ def test_a_client_that_leaves_ends_its_request(client, server, fresh_text, lates
     else:
         connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
         connection.request("POST", "/v1/completions", json.dumps(asked | EXACTLY), JSON_TYPE)
-        wait_until(server.engine.get_num_unfinished_requests)
+        wait_until(lambda: generated_tokens(server) > generated + 1)
         connection.close()
     wait_until(lambda: server.engine.get_num_unfinished_requests() == 0)
     wait_until(lambda: len(server.cache.records) > before)

@@ -211,7 +211,8 @@ class NoCopies:
         if any(held.get(key) is None for key in keys):
             late = {"status": "timeout", "reason": f"no copy in {target[1]} seen"}
             ends = {"from": source[1], "to": target[1]}
-            return {**late, **ends, "moved_chunks": 0, "moved_tokens": 0, "skipped": {}}
+            nothing = {"moved_chunks": 0, "moved_tokens": 0, "skipped": {}, "layout": None}
+            return {**late, **ends, **nothing}
         return self._move(source, target, *args, **options)
 
 

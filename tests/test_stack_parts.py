@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -15,7 +17,7 @@ import yaml
 
 from kvttl.lmcache.client import get_json
 from kvttl.lmcache.tiers import ChunkKey, parse_key
-from kvttl.stack import reconcile
+from kvttl.stack import child, reconcile
 from kvttl.stack.lifecycle import StackConfig, StackError, load_config
 from kvttl.stack.process import Child, load_state, save_state, spawn
 from kvttl.stack.services import SERVICES, arguments_of, child_env, pick_ports
@@ -223,3 +225,30 @@ def test_another_protocols_answer_is_no_coordinator(redis_url):
     from urllib.parse import urlsplit
 
     assert get_json(f"http://127.0.0.1:{urlsplit(redis_url).port}", "/openapi.json") == {}
+
+
+# ---- what hangs on one version of LMCache ------------------------------------
+
+
+def test_another_lmcache_is_refused_with_both_versions(monkeypatch):
+    monkeypatch.setattr(child, "version", lambda _name: "0.6.0")
+    with pytest.raises(RuntimeError, match=r"LMCache 0\.5\.6, but 0\.6\.0 is installed.*lmcache=="):
+        child.install_redis_adapter()
+
+
+def test_the_private_parts_of_lmcache_that_this_kit_uses_are_there():
+    from lmcache.v1.distributed.api import ObjectKey
+    from lmcache.v1.distributed.l2_adapters import factory, native_connector_l2_adapter
+    from lmcache.v1.internal_api_server.common import env_api
+
+    assert version("lmcache") == child.LMCACHE_VERSION
+    factory.ensure_adapter_loaded("resp")
+    assert "resp" in factory._L2_ADAPTER_FACTORY_REGISTRY
+    adapter = native_connector_l2_adapter.NativeConnectorL2Adapter
+    assert callable(adapter._notify_keys_stored) and callable(adapter._notify_keys_deleted)
+    source = inspect.getsource(adapter)
+    assert all(f"self.{name}" in source for name in ("_lock", "_key_sizes", "_client"))
+    key = ObjectKey(b"\x00\xff", "org/model", 1, 0, "salt")
+    name = native_connector_l2_adapter._object_key_to_string(key)
+    assert parse_key(name) == ("org/model", 1, 0, "00ff", "salt")
+    assert [route.path for route in env_api.router.routes] == ["/env"]

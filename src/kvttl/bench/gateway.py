@@ -68,7 +68,7 @@ def plain_server(server: Gateway, model: str) -> Iterator[str]:
     """Serve the gateway's engine a second time, without management; gives the base URL."""
     engine = server.engine.unmanaged
     arguments = server_arguments(model, server.model)
-    app = server.loop.run(openai_app(engine, arguments))
+    app = server.loop.call(openai_app, engine, arguments)
     with listening() as listener, serving(app, listener, server.loop) as url:
         yield f"{url}/v1"
 
@@ -180,7 +180,7 @@ def compare_ways(
 
 def _time_way(way, server, plain_url, client, prompts):
     if way == "engine":
-        return server.loop.run(time_in_engine(server.engine.unmanaged, prompts))
+        return server.loop.call(time_in_engine, server.engine.unmanaged, prompts)
     url = plain_url if way.startswith("vllm_server") else server.base_url
     kv = {"perplexity": 25.0} if way.endswith("given") else None
     return client.submit(time_over_http, url, server.model, prompts, kv).result()

@@ -120,12 +120,9 @@ def growth(sizes=_GROWTH, repeats: int = 3) -> list[dict[str, float]]:
             "lru": lambda t=trace: replay(t, "lru", _CAPACITY),
         }
         seconds = median_seconds(jobs, repeats)
-        rows.append({"accesses": trace.accesses, "runs": index.runs, **_named(seconds)})
+        row = {"accesses": trace.accesses, "runs": index.runs}
+        rows.append(row | {f"{name}_s": value for name, value in seconds.items()})
     return rows
-
-
-def _named(seconds):
-    return {f"{name}_s": value for name, value in seconds.items()}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -38,7 +38,7 @@ from kvttl.settings import default_path, load_settings
 REPORTS = Path("data/reports")
 SHARES = (MAIN_SHARE, 0.10, 0.50)
 REQUESTS = {"agentic": 56, "chat": 40, "control": 16}
-_ALL_SHARES = ("agentic",)  # the others at MAIN_SHARE only: twenty minutes are not more
+_ALL_SHARES = ("agentic",)  # the others at MAIN_SHARE only, so that a run takes 20 min
 _LEAST_HOT_TOKENS = 2_112  # less than a prompt is no cache
 _TUNING = (100, 101, 102, 103, 104)
 _TTLS_S = (60.0, 90.0, 120.0, 180.0, 240.0, 300.0, 360.0, 480.0, 600.0, 900.0)

@@ -6,7 +6,6 @@ intervals (Student's t). Comparisons are paired: the same seed, the same request
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 from collections.abc import Mapping
@@ -285,7 +284,8 @@ def write_report(
     seeds, truth = by_seed(result), replay_truth(result, settings)
     text = "\n".join((table(seeds), verdict(seeds), truth_text(truth)))
     seeds.round(4).to_csv(folder / RUNS, index=False)
-    _write_gzip(folder / REQUESTS, result.requests.round(5).to_csv(index=False))
+    packed = {"method": "gzip", "mtime": 0}  # equal tables give equal files
+    result.requests.round(5).to_csv(folder / REQUESTS, index=False, compression=packed)
     save_settings(settings[TUNED], folder / SETTINGS)
     report = {**figures, **headline(result), "costs": asdict(result.costs)}
     report |= {"truth": truth.to_dict("records"), "text": text.splitlines()}
@@ -308,11 +308,6 @@ def truth_text(truth: pd.DataFrame) -> str:
             f"  TTFT {row.ttft_error:5.1%} (fitted: {row.ttft_error_fitted:5.1%})"
         )
     return "\n".join(lines)
-
-
-def _write_gzip(path, text):
-    with open(path, "wb") as file:
-        file.write(gzip.compress(text.encode(), mtime=0))
 
 
 def read_report(folder: str | Path = "data/reports") -> tuple[pd.DataFrame, dict[str, Any]]:

@@ -20,16 +20,6 @@ import numpy as np
 from caching_heuristics import METADATA_FIELDS, TIERS
 from kvttl.decisions.record import KINDS, SOURCES, DecisionRecord, parse_record
 
-__all__ = [
-    "KINDS",
-    "SOURCES",
-    "DecisionLog",
-    "DecisionRecord",
-    "read_records",
-    "to_frame",
-    "write_records",
-]
-
 logger = logging.getLogger(__name__)
 
 

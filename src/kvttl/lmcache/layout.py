@@ -64,6 +64,19 @@ class KVLayout:
         named = frozenset(self.keys if keys is None else keys)
         return [i for i, key in enumerate(self.keys) if i in wanted and key in named]
 
+    def to_demote(self, instance_id: str, tier: str, chosen: Iterable[int]) -> list[int]:
+        """Return which of some chunks are hottest in `tier`, so that they can go down from there.
+
+        A chunk that is shown nowhere has just been generated: its store, into gpu, is under way.
+        """
+        held = self.of(instance_id)
+        return [i for i in chosen if (held[i][0] if held[i] else "gpu") == tier]
+
+    def to_promote(self, instance_id: str, tier: str, chosen: Iterable[int]) -> list[int]:
+        """Return which of some chunks are in `tier` and not in gpu."""
+        held = self.of(instance_id)
+        return [i for i in chosen if tier in held[i] and "gpu" not in held[i]]
+
     def complete_tiers(self, instance_id: str) -> list[str]:
         """Return the tiers that hold every chunk, hottest first."""
         total = len(self.keys)

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Sequence
 
 from caching_heuristics import TIER_CODES, TIERS
-from kvttl.lmcache.layout import BaseController, KVLayout, Outcome, unseen
+from kvttl.lmcache.layout import BaseController, KVLayout, Outcome, check_tokens, unseen
 
 # Defaults of `lmcache server` 0.5.6.
 EVICTION_WATERMARK = 0.8
@@ -103,7 +103,8 @@ class LMCacheModel(BaseController):
                 hot[key] = None
 
     def _keys(self, tokens):
-        size, state, keys = self.chunk_size_tokens, hashlib.sha256(), []
+        tokens, size = check_tokens(tokens), self.chunk_size_tokens
+        state, keys = hashlib.sha256(), []
         for at in range(0, len(tokens) - size + 1, size):
             state.update(array("q", tokens[at : at + size]).tobytes())
             keys.append(state.copy().hexdigest())
@@ -120,7 +121,7 @@ class LMCacheModel(BaseController):
         if keys is None:
             keys = list(dict.fromkeys(key for tier in TIERS for key in self.held[tier]))
         found = tuple(tuple(t for t in TIERS if key in self.held[t]) for key in keys)
-        return KVLayout(tuple(keys), {self.instance_id: found})
+        return KVLayout(tuple(keys), {self.instance_id: found} if any(found) else {})
 
     def discard(self, keys: Sequence[str]) -> int:
         """Delete every copy of some chunks."""
@@ -135,12 +136,16 @@ class LMCacheModel(BaseController):
         return super()._refusal(request)
 
     def _move(self, request, layout, chosen):
-        target, keys = request.target[1], [layout.keys[i] for i in chosen]
-        if target == "gpu":
-            outcome = self._promote(layout.keys, [k for k in keys if k not in self.held["gpu"]])
+        (here, source), (_, target) = request.source, request.target
+        select = layout.to_promote if target == "gpu" else layout.to_demote
+        keys = [layout.keys[i] for i in select(here, source, chosen)]
+        if not keys:
+            outcome = Outcome(reason=f"no complete chunk in {source} to move")
+        elif target == "gpu":
+            outcome = self._promote(layout.keys, keys)
         else:
             outcome = self._demote(keys, target)
-        outcome.layout = self.layout_of(keys)
+        outcome.layout = self.layout_of([layout.keys[i] for i in chosen])
         return outcome
 
     def _demote(self, keys, target):
@@ -157,10 +162,9 @@ class LMCacheModel(BaseController):
     def _promote(self, keys, wanted):
         """Prefetch the prefix up to the last chunk that is wanted in gpu."""
         outcome = Outcome()
-        if wanted:
-            prefix = keys[: keys.index(wanted[-1]) + 1]
-            self._load(prefix, keep=True)
-            self._touch(prefix)
+        prefix = keys[: keys.index(wanted[-1]) + 1]
+        self._load(prefix, keep=True)
+        self._touch(prefix)
         left = sum(key not in self.held["gpu"] for key in wanted)
         outcome.moved = len(wanted) - left
         outcome.skip(unseen("gpu"), left)

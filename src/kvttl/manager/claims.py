@@ -77,8 +77,8 @@ class ClaimLedger:
 
     Notes
     -----
-    650 bytes for a claim with a chunk of its own, at most 800 with stale deadlines. A renewed claim leaves its
-    old deadline in the heap; the heap is built again when half of it is stale.
+    650 bytes for a claim with a chunk of its own, at most 800 with stale deadlines. A renewed
+    claim leaves its old deadline in the heap, which is built again once half of it is stale.
 
     Examples
     --------

@@ -12,13 +12,14 @@ import math
 import numbers
 import threading
 from array import array
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from caching_heuristics import METADATA_FIELDS, check_metadata
+from caching_heuristics import METADATA_FIELDS, check_metadata, check_number
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +43,39 @@ class Observation:
     key: int | None = None  # of that last prefix, 64 bits; None without a complete chunk
 
 
+@dataclass(slots=True, eq=False)
+class _Pattern:
+    last_s: float
+    count: int = 1
+    gap_mean_s: float = 0.0
+    gap_m2: float = 0.0  # sum of squared deviations from the mean, s^2 (Welford 1962)
+    perplexity: float | None = None
+
+    def access(self, now_s):
+        """Count an access; return the seconds since the last one."""
+        gap_s = max(0.0, now_s - self.last_s)
+        deviation = gap_s - self.gap_mean_s
+        self.gap_mean_s += deviation / self.count  # gaps, this one included
+        self.gap_m2 += deviation * (gap_s - self.gap_mean_s)
+        self.last_s = now_s
+        self.count += 1
+        return gap_s
+
+    @property
+    def time_variance(self):
+        gaps, mean = self.count - 1, self.gap_mean_s
+        if gaps < 2 or mean <= 0.0:
+            return 0.0
+        deviation = math.sqrt(max(0.0, self.gap_m2) / gaps)
+        return deviation / (mean + deviation)
+
+
 class PromptHistory:
     """Accesses of each *pattern*, a chunk-aligned token prefix, in bounded memory.
 
     The least recently seen are forgotten first, and of one prompt the longer
     prefix before the shorter, so a pattern's own prefixes are always known.
-    Some 70 bytes a pattern. Safe for concurrent use. Patterns are told apart by
+    Some 350 bytes a pattern. Safe for concurrent use. Patterns are told apart by
     a 64-bit hash: among 200,000, two are mixed up with probability 1e-9.
 
     Examples
@@ -60,24 +88,14 @@ class PromptHistory:
     (1, 60.0, 1, 3)
     """
 
-    # A churning dict costs up to 180 bytes a pattern: hence a hash table of flat
-    # arrays. Slot 0 is no pattern: it ends each bucket's chain, and in the ring
-    # it stands between the newest pattern and the oldest.
-
     def __init__(self, chunk_size_tokens: int, max_patterns: int = 200_000) -> None:
-        self.chunk_size_tokens = int(_check("chunk_size_tokens", chunk_size_tokens))
-        self.max_patterns = int(_check("max_patterns", max_patterns))  # slots are int32
+        self.chunk_size_tokens = _check_count("chunk_size_tokens", chunk_size_tokens)
+        self.max_patterns = _check_count("max_patterns", max_patterns)
         self._lock = threading.Lock()
-        self._buckets = array("i", [0] * 16)  # first slot of each; a power of two
-        # Columns by slot. Full arrays grow by a sixteenth, so little of them is unused.
-        self._columns = [array(code, [0]) for code in "Qiiiqdddd"]
-        self._key, self._next, self._older, self._newer, self._count = self._columns[:5]
-        # seconds, seconds, sum of squared deviations in s^2 (Welford 1962), NaN = unknown
-        self._last_s, self._gap_mean_s, self._gap_m2, self._perplexity = self._columns[5:]
-        self._count[0], self._perplexity[0] = 1, math.nan  # a prompt with nothing known
+        self._patterns: OrderedDict[int, _Pattern] = OrderedDict()  # the oldest first
 
     def __len__(self) -> int:
-        return len(self._key) - 1
+        return len(self._patterns)
 
     def observe(self, tokens: Sequence[int], now_s: float) -> Observation:
         """Count an access, at `now_s` seconds, of each complete-chunk prefix of the token ids.
@@ -86,26 +104,24 @@ class PromptHistory:
         """
         keys = self._pattern_keys(tokens)
         # Within these, squared gaps stay far from the largest float.
-        now_s = float(_check("now_s", now_s, -1e100, 1e100, numbers.Real))
+        now_s = check_number("now_s", now_s, -1e100, 1e100)
         if not keys:
             return Observation()
         with self._lock:
-            known, slot, gap_s = self._count_accesses(keys, now_s)
-            count, variance = self._count[slot] - 1, self._time_variance(slot)
-        return Observation(count, gap_s, variance, known, known < len(keys), keys[-1])
+            return self._count_accesses(keys, now_s)
 
     def perplexity(self, key: int | None) -> float | None:
         """Return the perplexity noted for the pattern, None if there is none."""
         with self._lock:
-            value = self._perplexity[self._find(key)]
-        return None if math.isnan(value) else value
+            pattern = self._patterns.get(key)
+            return None if pattern is None else pattern.perplexity
 
     def note_perplexity(self, key: int | None, value: float) -> None:
         """Keep a pattern's perplexity (> 0) as long as the pattern; unknown keys are ignored."""
         value = _check_perplexity(value)
         with self._lock:
-            if slot := self._find(key):
-                self._perplexity[slot] = value
+            if key in self._patterns:
+                self._patterns[key].perplexity = value
 
     def _pattern_keys(self, tokens):
         """Return the 64-bit keys of the prefixes of 1, 2, ... complete chunks."""
@@ -119,83 +135,26 @@ class PromptHistory:
         return keys
 
     def _count_accesses(self, keys, now_s):
-        """Return how many of the prompt's patterns were known, the last one's slot and gap."""
-        known = last_slot = newer = 0
-        gap_s = 0.0
-        for key in keys[: self.max_patterns]:  # longer prefixes would be forgotten at once
-            if slot := self._find(key):
-                known, last_slot, gap_s = known + 1, slot, self._add_access(slot, now_s)
+        known, longest, gap_s = 0, None, 0.0
+        # Longer prefixes than these would be forgotten at once; the shortest becomes the newest.
+        for key in reversed(keys[: self.max_patterns]):
+            pattern = self._patterns.get(key)
+            if pattern is None:
+                self._patterns[key] = _Pattern(now_s)
+                continue
+            self._patterns.move_to_end(key)
+            if longest is None:
+                longest, gap_s = pattern, pattern.access(now_s)
             else:
-                slot = self._insert(key, now_s)
-            self._move(slot, newer)
-            newer = slot
-        return known, last_slot, gap_s
-
-    def _add_access(self, slot, now_s):
-        """Update the slot's statistics; return the seconds since its last access."""
-        gap_s = max(0.0, now_s - self._last_s[slot])
-        gaps = self._count[slot]  # this one included: the first access has none
-        deviation = gap_s - self._gap_mean_s[slot]
-        self._gap_mean_s[slot] += deviation / gaps
-        self._gap_m2[slot] += deviation * (gap_s - self._gap_mean_s[slot])
-        self._last_s[slot], self._count[slot] = now_s, gaps + 1
-        return gap_s
-
-    def _time_variance(self, slot):
-        gaps, mean = self._count[slot] - 1, self._gap_mean_s[slot]
-        if gaps < 2 or mean <= 0.0:
-            return 0.0
-        deviation = math.sqrt(max(0.0, self._gap_m2[slot]) / gaps)
-        return deviation / (mean + deviation)
-
-    def _find(self, key):
-        """Return the key's slot, 0 if there is none or the key is None."""
-        slot = self._buckets[(key or 0) & (len(self._buckets) - 1)]
-        while slot and self._key[slot] != key:
-            slot = self._next[slot]
-        return slot
-
-    def _insert(self, key, now_s):
-        """Return a slot for a new key, seen once: an unused one, or else the oldest."""
-        if len(self) < self.max_patterns:
-            slot = self._append_slot()
-        else:
-            slot = self._newer[0]
-            self._leave_bucket(slot)
-        self._key[slot], self._count[slot], self._last_s[slot] = key, 1, now_s
-        self._gap_mean_s[slot], self._gap_m2[slot], self._perplexity[slot] = 0.0, 0.0, math.nan
-        self._enter_bucket(slot)
-        return slot
-
-    def _append_slot(self):
-        slot = len(self._key)
-        for column in self._columns:
-            column.append(0)
-        self._older[slot] = self._newer[slot] = slot  # a ring of its own
-        if slot > len(self._buckets):
-            self._buckets = array("i", [0]) * (2 * len(self._buckets))
-            for earlier in range(1, slot):
-                self._enter_bucket(earlier)
-        return slot
-
-    def _enter_bucket(self, slot):
-        bucket = self._key[slot] & (len(self._buckets) - 1)
-        self._next[slot] = self._buckets[bucket]
-        self._buckets[bucket] = slot
-
-    def _leave_bucket(self, slot):
-        column, at = self._buckets, self._key[slot] & (len(self._buckets) - 1)
-        while column[at] != slot:
-            column, at = self._next, column[at]
-        column[at] = self._next[slot]
-
-    def _move(self, slot, newer):
-        """Move the slot in the ring to just behind `newer`; behind 0 it is the newest."""
-        before, after = self._older[slot], self._newer[slot]
-        self._newer[before], self._older[after] = after, before
-        before = self._older[newer]
-        self._older[slot], self._newer[slot] = before, newer
-        self._newer[before] = self._older[newer] = slot
+                pattern.access(now_s)
+            known += 1
+        while len(self._patterns) > self.max_patterns:
+            self._patterns.popitem(last=False)
+        if longest is None:
+            return Observation(key=keys[-1])
+        is_new = known < len(keys)
+        count, variance = longest.count - 1, longest.time_variance
+        return Observation(count, gap_s, variance, known, is_new, keys[-1])
 
 
 def output_perplexity(output: Any, vocab_size: int) -> float | None:
@@ -215,7 +174,7 @@ def output_perplexity(output: Any, vocab_size: int) -> float | None:
     >>> output_perplexity(Made(outputs=[Made(logprobs=[position])]), vocab_size=1000)
     4.0
     """
-    _check("vocab_size", vocab_size)
+    _check_count("vocab_size", vocab_size)
     try:
         entropy = _mean_entropy(output.outputs[0].logprobs, vocab_size)
     except Exception:  # an output of any other shape: a measurement must not lose the text
@@ -305,7 +264,7 @@ class RequestMetadata:
         if not callable(scorer) and (scorer is not None or perplexity_source == "prompt"):
             raise ValueError(f"scorer must be callable (token ids -> perplexity), got {scorer!r}")
         self.history, self.perplexity_source, self._scorer = history, perplexity_source, scorer
-        self.vocab_size = _check("vocab_size", vocab_size)
+        self.vocab_size = _check_count("vocab_size", vocab_size)
         self._scoring = threading.RLock()  # so that no pattern is scored twice at once
 
     @property
@@ -383,12 +342,12 @@ def _as_int64(tokens):
     raise ValueError(f"tokens must be a sequence of integers within int64, got {tokens!r:.80}")
 
 
-def _check(name, value, lowest=1, highest=2**31 - 2, kind=numbers.Integral):
-    if isinstance(value, bool) or not isinstance(value, kind) or not lowest <= value <= highest:
-        noun = "an integer" if kind is numbers.Integral else "a number"
-        raise ValueError(f"{name} must be {noun} in {lowest}..{highest}, got {value!r}")
-    return value
+def _check_count(name, value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    return int(value)
 
 
 def _check_perplexity(value):
-    return float(_check("perplexity", value, 1e-300, 1e300, numbers.Real))
+    field = METADATA_FIELDS["perplexity"]
+    return check_number("perplexity", value, field.low, field.high, field.open_low)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
+
+import msgspec
 
 from caching_heuristics import TIERS, HeuristicConfig, unknown_name
 from kvttl.replay.baselines import BASELINES, replay_baseline
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    print(json.dumps(figures, allow_nan=False))
+    print(msgspec.json.encode(figures).decode())  # what is not known, NaN, is null
     return 0
 
 
@@ -89,6 +90,9 @@ def _options(argv):
     return parser.parse_args(argv)
 
 
+_OPTIONS = ("skip_bad", "seed", "sessions_per_hour", "max_sessions", "block_tokens")
+
+
 def _run(options):
     capacity, config = parse_capacity(options.capacity), parse_settings(options.settings)
     known = (*POLICIES, *BASELINES)
@@ -99,12 +103,8 @@ def _run(options):
         options.trace,
         options.format,
         cache_dir=options.cache_dir or None,
-        skip_bad=options.skip_bad,
         progress=True,
-        seed=options.seed,
-        sessions_per_hour=options.sessions_per_hour,
-        max_sessions=options.max_sessions,
-        block_tokens=options.block_tokens,
+        **{name: getattr(options, name) for name in _OPTIONS},
     )
     read_s = time.perf_counter() - start_s
     print(f"{trace.name}: {trace}", file=sys.stderr)
@@ -118,24 +118,14 @@ def _run(options):
     print(describe(result), file=sys.stderr)
     settings = config.to_dict() if policy.reads_config else {}
     costs = TierCosts()
+    times = {n: v for n, v in result_costs(result, costs).items() if "price" not in n}
     extra = {
         "moved_bytes": result.moved_bytes(costs.bytes_per_token),
-        **{
-            name: value
-            for name, value in result_costs(result, costs).items()
-            if "price" not in name
-        },
+        **times,
         "settings": settings,
         "skipped_lines": trace.skipped_lines,
     }
-    return without_nan(result.to_dict() | extra) | {"read_s": read_s, "replay_s": replay_s}
-
-
-def without_nan(value):
-    """Return a value in which what is not known (NaN) is None, as JSON wants it."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    return None if value != value else value
+    return result.to_dict() | extra | {"read_s": read_s, "replay_s": replay_s}
 
 
 def describe(result: ReplayResult) -> str:

@@ -6,7 +6,6 @@ generate without asking for the API key.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +51,7 @@ async def openai_app(engine: Any, arguments: Any, body_limit: int = BODY_LIMIT) 
     """Return vLLM's routes ``/v1/models``, ``/v1/completions`` and ``/v1/chat/completions``."""
     from fastapi import FastAPI
     from starlette.middleware import Middleware
+    from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
     vllm = vllm_parts()
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=vllm.lifespan)
@@ -59,8 +59,8 @@ async def openai_app(engine: Any, arguments: Any, body_limit: int = BODY_LIMIT) 
         attach(app)
     vllm.init_exception_handler(app)
     vllm.init_entrypoints_middleware(arguments, app, ("generate",))
-    # The innermost one: without the API key nobody can have bodies buffered here.
-    app.user_middleware.append(Middleware(BodyLimit, limit=body_limit))
+    # Innermost, so that a body is read only after the API key has been checked.
+    app.user_middleware.append(Middleware(RequestBodyLimitMiddleware, max_body_size=body_limit))
     await vllm.init_app_state(engine, app.state, arguments, ("generate",))
     app.state.openai_serving_chat_batch = None  # "not implemented": one `kv` for many prompts
     # vLLM's server ends itself after the engine; this one stays, to say what happened.
@@ -175,42 +175,3 @@ def kv_of(request: Any) -> dict[str, float] | None:
         return check_metadata(given)
     except ValueError as error:
         raise ValueError(f"kv: {error}") from None
-
-
-class BodyLimit:
-    """ASGI middleware that answers 413 to a body over `limit` bytes, announced or not."""
-
-    def __init__(self, app: Any, limit: int) -> None:
-        self._app, self._limit = app, limit
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Read the body, then let the application read it again."""
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        # A body that is announced is read too where it is small enough: this knows no liars.
-        too_large = announced.isdigit() and int(announced) > self._limit
-        messages, size = [], 0
-        more = not too_large
-        while more:
-            message = await receive()
-            messages.append(message)
-            size += len(message.get("body", b""))
-            too_large = size > self._limit
-            more = message.get("more_body", False) and not too_large
-        if too_large:
-            return await self._refuse(send)
-
-        async def receive_again():
-            return messages.pop(0) if messages else await receive()
-
-        return await self._app(scope, receive_again, send)
-
-    async def _refuse(self, send):
-        text = f"the body is larger than {self._limit} bytes, the limit of this server"
-        error = {"message": text, "type": "Request Entity Too Large", "param": None, "code": 413}
-        body = json.dumps({"error": error}).encode()
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-        headers.append((b"content-length", str(len(body)).encode()))
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
-        await send({"type": "http.response.body", "body": body})

@@ -79,7 +79,7 @@ class ManagedEngine:
                 async for output in outputs:
                     answer.add(output)
                     yield output
-        except Exception as error:  # not a cancellation: that is no Exception
+        except Exception as error:  # a cancellation is a BaseException
             refused = _is_refusal(error)
             raise
         finally:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anyio.from_thread import BlockingPortal
+
 from caching_heuristics import HeuristicConfig
 from kvttl.decisions.log import DecisionLog
 from kvttl.decisions.metrics import DecisionMetrics
@@ -26,9 +28,9 @@ from kvttl.serve.app import BODY_LIMIT, manage_app, openai_app, server_arguments
 from kvttl.serve.engine import ManagedEngine
 from kvttl.serve.listening import (
     KEY_VARIABLE,
-    LoopThread,
     check_exposure,
     listening,
+    loop_thread,
     read_key,
     serving,
 )
@@ -51,7 +53,7 @@ class Gateway:
         The manager; its `records` say what was decided.
     engine : ManagedEngine
         The engine; only for `loop`.
-    loop : LoopThread
+    loop : anyio.from_thread.BlockingPortal
         Where it all runs.
     """
 
@@ -59,7 +61,7 @@ class Gateway:
     model: str
     cache: MultiTierCache
     engine: ManagedEngine
-    loop: LoopThread
+    loop: BlockingPortal
 
     @property
     def url(self) -> str:
@@ -117,13 +119,13 @@ def gateway(
     options = {"log": log, "metrics": metrics, "perplexity_source": perplexity}
     with ExitStack() as exits:
         listener = exits.enter_context(listening(host, port))
-        loop = exits.enter_context(LoopThread())
+        loop = exits.enter_context(loop_thread())
         engine = exits.enter_context(async_engine(stack, model, loop, **engine_options))
         cache = exits.enter_context(managed(stack, None, config, background=True, **options))
         engine = ManagedEngine(engine, cache)
         arguments = server_arguments(model, name, api_key, server_options)
         _recover(cache, recover_from)
-        app = loop.run(openai_app(engine, arguments, body_limit))
+        app = loop.call(openai_app, engine, arguments, body_limit)
         manage_app(app, cache, metrics)
         url = exits.enter_context(serving(app, listener, loop))
         yield Gateway(f"{url}/v1", name, cache, engine, loop)
@@ -145,7 +147,7 @@ def model_name(model: str) -> str:
 
 
 @contextmanager
-def async_engine(stack: Any, model: str, loop: LoopThread, **options: Any) -> Iterator[Any]:
+def async_engine(stack: Any, model: str, loop: BlockingPortal, **options: Any) -> Iterator[Any]:
     """Load vLLM's asynchronous engine on `loop`; shut it down before the stack goes.
 
     An engine that has lost its LMCache server hangs when its process ends.
@@ -164,7 +166,7 @@ def async_engine(stack: Any, model: str, loop: LoopThread, **options: Any) -> It
 def _shut_down(engines):
     for engine in engines:
         engine.shutdown()
-        # Its finalizer would do it again, perhaps in an interpreter that is half gone.
+        # Its finalizer would do it again while the interpreter exits.
         engine.shutdown = lambda *_args, **_options: None
 
 

@@ -1,17 +1,17 @@
-"""Sockets, an event loop in a thread, and who may connect: nothing of it knows a KV cache."""
+"""Sockets, an event loop in a thread, and who may connect: nothing here knows a KV cache."""
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import os
 import socket
-import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -34,48 +34,14 @@ def check_exposure(host: str, api_key: str | None) -> None:
         )
 
 
-class LoopThread:
-    """An event loop on a thread of its own, for callers that are not asynchronous."""
-
-    def __enter__(self) -> LoopThread:
-        import uvloop  # comes with vLLM, whose own server uses it
-
-        self.loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="kv-gateway", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_exc_info: object) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-
-    def run(self, coroutine: Coroutine) -> Any:
-        """Return what a coroutine returns that runs on the loop."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
-
-    def call(self, function: Callable, *arguments: Any) -> Any:
-        """Return what a function returns that is called on the loop."""
-
-        async def call():
-            return function(*arguments)
-
-        return self.run(call())
-
-    def _run(self):
-        asyncio.set_event_loop(self.loop)
-        try:
-            self.loop.run_forever()
-            tasks = asyncio.all_tasks(self.loop)
-            for task in tasks:
-                task.cancel()
-            ended = asyncio.gather(*tasks, return_exceptions=True)
-            self.loop.run_until_complete(ended)
-        finally:
-            self.loop.close()
+def loop_thread() -> AbstractContextManager[BlockingPortal]:
+    """Run an event loop on a thread while the block runs; ``call`` of what it gives runs there."""
+    # uvloop comes with vLLM, whose own server uses it.
+    return start_blocking_portal(backend_options={"use_uvloop": True}, name="kv-gateway")
 
 
 @contextmanager
-def serving(app: Any, listener: socket.socket, loop: LoopThread) -> Iterator[str]:
+def serving(app: Any, listener: socket.socket, loop: BlockingPortal) -> Iterator[str]:
     """Serve an application on a bound socket while the block runs; gives its URL."""
     import uvicorn
 
@@ -83,7 +49,7 @@ def serving(app: Any, listener: socket.socket, loop: LoopThread) -> Iterator[str
         app, log_config=None, access_log=False, timeout_graceful_shutdown=_STOP_S, backlog=_STREAMS
     )
     server = uvicorn.Server(settings)  # outside the main thread it leaves signals alone
-    ended = asyncio.run_coroutine_threadsafe(server.serve(sockets=[listener]), loop.loop)
+    ended = loop.start_task_soon(server.serve, [listener])
     while not server.started:
         if ended.done():
             ended.result()

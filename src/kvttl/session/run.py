@@ -178,7 +178,7 @@ def session_summary(records: Sequence[DecisionRecord]) -> str:
     swept = [record for record in records if record.kind in ("expiry", "settled")]
     generations = [record for record in records if record.kind == "generation"]
     prompt_tokens = sum(record.prompt_tokens for record in generations)
-    hits = _total(record.hit_tokens for record in generations)
+    hits = sum((Counter(record.hit_tokens) for record in generations), Counter())
     ttls = [record.ttl_s for record in generations if record.ttl_s]
     ttl = np.percentile(ttls, [10, 50, 90]) if ttls else [np.nan] * 3
     generate = np.array([record.generate_s for record in generations] or [np.nan])
@@ -222,13 +222,6 @@ def _moved_chunks(records):
         for move in record.moves:
             moves[f"{move['from']}→{move['to']} {move['status']}"] += move["moved_chunks"]
     return moves
-
-
-def _total(counts: Iterable) -> Counter:
-    total: Counter[str] = Counter()
-    for count in counts:
-        total.update(count)
-    return total
 
 
 def _parts(counts) -> str:

@@ -10,7 +10,9 @@ import signal
 import sys
 import threading
 import time
+from importlib.metadata import version
 
+LMCACHE_VERSION = "0.5.6"  # whose private parts `redis_adapter` and `_drop_env_route` use
 WATCH_INTERVAL_S = 0.5  # a dead owner is noticed within this time
 WATCH_GRACE_S = 4.0  # after that an orphan that ignores SIGTERM is killed
 
@@ -45,14 +47,31 @@ def _run_lmcache(arguments: list[str]) -> None:
 
     if arguments[0] == "server":
         from kvttl.stack.reconcile import reconcile_for
-        from kvttl.stack.redis_adapter import install
 
         if os.environ.get("KV_REDIS_CLIENT") != "lmcache":
-            install()
+            install_redis_adapter()
         _drop_env_route()
         reconcile_for(arguments)
     sys.argv = ["lmcache", *arguments]
     main(arguments)
+
+
+def install_redis_adapter() -> None:
+    """Put this kit's Redis client in the place of LMCache's own.
+
+    Raises
+    ------
+    RuntimeError
+        Another LMCache is installed than the one whose internals the adapter knows.
+    """
+    if (installed := version("lmcache")) != LMCACHE_VERSION:
+        raise RuntimeError(
+            f"this kit's Redis client replaces parts of LMCache {LMCACHE_VERSION}, but {installed} "
+            f"is installed: install lmcache=={LMCACHE_VERSION}, or set redis_client: lmcache"
+        )
+    from kvttl.stack.redis_adapter import install
+
+    install()
 
 
 def _drop_env_route() -> None:

@@ -7,20 +7,28 @@ would run the forger's code.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import hmac
 import logging
 import math
 import numbers
+import os
 import pickle
 import secrets
 import struct
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 logger = logging.getLogger(__name__)
 
 SECRET_BYTES = 32  # of a generated secret: HMAC-SHA256 gains nothing from more
 MIN_SECRET_BYTES = 16  # of a given one: whoever guesses it can run code here
+MAX_MTIME_S = 2.0**32  # year 2106; file systems differ in how far they go
+STALE_TEMP_S = 3600.0  # a temp file this old is a crashed writer's, not a slow one's
 
 
 def check_seconds(field: str, seconds: Any) -> float:
@@ -100,3 +108,134 @@ class Signer:
                 return Record(expires_at_s, body[self._HEAD.size :])
         logger.warning("%s is torn, forged or foreign, taken as a miss", name.hex())
         return None
+
+
+class SealedFolder:
+    """Signed records that expire, one file each; threads and processes may share the folder.
+
+    A file is written aside and moved into place, so a crash leaves the old record or the new one.
+
+    Parameters
+    ----------
+    path : str or Path
+        Made with mode 0700 where it is missing.
+    secret : bytes, optional
+        By default the folder's ``.hmac_key``, made at random.
+    tier : str
+        Part of each signature.
+    timer : callable
+        Clock in seconds, the same for all that share the folder.
+
+    Raises
+    ------
+    PermissionError
+        Where others could have read or written ``.hmac_key``.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        secret: bytes | None,
+        tier: str,
+        timer: Callable[[], float] = time.time,
+    ) -> None:
+        self._path = Path(path).absolute()  # a later chdir must not split the cache
+        self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._timer = timer
+        self._signer = Signer(self._folder_secret() if secret is None else secret, tier)
+
+    def read(self, name: bytes) -> Record | None:
+        """Return a record that has not expired; one that has is removed."""
+        record = self._open(name)
+        if record is None or self._timer() < record.expires_at_s:
+            return record
+        self._drop_expired(name)
+        return None
+
+    def write(self, name: bytes, payload: bytes, ttl_s: float) -> None:
+        """Keep a payload for `ttl_s` seconds."""
+        expires_at_s, target = self._timer() + ttl_s, self._path / name.hex()
+        hint_s = min(expires_at_s, MAX_MTIME_S)  # spares purge() the reading; the signed one rules
+        with self._staged(self._signer.seal(name, payload, expires_at_s)) as temp, self._locked():
+            os.replace(temp, target)
+            os.utime(target, (hint_s, hint_s))
+
+    def delete(self, name: bytes) -> bool:
+        """Remove a record; return whether it was there and had not expired."""
+        with self._locked():
+            record = self._open(name)
+            (self._path / name.hex()).unlink(missing_ok=True)  # an unreadable one as well
+        return record is not None and self._timer() < record.expires_at_s
+
+    def purge(self) -> int:
+        """Remove expired records, and what crashes left behind; return how many records went."""
+        for temp in self._path.glob(".tmp-*"):
+            if time.time() - _mtime_s(temp) > STALE_TEMP_S:
+                temp.unlink(missing_ok=True)
+        files = self._path.glob("[0-9a-f]" * 64)
+        due = [file.name for file in files if _mtime_s(file) <= self._timer()]
+        return sum(self._drop_expired(bytes.fromhex(name)) for name in due)
+
+    def _open(self, name: bytes) -> Record | None:
+        try:
+            with open(self._path / name.hex(), "rb", opener=_open_plain) as file:
+                return self._signer.open(name, file.read())
+        except FileNotFoundError:
+            return None
+        except OSError as error:  # such as a link or a folder in its place
+            logger.warning("%s cannot be read, taken as a miss: %s", name.hex(), error)
+            return None
+
+    def _drop_expired(self, name: bytes) -> bool:
+        with self._locked():  # looked at again: someone may just have renewed it
+            record = self._open(name)
+            expired = record is not None and not self._timer() < record.expires_at_s
+            if expired:
+                (self._path / name.hex()).unlink(missing_ok=True)
+        return expired
+
+    @contextlib.contextmanager
+    def _staged(self, content: bytes) -> Iterator[str]:
+        descriptor, temp = tempfile.mkstemp(prefix=".tmp-", dir=self._path)  # mode 0600
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut could leave the new name on no data
+            yield temp
+        finally:
+            Path(temp).unlink(missing_ok=True)  # still there only if it was not moved into place
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        descriptor = os.open(self._path / ".lock", flags, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # holds off threads and processes alike
+            yield
+        finally:
+            os.close(descriptor)  # which unlocks
+
+    def _folder_secret(self) -> bytes:
+        path = self._path / ".hmac_key"
+        with self._locked():  # so that all who share the folder agree on one
+            if not os.path.lexists(path):
+                with self._staged(secrets.token_bytes(SECRET_BYTES)) as temp:
+                    os.replace(temp, path)
+            with open(path, "rb", opener=_open_plain) as file:
+                info, secret = os.fstat(file.fileno()), file.read(SECRET_BYTES + 1)
+        if info.st_uid != os.geteuid() or info.st_mode & 0o077 or len(secret) != SECRET_BYTES:
+            raise PermissionError(f"{path} must hold {SECRET_BYTES} bytes, be yours and mode 0600")
+        return secret
+
+
+def _open_plain(path: str, flags: int) -> int:
+    # Follows no link, and does not wait for a writer where someone has put a pipe.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def _mtime_s(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except FileNotFoundError:  # gone since it was listed
+        return math.inf
