@@ -75,7 +75,7 @@ def settle(cache):
     for _ in range(4):
         cache.clock.now_s += 2.0
         cache.sweep()
-    assert cache._settler.unsettled == 0
+    assert cache._decider.settler.unsettled == 0
 
 
 # ---- nobody waits ----------------------------------------------------------------------
@@ -180,12 +180,13 @@ def test_a_wish_made_before_a_sweep_begins_to_move_keeps_its_chunks(cache):
 def test_a_sweep_looks_at_the_claims_again_before_each_of_its_moves(cache, monkeypatch):
     monkeypatch.setattr("kvttl.manager.settling._BATCH_CHUNKS", 2)
     cache.generate_and_manage("first " + PROMPT[6:], None, HOT)
+    cache.clock.now_s += 1.0
     cache.generate_and_manage(PROMPT, None, HOT)
     cache.clock.now_s += HOT_TTL_S
     with meanwhile(cache, cache.sweep, "move"):  # of the first one
         cache.generate_and_manage(PROMPT, None, HOT)
     assert hottest(cache, "first " + PROMPT[6:]) == ["disk", "disk"]
-    assert hottest(cache, PROMPT) == ["gpu", "gpu"] and cache._settler.unsettled == 0
+    assert hottest(cache, PROMPT) == ["gpu", "gpu"] and cache._decider.settler.unsettled == 0
 
 
 def test_a_hot_wish_during_another_decisions_move_ends_up_hot(cache):
@@ -219,7 +220,7 @@ def test_a_promotion_that_is_in_the_way_too_is_tried_again(cache):
     with meanwhile(cache, cache.sweep, "move"):
         cache.generate_and_manage(PROMPT, None, HOT)
         cache.clock.now_s += 2.0
-        assert cache.sweep() == [] and cache._settler.unsettled == 1
+        assert cache.sweep() == [] and cache._decider.settler.unsettled == 1
     settle(cache)
     assert hottest(cache, PROMPT) == ["gpu", "gpu"]
 
@@ -326,7 +327,7 @@ def test_many_threads_and_sweeps_end_where_the_claims_say(seed):
         cache.clock.now_s += 1.0
         cache.sweep()
     assert [record.error for record in cache.records if record.error] == []
-    assert cache._settler.unsettled == 0
+    assert cache._decider.settler.unsettled == 0
     assert_all_claimed_and_none_too_hot(cache)
     layout = controller.layout_of()
     wanted = cache.claims.wanted(layout.keys, cache.clock())
