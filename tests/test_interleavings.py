@@ -27,6 +27,8 @@ from local_managers import (
     local_manager,
 )
 
+from kvttl.lmcache.client import LMCacheUnavailable
+
 PROMPT = "0123456789abcdef"  # two chunks
 LIMIT_S = 20
 
@@ -243,6 +245,47 @@ def test_an_old_look_does_not_hide_a_new_hot_copy(cache):
     cache.sweep()
     assert "gpu" not in hottest(cache, hot)
     assert_nothing_is_immortal(cache)
+
+
+def test_a_hot_wish_outlives_a_sweep_whose_move_breaks_off(cache):
+    """The sweep puts its claim back on the list: it must not put it over the newer wish."""
+    cache.generate_and_manage(PROMPT, None, HOT)
+    cache.clock.now_s += HOT_TTL_S
+    move = cache.controller.move
+
+    def moved_and_gone(*args, **options):
+        move(*args, **options)
+        raise LMCacheUnavailable("LMCache is away")
+
+    cache.controller.move = moved_and_gone
+    with meanwhile(cache, cache.sweep, "move"):
+        cache.generate_and_manage(PROMPT, None, HOT)
+    cache.controller.move = move
+    assert hottest(cache, PROMPT) == ["disk", "disk"]
+    settle(cache)
+    assert hottest(cache, PROMPT) == ["gpu", "gpu"]
+
+
+def test_a_late_claim_that_meets_a_move_ends_up_hot(cache):
+    """Two prompts with the same beginning; LMCache was away when the hot one was generated."""
+    cold, hot = PROMPT + "c" * CHUNK, PROMPT + "h" * CHUNK
+    layout = cache.controller.layout
+
+    def away(tokens):
+        raise LMCacheUnavailable("LMCache is away")
+
+    cache.controller.layout = away
+    cache.generate_and_manage(hot, None, HOT)
+    cache.controller.layout = layout
+
+    def generate():
+        cache.generate_and_manage(cold, None, COLD)
+
+    with meanwhile(cache, generate, "move"):
+        cache.sweep()
+    settle(cache)
+    assert hottest(cache, hot) == ["gpu"] * 3
+    assert hottest(cache, cold) == ["gpu", "gpu", "remote"]
 
 
 # ---- nothing is lost --------------------------------------------------------------------------
