@@ -468,7 +468,7 @@ def test_a_sweep_that_fails_is_recorded_once_and_tried_again_later(cache, method
     (done,) = cache.sweep()
     assert (done.kind, done.error, done.wanted_tier) == ("settled", "", below)
     assert hottest(cache, PROMPT) == [below] * 2
-    assert cache._settler.unsettled == 0
+    assert cache._decider.settler.unsettled == 0
     assert_nothing_is_immortal(cache)
 
 
@@ -488,13 +488,13 @@ def test_a_claim_that_could_not_be_made_is_made_late(cache, metadata):
     assert cache.generate_and_manage(PROMPT, None, metadata) == PROMPT.upper()
     record = cache.records[-1]
     assert "LMCache is away" in record.error and record.wanted_tier and record.ttl_s
-    assert len(cache.claims) == 0 and cache._settler.unsettled == 1
+    assert len(cache.claims) == 0 and cache._decider.settler.unsettled == 1
     cache.clock.now_s += 10
     cache.sweep()
     assert len(cache.claims) == 0
     away.back()
     cache.sweep()
-    assert len(cache.claims) == 1 and cache._settler.unsettled == 0
+    assert len(cache.claims) == 1 and cache._decider.settler.unsettled == 0
     tier = record.wanted_tier
     assert hottest(cache, PROMPT) == [tier] * 2  # also moved where it belongs
     cache.clock.now_s = start_s + record.ttl_s - 0.01  # counted from the access
@@ -533,7 +533,7 @@ def test_one_prompt_that_always_fails_does_not_hold_up_the_others(cache):
     cache.sweep()
     assert hottest(cache, PROMPT) == ["disk", "disk"]
     cache.sweep()  # what cannot be claimed as a prompt is claimed chunk by chunk
-    assert cache._settler.unsettled == 0
+    assert cache._decider.settler.unsettled == 0
     cache.controller.layout = layout
     assert_all_claimed_and_none_too_hot(cache)
 
@@ -554,7 +554,7 @@ def test_a_new_decision_makes_what_was_left_of_the_last_one_needless(cache):
     cache.generate_and_manage(PROMPT, None, COLD)
     away.back()
     cache.generate_and_manage(PROMPT, None, WARM)
-    assert hottest(cache, PROMPT) == ["disk"] * 2 and cache._settler.unsettled == 0
+    assert hottest(cache, PROMPT) == ["disk"] * 2 and cache._decider.settler.unsettled == 0
     cache.clock.now_s += 61
     assert cache.sweep() == []
 
@@ -974,7 +974,7 @@ def test_of_two_late_claims_the_newer_is_made(cache):
     cache.generate_and_manage(PROMPT, None, COLD)
     tokens = cache.controller.tokenize(PROMPT)
     digest = cache.records[-1].prompt_digest
-    cache._settler.claim_later(digest, tokens, Wish("gpu", 1005.0, 100.0))  # comes late
+    cache._decider.settler.claim_later(digest, tokens, Wish("gpu", 1005.0, 100.0))  # comes late
     away.back()
     cache.sweep()
     assert wanted(cache, PROMPT) == {"remote"} and hottest(cache, PROMPT) == ["remote"] * 2
@@ -1054,7 +1054,7 @@ def test_what_waits_for_a_worker_keeps_facts_within_a_budget(traced):
 
 
 def test_records_are_bounded_in_bytes(monkeypatch):
-    monkeypatch.setattr("tiered_caching._MAX_RECORD_BYTES", 300_000)
+    monkeypatch.setattr("kvttl.decisions.keeper._MAX_BYTES", 300_000)
     cache = long_manager()
     for number in range(10):
         cache.generate_and_manage(chr(200 + number), None)
@@ -1070,7 +1070,7 @@ def test_claims_that_wait_for_lmcache_are_bounded_in_bytes(traced, monkeypatch):
     kept_bytes(cache, [0])
     assert 4 * LONG <= kept_bytes(cache, range(1, 5)) < 6 * LONG
     assert kept_bytes(cache, range(10, 18)) < LONG  # as many give way
-    assert cache._settler.unsettled == 5 and cache._settler.has_unclaimed
+    assert cache._decider.settler.unsettled == 5 and cache._decider.settler.has_unclaimed
 
 
 # ---- one TTL ends once ----------------------------------------------------------------------
