@@ -3,8 +3,9 @@
 On the real stack, seeded sessions are run once to warm up and then measured, in
 turns with decisions on the caller's path ("sync") and on a worker ("background",
 without waiting for it between two generations). The peer of every figure is
-`llm.generate` in the same call. In a third mode ("sync_sweeping") a sweep that moves some
-500 chunks is under way on another thread: nobody should wait for it. Ends with one line of JSON.
+`llm.generate` in the same call. Then the same decisions are made without ("sync_still") and
+during ("sync_sweeping") a sweep of another thread that moves 500 chunks: none should wait for
+it. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _SCALAR_CALLS = 100_000
 _ARRAY_SIZE = 2_000_000
 _REPEATS = 9
 _TURNS = 3  # of each mode
-_SWEEPS, _SWEPT_CHUNKS = 20, 500
+_SWEEPS, _SWEPT_CHUNKS, _DECIDED = 10, 500, 10
 _SWEPT_TOKENS = 1_600  # a prompt
 
 
@@ -115,41 +116,45 @@ def compare_modes(stack, llm, generations: int, seed: int) -> dict[str, float]:
 
 
 def sweeping_figures(stack, llm, seed: int) -> dict[str, float]:
-    """Return percentiles (ms) of what managing adds while a sweep moves chunks, and how many."""
-    calls, moved = [], 0
+    """Return percentiles (ms) of the same decisions, sync, without and during a sweep's moves."""
+    still_ms, during_ms, moved = [], [], 0
     for turn in range(_SWEEPS):
         options = {"clock": SessionClock(time.time()), "sweep_every_s": None}
         with managed(stack, llm, **options) as cache:
-            during, swept = _during_a_sweep(cache, seed + turn)
-        calls, moved = calls + during, moved + swept
-    added_ms = [(seconds - record.generate_s) * 1e3 for seconds, record in calls]
-    counts = {"sync_sweeping_generations": len(calls), "swept_chunks": moved / _SWEEPS}
-    return counts | percentiles("sync_sweeping", added_ms)
+            still, during, swept = _decide_around_a_sweep(cache, seed + turn)
+        still_ms, during_ms, moved = still_ms + still, during_ms + during, moved + swept
+    counts = {"sweeping_decisions": len(during_ms), "swept_chunks": moved / _SWEEPS}
+    times = percentiles("sync_still", still_ms) | percentiles("sync_sweeping", during_ms)
+    return counts | times
 
 
-def _during_a_sweep(cache, seed):
-    """Generate for as long as a sweep goes on; returns the calls, and how many chunks it moved."""
+def _decide_around_a_sweep(cache, seed):
+    """Decide about the same answers before a sweep, and for as long as it goes on (ms each)."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
-    prompts = -(-_SWEPT_CHUNKS * cache.controller.chunk_size_tokens // _SWEPT_TOKENS)
-    tokens = np.random.default_rng(seed).integers(300, 2_000, (prompts, _SWEPT_TOKENS)).tolist()
+    count = -(-_SWEPT_CHUNKS * cache.controller.chunk_size_tokens // _SWEPT_TOKENS)
+    tokens = np.random.default_rng(seed).integers(300, 2_000, (count, _SWEPT_TOKENS)).tolist()
     hot = {"perplexity": 12.0, "time_variance": 0.0}
     cache.generate([{"prompt_token_ids": each} for each in tokens], sampling, hot)
     cache.clock.advance(1e4)  # longer than their TTL, shorter than the next rung's
+    prompts = [request.prompt for request in session_requests(_DECIDED, seed)]
+    answers = [output for output, _ in cache.generate(prompts, sampling, hot)]
+
+    def decide(number):
+        start_s = time.perf_counter()
+        cache.manage(prompts[number % _DECIDED], answers[number % _DECIDED], hot).result()
+        return (time.perf_counter() - start_s) * 1e3
+
+    still_ms = [decide(number) for number in range(2 * _DECIDED)]
     swept: list[DecisionRecord] = []
     sweep = threading.Thread(target=lambda: swept.extend(cache.sweep()))
     sweep.start()
-    calls = []
-    for request in session_requests(100, seed):
-        start_s = time.perf_counter()
-        (made,) = cache.generate(request.prompt, sampling)
-        seconds = time.perf_counter() - start_s
-        if not sweep.is_alive():
-            break
-        calls.append((seconds, made.decision.result()))
-    sweep.join()
-    return calls, sum(move["moved_chunks"] for record in swept for move in record.moves)
+    during_ms = []
+    while sweep.is_alive():
+        during_ms.append(decide(len(during_ms)))
+    moved = sum(move["moved_chunks"] for record in swept for move in record.moves)
+    return still_ms, during_ms, moved
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -179,7 +184,6 @@ def _explain(figures):
         rows = [key for key in figures if key.startswith(name) and key.endswith("_p50_ms")]
         for row in rows:
             print(percentile_line(row.removesuffix("_p50_ms"), figures))
-    print(f"  a sweep moved {figures['swept_chunks']:.0f} chunks meanwhile (sync_sweeping)")
     print(
         f"  one decision {figures['scalar_us']:.1f} us;"
         f" arrays {figures['array_per_s'] / 1e6:.0f} M decisions/s\n"
