@@ -9,6 +9,7 @@ from typing import Any
 
 from caching_heuristics import TIERS
 from kvttl.replay.costs import TierCosts, fit_costs
+from kvttl.session.texts import random_words
 
 
 def calibrate(
@@ -42,7 +43,7 @@ def calibrate(
     rng, records, number = random.Random(seed), [], 0
     while number <= repeats or (number <= repeats + _MORE and _unseen(records)):
         for length in words:
-            made = _serve_from_each_tier(cache, _text(rng, length), pause_s)
+            made = _serve_from_each_tier(cache, random_words(rng, length), pause_s)
             records += made if number else []
         number += 1
     start = TierCosts() if bytes_per_token is None else TierCosts(bytes_per_token=bytes_per_token)
@@ -75,8 +76,3 @@ def _serve_from_each_tier(cache, prompt, pause_s):
         (managed,) = cache.generate(prompt, sampling, metadata)
         records.append(managed.decision.result())
     return records
-
-
-def _text(rng, words):
-    topics = "cache tensor prefix token block chunk tier model agent server queue".split()
-    return f"# {rng.getrandbits(64):x}\n" + " ".join(rng.choice(topics) for _ in range(words))
