@@ -29,6 +29,8 @@ from kvttl.manager.clock import SessionClock, ends_on_the_way
 from kvttl.replay.costs import TierCosts
 from kvttl.session.calibrate import calibrate
 from kvttl.session.launch import be_quiet, managed
+from kvttl.stack.config import StackConfig, engine_kwargs, load_config
+from kvttl.stack.lifecycle import LMCacheStack
 
 MAIN_SHARE = 0.25  # of the working set, in the hot tier
 ANSWER_TOKENS = 4  # a TTFT needs one; a perplexity from the answer some more
@@ -337,8 +339,6 @@ def _close(made):
 
 def _stack(hot_bytes, config_path, cleanup, row):
     """Return the running stack of a contender, None for one without LMCache."""
-    from kvttl.stack.lifecycle import LMCacheStack, load_config
-
     if row.stack is None:
         return None
     folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kv-bench-"))
@@ -358,8 +358,6 @@ def _runner(row, stack, hot_tokens, model, size):
     }
     if stack is not None:
         return LMCacheRunner(LLM(**stack.engine_kwargs(model, **options)), size, stack)
-    from kvttl.stack.config import StackConfig, engine_kwargs
-
     kwargs = engine_kwargs(StackConfig(), model, **options, enable_prefix_caching=bool(blocks))
     del kwargs["kv_transfer_config"]
     return Runner(LLM(**kwargs), size, blocks)

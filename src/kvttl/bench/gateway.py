@@ -31,6 +31,7 @@ from kvttl.bench.figures import machine, percentile_line, percentiles, publish
 from kvttl.serve.app import openai_app, server_arguments
 from kvttl.serve.gateway import Gateway, gateway
 from kvttl.serve.listening import listening, serving
+from kvttl.session.demo_model import model_path
 from kvttl.session.launch import session_stack
 from kvttl.session.texts import random_words
 
@@ -214,8 +215,6 @@ def _measure(options):
         spawn = multiprocessing.get_context("spawn")
         client = exits.enter_context(ProcessPoolExecutor(1, mp_context=spawn))
         stack = exits.enter_context(session_stack(options.config))
-        from kvttl.session.demo_model import model_path
-
         model = model_path()
         server = exits.enter_context(gateway(stack, model, perplexity=options.perplexity))
         plain_url = exits.enter_context(plain_server(server, model))

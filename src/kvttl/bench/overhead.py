@@ -20,8 +20,8 @@ import numpy as np
 from caching_heuristics import compute_ttl, select_backend
 from kvttl.bench.figures import machine, percentile_line, percentiles, publish
 from kvttl.decisions.record import DecisionRecord
-from kvttl.manager.clock import SessionClock
-from kvttl.session.launch import engine, managed, session_stack
+from kvttl.session.demo_model import model_path
+from kvttl.session.launch import engine, session_manager, session_stack
 from kvttl.session.run import MAX_TOKENS
 from kvttl.session.workload import session_requests
 
@@ -97,8 +97,7 @@ def compare_modes(stack, llm, generations: int, seed: int) -> dict[str, float]:
     for turn in range(2 * _TURNS + 2):
         name = ("sync", "background")[turn % 2]
         requests = session_requests(max(generations // _TURNS, 1), seed + turn)
-        options = {"clock": SessionClock(time.time()), "sweep_every_s": None}
-        with managed(stack, llm, background=name == "background", **options) as cache:
+        with session_manager(stack, llm, background=name == "background") as cache:
             timed = timed_session(cache, requests)
             calls[name] += timed if turn >= 2 else []  # the first two warm up
     return mode_figures("sync", calls["sync"]) | mode_figures("background", calls["background"])
@@ -112,11 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     about, figures = machine(), decision_costs()
-    with session_stack(options.config) as stack:
-        from kvttl.session.demo_model import model_path
-
-        with engine(stack, model_path()) as llm:
-            figures |= compare_modes(stack, llm, options.generations, options.seed)
+    with session_stack(options.config) as stack, engine(stack, model_path()) as llm:
+        figures |= compare_modes(stack, llm, options.generations, options.seed)
     publish(REPORT, {"seed": options.seed, **about}, figures, list(_lines(figures)))
     return 0
 

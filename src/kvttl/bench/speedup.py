@@ -27,6 +27,7 @@ from kvttl.bench.speedup_report import BenchResult, headline, t_quantile, write_
 from kvttl.bench.workloads import CHUNK_TOKENS, Workload, make_workload
 from kvttl.lmcache.model import EVICTION_WATERMARK
 from kvttl.replay.on_lmcache import replay_on_lmcache
+from kvttl.session.demo_model import model_path
 from kvttl.settings import default_path, load_settings
 
 REPORTS = Path("data/reports")
@@ -177,8 +178,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5, help="at least 5 for the intervals")
     options = parser.parse_args(argv)
     plan = QUICK if options.quick else BenchPlan(seeds=tuple(range(options.seeds)))
-    from kvttl.session.demo_model import model_path
-
     about, started_s, model = machine(), time.perf_counter(), model_path()
     settings, source = bench_settings(model)
     result = run(plan, model, options.config, settings)

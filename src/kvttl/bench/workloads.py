@@ -77,11 +77,9 @@ class Workload:
         """The requests as a `Trace` of complete chunks, for the replay engines."""
         builder = TraceBuilder(CHUNK_TOKENS, chained=False)
         for request in self.requests:
-            tokens, ends = (
-                request.tokens,
-                range(CHUNK_TOKENS, len(request.tokens) + 1, CHUNK_TOKENS),
-            )
-            keys = [hash(tokens[end - CHUNK_TOKENS : end]) for end in ends]  # equal in every process
+            tokens, size = request.tokens, CHUNK_TOKENS
+            starts = range(0, len(tokens) - size + 1, size)
+            keys = [hash(tokens[at : at + size]) for at in starts]  # equal in every process
             builder.add(keys, request.arrival_s, len(tokens), session=request.session)
         return builder.finish(self.name)
 
