@@ -20,19 +20,14 @@ import pandas as pd
 from tqdm import tqdm
 
 from caching_heuristics import HeuristicConfig
-from kvttl.bench.contenders import (
-    CONTENDERS,
-    KIT,
-    MAIN_SHARE,
-    TUNED,
-    Runner,
-    kv_bytes_per_token,
-    running_contenders,
-)
+from kvttl.bench import contenders
+from kvttl.bench.contenders import CONTENDERS, KIT, MAIN_SHARE, TUNED, Runner
 from kvttl.bench.figures import machine, rounded_figures
 from kvttl.bench.speedup_report import BenchResult, headline, t_quantile, write_report
 from kvttl.bench.workloads import CHUNK_TOKENS, Workload, make_workload
+from kvttl.lmcache.model import EVICTION_WATERMARK
 from kvttl.replay.on_lmcache import replay_on_lmcache
+from kvttl.session.demo_model import model_path
 from kvttl.settings import default_path, load_settings
 
 REPORTS = Path("data/reports")
@@ -85,20 +80,15 @@ def run_pass(
             runner.settle()
             rows.append({"contender": name, "request": number, **_row(request, served)})
         for runner in runners.values():
-            runner.rest()
+            runner.settle(below=EVICTION_WATERMARK)
         for row in rows[-len(names) :]:
             row["hot_bytes"] = runners[row["contender"]].hot_bytes
     wall_s = time.perf_counter() - start_s
-    totals = [
-        {
-            "contender": name,
-            "hot_byte_seconds": runner.hot_byte_seconds,
-            "expired_chunks": runner.expired_chunks(),
-            "span_s": workload.span_s,
-            "wall_s": wall_s,
-        }
-        for name, runner in runners.items()
-    ]
+    totals = []
+    for name, runner in runners.items():
+        sums = {"expired_chunks": runner.expired_chunks(), "span_s": workload.span_s}
+        sums |= {"hot_byte_seconds": runner.hot_byte_seconds, "wall_s": wall_s}
+        totals.append({"contender": name, **sums})
     return rows, totals
 
 
@@ -106,9 +96,8 @@ def _row(request, served):
     values = dataclasses.asdict(served)
     hits = values.pop("hit_tokens")
     tiers = {f"hit_{tier}": hits.get(tier, 0) for tier in ("gpu", "disk", "remote", "none")}
-    return {"arrival_s": request.arrival_s, "session": request.session, "kind": request.kind} | (
-        values | tiers
-    )
+    about = {name: getattr(request, name) for name in ("arrival_s", "session", "kind")}
+    return about | values | tiers
 
 
 def run(
@@ -118,16 +107,18 @@ def run(
     workloads = plan.workloads(model)
     mean_tokens = np.mean([workload.working_set_tokens for workload in workloads.values()])
     requests, totals, costs = [], [], None
-    passes = sum(_wanted(name, share) for share in plan.shares for name, _ in workloads)
-    with tqdm(total=passes, desc="passes", unit="pass") as bar:
-        for share in plan.shares:
+    passes = {
+        share: [key for key in workloads if share == MAIN_SHARE or key[0] in _ALL_SHARES]
+        for share in plan.shares
+    }
+    with tqdm(total=sum(map(len, passes.values())), desc="passes", unit="pass") as bar:
+        for share, keys in passes.items():
             names = [n for n, row in CONTENDERS.items() if row.every_share or share == MAIN_SHARE]
             hot_tokens = max(int(share * mean_tokens), _LEAST_HOT_TOKENS)
-            with running_contenders(names, hot_tokens, model, config_path) as runners:
+            with contenders.running_contenders(names, hot_tokens, model, config_path) as runners:
                 costs = costs or runners[KIT].calibrate()
-                for (name, seed), workload in workloads.items():
-                    if not _wanted(name, share):
-                        continue
+                for name, seed in keys:
+                    workload = workloads[name, seed]
                     rows, sums = run_pass(runners, workload, settings)
                     about = {"workload": name, "hot_share": share, "seed": seed}
                     size = {"hot_tokens": hot_tokens, "working_set": workload.working_set_tokens}
@@ -135,10 +126,6 @@ def run(
                     totals += [about | size | row for row in sums]
                     bar.update()
     return BenchResult(pd.DataFrame(requests), pd.DataFrame(totals), workloads, costs)
-
-
-def _wanted(workload, share):
-    return share == MAIN_SHARE or workload in _ALL_SHARES
 
 
 def choose_settings(model: str, hot_share: float = MAIN_SHARE) -> HeuristicConfig:
@@ -191,8 +178,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5, help="at least 5 for the intervals")
     options = parser.parse_args(argv)
     plan = QUICK if options.quick else BenchPlan(seeds=tuple(range(options.seeds)))
-    from kvttl.session.demo_model import model_path
-
     about, started_s, model = machine(), time.perf_counter(), model_path()
     settings, source = bench_settings(model)
     result = run(plan, model, options.config, settings)
@@ -201,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         "requests": dict(plan.requests),
         "minutes": (time.perf_counter() - started_s) / 60,
         "model": Path(model).name,
-        "bytes_per_token": kv_bytes_per_token(model),
+        "bytes_per_token": contenders.kv_bytes_per_token(model),
         "settings": {name: dataclasses.asdict(config) for name, config in settings.items()},
         "settings_source": source,
         "sources": sorted({w.source for w in result.workloads.values()}),

@@ -55,16 +55,29 @@ and may give better results, depending on the kind of requests that are made.
 """
 
 
+_WORDS = "cache tensor prefix token block chunk tier model agent server queue worker".split()
+
+
+def random_words(rng: random.Random, words: int) -> str:
+    """Return a prompt of so many words, after a number that no other prompt has."""
+    return " ".join([f"{rng.getrandbits(64):x}", *rng.choices(_WORDS, k=words)])
+
+
 def random_characters(n_characters: int, seed: int) -> str:
     """Return letters, digits and punctuation drawn uniformly with their own generator.
 
     >>> random_characters(8, seed=0) == random_characters(8, seed=0)
     True
     """
-    rng = random.Random(seed)
-    return "".join(
-        rng.choices(string.ascii_letters + string.digits + string.punctuation, k=n_characters)
-    )
+    alphabet = string.ascii_letters + string.digits + string.punctuation
+    return "".join(random.Random(seed).choices(alphabet, k=n_characters))
+
+
+def shuffled_prose(rng: random.Random) -> str:
+    """Return the sentences of `PROSE_PROMPT` in another order."""
+    sentences = PROSE_PROMPT.split(". ")
+    rng.shuffle(sentences)
+    return ". ".join(sentences)
 
 
 def example_prompts(seed: int = 0) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from kvttl.session.texts import CODE_PROMPT, PROSE_PROMPT, random_characters
+from kvttl.session.texts import CODE_PROMPT, random_characters, shuffled_prose
 
 AGENTS = ("code reviewer", "data analyst", "release manager")
 _RULES = (
@@ -97,6 +97,4 @@ def _body(rng, kind):
         return CODE_PROMPT.replace("Limiter", subject.title()).replace("10", str(number))
     if kind == "template":
         return f"Report {number}. " + f"Status of the {subject}: open. Owner: none.\n" * 15
-    sentences = PROSE_PROMPT.split(". ")
-    rng.shuffle(sentences)
-    return f"About the {subject}, note {number}. " + ". ".join(sentences)
+    return f"About the {subject}, note {number}. {shuffled_prose(rng)}"
