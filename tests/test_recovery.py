@@ -419,7 +419,7 @@ class World:
             delattr(self.controller, self._away.pop())
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(steps)
 def test_any_sequence_keeps_every_chunk_claimed_and_cool_enough(sequence):
     with tempfile.TemporaryDirectory() as folder:
@@ -434,7 +434,7 @@ def test_any_sequence_keeps_every_chunk_claimed_and_cool_enough(sequence):
         assert_nothing_is_immortal(world.cache)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(

@@ -12,11 +12,11 @@ import ast
 import inspect
 import json
 import math
-import shutil
 import sysconfig
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ PAD, EOS, BOS, UNK, TURN, END_TURN = range(6)  # first four as in Gemma
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 VOCAB_SIZE = 2048  # small: the embedding has to fit in 8 MB beside the layers
 MAX_TOKENS = 2048  # longest context trained, and served
+PEAK_LR = 5e-3
 # Encodings are tables, tests are repetitive, and both would outweigh the rest.
 SKIPPED_FOLDERS = set(
     "site-packages dist-packages test tests idle_test encodings __pycache__ __phello__".split()
@@ -39,8 +40,7 @@ CHAT_TEMPLATE = (
 )
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(NamedTuple):
     """One stretch of training at a fixed sequence length."""
 
     steps: int
@@ -77,41 +77,26 @@ def docstrings(source: str) -> str:
     return "\n\n".join(inspect.cleandoc(text) for text in texts if text)
 
 
-def help_topics() -> list[str]:
-    """Return pydoc's help topics: the longest English text that Python installs."""
-    from pydoc_data.topics import topics
+def load_corpus(root: Path) -> dict[str, list[str]]:
+    """Return the standard library under `root` as code and prose; 2 % of whole files held out."""
+    texts: dict[str, list[str]] = {
+        kind: [] for kind in ("code", "prose", "code_held_out", "prose_held_out")
+    }
 
-    return [topics[name] for name in sorted(topics)]
+    def add(kind, index, text):
+        texts[kind + ("_held_out" if index % 50 == 25 else "")].append(text)
 
-
-def is_held_out(index: int) -> bool:
-    """Say whether the file at this place of the sorted list is kept for validation (2 %)."""
-    return index % 50 == 25
-
-
-@dataclass
-class Corpus:
-    """Texts to train on, and the held-out ones."""
-
-    code: list[str]
-    prose: list[str]
-    code_held_out: list[str]
-    prose_held_out: list[str]
-
-
-def load_corpus(root: Path) -> Corpus:
-    """Read the standard library under `root`, split by whole files."""
-    corpus = Corpus([], [], [], [])
     for index, path in enumerate(stdlib_files(root)):
-        text, held_out = read_text(path), is_held_out(index)
-        if not text or path.parent.name == "pydoc_data":  # its prose comes below, unescaped
-            continue
-        (corpus.code_held_out if held_out else corpus.code).append(text)
-        (corpus.prose_held_out if held_out else corpus.prose).append(docstrings(text))
-    others = [read_text(path) for path in stdlib_files(root, (".txt", ".rst"))]
-    for index, text in enumerate(help_topics() + others):
-        (corpus.prose_held_out if is_held_out(index) else corpus.prose).append(text)
-    return corpus
+        text = read_text(path)
+        if text and path.parent.name != "pydoc_data":  # its prose comes below, unescaped
+            add("code", index, text)
+            add("prose", index, docstrings(text))
+    # pydoc's help topics are the longest English text that Python installs.
+    prose = [topics[name] for name in sorted(topics)]
+    prose += [read_text(path) for path in stdlib_files(root, (".txt", ".rst"))]
+    for index, text in enumerate(prose):
+        add("prose", index, text)
+    return texts
 
 
 # ---- tokenizer -----------------------------------------------------------------------------
@@ -276,46 +261,27 @@ def held_out_loss(
     return float(np.mean(losses))
 
 
-def save_model(
-    model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast, log: dict, out: Path
-) -> None:
-    """Write bfloat16 weights, tokenizer and log, replacing `out` by one rename."""
-    fresh, stale = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    half = Gemma3ForCausalLM(model.config).to(torch.bfloat16)
-    half.load_state_dict(model.state_dict())
-    half.save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    (fresh / "model.safetensors").chmod(0o644)  # written readable by its owner alone
-    (fresh / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
-    if out.exists():
-        out.rename(stale)
-    fresh.rename(out)
-    shutil.rmtree(stale, ignore_errors=True)
-
-
 class Trainer:
     """Runs the phases, measures held-out losses and saves as it goes."""
 
-    def __init__(self, out: Path, seed: int, lr: float):
-        self.out, self.lr = out, lr
-        corpus = load_corpus(Path(sysconfig.get_paths()["stdlib"]))
-        self.tokenizer = train_tokenizer(corpus.code + corpus.prose)
-        code, prose, self.code_held_out, self.prose_held_out = (
-            token_stream(self.tokenizer, texts) for texts in vars(corpus).values()
-        )
+    def __init__(self, out: Path, seed: int):
+        self.out = out
+        texts = load_corpus(Path(sysconfig.get_paths()["stdlib"]))
+        self.tokenizer = train_tokenizer(texts["code"] + texts["prose"])
+        self.streams = {kind: token_stream(self.tokenizer, texts[kind]) for kind in texts}
         newline = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
-        self.sampler = WindowSampler(code, prose, newline, seed)
+        self.sampler = WindowSampler(self.streams["code"], self.streams["prose"], newline, seed)
         with torch.random.fork_rng():  # the weights' start comes from `seed` alone
             torch.manual_seed(seed)
             self.model = Gemma3ForCausalLM(model_config())
         self.log = {
             "seed": seed,
-            "peak_lr": lr,
+            "peak_lr": PEAK_LR,
             "parameters": self.model.num_parameters(),
-            "code_tokens": len(code),
-            "prose_tokens": len(prose),
+            "code_tokens": len(self.streams["code"]),
+            "prose_tokens": len(self.streams["prose"]),
             "losses": [],
+            "phases": [phase._asdict() for phase in PHASES],
         }
 
     def measure(self, step: int, seen_tokens: int, train_loss: float, elapsed_s: float) -> None:
@@ -325,22 +291,30 @@ class Trainer:
             "seen_tokens": seen_tokens,
             "elapsed_s": round(elapsed_s),
             "train": round(train_loss, 3),
-            "code_held_out": round(held_out_loss(self.model, self.code_held_out), 3),
-            "prose_held_out": round(held_out_loss(self.model, self.prose_held_out), 3),
+            "code_held_out": round(held_out_loss(self.model, self.streams["code_held_out"]), 3),
+            "prose_held_out": round(held_out_loss(self.model, self.streams["prose_held_out"]), 3),
         }
         self.log["losses"].append(row)
         print(json.dumps(row), flush=True)
-        save_model(self.model, self.tokenizer, self.log, self.out)
+        self.save()
 
-    def run(self, phases: tuple[Phase, ...], measure_every: int = 150) -> None:
-        """Train through `phases`, saving every `measure_every` steps and at the end."""
-        self.log["phases"] = [asdict(phase) for phase in phases]
-        plan = [phase for phase in phases for _ in range(phase.steps)]
-        optimizers = make_optimizers(self.model, self.lr)
+    def save(self) -> None:
+        """Write bfloat16 weights, tokenizer and log."""
+        half = Gemma3ForCausalLM(self.model.config).to(torch.bfloat16)
+        half.load_state_dict(self.model.state_dict())
+        half.save_pretrained(self.out)
+        self.tokenizer.save_pretrained(self.out)
+        (self.out / "model.safetensors").chmod(0o644)  # written readable by its owner alone
+        (self.out / "training_log.json").write_text(json.dumps(self.log, indent=1) + "\n")
+
+    def run(self, measure_every: int = 150) -> None:
+        """Train through `PHASES`, saving every `measure_every` steps and at the end."""
+        plan = [phase for phase in PHASES for _ in range(phase.steps)]
+        optimizers = make_optimizers(self.model, PEAK_LR)
         begin_s, seen_tokens, recent = time.monotonic(), 0, []
         for step, phase in enumerate(plan, start=1):
             factor = learning_rate_factor(step - 1, len(plan))
-            recent.append(self.update(optimizers, self.lr * factor, phase))
+            recent.append(self.update(optimizers, PEAK_LR * factor, phase))
             seen_tokens += phase.batch * phase.seq_tokens
             if step % measure_every == 0 or step == len(plan):
                 self.measure(step, seen_tokens, float(np.mean(recent)), time.monotonic() - begin_s)
@@ -360,20 +334,13 @@ class Trainer:
         return loss.item()
 
 
-def scaled(phases: tuple[Phase, ...], scale: float) -> tuple[Phase, ...]:
-    """Return the phases with `scale` times as many steps."""
-    return tuple(Phase(max(1, round(p.steps * scale)), p.seq_tokens, p.batch) for p in phases)
-
-
 def main() -> None:
-    """Train and save; `--out`, `--seed` and `--scale` as in the options' help."""
+    """Train and save; `--out` and `--seed` as in the options' help."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data/demo_model"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps")
-    args = parser.parse_args()
-    Trainer(args.out, args.seed, args.lr).run(scaled(PHASES, args.scale))
+    options = parser.parse_args()
+    Trainer(options.out, options.seed).run()
 
 
 if __name__ == "__main__":

@@ -151,6 +151,8 @@ class Explorer(SettingsPanel):
         self.image.value = self._picture.png(config)
         found = changes(self._decisions, config, self._run_config)
         self.readout.value = readout(found, len(self._decisions), self._source)
+        # From here on counts the pause that ends a drag: drawing may take longer than it.
+        self._last_change = (self._last_change[0], self._clock())
 
     # ---- save and export ---------------------------------------------------------
 
