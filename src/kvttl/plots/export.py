@@ -73,10 +73,10 @@ def export_plots(
         If `name` is not a plain folder name.
     """
     if not _NAME.fullmatch(name):
-        raise ValueError(
-            "the export's name must be letters, digits, spaces, dots, - or _ and start with a"
-            f" letter or digit (80 at most), got {name!r}"
+        allowed = (
+            "letters, digits, spaces, dots, - or _ and start with a letter or digit (80 at most)"
         )
+        raise ValueError(f"the export's name must be {allowed}, got {name!r}")
     target = Path(folder, name)
     target.mkdir(parents=True, exist_ok=True)
     settings = json.dumps(config.to_dict(), sort_keys=True)

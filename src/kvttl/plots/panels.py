@@ -160,20 +160,16 @@ class TierPanel:
         if against not in AGAINST:
             raise ValueError(f"against must be one of {', '.join(AGAINST)}, got {against!r}")
         self.axes, self.against = axes, against
-        self._span = (0.0, 1.0) if against == "time_variance" else _SINCE_SPAN
+        self._is_variance = against == "time_variance"
+        self._span = (0.0, 1.0) if self._is_variance else _SINCE_SPAN
         self.regions = PolyCollection([], linewidths=0, zorder=0.5)
         axes.add_collection(self.regions, autolim=False)
         line = {"color": "black", "lw": 1.2, "zorder": 2.5}
         self.hot, self.cold = (axes.plot([1, 1], self._span, **line)[0] for _ in range(2))
         self.across = axes.plot([1, 1], [1, 1], ls="--", **line)[0]
-        self.labels = [
-            axes.text(1, 1, "", fontsize=8, zorder=4, clip_on=True, **place)
-            for place in (
-                {"rotation": 90, "va": "top", "ha": "right"},
-                {"rotation": 90, "va": "top", "ha": "right"},
-                {"va": "bottom", "ha": "left"},
-            )
-        ]
+        small = {"fontsize": 8, "zorder": 4, "clip_on": True}
+        upright, flat = {"rotation": 90, "va": "top", "ha": "right"}, {"va": "bottom", "ha": "left"}
+        self.labels = [axes.text(1, 1, "", **small, **at) for at in (upright, upright, flat)]
         self.dots = axes.scatter([], [], s=22, lw=0.7, zorder=3)
         self._show(decisions)
         self._dress()
@@ -181,8 +177,8 @@ class TierPanel:
         self.artists += axes.spines.values()
 
     def _show(self, decisions):
-        self._decisions = decisions if decisions is not None and len(decisions) else None
-        if self._decisions is None:
+        self._decisions = decisions or None  # an empty run has no dots
+        if not decisions:
             return
         across = np.nan_to_num(decisions.metadata[self.against], nan=0.0)  # unknown: neutral
         points = np.column_stack([decisions.metadata["perplexity"], across])
@@ -194,7 +190,7 @@ class TierPanel:
         self.axes.set(xscale="log", xlim=_PERPLEXITY_SPAN, xlabel="perplexity (log)")
         self.axes.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
         self.axes.set(ylabel=AGAINST[self.against])
-        if self.against == "seconds_since_access":
+        if not self._is_variance:
             self.axes.set_yscale("log")
             _set_duration_ticks(self.axes.yaxis, *self._span, at_most=8)
         self.axes.set_ylim(self._span)
@@ -208,9 +204,7 @@ class TierPanel:
         self.regions.set_facecolor([_pale(TIER_COLOURS[TIERS[code]]) for code in codes])
         self.hot.set_xdata([hot, hot])
         self.cold.set_xdata([cold, cold])
-        right = (
-            cold if self.against == "time_variance" else hot
-        )  # beyond it, the threshold does not decide
+        right = cold if self._is_variance else hot  # beyond it, the threshold does not decide
         self.across.set_data([_PERPLEXITY_SPAN[0], right], [across, across])
         self._label(hot, cold, across)
         if self._decisions is not None:
@@ -220,7 +214,7 @@ class TierPanel:
         return False
 
     def _label(self, hot, cold, across):
-        if self.against == "time_variance":
+        if self._is_variance:
             top, low_room, text = 0.97, 0.93, f"variance {across:.3g}"  # shares of a linear axis
         else:
             top, low_room, text = 0.6, 1 / 3, f"recent {duration(across)}"  # of a logarithmic one
@@ -258,10 +252,10 @@ def tier_regions(
     return corners, tier_codes(config.tier({"perplexity": x, against: y}))
 
 
-def tier_keys(names: Sequence[str] = TIERS) -> list[Line2D]:
+def tier_keys() -> list[Line2D]:
     """Return legend entries of the tiers: a square in each one's colour."""
     square = {"ls": "", "marker": "s", "ms": 7}
-    return [Line2D([], [], **square, color=TIER_COLOURS[name], label=name) for name in names]
+    return [Line2D([], [], **square, color=TIER_COLOURS[name], label=name) for name in TIERS]
 
 
 def _pale(colour, share=0.35):
@@ -272,10 +266,8 @@ def _pale(colour, share=0.35):
 
 def _set_duration_ticks(axis, low_s, high_s, at_most):
     """Put ticks on round durations between the limits, fewer where they would be many."""
-    for ticks in (_NICE_S, _COARSE_S):
-        inside = ticks[(ticks >= low_s) & (ticks <= high_s)]
-        if len(inside) <= at_most:
-            break
+    inside, fewer = (t[(t >= low_s) & (t <= high_s)] for t in (_NICE_S, _COARSE_S))
+    inside = inside if len(inside) <= at_most else fewer
     axis.set_major_locator(FixedLocator(inside))
     axis.set_major_formatter(FuncFormatter(lambda value, _: duration(value)))
     axis.set_minor_locator(NullLocator())
