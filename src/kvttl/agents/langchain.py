@@ -121,9 +121,8 @@ class ManagedChatModel(BaseChatModel):
         answers = self._answers
         if not answers:
             together = self._conversations or [messages]
-            answers = deque(
-                self._batches.answers([self._asked(m, stop, **kwargs) for m in together])
-            )
+            asked = [self._asked(each, stop, **kwargs) for each in together]
+            answers = deque(self._batches.answers(asked))
             if self._conversations:  # else other threads use this model too
                 self._answers = answers
         message = self._message(answers.popleft(), kwargs.get("tools") or ())
@@ -191,23 +190,23 @@ class _Batches:
                 batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
                 try:
                     self._serve(batch)
-                except BaseException:  # an interrupt: the others are still to be answered
+                finally:  # after an interrupt the others are still to be answered
                     left = (each for each in batch if each not in mine and not each[1].done())
                     self._waiting.extend(left)
-                    raise
         return [answer.result() for _, answer in mine]
 
     def _serve(self, batch):
+        asked, answers = zip(*batch)
         try:
-            made = self._kv_cache.generate(*map(list, zip(*(asked for asked, _ in batch))))
+            made = self._kv_cache.generate(*map(list, zip(*asked)))
         except Exception as error:
             if len(batch) == 1:
-                batch[0][1].set_exception(error)
+                answers[0].set_exception(error)
             else:
                 for each in batch:  # one of them, perhaps: each by itself
                     self._serve([each])
         else:
-            for (_, answer), managed in zip(batch, made):
+            for answer, managed in zip(answers, made):
                 answer.set_result(managed)
 
 

@@ -7,7 +7,7 @@ in between is read from LMCache's directory after every event.
 from __future__ import annotations
 
 import operator
-import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.agents.langchain import ManagedChatModel
 from kvttl.decisions.log import DecisionRecord
-from kvttl.manager.clock import SessionClock, ends_on_the_way
+from kvttl.manager.clock import ends_on_the_way
 from kvttl.plots.panels import TIER_COLOURS, open_axes, tier_keys
-from kvttl.session.launch import managed
+from kvttl.session.launch import session_manager
 from kvttl.session.texts import CODE_PROMPT, PROSE_PROMPT, random_characters
 from tiered_caching import MultiTierCache
 
@@ -107,8 +107,7 @@ def loop_model(
 
     `options` go to `MultiTierCache`; close ``model.kv_cache`` in the end.
     """
-    clock = SessionClock(time.time())
-    cache = managed(stack, llm, config, clock=clock, sweep_every_s=None, **options)
+    cache = session_manager(stack, llm, config, background=False, **options)
     return ManagedChatModel(kv_cache=cache, max_tokens=24)
 
 
@@ -210,23 +209,19 @@ def chunk_groups(run: LoopRun) -> dict[str, str]:
     A chunk in prompts of several agents belongs to the house rules; one in several
     tickets to an agent's role; any other to an agent's work on one ticket.
     """
-    users = pd.DataFrame(
-        [
-            (key, run.agents[record.prompt_digest], run.tickets[record.prompt_digest])
-            for record in run.records
-            if record.kind == "generation"
-            for key in record.chunk_keys
-        ],
-        columns=["key", "agent", "ticket"],
-    )
-    of_each = users.groupby("key", sort=False).agg(["first", "nunique"])
-    return {key: _group(*each) for key, *each in of_each.itertuples()}
+    users = defaultdict(list)
+    for record in run.records:
+        if record.kind == "generation":
+            digest = record.prompt_digest
+            for key in record.chunk_keys:
+                users[key].append((run.agents[digest], run.tickets[digest]))
+    return {key: _group(*zip(*pairs)) for key, pairs in users.items()}
 
 
-def _group(agent, agents, ticket, tickets):
-    if agents > 1:
+def _group(agents, tickets):
+    if len(set(agents)) > 1:
         return _RULES
-    return _ROLE if tickets > 1 else f"{ticket}: {agent}"
+    return _ROLE if len(set(tickets)) > 1 else f"{tickets[0]}: {agents[0]}"
 
 
 def plot_chunks(run: LoopRun) -> Figure:
@@ -245,7 +240,7 @@ def plot_chunks(run: LoopRun) -> Figure:
     colours = {"": "white", **{tier: TIER_COLOURS[tier] for tier in TIERS}}
     codes = [[[*colours].index(held.get(key, "")) for _, held in run.snapshots] for key in keys]
     figure, axes = open_axes(10, 1.5 + 0.045 * len(keys) + 0.1 * len(order))
-    edges_h = np.append(times_h, times_h[-1] + max(times_h[-1] * 0.02, 0.01))
+    edges_h = [*times_h, times_h[-1] + max(times_h[-1] * 0.02, 0.01)]
     cmap = ListedColormap(list(colours.values()))
     axes.pcolormesh(edges_h, np.arange(len(keys) + 1), codes, cmap=cmap, vmin=0, vmax=len(TIERS))
     _mark_groups(axes, [groups[key] for key in keys], order)
