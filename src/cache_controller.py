@@ -165,17 +165,12 @@ class LMCacheController(BaseController):
         self._http.close()
 
     def _refusal(self, request):
-        (instance, source), (other, target) = request.source, request.target
-        if instance != other:
-            return (
-                "no move between instances: an LMCache server writes its own tiers only; generate "
-                f"the prompt on {other} (which stores it), and let {instance}'s TTL end"
-            )
+        source, target = request.source[1], request.target[1]
         if (source, target) == ("remote", "disk"):
             return "the LMCache server has no L2-to-L2 copy; promote to gpu instead"
         if request.tokens is None and target == "gpu" and source != "gpu":
             return "the LMCache server prefetches by prompt: pass the prompt's tokens"
-        return ""
+        return super()._refusal(request)
 
     def _look(self, request, keys):
         if keys is None and request.tokens is None:  # everything at the old position

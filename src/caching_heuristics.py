@@ -180,13 +180,8 @@ class HeuristicConfig:
 
     def tier(self, metadata: Mapping[str, Any]) -> str | np.ndarray:
         """Apply `select_backend` with these settings."""
-        return select_backend(
-            metadata,
-            self.hot_threshold,
-            self.recent_seconds,
-            self.cold_threshold,
-            self.variance_threshold,
-        )
+        recent_s, variance = self.recent_seconds, self.variance_threshold
+        return select_backend(metadata, self.hot_threshold, recent_s, self.cold_threshold, variance)
 
     def to_dict(self) -> dict[str, float]:
         """Return the settings as a plain dictionary (JSON and YAML friendly)."""
@@ -238,9 +233,12 @@ def compute_ttl(
     >>> compute_ttl({"access_count": np.array([0, 1, 10])}).round(1)
     array([3600. , 4223.8, 5758.1])
     """
-    base_ttl, min_ttl, max_ttl, alpha, gamma = _checked_settings(
-        TTL_SETTINGS, base_ttl, min_ttl, max_ttl, alpha, gamma
-    )
+    settings = (base_ttl, min_ttl, max_ttl, alpha, gamma)
+    try:  # equal settings are checked once: that costs more than the decision itself
+        settings = _ttl_settings(*settings)
+    except TypeError:  # a list or another value that cannot be remembered: the check names it
+        settings = _check_settings(TTL_SETTINGS, settings)
+    base_ttl, min_ttl, max_ttl, alpha, gamma = settings
     values = _read_fields(metadata, _TTL_FIELDS, _TTL_NEUTRAL)
     # The formula is NaN where a factor of 0 meets an overflow: there the TTL is min_ttl.
     if type(values) is tuple:  # scalars
@@ -303,9 +301,11 @@ def select_backend(
     >>> select_backend({"perplexity": np.array([12.5, 35.0, 80.0])}).tolist()
     ['gpu', 'disk', 'remote']
     """
-    limits = _checked_settings(
-        _TIER_SETTINGS, hot_threshold, recent_seconds, cold_threshold, variance_threshold
-    )
+    limits = (hot_threshold, recent_seconds, cold_threshold, variance_threshold)
+    try:
+        limits = _tier_settings(*limits)
+    except TypeError:  # as above
+        limits = _check_settings(_TIER_SETTINGS, limits)
     neutral = (limits[0], 0.0, 0.0)  # this perplexity is neither too high nor cold
     values = _read_fields(metadata, _TIER_FIELDS, neutral)
     if type(values) is tuple:  # scalars
@@ -427,21 +427,20 @@ def _by_blocks(arrays, decide, dtype):
     return out.reshape(arrays[0].shape)
 
 
-def _checked_settings(names, *values):
+@functools.lru_cache(maxsize=128, typed=True)  # typed: else a remembered 1 would let True pass
+def _ttl_settings(*values):
+    return _check_settings(TTL_SETTINGS, values)
+
+
+@functools.lru_cache(maxsize=128, typed=True)
+def _tier_settings(*values):
+    return _check_settings(_TIER_SETTINGS, values)
+
+
+def _check_settings(names, values):
     """Return the settings as floats, or name the first one out of range in a ValueError."""
-    try:  # equal settings are checked once: that costs more than the decision itself
-        return _remembered_settings(names, *values)
-    except TypeError:  # a list or another value that cannot be remembered, so no number
-        return _check_settings(names, *values)
-
-
-def _check_settings(names, *values):
     given = dict(zip(names, values))
     return tuple(_check_setting(name, given) for name in names)
-
-
-# Typed: else a remembered 1 would let True pass.
-_remembered_settings = functools.lru_cache(maxsize=256, typed=True)(_check_settings)
 
 
 def _check_setting(name, values):
@@ -484,7 +483,8 @@ def check_metadata(metadata: KVMetadata | Mapping[str, Any] | None) -> dict[str,
         if name not in METADATA_FIELDS:
             raise ValueError(unknown_name("metadata field", name, METADATA_FIELDS))
         field = METADATA_FIELDS[name]
-        if not (value is None or (isinstance(value, (float, np.floating)) and np.isnan(value))):
+        is_nan = isinstance(value, (float, np.floating)) and value != value
+        if value is not None and not is_nan:
             known[name] = check_number(name, value, field.low, field.high, field.open_low)
     return known
 

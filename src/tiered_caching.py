@@ -10,7 +10,6 @@ forger's code.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import numbers
@@ -27,29 +26,23 @@ import redis
 from cachetools import TLRUCache
 
 from caching_heuristics import HeuristicConfig
-from kvttl.background import Repeater, check_whole
-from kvttl.decisions.keeper import RecordKeeper, notices
-from kvttl.decisions.log import DecisionLog, DecisionRecord, read_records
+from kvttl.background import check_whole
+from kvttl.decisions.keeper import RecordKeeper
+from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.layout import BaseController
-from kvttl.manager.claims import ClaimLedger
 from kvttl.manager.decider import Decider
 from kvttl.manager.draft import Draft
 from kvttl.manager.generation import (
     Engine,
     Generation,
     ManagedOutput,
-    compact,
     is_one_prompt,
     metadata_of_each,
     text_of,
 )
-from kvttl.manager.metadata import PromptHistory, RequestMetadata
-from kvttl.manager.motion import Motion
-from kvttl.manager.placement import KVPlacement
+from kvttl.manager.metadata import RequestMetadata
 from kvttl.manager.policy import Policy
-from kvttl.manager.recovery import adopt_unclaimed, recover_claims
-from kvttl.manager.settling import Settler
 from kvttl.storage.redis_client import (
     DEFAULT_LIMITS,
     MAX_REDIS_TTL_MS,
@@ -76,12 +69,9 @@ __all__ = [
     "MultiTierCache",
     "Policy",
     "RemoteBackend",
-    "notices",
 ]
 
 logger = logging.getLogger(__name__)
-
-_MAX_RECORD_BYTES = 64 * 2**20  # of the records kept in memory
 
 
 class BaseBackend(ABC):
@@ -421,31 +411,28 @@ class MultiTierCache:
     ) -> None:
         self.controller = lmcache_controller
         self.config = HeuristicConfig() if config is None else config
-        self.claims = ClaimLedger(self.config.ladder)
         self.clock = clock
-        self._keep_prompts = keep_prompts
-        self._records = RecordKeeper(max_records, _MAX_RECORD_BYTES, log, metrics, notify)
-        self.records = self._records.records
-        motion, write_ahead = Motion(lmcache_controller), self._records.write_ahead
-        self._settler = Settler(lmcache_controller, self.claims, motion, write_ahead)
-        self._placement = KVPlacement(lmcache_controller, self._settler, motion)
+        self._records = RecordKeeper(max_records, log, metrics, notify)
         self._measured = RequestMetadata(None, perplexity_source, scorer)
-        self._measured_lock = threading.Lock()
         self._decider = Decider(
             self._decide,
-            self._settler,
-            self.config.base_ttl,
+            lmcache_controller,
+            self.config,
+            self._measured,
             self._records,
+            lambda: self.clock(),
             workers=check_whole("workers", workers) if background else 0,
             max_queue=max_queue,
             max_queue_bytes=max_queue_bytes,
+            sweep_every_s=sweep_every_s,
+            keep_prompts=keep_prompts,
         )
-        self._sweeper = Repeater(self.sweep, sweep_every_s) if sweep_every_s is not None else None
+        self.records, self.claims = self._records.records, self._decider.claims
         self._llm: Any = None
         if llm is not None:
             self.set_llm(llm)
         if metrics is not None:
-            self._watch(metrics)
+            self._decider.watch(metrics)
 
     def __enter__(self) -> MultiTierCache:
         return self
@@ -533,18 +520,18 @@ class MultiTierCache:
         beyond a prompt's first one need no KV cache of their own: the prompt's is placed.
         """
         one = is_one_prompt(prompts)
-        prompts = [prompts] if one else list(prompts)
+        asked = prompts if one else list(prompts)
+        prompts = [asked] if one else asked
         each = metadata_of_each(prompts, metadata)
         if not prompts:
             return []
-        engine = self._ready_engine()
-        self._start_sweeper()
-        asked = prompts[0] if one else prompts
+        self._decider.start()
         logprobs = self._measured.logprobs_wanted
-        outputs, generate_s = engine.generate(asked, sampling_params, logprobs)  # step 1
-        share_s, accessed = generate_s / len(prompts), self._now()
+        # Step 1:
+        outputs, generate_s = self._ready_engine().generate(asked, sampling_params, logprobs)
+        share_s, now = generate_s / len(prompts), self._decider.now()
         return [
-            ManagedOutput(output, self._submit(prompt, output, given, share_s, accessed))
+            ManagedOutput(output, self._decider.submit(prompt, output, given, share_s, now))
             for prompt, output, given in zip(prompts, outputs, each)
         ]
 
@@ -563,31 +550,14 @@ class MultiTierCache:
         managed = self.generate(prompts, sampling_params, metadata)
         return [text_of(output) for output, _ in managed]
 
-    def _submit(self, prompt, output, metadata, generate_s, accessed):
-        given = dict(metadata) if isinstance(metadata, dict) else metadata  # it may be reused
-        facts = functools.partial(self._facts, prompt, output, given)
-        return self._decider.submit(facts, accessed, generate_s)
-
-    def _facts(self, prompt, output, metadata):
-        tokens = getattr(output, "prompt_token_ids", None) or self.controller.tokenize(prompt)
-        return Generation(
-            compact(tokens),  # step 2
-            getattr(output, "num_cached_tokens", None) or 0,
-            self._measured.of_answer(output),
-            metadata,
-            prompt if self._keep_prompts and isinstance(prompt, str) else None,
-        )
-
     def _decide(self, draft: Draft, made: Generation) -> None:
         """Fill the draft in step by step: a failure leaves what was known before it."""
-        tokens = made.tokens.tolist()
-        draft.metadata, draft.metadata_sources = self._measuring().complete(
-            made.metadata, tokens, made.perplexity, draft.time_s
-        )
-        draft.ttl_s = float(self.config.ttl(draft.metadata))  # step 4
-        draft.wanted_tier = str(self.config.tier(draft.metadata))  # step 5
+        metadata, draft.metadata_sources = self._decider.metadata_of(made, draft.time_s)
+        draft.metadata, tokens = metadata, made.tokens.tolist()  # step 2
+        draft.ttl_s = float(self.config.ttl(metadata))  # step 4
+        draft.wanted_tier = str(self.config.tier(metadata))  # step 5
         self.controller.note_generated(tokens)
-        self._placement.place(draft, tokens, made.cached_tokens)  # steps 3 and 6
+        self._decider.placement.place(draft, tokens, made.cached_tokens)  # steps 3 and 6
 
     # ---- around them ----------------------------------------------------------------------
 
@@ -607,20 +577,12 @@ class MultiTierCache:
         For a server. `output` is as vLLM's RequestOutput; it took `generate_s` seconds.
         The future comes to the record always: failed, given up or closed, it has the reason.
         """
-        self._start_sweeper()
-        return self._submit(prompt, output, metadata, generate_s, self._now())
+        self._decider.start()
+        return self._decider.submit(prompt, output, metadata, generate_s, self._decider.now())
 
     def sweep(self, now_s: float | None = None) -> list[DecisionRecord]:
         """Take expired claims down the ladder now; returns a record for each."""
-        swept: list[DecisionRecord] = []
-        while not (self._sweeper and self._sweeper.must_stop):  # `recover` takes the rest up again
-            now = self._decider.known_until(self.clock() if now_s is None else now_s)
-            adopt_unclaimed(self._settler, now, self.config.base_ttl)
-            records = self._settler.sweep(now)
-            if not records:
-                break
-            swept += [self._records.keep(record) for record in records]
-        return swept
+        return self._decider.sweep(now_s)
 
     def recover(self, log: str | Path | Iterable[DecisionRecord]) -> dict[str, int]:
         """Make the claims again that an earlier process has logged; see `recover_claims`.
@@ -628,10 +590,7 @@ class MultiTierCache:
         KV that LMCache holds and the log does not name is claimed for ``base_ttl``. Claims
         that this process has made since are kept: the later access counts.
         """
-        self._start_sweeper()  # what is claimed again must end without a generation too
-        if isinstance(log, (str, Path)):
-            log = read_records(log, kinds=None) if Path(log).exists() else ()  # the first start
-        return recover_claims(self._settler, log, self.clock(), self.config.base_ttl)
+        return self._decider.recover(log)
 
     @property
     def shed_decisions(self) -> int:
@@ -645,39 +604,9 @@ class MultiTierCache:
     def close(self) -> None:
         """Make the decisions that wait, end the threads, release the connections."""
         self._decider.close()
-        if self._sweeper:
-            self._sweeper.close()
         self.controller.close()
 
     def _ready_engine(self):
         if self._llm is None:
             raise RuntimeError("no engine yet: call set_llm(llm) first")
         return self._engine
-
-    def _start_sweeper(self):
-        try:
-            if self._sweeper:
-                self._sweeper.start()
-        except RuntimeError:  # no more threads: the text matters more
-            logger.exception("the sweeper could not be started")
-
-    def _now(self):
-        """Return a function that says what time it is now, also later."""
-        try:
-            now_s = self.clock()
-        except Exception:  # the caller's clock: the decision will meet and record it again
-            return self.clock
-        return lambda: now_s
-
-    def _measuring(self):
-        if self._measured.history is None:  # the controller may have to ask the server
-            history = PromptHistory(self.controller.chunk_size_tokens)
-            with self._measured_lock:
-                if self._measured.history is None:
-                    self._measured.history = history
-        return self._measured
-
-    def _watch(self, metrics):
-        metrics.watch("live_claims", lambda: len(self.claims))
-        metrics.watch("queue_depth", lambda: len(self._decider))
-        metrics.watch("tracked_patterns", lambda: len(self._measured.history or ()))

@@ -11,6 +11,7 @@ import os
 import random
 import warnings
 
+import hypothesis
 import pytest
 import redis_fixtures
 
@@ -18,6 +19,10 @@ os.environ.setdefault("LMCACHE_TRACK_USAGE", "false")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ["KV_HEURISTICS_FILE"] = os.devnull + ".absent"  # the defaults, whatever was saved here
+
+# An example that waits for a busy core is no failure: Hypothesis would allow it 200 ms.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
 
 _TOPICS = "cache tensor prefix token block chunk tier model agent server queue worker".split()
 

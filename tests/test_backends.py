@@ -378,8 +378,8 @@ class DiskAgainstModel(AgainstModel):
 
 TestMemoryAgainstModel = MemoryAgainstModel.TestCase
 TestDiskAgainstModel = DiskAgainstModel.TestCase
-TestMemoryAgainstModel.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
-TestDiskAgainstModel.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestMemoryAgainstModel.settings = settings(max_examples=40, stateful_step_count=30)
+TestDiskAgainstModel.settings = settings(max_examples=25, stateful_step_count=25)
 
 
 class NaiveLru:

@@ -118,11 +118,13 @@ def test_a_long_drag_ends_with_the_newest_picture(opened):
     explorer.until(lambda: explorer.value("variance_threshold") < 0.4)
     explorer.settle()
     dragged, readout = explorer.value("variance_threshold"), explorer.readout
-    explorer.click("undo")  # one drag is one change
-    explorer.page.wait_for_function(
-        "document.querySelector('.kv-entry-variance_threshold input').value === '0.5'"
-    )
-    explorer.settle()
+
+    def is_back():  # one drag is one change; more where the machine paused in it
+        explorer.click("undo")
+        explorer.settle()
+        return explorer.value("variance_threshold") == 0.5
+
+    explorer.until(is_back)
     with explorer.new_picture():
         explorer.type("variance_threshold", dragged)
     explorer.until(lambda: explorer.readout == readout)

@@ -163,7 +163,7 @@ def spelled(action, spelling):
     return [[spell(node) for node in a] if isinstance(a, list) else a for a in action]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     ladders, st.sampled_from(sorted(SPELLINGS)), st.lists(st.tuples(passed_s, actions), min_size=20)
 )

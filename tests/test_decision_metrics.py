@@ -192,6 +192,6 @@ def test_a_taken_port_is_said_in_a_sentence_and_given_back_after_close(metrics):
     metrics.serve(server.port).close()
 
 
-def test_the_readme_lists_every_metric():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    assert [name for name in METRICS if f"`{name}`" not in readme] == []
+def test_the_page_on_deciding_lists_every_metric():
+    page = (Path(__file__).parents[1] / "docs" / "deciding.md").read_text()
+    assert [name for name in METRICS if f"`{name}`" not in page] == []

@@ -7,6 +7,7 @@ from abort_storm import all_blocks_free, random_prompts, storm
 
 from kvttl.session.demo_model import model_path
 
+pytestmark = pytest.mark.timeout(900)  # up to four engines are started, on a busy machine too
 ROUNDS = 40  # about 70 aborts an engine
 
 

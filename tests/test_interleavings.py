@@ -27,6 +27,8 @@ from local_managers import (
     local_manager,
 )
 
+from kvttl.lmcache.client import LMCacheUnavailable
+
 PROMPT = "0123456789abcdef"  # two chunks
 LIMIT_S = 20
 
@@ -75,7 +77,7 @@ def settle(cache):
     for _ in range(4):
         cache.clock.now_s += 2.0
         cache.sweep()
-    assert cache._settler.unsettled == 0
+    assert cache._decider.settler.unsettled == 0
 
 
 # ---- nobody waits ----------------------------------------------------------------------
@@ -180,12 +182,13 @@ def test_a_wish_made_before_a_sweep_begins_to_move_keeps_its_chunks(cache):
 def test_a_sweep_looks_at_the_claims_again_before_each_of_its_moves(cache, monkeypatch):
     monkeypatch.setattr("kvttl.manager.settling._BATCH_CHUNKS", 2)
     cache.generate_and_manage("first " + PROMPT[6:], None, HOT)
+    cache.clock.now_s += 1.0
     cache.generate_and_manage(PROMPT, None, HOT)
     cache.clock.now_s += HOT_TTL_S
     with meanwhile(cache, cache.sweep, "move"):  # of the first one
         cache.generate_and_manage(PROMPT, None, HOT)
     assert hottest(cache, "first " + PROMPT[6:]) == ["disk", "disk"]
-    assert hottest(cache, PROMPT) == ["gpu", "gpu"] and cache._settler.unsettled == 0
+    assert hottest(cache, PROMPT) == ["gpu", "gpu"] and cache._decider.settler.unsettled == 0
 
 
 def test_a_hot_wish_during_another_decisions_move_ends_up_hot(cache):
@@ -219,7 +222,7 @@ def test_a_promotion_that_is_in_the_way_too_is_tried_again(cache):
     with meanwhile(cache, cache.sweep, "move"):
         cache.generate_and_manage(PROMPT, None, HOT)
         cache.clock.now_s += 2.0
-        assert cache.sweep() == [] and cache._settler.unsettled == 1
+        assert cache.sweep() == [] and cache._decider.settler.unsettled == 1
     settle(cache)
     assert hottest(cache, PROMPT) == ["gpu", "gpu"]
 
@@ -242,6 +245,47 @@ def test_an_old_look_does_not_hide_a_new_hot_copy(cache):
     cache.sweep()
     assert "gpu" not in hottest(cache, hot)
     assert_nothing_is_immortal(cache)
+
+
+def test_a_hot_wish_outlives_a_sweep_whose_move_breaks_off(cache):
+    """The sweep puts its claim back on the list: it must not put it over the newer wish."""
+    cache.generate_and_manage(PROMPT, None, HOT)
+    cache.clock.now_s += HOT_TTL_S
+    move = cache.controller.move
+
+    def moved_and_gone(*args, **options):
+        move(*args, **options)
+        raise LMCacheUnavailable("LMCache is away")
+
+    cache.controller.move = moved_and_gone
+    with meanwhile(cache, cache.sweep, "move"):
+        cache.generate_and_manage(PROMPT, None, HOT)
+    cache.controller.move = move
+    assert hottest(cache, PROMPT) == ["disk", "disk"]
+    settle(cache)
+    assert hottest(cache, PROMPT) == ["gpu", "gpu"]
+
+
+def test_a_late_claim_that_meets_a_move_ends_up_hot(cache):
+    """Two prompts with the same beginning; LMCache was away when the hot one was generated."""
+    cold, hot = PROMPT + "c" * CHUNK, PROMPT + "h" * CHUNK
+    layout = cache.controller.layout
+
+    def away(tokens):
+        raise LMCacheUnavailable("LMCache is away")
+
+    cache.controller.layout = away
+    cache.generate_and_manage(hot, None, HOT)
+    cache.controller.layout = layout
+
+    def generate():
+        cache.generate_and_manage(cold, None, COLD)
+
+    with meanwhile(cache, generate, "move"):
+        cache.sweep()
+    settle(cache)
+    assert hottest(cache, hot) == ["gpu"] * 3
+    assert hottest(cache, cold) == ["gpu", "gpu", "remote"]
 
 
 # ---- nothing is lost --------------------------------------------------------------------------
@@ -326,7 +370,7 @@ def test_many_threads_and_sweeps_end_where_the_claims_say(seed):
         cache.clock.now_s += 1.0
         cache.sweep()
     assert [record.error for record in cache.records if record.error] == []
-    assert cache._settler.unsettled == 0
+    assert cache._decider.settler.unsettled == 0
     assert_all_claimed_and_none_too_hot(cache)
     layout = controller.layout_of()
     wanted = cache.claims.wanted(layout.keys, cache.clock())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import tracemalloc
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -22,13 +24,16 @@ from local_managers import (
     local_manager,
 )
 
-from caching_heuristics import HeuristicConfig
+from cache_controller import LocalLMCacheController
+from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.decisions.log import DecisionLog, read_records
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheUnavailable
+from kvttl.manager.draft import Wish
 from kvttl.plots.decision_plots import plot_session
 from kvttl.session.launch import managed
-from tiered_caching import MultiTierCache, Policy
+from kvttl.session.run import session_summary
+from tiered_caching import InMemoryBackend, MultiTierCache, Policy
 
 PROMPT = "0123456789abcdef"  # two chunks
 FIELDS = ("access_count", "time_variance", "seconds_since_access", "perplexity")
@@ -463,7 +468,7 @@ def test_a_sweep_that_fails_is_recorded_once_and_tried_again_later(cache, method
     (done,) = cache.sweep()
     assert (done.kind, done.error, done.wanted_tier) == ("settled", "", below)
     assert hottest(cache, PROMPT) == [below] * 2
-    assert cache._settler.unsettled == 0
+    assert cache._decider.settler.unsettled == 0
     assert_nothing_is_immortal(cache)
 
 
@@ -483,13 +488,13 @@ def test_a_claim_that_could_not_be_made_is_made_late(cache, metadata):
     assert cache.generate_and_manage(PROMPT, None, metadata) == PROMPT.upper()
     record = cache.records[-1]
     assert "LMCache is away" in record.error and record.wanted_tier and record.ttl_s
-    assert len(cache.claims) == 0 and cache._settler.unsettled == 1
+    assert len(cache.claims) == 0 and cache._decider.settler.unsettled == 1
     cache.clock.now_s += 10
     cache.sweep()
     assert len(cache.claims) == 0
     away.back()
     cache.sweep()
-    assert len(cache.claims) == 1 and cache._settler.unsettled == 0
+    assert len(cache.claims) == 1 and cache._decider.settler.unsettled == 0
     tier = record.wanted_tier
     assert hottest(cache, PROMPT) == [tier] * 2  # also moved where it belongs
     cache.clock.now_s = start_s + record.ttl_s - 0.01  # counted from the access
@@ -528,7 +533,7 @@ def test_one_prompt_that_always_fails_does_not_hold_up_the_others(cache):
     cache.sweep()
     assert hottest(cache, PROMPT) == ["disk", "disk"]
     cache.sweep()  # what cannot be claimed as a prompt is claimed chunk by chunk
-    assert cache._settler.unsettled == 0
+    assert cache._decider.settler.unsettled == 0
     cache.controller.layout = layout
     assert_all_claimed_and_none_too_hot(cache)
 
@@ -549,7 +554,7 @@ def test_a_new_decision_makes_what_was_left_of_the_last_one_needless(cache):
     cache.generate_and_manage(PROMPT, None, COLD)
     away.back()
     cache.generate_and_manage(PROMPT, None, WARM)
-    assert hottest(cache, PROMPT) == ["disk"] * 2 and cache._settler.unsettled == 0
+    assert hottest(cache, PROMPT) == ["disk"] * 2 and cache._decider.settler.unsettled == 0
     cache.clock.now_s += 61
     assert cache.sweep() == []
 
@@ -932,3 +937,165 @@ def test_a_policy_that_fails_costs_no_text_and_leaves_no_immortal_kv(answer):
     cache.sweep()
     assert cache.claims.next_due_s == 1007.0  # its base_ttl, from the access on
     assert_nothing_is_immortal(cache)
+
+
+# ---- of two wishes the later access counts ------------------------------------------------
+
+
+def wanted(cache, prompt):
+    keys = cache.controller.layout(cache.controller.tokenize(prompt)).keys
+    return set(cache.claims.wanted(keys, cache.clock()))
+
+
+def test_a_decision_that_is_given_up_late_does_not_replace_a_newer_one():
+    """It waited while a newer one about the same prompt was made, and is shed only then."""
+    with slow_manager(max_queue=1) as (cache, gate, asked):
+        cache.generate_and_manage("other " + PROMPT, None, HOT)
+        assert asked.wait(10)
+        cache.generate_and_manage(PROMPT, None, HOT)  # waits
+        cache.clock.now_s += 10
+        shed = cache._decider._shed
+        given_up = []
+        cache._decider._jobs._shed = given_up.append  # the putting thread is held up here
+        cache.generate_and_manage(PROMPT, None, COLD)
+        gate.set()
+        assert cache.flush(10) and wanted(cache, PROMPT) == {"remote"}
+        shed(*given_up)
+        cache.clock.now_s += 1
+        cache.sweep()
+        assert wanted(cache, PROMPT) == {"remote"} and hottest(cache, PROMPT) == ["remote"] * 2
+        assert cache.shed_decisions == kinds(cache).count("shed") == 1
+
+
+def test_of_two_late_claims_the_newer_is_made(cache):
+    away = Away(cache.controller, "layout")
+    cache.generate_and_manage(PROMPT, None, HOT)
+    cache.clock.now_s += 10
+    cache.generate_and_manage(PROMPT, None, COLD)
+    tokens = cache.controller.tokenize(PROMPT)
+    digest = cache.records[-1].prompt_digest
+    cache._decider.settler.claim_later(digest, tokens, Wish("gpu", 1005.0, 100.0))  # comes late
+    away.back()
+    cache.sweep()
+    assert wanted(cache, PROMPT) == {"remote"} and hottest(cache, PROMPT) == ["remote"] * 2
+
+
+def test_recovery_does_not_replace_what_was_decided_since(tmp_path):
+    """A server that takes requests before it has recovered."""
+    first = local_manager(log=DecisionLog(tmp_path))
+    first.generate_and_manage(PROMPT, None, COLD)
+    first.clock.now_s += 10
+    second = local_manager(first.controller, first.clock)
+    second.generate_and_manage(PROMPT, None, HOT)
+    second.recover(tmp_path)
+    assert wanted(second, PROMPT) == {"gpu"}
+    second.sweep()
+    assert hottest(second, PROMPT) == ["gpu"] * 2
+
+
+# ---- nothing that is kept grows with the length of prompts ---------------------------------
+
+
+LONG = 100_000  # tokens
+
+
+class LongAnswers:
+    """Stands for vLLM: long prompts, and 20 log-probabilities for each token of the answer."""
+
+    def generate(self, prompts, sampling_params):
+        position = {token: SimpleNamespace(logprob=-3.0) for token in range(20)}
+        sequence = SimpleNamespace(text="x", logprobs=[dict(position) for _ in range(50)])
+        first = ord(prompts[0])
+        return [
+            SimpleNamespace(
+                prompt_token_ids=[first] + [7] * (LONG - 1),
+                num_cached_tokens=0,
+                outputs=[sequence],
+            )
+        ]
+
+
+def long_manager(**options):
+    """Return a manager that is asked about long prompts and keeps no KV itself."""
+    memory = {tier: InMemoryBackend() for tier in TIERS}
+    controller = LocalLMCacheController(chunk_size_tokens=250, backends=memory)
+    controller.note_generated = lambda tokens: None
+    return local_manager(controller, llm=LongAnswers(), keep_prompts=False, **options)
+
+
+def kept_bytes(cache, numbers):
+    """Return what a manager keeps of each of some long prompts, in bytes."""
+    gc.collect()
+    before = tracemalloc.get_traced_memory()[0]
+    for number in numbers:
+        cache.generate_and_manage(chr(200 + number) + "x" * 4 * LONG, None, None)
+    gc.collect()
+    return (tracemalloc.get_traced_memory()[0] - before) / len(numbers)
+
+
+@pytest.fixture
+def traced():
+    tracemalloc.start()
+    yield
+    tracemalloc.stop()
+
+
+def test_what_waits_for_a_worker_keeps_facts_within_a_budget(traced):
+    cache = long_manager(background=True, max_queue_bytes=10 * 4 * LONG)
+    gate, asked = threading.Event(), threading.Event()
+    cache._measured.complete = lambda *_given: asked.set() or gate.wait(60) and {}["no decision"]
+    kept_bytes(cache, [0])
+    assert asked.wait(10)
+    assert 4 * LONG <= kept_bytes(cache, range(1, 9)) < 5 * LONG  # token ids: no text, no answer
+    kept_bytes(cache, range(20, 25))
+    assert len(cache._decider) == 10 and cache.shed_decisions == 3
+    gate.set()
+    cache.close()
+
+
+def test_records_are_bounded_in_bytes(monkeypatch):
+    monkeypatch.setattr("kvttl.decisions.keeper._MAX_BYTES", 300_000)
+    cache = long_manager()
+    for number in range(10):
+        cache.generate_and_manage(chr(200 + number), None)
+    assert cache.records[-1].prompt is None and cache.records[-1].error == ""
+    assert len(cache.records[-1].chunk_keys) == LONG // 250
+    assert len(cache.records) == 300_000 // (2_000 + 120 * LONG // 250)
+
+
+def test_claims_that_wait_for_lmcache_are_bounded_in_bytes(traced, monkeypatch):
+    monkeypatch.setattr("kvttl.manager.settling._MAX_LATE_BYTES", 5 * 4 * LONG)
+    cache = long_manager()
+    Away(cache.controller, "layout")
+    kept_bytes(cache, [0])
+    assert 4 * LONG <= kept_bytes(cache, range(1, 5)) < 6 * LONG
+    assert kept_bytes(cache, range(10, 18)) < LONG  # as many give way
+    assert cache._decider.settler.unsettled == 5 and cache._decider.settler.has_unclaimed
+
+
+# ---- one TTL ends once ----------------------------------------------------------------------
+
+
+def test_a_ttl_whose_first_move_waits_in_vain_is_counted_and_announced_once():
+    lines, metrics = [], DecisionMetrics()
+    cache = local_manager(notify=lines.append, metrics=metrics)
+    cache.generate_and_manage(PROMPT, None, HOT)
+    cache.clock.now_s += HOT_TTL_S
+    controller, move = cache.controller, cache.controller.move
+    reason = "no copy in disk seen"
+    vain = {"status": "timeout", "reason": reason, "moved_chunks": 0, "layout": None}
+    controller.move = lambda *_args, **_options: dict(vain)
+    cache.sweep()
+    controller.move = move
+    cache.clock.now_s += 5
+    cache.sweep()
+    assert kinds(cache) == ["generation", "expiry", "settled"]
+    assert cache.records[1].moves[0]["reason"] == reason
+    assert [record.from_tier for record in cache.records] == [None, "gpu", None]
+    labels = {"from_tier": "gpu", "to_tier": "disk"}
+    assert metrics.registry.get_sample_value("kvttl_expiries_total", labels) == 1
+    assert "TTLs that ended 1: gpu→disk done 2" in session_summary(list(cache.records))
+    assert [line for line in lines if "ended" in line] == [
+        "✓ TTL in gpu ended: KV now belongs in disk (TTL: 419s)"
+    ]
+    assert lines[-1] == "✓ Moved KV from gpu to disk (TTL: 419s)"

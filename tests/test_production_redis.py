@@ -379,7 +379,7 @@ def test_full_redis_costs_no_copy_and_later_kv_moves_again(cache, server, greedy
     assert cache.generate_and_manage(late, greedy, COLD) == answer  # a hit now, and it says why
     assert any("no copy in remote" in reason for reason in reasons(cache))
     assert held(cache, late) == ["gpu", "disk"]
-    assert cache._settler.unsettled == 1
+    assert cache._decider.settler.unsettled == 1
     assert cache.generate_and_manage(early, greedy, COLD) == first
     wait_for(cache, early, ["remote"])  # what Redis has, it has, and serves
     assert serve(cache, early, greedy) == (first, cache.records[-1].chunks * 32)

@@ -347,7 +347,7 @@ def test_kv_that_no_log_names_is_adopted_where_it_is():
     first = local_manager()
     first.generate_and_manage(B, None, COLD)
     second = local_manager(first.controller, first.clock)
-    found = recover_claims(second._settler, [], second.clock(), adopted_ttl_s=50.0)
+    found = recover_claims(second._decider.settler, [], second.clock(), adopted_ttl_s=50.0)
     assert found == {"claims": 0, "adopted": 2, "unsettled": 0}
     assert hottest(second, B) == ["remote"] * 2
     second.clock.now_s += 50.0  # remote is the last rung
@@ -397,7 +397,7 @@ class World:
 
     def do_sweep(self):
         self.cache.sweep()
-        if not (self._away or self.cache._settler.unsettled):
+        if not (self._away or self.cache._decider.settler.unsettled):
             assert_all_claimed_and_none_too_hot(self.cache)
 
     def do_crash(self):
@@ -419,7 +419,7 @@ class World:
             delattr(self.controller, self._away.pop())
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(steps)
 def test_any_sequence_keeps_every_chunk_claimed_and_cool_enough(sequence):
     with tempfile.TemporaryDirectory() as folder:
@@ -429,12 +429,12 @@ def test_any_sequence_keeps_every_chunk_claimed_and_cool_enough(sequence):
         world.do_back()
         world.clock.now_s += 61  # whatever failed is tried again within a minute
         world.cache.sweep()
-        assert world.cache._settler.unsettled == 0
+        assert world.cache._decider.settler.unsettled == 0
         assert_all_claimed_and_none_too_hot(world.cache)
         assert_nothing_is_immortal(world.cache)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(

@@ -235,13 +235,13 @@ def test_a_demotion_is_tried_again_until_its_copy_is_there(monkeypatch):
     for _ in range(5):  # nothing to fall back on: it stays queued
         cache.clock.now_s += 4
         assert cache.sweep() == []
-        assert cache._settler.unsettled == 1 and hottest(cache, prompt) == ["gpu", "gpu"]
+        assert cache._decider.settler.unsettled == 1 and hottest(cache, prompt) == ["gpu", "gpu"]
     for key in controller.layout(controller.tokenize(prompt)).keys:
         controller.backends["disk"].set(key, b"late", 60)
     cache.clock.now_s += 60  # the longest pause between two tries
     (record,) = cache.sweep()
     assert (record.kind, record.wanted_tier, record.error) == ("settled", "disk", "")
-    assert cache._settler.unsettled == 0
+    assert cache._decider.settler.unsettled == 0
     assert hottest(cache, prompt) == ["disk", "disk"]
     assert controller.load(controller.tokenize(prompt)) == [b"late"] * (len(prompt) // CHUNK)
 
@@ -269,10 +269,10 @@ def test_a_failing_second_move_keeps_the_first_in_the_record(monkeypatch):
         ]
         cache.generate_and_manage("another prompt, warm", None, WARM)
         assert cache.records[-1].error == "ConnectionError: Redis is away"  # its own
-        assert cache._settler.unsettled == 2
+        assert cache._decider.settler.unsettled == 2
         cache.generate_and_manage("short", None, WARM)
         assert not cache.records[-1].error  # a failing retry is not booked here
     cache.clock.now_s += 1
     kinds = sorted(record.kind for record in cache.sweep())
-    assert kinds == ["expiry", "settled", "settled"] and cache._settler.unsettled == 0
+    assert kinds == ["expiry", "settled", "settled"] and cache._decider.settler.unsettled == 0
     assert hottest(cache, shared + "2" * CHUNK) == ["remote", "remote"]

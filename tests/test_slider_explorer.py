@@ -254,6 +254,21 @@ def test_a_drag_is_undone_as_one(records, tmp_path):
     assert states == [(2.0, 0.475), (0.475, 0.475), (0.475, 0.475), (0.475, 1.0), (0.25, 1.0)]
 
 
+def test_a_drag_is_one_change_also_where_drawing_is_slow(records, tmp_path, monkeypatch):
+    now_s = [0.0]
+    explorer = Explorer(records, data_folder=tmp_path, clock=lambda: now_s[0])
+
+    def draws_for_two_seconds(config):
+        now_s[0] += 2.0
+        return b""
+
+    monkeypatch.setattr(explorer._picture, "png", draws_for_two_seconds)
+    for step in range(1, 9):
+        explorer.controls["alpha"].slider.value = step * 0.1
+    explorer.undo()
+    assert explorer.config.alpha == 0.25
+
+
 def test_undo_has_an_end(explorer):
     for step in range(150):
         explorer.update(alpha=step / 100)

@@ -65,7 +65,7 @@ def test_block_lists_equal_the_naive_replay(policy, capacity):
 numbers = st.sampled_from([0, 1, 2, 3, 5, 8, 13, -1])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.integers(0, 10**6),
     st.tuples(numbers, numbers, numbers).filter(any),
@@ -211,7 +211,7 @@ def test_no_policy_beats_the_optimum(share):
         assert best <= replay(index, "infinite").block_hit_ratio
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6))
 def test_the_lru_curve_equals_a_replay_at_every_capacity(seed):
     check_curve(fixtures.random_trace(seed), [0, 1, 2, 3, 5, 8, 20, 50, 1000, None])
@@ -232,7 +232,7 @@ def check_curve(trace, capacities):
 # --- runs ---------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6))
 def test_blocks_of_a_run_share_their_history(seed):
     trace = fixtures.random_trace(seed, requests=30)
@@ -266,7 +266,7 @@ def test_metadata_are_what_the_live_manager_measures(seed):
         assert metadata["time_variance"][r] == pytest.approx(seen.time_variance, abs=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6))
 def test_runs_cut_by_future_have_one_next_request(seed):
     trace = fixtures.random_trace(seed, requests=30)

@@ -3,13 +3,15 @@
 On the real stack, seeded sessions are run once to warm up and then measured, in
 turns with decisions on the caller's path ("sync") and on a worker ("background",
 without waiting for it between two generations). The peer of every figure is
-`llm.generate` in the same call. Ends with one line of JSON.
+`llm.generate` in the same call. In a third mode ("sync_sweeping") a sweep that moves some
+500 chunks is under way on another thread: nobody should wait for it. Ends with one line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import threading
 import time
 import timeit
 from collections.abc import Sequence
@@ -30,6 +32,8 @@ _SCALAR_CALLS = 100_000
 _ARRAY_SIZE = 2_000_000
 _REPEATS = 9
 _TURNS = 3  # of each mode
+_SWEEPS, _SWEPT_CHUNKS = 20, 500
+_SWEPT_TOKENS = 1_600  # a prompt
 
 
 def decision_costs() -> dict[str, float]:
@@ -103,6 +107,44 @@ def compare_modes(stack, llm, generations: int, seed: int) -> dict[str, float]:
     return mode_figures("sync", calls["sync"]) | mode_figures("background", calls["background"])
 
 
+def sweeping_figures(stack, llm, seed: int) -> dict[str, float]:
+    """Return percentiles (ms) of what managing adds while a sweep moves chunks, and how many."""
+    calls, moved = [], 0
+    for turn in range(_SWEEPS):
+        options = {"clock": SessionClock(time.time()), "sweep_every_s": None}
+        with managed(stack, llm, **options) as cache:
+            during, swept = _during_a_sweep(cache, seed + turn)
+        calls, moved = calls + during, moved + swept
+    added_ms = [(seconds - record.generate_s) * 1e3 for seconds, record in calls]
+    counts = {"sync_sweeping_generations": len(calls), "swept_chunks": moved / _SWEEPS}
+    return counts | percentiles("sync_sweeping", added_ms)
+
+
+def _during_a_sweep(cache, seed):
+    """Generate for as long as a sweep goes on; returns the calls, and how many chunks it moved."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
+    prompts = -(-_SWEPT_CHUNKS * cache.controller.chunk_size_tokens // _SWEPT_TOKENS)
+    tokens = np.random.default_rng(seed).integers(300, 2_000, (prompts, _SWEPT_TOKENS)).tolist()
+    hot = {"perplexity": 12.0, "time_variance": 0.0}
+    cache.generate([{"prompt_token_ids": each} for each in tokens], sampling, hot)
+    cache.clock.advance(1e4)  # longer than their TTL, shorter than the next rung's
+    swept: list[DecisionRecord] = []
+    sweep = threading.Thread(target=lambda: swept.extend(cache.sweep()))
+    sweep.start()
+    calls = []
+    for request in session_requests(100, seed):
+        start_s = time.perf_counter()
+        (made,) = cache.generate(request.prompt, sampling)
+        seconds = time.perf_counter() - start_s
+        if not sweep.is_alive():
+            break
+        calls.append((seconds, made.decision.result()))
+    sweep.join()
+    return calls, sum(move["moved_chunks"] for record in swept for move in record.moves)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark, write `REPORT`, print the figures; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -113,6 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     about, figures = machine(), decision_costs()
     with session_stack(options.config) as stack, engine(stack, model_path()) as llm:
         figures |= compare_modes(stack, llm, options.generations, options.seed)
+        figures |= sweeping_figures(stack, llm, options.seed)
     publish(REPORT, {"seed": options.seed, **about}, figures, list(_lines(figures)))
     return 0
 
@@ -123,6 +166,7 @@ def _lines(figures):
         yield f"{name}: {n} generations, {moves} with moves; added to the caller, and the engine:"
         rows = [key for key in figures if key.startswith(name) and key.endswith("_p50_ms")]
         yield from (percentile_line(row.removesuffix("_p50_ms"), figures) for row in rows)
+    yield f"  a sweep moved {figures['swept_chunks']:.0f} chunks meanwhile (sync_sweeping)"
     rate = figures["array_per_s"] / 1e6
     yield f"  one decision {figures['scalar_us']:.1f} us; arrays {rate:.0f} M decisions/s\n"
 

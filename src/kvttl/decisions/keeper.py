@@ -18,6 +18,7 @@ from kvttl.decisions.metrics import DecisionMetrics
 
 logger = logging.getLogger(__name__)
 
+_MAX_BYTES = 64 * 2**20  # of the records in memory
 _RECORD_BYTES, _KEY_BYTES = 2_000, 120  # a record without its text, and each chunk key
 
 
@@ -56,8 +57,8 @@ class RecordKeeper:
 
     Parameters
     ----------
-    max_records, max_bytes : int
-        Kept in memory; the oldest go first.
+    max_records : int
+        Kept in memory, 64 MiB at most; the oldest go first.
     log : DecisionLog, optional
         Gets every record.
     metrics : DecisionMetrics, optional
@@ -69,12 +70,11 @@ class RecordKeeper:
     def __init__(
         self,
         max_records: int,
-        max_bytes: int,
         log: DecisionLog | None = None,
         metrics: DecisionMetrics | None = None,
         notify: Callable[[str], Any] | None = None,
     ) -> None:
-        self.records = RecentRecords(max_records, max_bytes)
+        self.records = RecentRecords(max_records, _MAX_BYTES)
         self._keeping = threading.Lock()
         self._log, self._metrics, self._notify = log, metrics, notify
 

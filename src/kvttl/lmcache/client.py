@@ -7,6 +7,7 @@ them looks every `retry_after_s`, so that managing resumes by itself.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -156,13 +157,6 @@ class Service:
             raise LMCacheError(f"{call} answered {response.status_code}: {response.text[:300]}")
         return _Answer(response, call)
 
-    def get(self, path: str) -> dict[str, Any]:
-        """Return the answer to a GET; an empty one if nothing sensible answers."""
-        try:
-            return self.call("GET", path)
-        except LMCacheError:
-            return {}
-
     def _check_breaker(self):
         admitted = self._breaker.admit() if self._breaker else "call"
         if admitted == "trial":  # beside the caller: no generation waits for it
@@ -199,11 +193,11 @@ def _new_session():
 
 def get_json(url: str, path: str) -> dict[str, Any]:
     """Return the JSON object at ``url`` + ``path``; an empty one if nothing sensible answers."""
-    service = Service(url, connect_timeout_s=2.0)
-    try:
-        return service.get(path)
-    finally:
-        service.close()
+    with contextlib.closing(Service(url, connect_timeout_s=2.0)) as service:
+        try:
+            return service.call("GET", path)
+        except LMCacheError:
+            return {}
 
 
 def server_settings(url: str) -> dict[str, Any]:

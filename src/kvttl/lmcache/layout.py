@@ -228,9 +228,13 @@ class BaseController(ABC):
 
     def _refusal(self, request: MoveRequest) -> str:
         """Return why this direction cannot be done at all, or an empty string."""
-        if request.source[0] != request.target[0]:
-            return "a move between instances is not possible: LMCache copies, it does not move"
-        return ""
+        here, there = request.source[0], request.target[0]
+        if here == there:
+            return ""
+        return (
+            "no move between instances: an LMCache server writes its own tiers only; generate "
+            f"the prompt on {there} (which stores it), and let {here}'s TTL end"
+        )
 
     def _look(self, request: MoveRequest, keys: Sequence[str] | None) -> KVLayout:
         """Return the layout of the chunks that a move is about."""

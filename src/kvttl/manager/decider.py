@@ -9,16 +9,26 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from kvttl.background import JobQueue
+from kvttl.background import JobQueue, Repeater
 from kvttl.decisions.keeper import RecordKeeper
-from kvttl.decisions.record import DecisionRecord
-from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
+from kvttl.decisions.log import DecisionRecord, read_records
+from kvttl.decisions.metrics import DecisionMetrics
+from kvttl.lmcache.client import LMCacheError
+from kvttl.lmcache.layout import BaseController
+from kvttl.manager.claims import ClaimLedger
 from kvttl.manager.draft import Draft, Wish
-from kvttl.manager.generation import Generation, prompt_digest
+from kvttl.manager.generation import Generation, compact, prompt_digest
+from kvttl.manager.metadata import PromptHistory, RequestMetadata
+from kvttl.manager.motion import Motion
+from kvttl.manager.placement import KVPlacement
+from kvttl.manager.policy import Policy
+from kvttl.manager.recovery import adopt_unclaimed, recover_claims
 from kvttl.manager.settling import Settler
 
 logger = logging.getLogger(__name__)
@@ -32,24 +42,32 @@ class _Job:
 
 
 class Decider:
-    """Decides about generations, on the caller's thread or on workers.
+    """Decides about generations and lets their TTLs end, here or on threads of its own.
 
     Parameters
     ----------
     decide : callable
-        Fills a draft with the decision about a generation, and carries it out.
-    settler : Settler
-        Gets a default wish where `decide` came to none.
-    default_ttl_s : float
-        TTL of that wish, in gpu, seconds.
+        Fills a draft with the decision about a generation, and has it placed.
+    controller : BaseController
+        Says where KV is, and moves it.
+    policy : Policy
+        Its ladder and `base_ttl` are of use here.
+    measured : RequestMetadata
+        Measures what the caller does not give.
     records : RecordKeeper
         Gets every record.
+    clock : callable
+        Unix time in seconds; may fail.
     workers : int
         Decisions that are made at the same time in the background; 0 = each is
         made on the caller's thread, before `submit` returns.
     max_queue, max_queue_bytes : int
         What may wait for a worker: decisions, and their token ids in bytes; beyond
         either, the oldest is given up ("shed").
+    sweep_every_s : float, optional
+        See `MultiTierCache`.
+    keep_prompts : bool
+        Show the prompts' text in records.
 
     Attributes
     ----------
@@ -60,19 +78,28 @@ class Decider:
     def __init__(
         self,
         decide: Callable[[Draft, Generation], None],
-        settler: Settler,
-        default_ttl_s: float,
+        controller: BaseController,
+        policy: Policy,
+        measured: RequestMetadata,
         records: RecordKeeper,
+        clock: Callable[[], float],
         *,
         workers: int,
         max_queue: int,
         max_queue_bytes: int,
+        sweep_every_s: float | None,
+        keep_prompts: bool,
     ) -> None:
-        self._decide, self._settler = decide, settler
-        self._default_ttl_s, self._records = default_ttl_s, records
+        self._decide, self._controller, self._policy = decide, controller, policy
+        self._measured, self._records, self._clock = measured, records, clock
+        self._keep_prompts = keep_prompts
+        motion, self.claims = Motion(controller), ClaimLedger(policy.ladder)
+        self.settler = Settler(controller, self.claims, motion, records.write_ahead)
+        self.placement = KVPlacement(controller, self.settler, motion)
         limits = {"max_bytes": max_queue_bytes, "size_bytes": lambda job: job.made.size_bytes}
         queue = JobQueue(self._run, self._shed, max_queue, workers=workers or 1, **limits)
         self._jobs = queue if workers else None
+        self._sweeper = Repeater(self.sweep, sweep_every_s) if sweep_every_s is not None else None
         self._lock = threading.Lock()
         self._open: dict[_Job, float] = {}  # decisions that are not made yet -> their access
         self.shed = 0
@@ -81,24 +108,39 @@ class Decider:
         """Return how many decisions wait for a worker."""
         return len(self._jobs) if self._jobs is not None else 0
 
+    def watch(self, metrics: DecisionMetrics) -> None:
+        """Show how many claims live, decisions wait and patterns are tracked."""
+        metrics.watch("live_claims", lambda: len(self.claims))
+        metrics.watch("queue_depth", lambda: len(self))
+        metrics.watch("tracked_patterns", lambda: len(self._measured.history or ()))
+
+    def start(self) -> None:
+        """Start sweeping, if that is not under way."""
+        try:
+            if self._sweeper:
+                self._sweeper.start()
+        except RuntimeError:  # no more threads: the text matters more
+            logger.exception("the sweeper could not be started")
+
+    def now(self) -> Callable[[], float]:
+        """Return a function that says what time it is now, also later."""
+        try:
+            now_s = self._clock()
+        except Exception:  # the caller's clock: `submit` will meet and record it again
+            return self._clock
+        return lambda: now_s
+
     def submit(
-        self, facts: Callable[[], Generation], now: Callable[[], float], generate_s: float
+        self, prompt: Any, output: Any, metadata: Any, generate_s: float, now: Callable[[], float]
     ) -> Future[DecisionRecord]:
         """Decide, now or soon, and return the future record; never raises, never fails.
 
-        Parameters
-        ----------
-        facts : callable
-            Returns what is known of the generation; may raise.
-        now : callable
-            Returns when the engine had answered, seconds; may raise.
-        generate_s : float
-            Seconds in the engine.
+        `now` is of the moment when the engine had answered, after `generate_s` seconds.
         """
         job = _Job(Draft(time.time(), generate_s))
         job.future.set_running_or_notify_cancel()  # from here on nobody can cancel it
         try:
-            job.made = facts()
+            job.made = self._facts(prompt, output, metadata)
             job.draft.prompt, job.draft.prompt_tokens = job.made.prompt, len(job.made.tokens)
             job.draft.prompt_digest = prompt_digest(job.made.tokens)
             job.draft.time_s = now()
@@ -109,36 +151,76 @@ class Decider:
             elif not self._jobs.put(job):
                 raise RuntimeError("the manager is closed")
         except Exception as error:
-            self._fail(job, error)
+            job.draft.error = f"{type(error).__name__}: {error}"
+            self._finish(job, "generation")
         return job.future
 
-    def known_until(self, now_s: float) -> float:
-        """Return the time up to which all accesses are claimed: one that is not yet renews."""
-        with self._lock:
-            return min([now_s, *self._open.values()])
+    def _facts(self, prompt, output, metadata):
+        tokens = getattr(output, "prompt_token_ids", None) or self._controller.tokenize(prompt)
+        return Generation(
+            compact(tokens),
+            getattr(output, "num_cached_tokens", None) or 0,
+            self._measured.of_answer(output),
+            dict(metadata) if isinstance(metadata, dict) else metadata,  # it may be used again
+            prompt if self._keep_prompts and isinstance(prompt, str) else None,
+        )
+
+    def metadata_of(
+        self, made: Generation, now_s: float
+    ) -> tuple[Mapping[str, float], Mapping[str, str]]:
+        """Count the access; see `RequestMetadata.complete`."""
+        if self._measured.history is None:  # the controller may have to ask the server
+            history = PromptHistory(self._controller.chunk_size_tokens)
+            with self._lock:
+                if self._measured.history is None:
+                    self._measured.history = history
+        tokens = made.tokens.tolist()
+        return self._measured.complete(made.metadata, tokens, made.perplexity, now_s)
+
+    def sweep(self, now_s: float | None = None) -> list[DecisionRecord]:
+        """Take expired claims down the ladder now; returns a record for each."""
+        swept: list[DecisionRecord] = []
+        while not (self._sweeper and self._sweeper.must_stop):  # `recover` takes the rest up again
+            until_s = self._known_until(self._clock() if now_s is None else now_s)
+            adopt_unclaimed(self.settler, until_s, self._policy.base_ttl)
+            records = self.settler.sweep(until_s)
+            if not records:
+                break
+            swept += [self._records.keep(record) for record in records]
+        return swept
+
+    def recover(self, log: str | Path | Iterable[DecisionRecord]) -> dict[str, int]:
+        """Make an earlier process's claims again; see `recover_claims`."""
+        self.start()  # what is claimed again must end without a generation too
+        if isinstance(log, (str, Path)):
+            log = read_records(log, kinds=None) if Path(log).exists() else ()  # the first start
+        return recover_claims(self.settler, log, self._clock(), self._policy.base_ttl)
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until every decision submitted so far is made; False if the time was short."""
         return True if self._jobs is None else self._jobs.flush(timeout_s)
 
     def close(self) -> None:
-        """Make the decisions that wait; later ones are records that say so."""
+        """Make the decisions that wait, and stop sweeping; later decisions say so."""
         if self._jobs is not None:
             self._jobs.close()
+        if self._sweeper:
+            self._sweeper.close()
+
+    def _known_until(self, now_s):
+        """Return the time up to which all accesses are claimed: one that is not yet renews."""
+        with self._lock:
+            return min([now_s, *self._open.values()])
 
     def _run(self, job):
         start_s = time.perf_counter()
         try:
             self._decide(job.draft, job.made)
         except Exception as error:  # a bug must not cost the caller the text either
-            if not isinstance(error, (LMCacheUnavailable, LMCacheError, ValueError)):
+            if not isinstance(error, (LMCacheError, ValueError)):
                 logger.exception("managing a prompt's KV cache failed")
             job.draft.error = f"{type(error).__name__}: {error}"
         job.draft.manage_s = time.perf_counter() - start_s
-        self._finish(job, "generation")
-
-    def _fail(self, job, error):
-        job.draft.error = f"{type(error).__name__}: {error}"
         self._finish(job, "generation")
 
     def _shed(self, job):
@@ -151,8 +233,8 @@ class Decider:
         """Let a sweep claim KV that nothing was decided about; keep the record, hand it back."""
         draft = job.draft
         if job.made is not None and not draft.claimed:
-            wish = Wish("gpu", draft.time_s, self._default_ttl_s)
-            self._settler.claim_later(draft.prompt_digest, job.made.tokens, wish)
+            wish = Wish("gpu", draft.time_s, self._policy.base_ttl)
+            self.settler.claim_later(draft.prompt_digest, job.made.tokens, wish)
         with self._lock:
             self._open.pop(job, None)
         job.future.set_result(self._records.keep(draft.record(kind)))

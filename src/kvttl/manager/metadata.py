@@ -75,7 +75,7 @@ class PromptHistory:
 
     The least recently seen are forgotten first, and of one prompt the longer
     prefix before the shorter, so a pattern's own prefixes are always known.
-    Some 350 bytes a pattern. Safe for concurrent use. Patterns are told apart by
+    Some 250 bytes a pattern. Safe for concurrent use. Patterns are told apart by
     a 64-bit hash: among 200,000, two are mixed up with probability 1e-9.
 
     Examples

@@ -222,9 +222,9 @@ class Settler:
             hot = [index for index, tier in enumerate(wanted) if tier == "gpu"]
             left = others.intersection(item.chunks[index] for index in hot)
             for index in hot:
-                key = item.chunks[index]
-                if key not in left and held.get(key, ("gpu",))[:1] not in ((), ("gpu",)):
-                    ways.setdefault(held[key][0], []).append(index)
+                key, tiers = item.chunks[index], held.get(item.chunks[index])
+                if tiers and tiers[0] != "gpu" and key not in left:
+                    ways.setdefault(tiers[0], []).append(index)
             mine = [item.chunks[index] for chunks in ways.values() for index in chunks]
             promoted = item.chunks if mine else ()
             self._motion.begin(mine, others, promoted)
@@ -264,8 +264,11 @@ class Settler:
             batch = list(itertools.islice(self._late.values(), _BATCH_LATE))
         for late in batch:
             try:
-                keys = self._controller.layout(late.tokens.tolist()).keys
-                self.ledger.claim(late.owner, keys, *late.wish)
+                with self._motion.watch() as others:
+                    keys = self._controller.layout(late.tokens.tolist()).keys
+                    with self._motion.lock:
+                        self.ledger.claim(late.owner, keys, *late.wish)
+                        contested = not others.isdisjoint(keys)
             except LMCacheUnavailable as error:
                 logger.info("claims wait: %s", error)
                 return  # so would the others
@@ -274,24 +277,31 @@ class Settler:
                 self.has_unclaimed = True
             else:
                 self.write_ahead(claim_record(late.owner, keys, late.wish))
-                self.settle_later(late.owner, keys, late.wish)
+                tokens = late.tokens if contested else None
+                self.settle_later(late.owner, keys, late.wish, tokens)
             with self._motion.lock:
                 if self._late.get(late.owner) is late:  # not one that came meanwhile
                     self._late.pop(late.owner)
 
-    def settle_later(self, owner: str, keys: tuple[str, ...], wish: Wish) -> None:
-        """Let the next sweep move a claim's chunks down to where they are wanted."""
-        with self._motion.lock:
-            if self._unsettled.get(owner) is None:  # else it will, and may know more
-                item = Unsettled(owner, keys, wish.tier, wish.ttl_s)
-                self.has_unclaimed |= self._unsettled.put(owner, item) > 0
+    def settle_later(
+        self, owner: str, keys: tuple[str, ...], wish: Wish, tokens: array | None = None
+    ) -> None:
+        """Let the next sweep move a claim's chunks to where they are wanted."""
+        self._put(Unsettled(owner, keys, wish.tier, wish.ttl_s, tokens=tokens))
 
     def try_again(self, item: Unsettled, now_s: float) -> None:
         """Let a sweep try again, after a pause that doubles from try to try."""
         not_before_s = now_s + min(2.0**item.tries, _LONGEST_RETRY_S)
         again = {"tries": item.tries + 1, "not_before_s": not_before_s, "ended_in": None}
+        self._put(item._replace(**again))
+
+    def _put(self, item):
+        """Add what is to be settled; what came for the same prompt meanwhile is newer and stays."""
         with self._motion.lock:
-            self.has_unclaimed |= self._unsettled.put(item.owner, item._replace(**again)) > 0
+            newer = self._unsettled.get(item.owner)
+            if newer is not None:
+                item = newer if newer.tokens is not None else newer._replace(tokens=item.tokens)
+            self.has_unclaimed |= self._unsettled.put(item.owner, item) > 0
 
     # ---- for `recovery` ---------------------------------------------------------------
 

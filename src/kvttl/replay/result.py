@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,6 @@ class ReplayResult:
     moved_tokens : numpy.ndarray
         Shape (4, 4), from row to column, in the order of `PLACES`: from "none"
         are tokens computed and stored, to "none" tokens dropped.
-    accesses : int
-        Block accesses of the trace, the denominator of the block hit ratio.
     block_level_hits : int or None
         Accesses whose block was resident when its turn came, whether or not its
         prefix was; only engines that go block by block know it.
@@ -57,7 +55,6 @@ class ReplayResult:
     token_seconds: np.ndarray
     moved_tokens: np.ndarray
     block_level_hits: int | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def block_hit_ratio(self) -> float:
@@ -134,7 +131,6 @@ class ReplayResult:
             "requests": self.trace.requests,
             **{name: dict(zip(TIERS, values.tolist())) for name, values in by_tier.items()},
             "moved_tokens": self.moved(),
-            **self.settings,
         }
 
 

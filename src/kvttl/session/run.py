@@ -144,16 +144,17 @@ def _generation_line(request, record):
 
 
 def _expiry_line(record, numbers):
-    what = f"#{numbers.get(record.prompt_digest, '?')}: TTL in {record.from_tier or 'tier'} ended"
+    what = f"TTL in {record.from_tier} ended" if record.kind == "expiry" else "moved later"
     moves = record.error or _short_moves(record) or "its chunks stay where others want them"
-    return f"  ↓ {what}, {moves}"
+    return f"  ↓ #{numbers.get(record.prompt_digest, '?')}: {what}, {moves}"
 
 
 def session_summary(records: Sequence[DecisionRecord]) -> str:
     """Return what came of a session: hits, moves, TTLs, time."""
     import numpy as np
 
-    expiries = [r for r in records if r.kind == "expiry" or (r.kind == "settled" and r.from_tier)]
+    expiries = sum(record.kind == "expiry" for record in records)
+    swept = [record for record in records if record.kind in ("expiry", "settled")]
     generations = [record for record in records if record.kind == "generation"]
     prompt_tokens = sum(record.prompt_tokens for record in generations)
     hits = sum((Counter(record.hit_tokens) for record in generations), Counter())
@@ -170,7 +171,7 @@ def session_summary(records: Sequence[DecisionRecord]) -> str:
             f"  hit tokens      {sum(hits.values())} ({hit_share:.0%}): {_parts(hits) or 'none'}",
             f"  wanted tiers    {_parts(Counter(r.wanted_tier or 'none' for r in generations))}",
             f"  chunks moved    {_parts(_moved_chunks(generations)) or 'none'}",
-            f"  TTLs that ended {len(expiries)}: {_parts(_moved_chunks(expiries)) or 'no move'}",
+            f"  TTLs that ended {expiries}: {_parts(_moved_chunks(swept)) or 'no move'}",
             "  TTL             p10 {:.0f} s, p50 {:.0f} s, p90 {:.0f} s".format(*ttl),
             f"  per generation  {np.median(generate_ms):.0f} ms in the engine (p50); managing,"
             f" in the background: {np.median(manage_ms):.1f} ms (p50),"

@@ -24,14 +24,12 @@ def sentence(found: Changes, decisions: int) -> str:
     if not decisions:
         return "There is no run to compare with"
     ways = [
-        f"{old}→{new} {found.moved[i, j]}"
-        for i, old in enumerate(TIERS)
-        for j, new in enumerate(TIERS)
-        if i != j and found.moved[i, j]
+        f"{TIERS[i]}→{TIERS[j]} {found.moved[i, j]}"
+        for i, j in zip(*found.moved.nonzero())
+        if i != j
     ]
-    return f"{found.changed} of {decisions} decisions change tier" + (
-        f": {', '.join(ways)}" if ways else ""
-    )
+    changed = f"{found.changed} of {decisions} decisions change tier"
+    return f"{changed}: {', '.join(ways)}" if ways else changed
 
 
 def readout(found: Changes, decisions: int, source: str = "") -> str:
@@ -62,12 +60,9 @@ def readout(found: Changes, decisions: int, source: str = "") -> str:
 
 def _row(name, before, after, before_token_s, after_token_s):
     square = f"<span style='color:{TIER_COLOURS[name]}'>■</span> {name}"
-    cells = (
-        square,
-        f"{before} → {after}",
-        f"{before_token_s / 1e6:,.2f} → {after_token_s / 1e6:,.2f}",
-        _relative(before_token_s, after_token_s),
-    )
+    memory = f"{before_token_s / 1e6:,.2f} → {after_token_s / 1e6:,.2f}"
+    change = _relative(before_token_s, after_token_s)
+    cells = (square, f"{before} → {after}", memory, change)
     return "<tr>" + "".join(f"<td {_CELL}>{cell}</td>" for cell in cells) + "</tr>"
 
 

@@ -116,7 +116,7 @@ class StackConfig(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:  # not chained: it shows the password
-            raise ValueError(_plain_words(error)) from None
+            raise _in_plain_words(error) from None
 
     @field_validator("redis_url", mode="before")
     @classmethod
@@ -133,14 +133,14 @@ class StackConfig(BaseModel):
         for name in names:
             port = getattr(self, name)
             if port in seen:
-                _refuse(name, port, f"a port of its own, but {seen[port]} has the same")
+                raise _refusal(name, port, f"a port of its own, but {seen[port]} has the same")
             seen[port] = name
         if self.chunk_size_tokens % self.block_size_tokens:
             allowed = f"a multiple of block_size_tokens = {self.block_size_tokens}"
-            _refuse("chunk_size_tokens", self.chunk_size_tokens, allowed)
+            raise _refusal("chunk_size_tokens", self.chunk_size_tokens, allowed)
         if self.redis_client == "lmcache" and str(self.redis_url).startswith("rediss:"):
             allowed = "kit with rediss://; LMCache's own client has no TLS"
-            _refuse("redis_client", "lmcache", allowed)
+            raise _refusal("redis_client", "lmcache", allowed)
         return self
 
     def replaced(self, **changes: Any) -> StackConfig:
@@ -271,14 +271,14 @@ def _read_section(file: Path) -> dict:
     return section
 
 
-def _plain_words(error: ValidationError) -> str:
-    """Return what is wrong with the first bad setting: its name, its value, what is allowed."""
+def _in_plain_words(error: ValidationError) -> ValueError:
+    """Return the error of the first bad setting: its name, its value, what is allowed."""
     first = error.errors()[0]
     if first["type"] == "value_error":  # one of the checks of `StackConfig`
-        return str(first["ctx"]["error"])
+        return first["ctx"]["error"]
     name, known = str(first["loc"][0]), StackConfig.model_fields
     if name not in known:
-        return unknown_name("setting in stack:", name, known)
+        return ValueError(unknown_name("setting in stack:", name, known))
     return _refusal(name, first["input"], _allowed(known[name]))
 
 
@@ -292,12 +292,8 @@ def _allowed(field: Any) -> str:
     return f"{kind} from {low.ge} to {high.le}"
 
 
-def _refusal(name: str, value: object, allowed: str) -> str:
-    return f"{name} = {value!r} is not allowed: {allowed}"
-
-
-def _refuse(name: str, value: object, allowed: str) -> None:
-    raise ValueError(_refusal(name, value, allowed))
+def _refusal(name: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"{name} = {value!r} is not allowed: {allowed}")
 
 
 def _redis_url_problem(url: object) -> str | None:

@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import redis
 
@@ -36,19 +36,25 @@ def disk_contents(folder: str | os.PathLike) -> Contents:
 def redis_contents(host: str, port: int) -> Contents:
     """Return keys and sizes (bytes) of the chunks in an LMCache server's Redis."""
     with connect_as_server(host, port) as client:
-        names, sizes = chunk_names(client), []
+        names, found = chunk_names(client), {}
         for start in range(0, len(names), PAGE_KEYS):
-            pipe = client.pipeline(transaction=False)
-            for name in names[start : start + PAGE_KEYS]:
-                pipe.strlen(name)
-            sizes += pipe.execute()
-    return {parse_key(name): size for name, size in zip(names, sizes, strict=True)}
+            page = names[start : start + PAGE_KEYS]
+            found.update(zip(map(parse_key, page), sizes_of(client, page)))
+    return found
 
 
 def chunk_names(client: redis.Redis) -> list[str]:
     """Return the names of all chunks in a Redis."""
     found = (name.decode() for name in client.scan_iter(match="*@*@*@*", count=1000))
     return [name for name in found if parse_key(name)]
+
+
+def sizes_of(client: redis.Redis, names: Iterable[str]) -> list[int]:
+    """Return each value's bytes, 0 where there is none."""
+    with client.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.strlen(name)
+        return pipe.execute()
 
 
 # What lists a tier's objects, by the tier's address. A tier without one is not corrected.

@@ -28,7 +28,7 @@ from lmcache.v1.distributed.l2_adapters.native_connector_l2_adapter import (
 from kvttl.background import Repeater
 from kvttl.lmcache.client import CircuitBreaker
 from kvttl.lmcache.tiers import parse_key
-from kvttl.stack.reconcile import chunk_names
+from kvttl.stack.reconcile import chunk_names, sizes_of
 from kvttl.storage.redis_client import connect_as_server
 
 _SOCKET_READ_BYTES = 2**20  # a chunk can have megabytes
@@ -106,11 +106,7 @@ class RedisClient:
 
     def sizes(self, keys: Sequence[str]) -> list[int]:
         """Return each key's bytes, now, 0 where there is none; raises where Redis fails."""
-        return self._pipeline([("STRLEN", key) for key in keys])
-
-    def names(self) -> list[str]:
-        """Return the names of all chunks in Redis, now; raises where Redis fails."""
-        return chunk_names(self._redis)
+        return sizes_of(self._redis, keys)
 
     def close(self) -> None:
         """End the threads, close the connections."""
@@ -159,9 +155,11 @@ class RedisClient:
     def _set(self, keys, views):
         try:
             for part, values in zip(_tiles(keys), _tiles(views)):
-                # Views of bytes: redis-py sends them as they are, without a copy.
-                plain = [np.frombuffer(view, np.uint8).data for view in values]
-                self._pipeline([("SET", key, value) for key, value in zip(part, plain)])
+                with self._redis.pipeline(transaction=False) as pipe:
+                    for key, view in zip(part, values):
+                        # A view of bytes: redis-py sends it as it is, without a copy.
+                        pipe.set(key, np.frombuffer(view, np.uint8).data)
+                    pipe.execute()
         except redis.RedisError:
             self.on_doubt(keys)
             raise
@@ -180,12 +178,6 @@ class RedisClient:
         if count in (0, len(keys)):
             return keys if count else []
         return [key for key, size in zip(keys, self.sizes(keys)) if size]
-
-    def _pipeline(self, commands):
-        with self._redis.pipeline(transaction=False) as pipe:
-            for command in commands:
-                pipe.execute_command(*command)
-            return pipe.execute()
 
 
 def _tiles(items, size=_TILE_KEYS):
@@ -309,5 +301,5 @@ def _create(config, l1_memory_desc=None):
     client = RedisClient(connection, config.num_workers)
     verify_s = float(os.environ.get("KV_REDIS_VERIFY_S", "10"))
     adapter = RedisL2Adapter(client, config.max_capacity_gb, verify_s)
-    adapter.know(client.names())
+    adapter.know(chunk_names(connection))
     return adapter

@@ -34,80 +34,55 @@ class PortTakenError(StackError):
 
 def arguments_of(name: str, config: StackConfig) -> list[str]:
     """Command line of one service, without the program and without any password."""
-    build = {
-        "redis": _redis_arguments,
-        "coordinator": _coordinator_arguments,
-        "server": _server_arguments,
-    }
-    return [str(part) for part in build[name](config)]
-
-
-def _redis_arguments(config: StackConfig) -> list:
-    return [config.host, config.redis_port]
-
-
-def _coordinator_arguments(config: StackConfig) -> list:
-    arguments = [
-        "--host",
-        config.host,
-        "--port",
-        config.coordinator_port,
-        "--chunk-size",
-        config.chunk_size_tokens,
-        # Not shorter: a server that is merely busy would lose its memory tier
-        # in the directory, and LMCache never reports those chunks again.
-        "--instance-timeout",
-        max(30.0, 10 * config.registration_heartbeat_s),
-        "--health-check-interval",
-        config.registration_heartbeat_s,
-        "--timeout-keep-alive",
-        60,
-    ]
-    if config.directory_checkpoint_s > 0:
-        arguments += [
-            "--checkpoint-path",
-            checkpoint_path(config),
-            "--checkpoint-interval",
-            config.directory_checkpoint_s,
-        ]
+    if name == "redis":
+        return [config.host, str(config.redis_port)]
+    options = _coordinator_options(config) if name == "coordinator" else _server_options(config)
+    arguments = []
+    for option, value in options:
+        arguments += [f"--{option}"] if value is None else [f"--{option}", str(value)]
     return arguments
 
 
-def _server_arguments(config: StackConfig) -> list:
+def _coordinator_options(config: StackConfig) -> list[tuple]:
+    options = [
+        ("host", config.host),
+        ("port", config.coordinator_port),
+        ("chunk-size", config.chunk_size_tokens),
+        # Not shorter: a server that is merely busy would lose its memory tier
+        # in the directory, and LMCache never reports those chunks again.
+        ("instance-timeout", max(30.0, 10 * config.registration_heartbeat_s)),
+        ("health-check-interval", config.registration_heartbeat_s),
+        ("timeout-keep-alive", 60),
+    ]
+    if config.directory_checkpoint_s > 0:
+        options += [
+            ("checkpoint-path", checkpoint_path(config)),
+            ("checkpoint-interval", config.directory_checkpoint_s),
+        ]
+    return options
+
+
+def _server_options(config: StackConfig) -> list[tuple]:
     adapters = [adapter_settings(tier, address) for tier, address in config.storage.items()]
     return [
-        "--host",
-        config.host,
-        "--port",
-        config.server_port,
-        "--http-host",
-        config.host,
-        "--http-port",
-        config.server_http_port,
-        "--instance-id",
-        config.instance_id,
-        "--chunk-size",
-        config.chunk_size_tokens,
-        "--l1-size-gb",
-        config.l1_size_gb,
-        "--eviction-policy",
-        config.eviction_policy,
-        "--l2-prefetch-policy",
-        config.prefetch_policy,
-        *(part for adapter in adapters for part in ("--l2-adapter", json.dumps(adapter))),
-        "--coordinator-url",
-        config.coordinator_url,
-        "--coordinator-advertise-ip",
-        config.host,
-        "--coordinator-heartbeat-interval",
-        config.registration_heartbeat_s,
-        "--coordinator-event-reporting",
-        "--coordinator-event-flush-interval",
-        config.event_flush_interval_s,
+        ("host", config.host),
+        ("port", config.server_port),
+        ("http-host", config.host),
+        ("http-port", config.server_http_port),
+        ("instance-id", config.instance_id),
+        ("chunk-size", config.chunk_size_tokens),
+        ("l1-size-gb", config.l1_size_gb),
+        ("eviction-policy", config.eviction_policy),
+        ("l2-prefetch-policy", config.prefetch_policy),
+        *(("l2-adapter", json.dumps(adapter)) for adapter in adapters),
+        ("coordinator-url", config.coordinator_url),
+        ("coordinator-advertise-ip", config.host),
+        ("coordinator-heartbeat-interval", config.registration_heartbeat_s),
+        ("coordinator-event-reporting", None),
+        ("coordinator-event-flush-interval", config.event_flush_interval_s),
         # CPU engines copy KV themselves, GPU engines let the server do it.
-        "--supported-transfer-mode",
-        "auto",
-        "--no-run-script-api-enabled",
+        ("supported-transfer-mode", "auto"),
+        ("no-run-script-api-enabled", None),
     ]
 
 

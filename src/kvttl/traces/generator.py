@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 
@@ -117,11 +120,7 @@ def tiled(trace: Trace, accesses: int) -> Trace:
 
 def write_mooncake(trace: Trace, path) -> None:
     """Write a trace as Mooncake's JSON lines (gzipped where the name ends in ``.gz``)."""
-    import gzip
-    import io
-    import json
-
-    text = io.StringIO()
+    lines = []
     for r in range(trace.requests):
         record = {
             "timestamp": round(float(trace.arrival_s[r]) * 1e3),
@@ -129,7 +128,6 @@ def write_mooncake(trace: Trace, path) -> None:
             "output_length": int(trace.output_tokens[r]),
             "hash_ids": trace.request(r).tolist(),
         }
-        text.write(json.dumps(record, separators=(",", ":")) + "\n")
-    data = text.getvalue().encode()
-    with open(path, "wb") as file:
-        file.write(gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)
+        lines.append(json.dumps(record, separators=(",", ":")) + "\n")
+    data = "".join(lines).encode()
+    Path(path).write_bytes(gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)

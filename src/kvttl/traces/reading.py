@@ -89,7 +89,8 @@ def _read(path, format, source, cache_dir):
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
     files = FORMATS[name].files_of(path)
     if not files:
-        raise ValueError(f"{path}: no {' or '.join(FORMATS[name].files)} file in this folder")
+        pattern = FORMATS[name].files
+        raise ValueError(f"{path}: no {pattern} or {pattern}.gz file in this folder")
     cached = cache_dir and Path(cache_dir) / _cache_name(path, name, files, source)
     if cached and cached.exists():
         try:
