@@ -28,7 +28,7 @@ from kvttl.lmcache.layout import hits_by_tier
 from kvttl.manager.clock import SessionClock, ends_on_the_way
 from kvttl.replay.costs import TierCosts
 from kvttl.session.calibrate import calibrate
-from kvttl.session.launch import be_quiet, managed
+from kvttl.session.launch import be_quiet, greedy, managed
 from kvttl.stack.config import StackConfig, engine_kwargs, load_config
 from kvttl.stack.lifecycle import LMCacheStack
 
@@ -280,10 +280,7 @@ class LMCacheRunner(Runner):
 
 def sampling(logprobs: int | None = None) -> Any:
     """Return the sampling parameters of every request."""
-    from vllm import SamplingParams
-
-    options = {"temperature": 0.0, "ignore_eos": True, "logprobs": logprobs}
-    return SamplingParams(max_tokens=ANSWER_TOKENS, **options)
+    return greedy(ANSWER_TOKENS, ignore_eos=True, logprobs=logprobs)
 
 
 def _prompt(request):

@@ -34,7 +34,7 @@ from kvttl.serve.app import openai_app, server_arguments
 from kvttl.serve.gateway import Gateway, gateway
 from kvttl.serve.listening import listening, serving
 from kvttl.session.demo_model import model_path
-from kvttl.session.launch import session_stack
+from kvttl.session.launch import greedy, session_stack
 from kvttl.session.texts import random_words
 
 REPORT = Path("data/reports/gateway.json")
@@ -56,20 +56,17 @@ _COMPARED = (  # a way, and what it is compared with
 @contextmanager
 def plain_server(server: Gateway, model: str) -> Iterator[str]:
     """Serve the gateway's engine a second time, without management; gives the base URL."""
-    engine = server.engine.unmanaged
     arguments = server_arguments(model, server.model)
-    app = server.loop.call(openai_app, engine, arguments)
+    app = server.loop.call(openai_app, server.engine.unmanaged, arguments)
     with listening() as listener, serving(app, listener, server.loop) as url:
         yield f"{url}/v1"
 
 
 async def time_in_engine(engine: Any, prompts: Sequence[str]) -> list[float]:
     """Return the seconds that each generation takes on the engine's own event loop."""
-    from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    options = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
-    sampling = SamplingParams(**options, output_kind=RequestOutputKind.FINAL_ONLY)
+    sampling = greedy(MAX_TOKENS, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY)
     seconds = []
     for prompt in prompts:
         start_s = time.perf_counter()

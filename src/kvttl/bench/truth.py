@@ -43,14 +43,12 @@ def replay_truth(result: Any, settings: Mapping[str, HeuristicConfig]) -> pd.Dat
         measured, with the model's hits and the calibrated costs; ``ttft_error_fitted``,
         with measured hits and costs fitted to the first seed, on the other seeds.
     """
-    parts = result.requests.groupby(KEYS, sort=False)
-    on_lmcache = [(key, part) for key, part in parts if CONTENDERS[key[-1]].stack is not None]
-    return pd.DataFrame(
-        [
-            dict(zip(KEYS, key)) | _truth_figures(result, part, key[-1], settings.get(key[-1]))
-            for key, part in on_lmcache
-        ]
-    )
+    rows = []
+    for (*at, name), part in result.requests.groupby(KEYS, sort=False):
+        if CONTENDERS[name].stack is not None:  # on LMCache
+            figures = _truth_figures(result, part, name, settings.get(name))
+            rows.append(dict(zip(KEYS, (*at, name))) | figures)
+    return pd.DataFrame(rows)
 
 
 def _truth_figures(result, part, name, config):
@@ -77,15 +75,10 @@ def predict(
     hot_tokens = result.totals.set_index(at)["hot_tokens"]
     hot_chunks = int(hot_tokens[tuple(first[at])]) // CHUNK_TOKENS
     hits = measured[_COLUMNS].to_numpy()
-    fast = _fast(workload, hot_chunks, config, measured)
-    model = replay_on_lmcache(
-        workload.trace,
-        workload.prompts,
-        hot_chunks,
-        config,
-        retain=name == RETAIN,
-        perplexity=measured["perplexity"].to_numpy(),
-    ).hit_tokens
+    perplexity = measured["perplexity"].to_numpy()  # NaN where none was measured
+    fast = _fast(workload.trace, hot_chunks, config, perplexity)
+    run = (workload.trace, workload.prompts, hot_chunks, config)
+    model = replay_on_lmcache(*run, retain=name == RETAIN, perplexity=perplexity).hit_tokens
     prompts, ttft_s = measured["prompt_tokens"].to_numpy(), measured["ttft_s"].to_numpy()
     error = np.abs(result.costs.request_ttft_s(model, prompts) - ttft_s) / ttft_s
     return (fast == hits).all(axis=1), (model == hits).all(axis=1), error
@@ -103,10 +96,9 @@ def _fitted_errors(costs, part):
     return np.abs(predicted - ttft_s) / ttft_s
 
 
-def _fast(workload, hot_chunks, config, measured):
+def _fast(trace, hot_chunks, config, perplexity):
     """Replay with the capacity at which LMCache starts to evict; disk and Redis hold all."""
     capacity = (int(EVICTION_WATERMARK * hot_chunks), None, None)
     if config is None:
-        return replay(workload.trace, "recency", capacity).hit_tokens
-    perplexity = measured["perplexity"].to_numpy()  # NaN where none was measured
-    return replay(workload.trace, "heuristic", capacity, config, perplexity=perplexity).hit_tokens
+        return replay(trace, "recency", capacity).hit_tokens
+    return replay(trace, "heuristic", capacity, config, perplexity=perplexity).hit_tokens
