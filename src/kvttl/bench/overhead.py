@@ -22,8 +22,9 @@ import numpy as np
 from caching_heuristics import compute_ttl, select_backend
 from kvttl.bench.figures import machine, percentile_line, percentiles, publish
 from kvttl.decisions.record import DecisionRecord
+from kvttl.manager.clock import SessionClock
 from kvttl.session.demo_model import model_path
-from kvttl.session.launch import engine, session_manager, session_stack
+from kvttl.session.launch import engine, managed, session_manager, session_stack
 from kvttl.session.run import MAX_TOKENS
 from kvttl.session.workload import session_requests
 
