@@ -21,14 +21,13 @@ from matplotlib.lines import Line2D
 from caching_heuristics import HeuristicConfig
 from kvttl.bench.contenders import CONTENDERS, KIT, LMCACHE, MAIN_SHARE, ORDER, TUNED
 from kvttl.bench.figures import write_json
-from kvttl.bench.truth import replay_truth
+from kvttl.bench.truth import KEYS, replay_truth
 from kvttl.bench.workloads import Workload
 from kvttl.replay.costs import TierCosts
 from kvttl.settings import save_settings
 
 RUNS, REQUESTS, FIGURES = "speedup.csv", "speedup_requests.csv.gz", "speedup.json"
 SETTINGS, PICTURE = "speedup_heuristics.yaml", "speedup.png"
-KEYS = ["workload", "hot_share", "contender"]
 _TIMES = {q: f"ttft_p{q}_ms" for q in (50, 90, 99)}
 # What is compared with LMCache, and how a verdict calls it
 _GOAL = {"hot_mb_s": "memory", "ttft_p50_ms": "p50", "ttft_p90_ms": "p90"}

@@ -60,19 +60,16 @@ def _options(argv):
 def _run(options):
     requests = session_requests(options.generations, options.seed)
     folder = options.out or new_run_folder()
-    started_s = time.perf_counter()
+    started_s, model = time.perf_counter(), model_path(options.llm)
+    measured = measuring(model, options.perplexity)
     with _metrics(options.metrics_port) as metrics, DecisionLog(folder) as log:
-        with session_stack(options.config, options.redis_url) as stack:
-            model = model_path(options.llm)
-            with engine(stack, model) as llm:
-                measured = measuring(model, options.perplexity)
-                with session_manager(stack, llm, log=log, metrics=metrics, **measured) as cache:
-                    save_settings(cache.config, folder / FILE_NAME)
-                    rows = list(run_session(cache, requests))
-    records = [record for _, record in rows]
+        with session_stack(options.config, options.redis_url) as stack, engine(stack, model) as llm:
+            with session_manager(stack, llm, log=log, metrics=metrics, **measured) as cache:
+                save_settings(cache.config, folder / FILE_NAME)
+                rows = list(run_session(cache, requests))
     _write_pictures(folder, rows)
     print(session_table(rows))
-    print(session_summary(records))
+    print(session_summary([record for _, record in rows]))
     print(f"\nWrote the decision log, timeline.png and served.png to {folder}")
     print(f"All services are stopped. Total: {time.perf_counter() - started_s:.0f} s")
 
