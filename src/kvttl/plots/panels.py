@@ -242,12 +242,8 @@ def tier_regions(
     """
     xs = np.clip([x_span[0], config.hot_threshold, config.cold_threshold, x_span[1]], *x_span)
     ys = np.clip([y_span[0], _threshold(config, against), y_span[1]], *y_span)
-    corners = np.array(
-        [
-            [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
-            for (x0, x1), (y0, y1) in product(pairwise(xs), pairwise(ys))
-        ]
-    )
+    sides = product(pairwise(xs), pairwise(ys))
+    corners = np.array([[(x0, y0), (x1, y0), (x1, y1), (x0, y1)] for (x0, x1), (y0, y1) in sides])
     x, y = ((corners[:, 0] + corners[:, 2]) / 2).T  # the middles
     return corners, tier_codes(config.tier({"perplexity": x, against: y}))
 
