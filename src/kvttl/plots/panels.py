@@ -104,8 +104,7 @@ class TtlPanel:
         ticks = [n for n in (0, 1, 10, 100, 1000, 10_000) if n <= self._counts.max()]
         self.axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
         self.axes.xaxis.set_minor_locator(NullLocator())
-        self.axes.set_xlim(self._counts.min(), self._counts.max())
-        self.axes.set_yscale("log")
+        self.axes.set(xlim=(self._counts.min(), self._counts.max()), yscale="log")
         self.axes.set(xlabel="access count (log)", ylabel="TTL (log; s, min, h, d)")
         self.axes.grid(alpha=0.3)
         keys = [Line2D([], [], color=colour, label=f"{p:g}") for p, colour in colours.items()]
