@@ -51,7 +51,6 @@ async def openai_app(engine: Any, arguments: Any, body_limit: int = BODY_LIMIT) 
     """Return vLLM's routes ``/v1/models``, ``/v1/completions`` and ``/v1/chat/completions``."""
     from fastapi import FastAPI
     from starlette.middleware import Middleware
-    from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
     vllm = vllm_parts()
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=vllm.lifespan)
@@ -60,12 +59,32 @@ async def openai_app(engine: Any, arguments: Any, body_limit: int = BODY_LIMIT) 
     vllm.init_exception_handler(app)
     vllm.init_entrypoints_middleware(arguments, app, ("generate",))
     # Innermost, so that a body is read only after the API key has been checked.
-    app.user_middleware.append(Middleware(RequestBodyLimitMiddleware, max_body_size=body_limit))
+    app.user_middleware.append(Middleware(_limit_bodies, limit_bytes=body_limit))
     await vllm.init_app_state(engine, app.state, arguments, ("generate",))
     app.state.openai_serving_chat_batch = None  # "not implemented": one `kv` for many prompts
     # vLLM's server ends itself after the engine; this one stays, to say what happened.
     app.state.server = SimpleNamespace(should_exit=False)
     return app
+
+
+def _limit_bodies(app, limit_bytes):
+    """Wrap an ASGI application: vLLM's handler of HTTP errors answers a longer body."""
+    from fastapi import HTTPException
+
+    async def limited(scope, receive, send):
+        left_bytes = limit_bytes
+
+        async def receive_limited():
+            nonlocal left_bytes
+            message = await receive()
+            left_bytes -= len(message.get("body", b""))
+            if left_bytes < 0:
+                raise HTTPException(413, f"the body must have at most {limit_bytes} bytes")
+            return message
+
+        await app(scope, receive_limited, send)
+
+    return limited
 
 
 def manage_app(app: Any, cache: MultiTierCache, metrics: DecisionMetrics) -> None:
@@ -103,10 +122,8 @@ def health_of(engine: Any, cache: MultiTierCache, metrics: DecisionMetrics) -> d
         "engine": engine_state,
         "lmcache": lmcache,
         "manager": {
-            "queue_depth": _sum(metrics, "kvttl_queue_depth"),
-            "live_claims": _sum(metrics, "kvttl_live_claims"),
-            "not_managed": _sum(metrics, "kvttl_not_managed_total"),
-            "shed": _sum(metrics, "kvttl_shed_total"),
+            name.removesuffix("_total"): _sum(metrics, f"kvttl_{name}")
+            for name in ("queue_depth", "live_claims", "not_managed_total", "shed_total")
         },
     }
 
@@ -129,7 +146,9 @@ def _with_kv(create):
 
     async def create_managed(request, raw_request=None):
         try:
-            refuse_fields(request)
+            for name, reason in _REFUSED.items():
+                if getattr(request, name, None):
+                    raise ValueError(f"{name} is not possible: {reason}")
             metadata = kv_of(request)
         except ValueError as error:
             return vllm_parts().create_error_response(str(error), param="kv")
@@ -140,13 +159,6 @@ def _with_kv(create):
             KV_METADATA.reset(before)
 
     return create_managed
-
-
-def refuse_fields(request: Any) -> None:
-    """Raise a ValueError for a request with a field that cannot be managed."""
-    for name, reason in _REFUSED.items():
-        if getattr(request, name, None):
-            raise ValueError(f"{name} is not possible: {reason}")
 
 
 def kv_of(request: Any) -> dict[str, float] | None:
