@@ -257,10 +257,7 @@ def kv_generate_tool(
     def generate(
         prompt: str, perplexity: float | None = None, time_variance: float | None = None
     ) -> tuple[str, dict[str, Any]]:
-        """Continue a text. Its KV cache is kept for as long as it is worth it.
-
-        Say perplexity (>= 1) and time_variance (0 to 1) only if you know them.
-        """
+        """Continue a text; perplexity (>= 1) and time_variance (0 to 1) only if you know them."""
         kv = {"perplexity": perplexity, "time_variance": time_variance}  # None = unknown
         tokens = kv_cache.controller.tokenize(prompt)
         (managed,) = kv_cache.generate([tokens], _sampling(fields), [kv])

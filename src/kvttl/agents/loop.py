@@ -27,19 +27,11 @@ from kvttl.decisions.log import DecisionRecord
 from kvttl.manager.clock import ends_on_the_way
 from kvttl.plots.panels import TIER_COLOURS, open_axes, tier_keys
 from kvttl.session.launch import session_manager
-from kvttl.session.texts import CODE_PROMPT, PROSE_PROMPT, random_characters
+from kvttl.session.texts import CODE_PROMPT, PROSE_PROMPT, house_rules, random_characters
 from tiered_caching import MultiTierCache
 
-_RULES_TEXT = """\
-Read the whole ticket and all answers before you answer.
-Name the file and the line for every finding.
-Prefer a small change that can be tested.
-Say what you measured and what you only assume.
-Never print a password, a token or a private key.
-If two answers are possible, give the simpler one first.
-"""
-HOUSE_RULES = "You are one of several agents that work on a ticket together.\n" + "".join(
-    f"{n}. {rule}" for n, rule in enumerate(2 * _RULES_TEXT.splitlines(keepends=True), start=1)
+HOUSE_RULES = "You are one of several agents that work on a ticket together.\n" + house_rules(
+    "Read the whole ticket and all answers before you answer."
 )
 ROLES = {
     "planner": "You are the planner. Split the ticket into steps, and say who does which step.",

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from kvttl.lmcache.layout import hits_by_tier
 from kvttl.manager.clock import SessionClock, ends_on_the_way
 from kvttl.replay.costs import TierCosts
 from kvttl.session.calibrate import calibrate
-from kvttl.session.launch import be_quiet, managed
+from kvttl.session.launch import be_quiet, greedy, managed
 from kvttl.stack.config import StackConfig, engine_kwargs, load_config
 from kvttl.stack.lifecycle import LMCacheStack
 
@@ -109,11 +109,11 @@ class Served:
     call_s: float
     prompt_tokens: int
     cached_tokens: int
-    hit_tokens: dict[str, int] = field(default_factory=dict)
+    hit_tokens: dict[str, int]
     manage_s: float = 0.0
     engine_s: float = 0.0
     moved_chunks: int = 0
-    perplexity: float = float("nan")
+    perplexity: float = math.nan
     error: str = ""
 
 
@@ -161,8 +161,8 @@ class Runner:
         cached = output.num_cached_tokens or 0
         hits = hits_by_tier(held, cached, CHUNK_TOKENS)
         ttft_s = output.metrics.first_token_latency
-        served = Served(ttft_s, call_s, len(request.tokens), cached, hits, engine_s=call_s)
-        return served if decision is None else _with_decision(served, decision.result())
+        kit = _of_decision(decision.result()) if decision else {"engine_s": call_s}
+        return Served(ttft_s, call_s, len(request.tokens), cached, hits, **kit)
 
     def _held(self, request):
         """Return the tiers of each chunk of a prompt, before it is generated."""
@@ -238,8 +238,7 @@ class LMCacheRunner(Runner):
     def _generate(self, request):
         if self._cache is None:
             return super()._generate(request)
-        (managed_output,) = self._cache.generate(_prompt(request), sampling())
-        return managed_output
+        return self._cache.generate(_prompt(request), sampling())[0]
 
     def settle(self, below: float = math.inf) -> None:
         """Wait until LMCache has stored what it was given, and evicted: once a second at most."""
@@ -252,10 +251,8 @@ class LMCacheRunner(Runner):
 
     def expired_chunks(self) -> int:
         """Chunks that went down the ladder because a TTL had ended."""
-        records = self._cache.records if self._cache else ()
-        return sum(
-            map(_moved_chunks, (r for r in list(records) if r.kind in ("expiry", "settled")))
-        )
+        records = list(self._cache.records) if self._cache else []
+        return sum(_moved_chunks(r) for r in records if r.kind in ("expiry", "settled"))
 
     def _look_at_server(self):
         """Note the bytes in the memory tier; return the work that waits, and the used share."""
@@ -283,25 +280,18 @@ class LMCacheRunner(Runner):
 
 def sampling(logprobs: int | None = None) -> Any:
     """Return the sampling parameters of every request."""
-    from vllm import SamplingParams
-
-    options = {"temperature": 0.0, "ignore_eos": True, "logprobs": logprobs}
-    return SamplingParams(max_tokens=ANSWER_TOKENS, **options)
+    return greedy(ANSWER_TOKENS, ignore_eos=True, logprobs=logprobs)
 
 
 def _prompt(request):
     return {"prompt_token_ids": list(request.tokens)}
 
 
-def _with_decision(served, record):
-    return replace(
-        served,
-        manage_s=record.manage_s,
-        engine_s=record.generate_s,
-        moved_chunks=_moved_chunks(record),
-        perplexity=record.metadata.get("perplexity", served.perplexity),
-        error=record.error,
-    )
+def _of_decision(record):
+    """Return the fields of `Served` that the kit's record has."""
+    times = {"manage_s": record.manage_s, "engine_s": record.generate_s}
+    known = {"perplexity": record.metadata.get("perplexity", math.nan), "error": record.error}
+    return {"moved_chunks": _moved_chunks(record), **times, **known}
 
 
 def _moved_chunks(record):

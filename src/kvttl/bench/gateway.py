@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
+import math
 import multiprocessing
 import random
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import product
@@ -26,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 
 from kvttl.bench.figures import machine, percentile_line, percentiles, publish
 from kvttl.serve.app import openai_app, server_arguments
 from kvttl.serve.gateway import Gateway, gateway
 from kvttl.serve.listening import listening, serving
 from kvttl.session.demo_model import model_path
-from kvttl.session.launch import session_stack
+from kvttl.session.launch import greedy, session_stack
 from kvttl.session.texts import random_words
 
 REPORT = Path("data/reports/gateway.json")
@@ -54,20 +56,17 @@ _COMPARED = (  # a way, and what it is compared with
 @contextmanager
 def plain_server(server: Gateway, model: str) -> Iterator[str]:
     """Serve the gateway's engine a second time, without management; gives the base URL."""
-    engine = server.engine.unmanaged
     arguments = server_arguments(model, server.model)
-    app = server.loop.call(openai_app, engine, arguments)
+    app = server.loop.call(openai_app, server.engine.unmanaged, arguments)
     with listening() as listener, serving(app, listener, server.loop) as url:
         yield f"{url}/v1"
 
 
 async def time_in_engine(engine: Any, prompts: Sequence[str]) -> list[float]:
     """Return the seconds that each generation takes on the engine's own event loop."""
-    from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    options = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
-    sampling = SamplingParams(**options, output_kind=RequestOutputKind.FINAL_ONLY)
+    sampling = greedy(MAX_TOKENS, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY)
     seconds = []
     for prompt in prompts:
         start_s = time.perf_counter()
@@ -92,8 +91,6 @@ def time_over_http(
 
 @functools.cache
 def _client(base_url):
-    import openai
-
     return openai.OpenAI(base_url=base_url, api_key="none", max_retries=0)
 
 
@@ -101,26 +98,20 @@ def time_streams(base_url: str, model: str, prompts: Sequence[str]) -> list[tupl
     """Ask for a stream of each prompt at once; returns seconds to the first token, and errors."""
 
     async def all_of_them():
-        import openai
-
-        async with openai.AsyncOpenAI(
-            base_url=base_url, api_key="none", max_retries=0, timeout=120
-        ) as client:
-            streams = [_stream(client, _asked(model, prompt)) for prompt in prompts]
-            return await asyncio.gather(*streams)
+        options = {"api_key": "none", "max_retries": 0, "timeout": 120}
+        async with openai.AsyncOpenAI(base_url=base_url, **options) as client:
+            return await asyncio.gather(*[_stream(client, model, prompt) for prompt in prompts])
 
     return asyncio.run(all_of_them())
 
 
-async def _stream(client, asked):
-    start_s, first_s, tokens = time.perf_counter(), float("nan"), 0
+async def _stream(client, model, prompt):
+    asked = _asked(model, prompt, stream=True, stream_options={"include_usage": True})
+    start_s, first_s = time.perf_counter(), math.nan
     try:
-        usage = {"include_usage": True}
-        async for part in await client.completions.create(
-            **asked, stream=True, stream_options=usage
-        ):
-            first_s = first_s if tokens or not part.choices else time.perf_counter() - start_s
-            tokens += len(part.choices)
+        async for part in await client.completions.create(**asked):
+            if part.choices and math.isnan(first_s):
+                first_s = time.perf_counter() - start_s
         if part.usage.completion_tokens != MAX_TOKENS:
             return first_s, f"{part.usage.completion_tokens} tokens instead of {MAX_TOKENS}"
     except Exception as error:
@@ -128,18 +119,18 @@ async def _stream(client, asked):
     return first_s, ""
 
 
-def _asked(model, prompt, kv=None):
+def _asked(model, prompt, kv=None, **options):
+    options |= {"max_tokens": MAX_TOKENS, "temperature": 0.0}
     return {
         "model": model,
         "prompt": prompt,
-        "max_tokens": MAX_TOKENS,
-        "temperature": 0.0,
         "extra_body": {"ignore_eos": True, "kv": kv},
+        **options,
     }
 
 
 def compare_ways(
-    server: Gateway, plain_url: str, client: Executor, requests: int, rng: random.Random
+    server: Gateway, urls: Mapping[str, str], client: Executor, requests: int, rng: random.Random
 ) -> dict[str, float]:
     """Time the ways in turns; returns percentiles and what the gateway adds.
 
@@ -150,7 +141,7 @@ def compare_ways(
     for turn in range(requests + _WARM_UP):
         for way in rng.sample(_WAYS, k=len(_WAYS)):
             prompts = [random_words(rng, _WORDS) for _ in range(2 if way.endswith("busy") else 1)]
-            taken = _time_way(way, server, plain_url, client, prompts)
+            taken = _time_way(way, server, urls, client, prompts)
             server.cache.flush()
             time.sleep(_PAUSE_S)
             times[way] += taken[-1:] if turn >= _WARM_UP else []
@@ -161,20 +152,19 @@ def compare_ways(
     return {"requests_of_each": requests, **figures}
 
 
-def _time_way(way, server, plain_url, client, prompts):
+def _time_way(way, server, urls, client, prompts):
     if way == "engine":
         return server.loop.call(time_in_engine, server.engine.unmanaged, prompts)
-    url = plain_url if way.startswith("vllm_server") else server.base_url
+    url = urls["vllm_server" if way.startswith("vllm_server") else "gateway"]
     kv = {"perplexity": 25.0} if way.endswith("given") else None
     return client.submit(time_over_http, url, server.model, prompts, kv).result()
 
 
 def compare_streams(
-    server: Gateway, plain_url: str, client: Executor, rng: random.Random
+    server: Gateway, urls: Mapping[str, str], client: Executor, rng: random.Random
 ) -> dict[str, Any]:
     """Start `STREAMS` streams at once, on vLLM's server and on the gateway, in turns."""
     figures: dict[str, Any] = {"streams": STREAMS, "streams_rounds": _ROUNDS}
-    urls = {"vllm_server": plain_url, "gateway": server.base_url}
     answers: dict[str, list] = {name: [] for name in urls}
     for name in [*urls] * _ROUNDS:
         prompts = [random_words(rng, _WORDS) for _ in range(STREAMS)]
@@ -218,8 +208,9 @@ def _measure(options):
         model = model_path()
         server = exits.enter_context(gateway(stack, model, perplexity=options.perplexity))
         plain_url = exits.enter_context(plain_server(server, model))
-        figures = compare_ways(server, plain_url, client, options.requests, rng)
-        figures |= compare_streams(server, plain_url, client, rng)
+        urls = {"vllm_server": plain_url, "gateway": server.base_url}
+        figures = compare_ways(server, urls, client, options.requests, rng)
+        figures |= compare_streams(server, urls, client, rng)
         generations = [r for r in server.cache.records if r.kind == "generation"]
         figures["not_managed"] = sum(bool(record.error) for record in generations)
         return {**figures, "managed": len(generations)}

@@ -23,7 +23,7 @@ from caching_heuristics import compute_ttl, select_backend
 from kvttl.bench.figures import machine, percentile_line, percentiles, publish
 from kvttl.decisions.record import DecisionRecord
 from kvttl.session.demo_model import model_path
-from kvttl.session.launch import engine, session_manager, session_stack
+from kvttl.session.launch import engine, greedy, session_manager, session_stack
 from kvttl.session.run import MAX_TOKENS
 from kvttl.session.workload import session_requests
 
@@ -62,17 +62,18 @@ def decision_costs() -> dict[str, float]:
 
 def timed_session(cache, requests) -> list[tuple[float, DecisionRecord]]:
     """Run a session; returns the seconds that each call took, with its decision."""
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
-    calls = []
+    calls, sampling = [], greedy(MAX_TOKENS)
     for request in requests:
         cache.clock.advance(request.arrival_s)
         cache.sweep()  # as the sweeper would, on its own thread
-        start_s = time.perf_counter()
-        (managed,) = cache.generate(request.prompt, sampling)
-        calls.append((time.perf_counter() - start_s, managed.decision))
+        calls.append(_timed(cache, request, sampling))
     return [(seconds, decision.result()) for seconds, decision in calls]
+
+
+def _timed(cache, request, sampling):
+    start_s = time.perf_counter()
+    (made,) = cache.generate(request.prompt, sampling)
+    return time.perf_counter() - start_s, made.decision
 
 
 def mode_figures(name: str, calls: Sequence[tuple[float, DecisionRecord]]) -> dict[str, float]:
@@ -111,8 +112,7 @@ def sweeping_figures(stack, llm, seed: int) -> dict[str, float]:
     """Return percentiles (ms) of what managing adds while a sweep moves chunks, and how many."""
     calls, moved = [], 0
     for turn in range(_SWEEPS):
-        options = {"clock": SessionClock(time.time()), "sweep_every_s": None}
-        with managed(stack, llm, **options) as cache:
+        with session_manager(stack, llm, background=False) as cache:
             during, swept = _during_a_sweep(cache, seed + turn)
         calls, moved = calls + during, moved + swept
     added_ms = [(seconds - record.generate_s) * 1e3 for seconds, record in calls]
@@ -122,9 +122,7 @@ def sweeping_figures(stack, llm, seed: int) -> dict[str, float]:
 
 def _during_a_sweep(cache, seed):
     """Generate for as long as a sweep goes on; returns the calls, and how many chunks it moved."""
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
+    sampling = greedy(MAX_TOKENS)
     prompts = -(-_SWEPT_CHUNKS * cache.controller.chunk_size_tokens // _SWEPT_TOKENS)
     tokens = np.random.default_rng(seed).integers(300, 2_000, (prompts, _SWEPT_TOKENS)).tolist()
     hot = {"perplexity": 12.0, "time_variance": 0.0}
@@ -135,12 +133,10 @@ def _during_a_sweep(cache, seed):
     sweep.start()
     calls = []
     for request in session_requests(100, seed):
-        start_s = time.perf_counter()
-        (made,) = cache.generate(request.prompt, sampling)
-        seconds = time.perf_counter() - start_s
+        seconds, decision = _timed(cache, request, sampling)
         if not sweep.is_alive():
             break
-        calls.append((seconds, made.decision.result()))
+        calls.append((seconds, decision.result()))
     sweep.join()
     return calls, sum(move["moved_chunks"] for record in swept for move in record.moves)
 

@@ -49,12 +49,11 @@ _WATCH = """() => {
 
 def scratch_project(folder: str | Path, root: str | Path = ".") -> Path:
     """Copy what notebook 04 needs, so that no run, settings or exports of ours matter."""
-    folder = Path(folder)
-    for name in ("notebooks", "data"):
-        (folder / name).mkdir(parents=True)
-    shutil.copy(Path(root, APP_NOTEBOOK), folder / "notebooks")
-    shutil.copy(Path(root, "data", FILE_NAME), folder / "data")
-    return folder
+    for name in (APP_NOTEBOOK, Path("data", FILE_NAME)):
+        copy = Path(folder, name)
+        copy.parent.mkdir(parents=True)
+        shutil.copy(Path(root, name), copy)
+    return Path(folder)
 
 
 def server_command(target: str, port: int) -> list[str]:

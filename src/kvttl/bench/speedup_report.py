@@ -21,14 +21,13 @@ from matplotlib.lines import Line2D
 from caching_heuristics import HeuristicConfig
 from kvttl.bench.contenders import CONTENDERS, KIT, LMCACHE, MAIN_SHARE, ORDER, TUNED
 from kvttl.bench.figures import write_json
-from kvttl.bench.truth import replay_truth
+from kvttl.bench.truth import KEYS, replay_truth
 from kvttl.bench.workloads import Workload
 from kvttl.replay.costs import TierCosts
 from kvttl.settings import save_settings
 
 RUNS, REQUESTS, FIGURES = "speedup.csv", "speedup_requests.csv.gz", "speedup.json"
 SETTINGS, PICTURE = "speedup_heuristics.yaml", "speedup.png"
-KEYS = ["workload", "hot_share", "contender"]
 _TIMES = {q: f"ttft_p{q}_ms" for q in (50, 90, 99)}
 # What is compared with LMCache, and how a verdict calls it
 _GOAL = {"hot_mb_s": "memory", "ttft_p50_ms": "p50", "ttft_p90_ms": "p90"}
@@ -61,19 +60,16 @@ class BenchResult:
 def by_seed(result: BenchResult) -> pd.DataFrame:
     """Return the figures of each workload, hot tier, contender and seed, a row each."""
     keys = [*KEYS, "seed"]
-    groups = result.requests.groupby(keys, sort=False)
-    ttft_s = groups["ttft_s"]
-    frame = pd.DataFrame({n: ttft_s.quantile(q / 100) * 1e3 for q, n in _TIMES.items()})
+    requests = result.requests.eval("added_s = call_s - engine_s")
+    groups = requests.groupby(keys, sort=False)
+    frame = pd.DataFrame({n: groups["ttft_s"].quantile(q / 100) * 1e3 for q, n in _TIMES.items()})
     prompts = groups["prompt_tokens"].sum()
     for tier in ("gpu", "disk", "remote", "none"):
         frame[f"hit_{tier}"] = groups[f"hit_{tier}"].sum() / prompts
     frame["recomputed_tokens"] = prompts - groups["cached_tokens"].sum()
     frame["moved_chunks"] = groups["moved_chunks"].sum()
-    frame["manage_p50_ms"] = groups["manage_s"].median() * 1e3
-    frame["manage_p90_ms"] = groups["manage_s"].quantile(0.9) * 1e3
-    added_s = result.requests["call_s"] - result.requests["engine_s"]
-    by = [result.requests[key] for key in keys]
-    frame["added_p50_ms"] = added_s.groupby(by, sort=False).median() * 1e3
+    for name, q in (("manage", 50), ("manage", 90), ("added", 50)):
+        frame[f"{name}_p{q}_ms"] = groups[f"{name}_s"].quantile(q / 100) * 1e3
     frame["not_managed"] = groups["error"].apply(lambda errors: sum(map(bool, errors)))
     totals = result.totals.set_index(keys)
     frame["moved_chunks"] += totals["expired_chunks"]

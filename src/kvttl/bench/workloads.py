@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -167,11 +167,7 @@ def _control(seed, requests):
     return trace, f"generated, no prompt twice, seed {seed}", False
 
 
-WORKLOADS: dict[str, Callable[[int, int], tuple[Trace, str, bool]]] = {
-    "agentic": _agentic,
-    "chat": _chat,
-    "control": _control,
-}
+WORKLOADS = {"agentic": _agentic, "chat": _chat, "control": _control}
 
 
 # ---- text ------------------------------------------------------------------------

@@ -150,10 +150,9 @@ class DecisionMetrics:
         try:
             server, thread = start_http_server(port, addr=host, registry=self.registry)
         except OSError as error:
-            raise RuntimeError(
-                f"the metrics cannot be served on {host} port {port}: {error.strerror or error}; "
-                "choose another port, or 0 for any free one"
-            ) from error
+            reason = f"{error.strerror or error}; choose another port, or 0 for any free one"
+            place = f"{host} port {port}"
+            raise RuntimeError(f"the metrics cannot be served on {place}: {reason}") from error
         return MetricsServer(server, thread)
 
     def _observe_generation(self, record):

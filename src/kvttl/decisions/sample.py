@@ -61,11 +61,9 @@ def _prompt_records(rng, number, config):
     """One prompt's uses, and what expires between them."""
     shares = [kind[3] for kind in _KINDS.values()]
     perplexity, variance, gap_s, _ = _KINDS[rng.choice(list(_KINDS), p=shares)]
-    prompt = {
-        "prompt_digest": hashlib.sha256(f"sample {number}".encode()).hexdigest()[:16],
-        "prompt_tokens": int(rng.integers(300, 1200)),
-    }
-    prompt["chunks"] = prompt["prompt_tokens"] // _CHUNK_TOKENS
+    digest = hashlib.sha256(f"sample {number}".encode()).hexdigest()[:16]
+    tokens = int(rng.integers(300, 1200))
+    prompt = {"prompt_digest": digest, "prompt_tokens": tokens, "chunks": tokens // _CHUNK_TOKENS}
     measured = {
         "perplexity": round(float(perplexity * rng.lognormal(0, 0.3)), 2),
         "time_variance": round(float(np.clip(variance + rng.normal(0, 0.08), 0, 1)), 3),

@@ -104,8 +104,7 @@ class TtlPanel:
         ticks = [n for n in (0, 1, 10, 100, 1000, 10_000) if n <= self._counts.max()]
         self.axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
         self.axes.xaxis.set_minor_locator(NullLocator())
-        self.axes.set_xlim(self._counts.min(), self._counts.max())
-        self.axes.set_yscale("log")
+        self.axes.set(xlim=(self._counts.min(), self._counts.max()), yscale="log")
         self.axes.set(xlabel="access count (log)", ylabel="TTL (log; s, min, h, d)")
         self.axes.grid(alpha=0.3)
         keys = [Line2D([], [], color=colour, label=f"{p:g}") for p, colour in colours.items()]
@@ -242,12 +241,8 @@ def tier_regions(
     """
     xs = np.clip([x_span[0], config.hot_threshold, config.cold_threshold, x_span[1]], *x_span)
     ys = np.clip([y_span[0], _threshold(config, against), y_span[1]], *y_span)
-    corners = np.array(
-        [
-            [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
-            for (x0, x1), (y0, y1) in product(pairwise(xs), pairwise(ys))
-        ]
-    )
+    sides = product(pairwise(xs), pairwise(ys))
+    corners = np.array([[(x0, y0), (x1, y0), (x1, y1), (x0, y1)] for (x0, x1), (y0, y1) in sides])
     x, y = ((corners[:, 0] + corners[:, 2]) / 2).T  # the middles
     return corners, tier_codes(config.tier({"perplexity": x, against: y}))
 

@@ -91,6 +91,7 @@ def manage_app(app: Any, cache: MultiTierCache, metrics: DecisionMetrics) -> Non
     """Read ``kv`` from every request of `openai_app`; add ``/healthz`` and ``/metrics``."""
     from fastapi import Response
     from fastapi.responses import JSONResponse
+    from prometheus_client import generate_latest
 
     state = app.state
     chat, completion = state.openai_serving_chat, state.openai_serving_completion
@@ -101,8 +102,10 @@ def manage_app(app: Any, cache: MultiTierCache, metrics: DecisionMetrics) -> Non
         health = health_of(state.engine_client, cache, metrics)
         return JSONResponse(health, 200 if health["engine"] == "running" else 503)
 
-    def show_metrics():
-        return Response(metrics_text(metrics), media_type="text/plain; version=0.0.4")
+    def show_metrics():  # vLLM's and this kit's
+        registries = (vllm_parts().get_prometheus_registry(), metrics.registry)
+        text = b"".join(map(generate_latest, registries))
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     app.add_api_route("/healthz", healthz)
     app.add_api_route("/metrics", show_metrics)
@@ -131,14 +134,6 @@ def health_of(engine: Any, cache: MultiTierCache, metrics: DecisionMetrics) -> d
 def _sum(metrics, name):
     families = metrics.registry.collect()
     return int(sum(s.value for family in families for s in family.samples if s.name == name))
-
-
-def metrics_text(metrics: DecisionMetrics) -> bytes:
-    """Return vLLM's metrics and this kit's in Prometheus' text format."""
-    from prometheus_client import generate_latest
-
-    registries = (vllm_parts().get_prometheus_registry(), metrics.registry)
-    return b"".join(map(generate_latest, registries))
 
 
 def _with_kv(create):

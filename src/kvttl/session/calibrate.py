@@ -9,6 +9,7 @@ from typing import Any
 
 from caching_heuristics import TIERS
 from kvttl.replay.costs import TierCosts, fit_costs
+from kvttl.session.launch import greedy
 from kvttl.session.texts import random_words
 
 
@@ -16,7 +17,7 @@ def calibrate(
     cache: Any,
     words: Sequence[int] = (60, 240),
     repeats: int = 3,
-    bytes_per_token: float | None = None,
+    bytes_per_token: float = TierCosts.bytes_per_token,
     seed: int = 0,
 ) -> TierCosts:
     """Measure the running stack: new prompts, then the same from gpu, disk and remote.
@@ -29,7 +30,7 @@ def calibrate(
         Lengths of the prompts, two or more different ones.
     repeats : int
         Prompts of each length, after one of each to warm up.
-    bytes_per_token : float, optional
+    bytes_per_token : float
         KV cache of a token of the served model.
     seed : int
         Of the prompts' text.
@@ -42,8 +43,7 @@ def calibrate(
             made = _serve_from_each_tier(cache, random_words(rng, length))
             records += made if number else []
         number += 1
-    start = TierCosts() if bytes_per_token is None else TierCosts(bytes_per_token=bytes_per_token)
-    return fit_costs(records, start)
+    return fit_costs(records, TierCosts(bytes_per_token=bytes_per_token))
 
 
 # Before each generation: LMCache writes through after the answer; a load meanwhile takes longer.
@@ -66,9 +66,7 @@ _PLACING = (  # metadata that place a prompt in gpu, disk, remote, for the next 
 
 def _serve_from_each_tier(cache, prompt):
     """Generate once anew and once from each tier; returns the four records."""
-    from vllm import SamplingParams
-
-    sampling, records = SamplingParams(temperature=0.0, max_tokens=1), []
+    sampling, records = greedy(1), []
     for metadata in (*_PLACING, _PLACING[0]):
         time.sleep(_PAUSE_S)
         (managed,) = cache.generate(prompt, sampling, metadata)

@@ -174,8 +174,9 @@ def prompt_perplexity(
         raise ValueError(f"perplexity needs at least 2 tokens, got {len(ids)}")
     import torch
 
+    model = load_model(path)  # outside: weights made in inference mode know no gradients
     with torch.inference_mode():
-        return math.exp(next_token_loss(load_model(path), torch.tensor([ids])).item())
+        return math.exp(next_token_loss(model, torch.tensor([ids])).item())
 
 
 def next_token_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

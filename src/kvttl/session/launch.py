@@ -116,6 +116,13 @@ def managed(stack, llm, config: HeuristicConfig | None = None, **options) -> Mul
     return MultiTierCache(controller, llm, config=config, **{"notify": None, **options})
 
 
+def greedy(max_tokens: int, **options):
+    """Return vLLM's sampling parameters for the likeliest answer, equal in every run."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, **options)
+
+
 def measuring(model: str, source: str = "prompt") -> dict[str, object]:
     """Return the options of a manager that measures perplexities of `model`'s prompts.
 

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from caching_heuristics import TIERS
 from kvttl.decisions.log import DecisionLog, DecisionRecord
+from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.manager.clock import ends_on_the_way
 from kvttl.manager.metadata import PERPLEXITY_SOURCES
+from kvttl.session import launch
 from kvttl.session.demo_model import model_path
-from kvttl.session.launch import engine, measuring, new_run_folder, session_manager, session_stack
 from kvttl.session.workload import Request, session_requests
 from kvttl.settings import FILE_NAME, save_settings
 from tiered_caching import MultiTierCache
@@ -59,20 +60,21 @@ def _options(argv):
 
 def _run(options):
     requests = session_requests(options.generations, options.seed)
-    folder = options.out or new_run_folder()
-    started_s = time.perf_counter()
-    with _metrics(options.metrics_port) as metrics, DecisionLog(folder) as log:
-        with session_stack(options.config, options.redis_url) as stack:
-            model = model_path(options.llm)
-            with engine(stack, model) as llm:
-                measured = measuring(model, options.perplexity)
-                with session_manager(stack, llm, log=log, metrics=metrics, **measured) as cache:
-                    save_settings(cache.config, folder / FILE_NAME)
-                    rows = list(run_session(cache, requests))
-    records = [record for _, record in rows]
+    folder = options.out or launch.new_run_folder()
+    started_s, model = time.perf_counter(), model_path(options.llm)
+    measured = launch.measuring(model, options.perplexity)
+    with (
+        _metrics(options.metrics_port) as metrics,
+        DecisionLog(folder) as log,
+        launch.session_stack(options.config, options.redis_url) as stack,
+        launch.engine(stack, model) as llm,
+        launch.session_manager(stack, llm, log=log, metrics=metrics, **measured) as cache,
+    ):
+        save_settings(cache.config, folder / FILE_NAME)
+        rows = list(run_session(cache, requests))
     _write_pictures(folder, rows)
     print(session_table(rows))
-    print(session_summary(records))
+    print(session_summary([record for _, record in rows]))
     print(f"\nWrote the decision log, timeline.png and served.png to {folder}")
     print(f"All services are stopped. Total: {time.perf_counter() - started_s:.0f} s")
 
@@ -83,8 +85,6 @@ def _metrics(port):
     if port is None:
         yield None
         return
-    from kvttl.decisions.metrics import DecisionMetrics
-
     metrics = DecisionMetrics()
     with metrics.serve(port) as server:
         print(f"Metrics: http://127.0.0.1:{server.port}/metrics")
@@ -102,9 +102,8 @@ def run_session(
         A request with its record; None with the record of a TTL that ended.
     """
     from tqdm.auto import tqdm
-    from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
+    sampling = launch.greedy(MAX_TOKENS)
     for request in tqdm(list(requests), desc="generations", unit="prompt", disable=not progress):
         for _ in ends_on_the_way(cache, request.arrival_s):  # TTLs end when they are due
             yield from ((None, record) for record in cache.sweep())
@@ -127,10 +126,10 @@ def session_table(rows: Sequence[tuple[Request | None, DecisionRecord]]) -> str:
         clock = _hours(record.time_s - start_s)
         if request is None:
             lines.append(f"     {clock} {_expiry_line(record, numbers)}")
-            continue
-        count += 1
-        numbers[record.prompt_digest] = count
-        lines.append(f"{count:4d} {clock} {_generation_line(request, record)}")
+        else:
+            count += 1
+            numbers[record.prompt_digest] = count
+            lines.append(f"{count:4d} {clock} {_generation_line(request, record)}")
     return "\n".join(lines)
 
 

@@ -55,6 +55,20 @@ and may give better results, depending on the kind of requests that are made.
 """
 
 
+_RULES = (
+    "Name the file and the line for every finding.",
+    "Prefer a small change that can be tested.",
+    "Say what you measured and what you only assume.",
+    "Never print a password, a token or a private key.",
+    "If two answers are possible, give the simpler one first.",
+)
+
+
+def house_rules(first: str) -> str:
+    """Return numbered rules for an agent, a line each; the first is the caller's."""
+    return "".join(f"{n}. {rule}\n" for n, rule in enumerate((first, *_RULES) * 2, start=1))
+
+
 _WORDS = "cache tensor prefix token block chunk tier model agent server queue worker".split()
 
 

@@ -268,14 +268,8 @@ class Trainer:
         with torch.random.fork_rng():  # the weights' start comes from `seed` alone
             torch.manual_seed(seed)
             self.model = Gemma3ForCausalLM(model_config())
-        self.log = {
-            "seed": seed,
-            "peak_lr": lr,
-            "parameters": self.model.num_parameters(),
-            "code_tokens": len(code),
-            "prose_tokens": len(prose),
-            "losses": [],
-        }
+        self.log = {"seed": seed, "peak_lr": lr, "parameters": self.model.num_parameters()}
+        self.log |= {"code_tokens": len(code), "prose_tokens": len(prose), "losses": []}
 
     def measure(self, step: int, seen_tokens: int, train_loss: float, elapsed_s: float) -> None:
         """Add a row of losses to the log, print it, and save the model."""

@@ -37,10 +37,8 @@ class SettingsPanel(widgets.VBox):
         self.config, self.drawn = config, 0
         self.errors: dict[str, str] = {}
         self._waiting: asyncio.Handle | None = None
-        self.controls = {
-            name: Control(name, value, self.control_changed)
-            for name, value in config.to_dict().items()
-        }
+        settings, changed = config.to_dict(), self.control_changed
+        self.controls = {name: Control(name, value, changed) for name, value in settings.items()}
         self.image = widgets.Image(format="png", layout=widgets.Layout(width="100%"))
         self.image.add_class("kv-picture")
         self.readout, self.status = widgets.HTML(), widgets.HTML()

@@ -23,11 +23,8 @@ def sentence(found: Changes, decisions: int) -> str:
     """
     if not decisions:
         return "There is no run to compare with"
-    ways = [
-        f"{TIERS[i]}→{TIERS[j]} {found.moved[i, j]}"
-        for i, j in zip(*found.moved.nonzero())
-        if i != j
-    ]
+    pairs = zip(*found.moved.nonzero())
+    ways = [f"{TIERS[i]}→{TIERS[j]} {found.moved[i, j]}" for i, j in pairs if i != j]
     changed = f"{found.changed} of {decisions} decisions change tier"
     return f"{changed}: {', '.join(ways)}" if ways else changed
 
@@ -49,10 +46,7 @@ def readout(found: Changes, decisions: int, source: str = "") -> str:
     if not decisions:
         return text
     before, after = found.moved.sum(axis=1), found.moved.sum(axis=0)
-    rows = [
-        _row(name, before[i], after[i], found.before_token_s[i], found.after_token_s[i])
-        for i, name in enumerate(TIERS)
-    ]
+    rows = map(_row, TIERS, before, after, found.before_token_s, found.after_token_s)
     heads = ("tier", "decisions", "memory-time (million token-seconds)", "change")
     head = "".join(f"<th {_CELL}>{title}</th>" for title in heads)
     return f"{text}<table style='line-height:1.35'><tr>{head}</tr>{''.join(rows)}</table>"
