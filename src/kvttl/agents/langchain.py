@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 from uuid import uuid4
@@ -110,13 +110,7 @@ class ManagedChatModel(BaseChatModel):
         together._conversations = [] if stores else messages
         return super(ManagedChatModel, together).generate(messages, *args, **kwargs)
 
-    def _generate(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: Any = None,
-        **kwargs: Any,
-    ) -> ChatResult:
+    def _generate(self, messages, stop=None, run_manager=None, **kwargs):
         """Answer one conversation; the first one of a `generate` asks for all of them."""
         answers = self._answers
         if not answers:
@@ -150,13 +144,9 @@ class ManagedChatModel(BaseChatModel):
         )
 
     def bind_tools(
-        self,
-        tools: Sequence[Mapping[str, Any] | type | Callable | BaseTool],
-        *,
-        tool_choice: str | None = None,
-        **kwargs: Any,
+        self, tools: Sequence[Any], *, tool_choice: str | None = None, **kwargs: Any
     ) -> Any:
-        """Return the model with tools that it may call.
+        """Return the model with tools that it may call: all that `convert_to_openai_tool` takes.
 
         Raises
         ------

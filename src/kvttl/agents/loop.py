@@ -6,17 +6,16 @@ in between is read from LMCache's directory after every event.
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Annotated, Any, TypedDict
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
-from langgraph.graph import END, START, StateGraph
+from langchain_core.messages import HumanMessage, SystemMessage
+from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.types import Command
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -28,7 +27,6 @@ from kvttl.manager.clock import ends_on_the_way
 from kvttl.plots.panels import TIER_COLOURS, open_axes, tier_keys
 from kvttl.session.launch import session_manager
 from kvttl.session.texts import CODE_PROMPT, PROSE_PROMPT, house_rules, random_characters
-from tiered_caching import MultiTierCache
 
 HOUSE_RULES = "You are one of several agents that work on a ticket together.\n" + house_rules(
     "Read the whole ticket and all answers before you answer."
@@ -53,10 +51,9 @@ VISITS = (
 THINK_S = 120.0  # between two turns
 
 
-class Conversation(TypedDict):
+class Conversation(MessagesState):
     """What goes round: the messages so far, the number of turns, when the next one is."""
 
-    messages: Annotated[list[AnyMessage], operator.add]
     turns: int
     at_s: float
 
@@ -129,7 +126,9 @@ def _agent(model, run, ticket, name, following, turns):
     system = SystemMessage(f"{HOUSE_RULES}\n{ROLES[name]}")
 
     def speak(state: Conversation) -> Command:
-        wait_until(model.kv_cache, run, state["at_s"])
+        for _ in ends_on_the_way(model.kv_cache, state["at_s"]):
+            model.kv_cache.sweep()
+            _note(model.kv_cache, run)
         answer = model.invoke([system, *state["messages"]])
         digest = answer.response_metadata["kv"]["prompt_digest"]
         turn = state["turns"] + 1
@@ -169,13 +168,6 @@ def run_loop(
         start = {"messages": [HumanMessage(TICKETS[ticket])], "turns": 0, "at_s": hours * _HOUR}
         agent_graph(model, run, ticket, turns).invoke(start)
     return run
-
-
-def wait_until(cache: MultiTierCache, run: LoopRun, at_s: float) -> None:
-    """Let the clock jump to `at_s` seconds after the start, and TTLs end on the way."""
-    for _ in ends_on_the_way(cache, at_s):
-        cache.sweep()
-        _note(cache, run)
 
 
 def _note(cache, run):

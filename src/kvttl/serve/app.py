@@ -147,11 +147,8 @@ def _with_kv(create):
             metadata = kv_of(request)
         except ValueError as error:
             return vllm_parts().create_error_response(str(error), param="kv")
-        before = KV_METADATA.set(metadata)
-        try:
-            return await create(request, raw_request)
-        finally:
-            KV_METADATA.reset(before)
+        KV_METADATA.set(metadata)  # every request sets its own, also where it has none
+        return await create(request, raw_request)
 
     return create_managed
 

@@ -238,13 +238,12 @@ def _recover(cache, folder):
 def _welcome(server, folder, key_variable):
     key = f' -H "Authorization: Bearer ${key_variable}"' if key_variable else ""
     body = f'{{"model": "{server.model}", "prompt": "What is a KV cache?", "max_tokens": 16}}'
-    return (
-        f"\nServing {server.model} at {server.base_url} (Ctrl-C ends it)\n"
-        f"  curl {server.base_url}/completions{key} -H 'Content-Type: application/json' "
-        f"-d '{body}'\n"
-        f"  {server.url}/healthz    {server.url}/metrics\n"
-        f"  decisions: {folder}"
-    )
+    curl = f"curl {server.base_url}/completions{key} -H 'Content-Type: application/json'"
+    return f"""
+Serving {server.model} at {server.base_url} (Ctrl-C ends it)
+  {curl} -d '{body}'
+  {server.url}/healthz    {server.url}/metrics
+  decisions: {folder}"""
 
 
 if __name__ == "__main__":
