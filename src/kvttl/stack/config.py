@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import parse_qsl, urlsplit
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from caching_heuristics import unknown_name
 from kvttl import PROJECT
@@ -129,12 +123,9 @@ class StackConfig(BaseModel):
     @model_validator(mode="after")
     def _check_together(self) -> StackConfig:
         names = [n for n in PORT_FIELDS if n != "redis_port" or self.redis_url is None]
-        seen: dict[int, str] = {}
-        for name in names:
-            port = getattr(self, name)
-            if port in seen:
-                raise _refusal(name, port, f"a port of its own, but {seen[port]} has the same")
-            seen[port] = name
+        for first, name in itertools.combinations(names, 2):
+            if (port := getattr(self, name)) == getattr(self, first):
+                raise _refusal(name, port, f"a port of its own, but {first} has the same")
         if self.chunk_size_tokens % self.block_size_tokens:
             allowed = f"a multiple of block_size_tokens = {self.block_size_tokens}"
             raise _refusal("chunk_size_tokens", self.chunk_size_tokens, allowed)
