@@ -188,9 +188,8 @@ class LMCacheStack:
             return
         if self._detached and self._recorded:
             raise StackError("a stack from an earlier `up` is running; run `make down` first")
-        ports = dict(
-            zip(PORT_FIELDS, services.pick_ports(self.host, len(PORT_FIELDS)), strict=True)
-        )
+        picked = services.pick_ports(self.host, len(PORT_FIELDS))
+        ports = dict(zip(PORT_FIELDS, picked, strict=True))
         if self._first:
             ports["coordinator_port"] = self._first.port
         self.config = self._settings.replaced(run_dir=self._new_run_dir(), **ports)
@@ -257,22 +256,18 @@ class LMCacheStack:
         # Our own socket, not that of a stranger who took the port first.
         if child and not all(child.listens_on(getattr(self.config, p)) for p in PORTS_OF[name]):
             return False
-        if name == "redis":
-            return services.redis_answers(self.config)
-        if name == "coordinator":
-            return services.is_coordinator(self.config)
-        return bool(server_settings(self.server_http_url)) and self._registered(child)
+        if name == "server":
+            return bool(server_settings(self.server_http_url)) and self._registered(child)
+        check = services.redis_answers if name == "redis" else services.is_coordinator
+        return check(self.config)
 
     def _registered(self, child: Child | None) -> bool:
         """Whether the coordinator lists the server, and not just one that died earlier."""
         since = child.created_s - 1.0 if child else 0.0
-        answer = get_json(self.coordinator_url, "/instances")
-        return any(
-            i.get("instance_id") == self.instance_id
-            and i.get("registration_time", 0) >= since
-            and i.get("http_port") == self.config.server_http_port
-            for i in answer.get("instances", [])
-        )
+        ours = {"instance_id": self.instance_id, "http_port": self.config.server_http_port}
+        entries = get_json(self.coordinator_url, "/instances").get("instances", [])
+        since_then = [entry for entry in entries if entry.get("registration_time", 0) >= since]
+        return any(ours.items() <= entry.items() for entry in since_then)
 
     def _raise_if_dead(self, names: list[str]) -> None:
         for name in names:

@@ -166,9 +166,8 @@ def spawn(name: str, arguments: list[str], log_path: Path, env: dict, detached: 
     if log_path.exists():  # what an earlier life wrote must not be taken for this one's
         log_path.replace(log_path.with_suffix(".log.old"))
     with log_path.open("wb") as log:
-        popen = Popen(
-            command, stdin=DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
-        )
+        streams = {"stdin": DEVNULL, "stdout": log, "stderr": log}
+        popen = Popen(command, **streams, env=env, start_new_session=True)
     return Child(name, popen.pid, psutil.Process(popen.pid).create_time(), log_path, popen)
 
 

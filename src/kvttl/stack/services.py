@@ -119,7 +119,9 @@ def checkpoint_path(config: StackConfig) -> Path:
 def pick_ports(host: str, count: int) -> list[int]:
     """`count` different TCP ports that are free now (another program may still be faster)."""
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server((host, 0))) for _ in range(count)]
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind((host, 0))
         return [one.getsockname()[1] for one in sockets]
 
 
@@ -230,11 +232,10 @@ def _is_our_server(config: StackConfig) -> bool:
 
 def redis_answers(config: StackConfig) -> bool:
     """Whether Redis answers a PING with the configured credentials."""
-    try:
+    with contextlib.suppress(StackError):
         ping_redis(config)
-    except StackError:
-        return False
-    return True
+        return True
+    return False
 
 
 def ping_redis(config: StackConfig) -> None:
