@@ -250,8 +250,8 @@ def _read_section(file: Path) -> dict:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid YAML: {error}") from None
     sections = document if isinstance(document, dict) else {"stack": document}
-    for name in sections.keys() - {"stack"}:
-        raise ValueError(f"{file}: {unknown_name('section', name, ['stack'])}")
+    if unknown := [name for name in sections if name != "stack"]:
+        raise ValueError(f"{file}: {unknown_name('section', unknown[0], ['stack'])}")
     section = sections.get("stack") or {}
     if not isinstance(section, dict):
         raise ValueError(f"{file} must hold a mapping under stack:, got {type(section).__name__}")
