@@ -234,11 +234,8 @@ class LocalLMCacheController(InProcessController):
             raise ValueError(f"chunk_size_tokens must be >= 1, got {chunk_size_tokens!r}")
         self.model = model
         self.chunk_size_tokens = chunk_size_tokens
-        self.backends = backends or {
-            "gpu": InMemoryBackend(),
-            "disk": LocalDiskBackend(),
-            "remote": RemoteBackend(),
-        }
+        defaults = (InMemoryBackend, LocalDiskBackend, RemoteBackend)
+        self.backends = backends or {backend.tier: backend() for backend in defaults}
         self._ttl_s = ttl_s
         self._known: dict[str, None] = {}  # keys ever stored, in order
         self._lock = threading.RLock()
