@@ -7,8 +7,10 @@ real bytes in this package's own three backends and needs no server.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -53,8 +55,9 @@ class LMCacheController(BaseController):
         The LMCache server that the engine is connected to.
     move_timeout_s : float
         How long a move waits to see the new copy, seconds.
-    connect_timeout_s, read_timeout_s, retry_after_s : float
-        See `LMCacheHTTP`.
+    limits : float
+        ``connect_timeout_s`` (0.5), ``read_timeout_s`` (2.0), ``retry_after_s`` (1.0): how long
+        a call waits, and when a service that was away is tried again, seconds; see `Service`.
 
     Notes
     -----
@@ -73,18 +76,11 @@ class LMCacheController(BaseController):
         cache_salt: str = "",
         instance_id: str = DEFAULT_INSTANCE,
         move_timeout_s: float = 2.0,
-        connect_timeout_s: float = 0.5,
-        read_timeout_s: float = 2.0,
-        retry_after_s: float = 1.0,
+        **limits: float,
     ) -> None:
         self.instance_id = instance_id
         self.move_timeout_s = move_timeout_s
-        self._http = LMCacheHTTP(
-            f"http://{host}:{port}",
-            connect_timeout_s=connect_timeout_s,
-            read_timeout_s=read_timeout_s,
-            retry_after_s=retry_after_s,
-        )
+        self._http = LMCacheHTTP(f"http://{host}:{port}", **limits)
         self._directory = Directory(self._http, model, world_size, cache_salt)
         self._chunk_size_tokens: int | None = None
         # Tiers whose last demotion waited in vain (a dead Redis, a full disk):
@@ -109,7 +105,7 @@ class LMCacheController(BaseController):
         """Use the engine's tokenizer and the model name it stores KV under."""
         super().attach_engine(llm)
         if (config := engine_config(llm)) is not None:
-            self._directory = self._directory.of_model(config.model_config.model)
+            self._directory = replace(self._directory, model=config.model_config.model)
 
     def layout(self, tokens: Sequence[int]) -> KVLayout:
         """Return where the directory says that each complete chunk is.
@@ -238,11 +234,8 @@ class LocalLMCacheController(InProcessController):
             raise ValueError(f"chunk_size_tokens must be >= 1, got {chunk_size_tokens!r}")
         self.model = model
         self.chunk_size_tokens = chunk_size_tokens
-        self.backends = backends or {
-            "gpu": InMemoryBackend(),
-            "disk": LocalDiskBackend(),
-            "remote": RemoteBackend(),
-        }
+        defaults = (InMemoryBackend, LocalDiskBackend, RemoteBackend)
+        self.backends = backends or {backend.tier: backend() for backend in defaults}
         self._ttl_s = ttl_s
         self._known: dict[str, None] = {}  # keys ever stored, in order
         self._lock = threading.RLock()
@@ -270,14 +263,8 @@ class LocalLMCacheController(InProcessController):
 
     def load(self, tokens: Sequence[int]) -> list[bytes]:
         """Return the payloads of the longest stored prefix, each from its hottest tier."""
-        payloads = []
-        for key, _ in self._chunks(tokens):
-            values = (self.backends[tier].get(key) for tier in TIERS)
-            payload = next((value for value in values if value is not None), None)
-            if payload is None:
-                break
-            payloads.append(payload)
-        return payloads
+        found = (self._hottest(key) for key, _ in self._chunks(tokens))
+        return list(itertools.takewhile(lambda payload: payload is not None, found))
 
     def note_generated(self, tokens: Sequence[int]) -> None:
         """Store the chunks that no tier holds yet, as LMCache would."""
@@ -308,6 +295,10 @@ class LocalLMCacheController(InProcessController):
             outcome = self._keep_from(target, source, keys)
             outcome.layout = self.layout_of(keys)
         return outcome
+
+    def _hottest(self, key):
+        values = (self.backends[tier].get(key) for tier in TIERS)
+        return next((value for value in values if value is not None), None)
 
     def _copy(self, key, source, target):
         payload = None if key in self.backends[target] else self.backends[source].get(key)

@@ -234,7 +234,8 @@ class BaseController(ABC):
         if not outcome.moved and not outcome.skipped:
             outcome.reason = f"no complete chunk in {source} that could go to {target}"
         if is_above(target, source):
-            outcome.skip(f"not in {source}", sum(not layout.of(here)[i] for i in chosen))
+            held = layout.of(here)
+            outcome.skip(f"not in {source}", sum(not held[i] for i in chosen))
         return outcome
 
     def _refusal(self, request: MoveRequest) -> str:

@@ -8,6 +8,7 @@ does not take in what it loads from below, and refuses what does not fit.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from caching_heuristics import TIERS
@@ -70,12 +71,7 @@ class LMCacheModel(InProcessController):
 
     def _load(self, keys, keep):
         """Return the tier of each chunk of the longest prefix that can be loaded."""
-        sources = []
-        for key in keys:
-            tier = next((tier for tier in TIERS if key in self.held[tier]), None)
-            if tier is None:
-                break
-            sources.append(tier)
+        sources = [tiers[0] for tiers in itertools.takewhile(bool, map(self._held, keys))]
         free = self._free()
         for tier in TIERS[1:]:  # one allocation an adapter: all of its chunks or none
             wanted = sources.count(tier)

@@ -17,6 +17,7 @@ import redis
 
 from kvttl.lmcache.client import LMCacheHTTP, LMCacheUnavailable, get_json
 from kvttl.lmcache.tiers import LMCACHE_TIERS, ChunkKey, addresses, pages, parse_key
+from kvttl.stack.process import wait_until
 from kvttl.storage.redis_client import connect_as_server
 
 PAGE_KEYS = 5000  # per request; LMCache allows 10,000
@@ -107,18 +108,11 @@ def reconcile_for(server_arguments: list[str], wait_s: float = 30.0) -> None:
     parser.add_argument("--l2-adapter", action="append", type=json.loads, default=[])
     options, _ = parser.parse_known_args(server_arguments)
     try:
-        _wait_for(options.coordinator_url, wait_s)
+        if not wait_until(lambda: get_json(options.coordinator_url, "/healthz"), wait_s):
+            raise LMCacheUnavailable(f"no LMCache coordinator answers at {options.coordinator_url}")
         places = addresses(options.l2_adapter).items()
         real = {tier: CONTENTS_OF[tier](*place) for tier, place in places if tier in CONTENTS_OF}
         done = reconcile(options.coordinator_url, options.instance_id, real)
         print(f"directory corrected: {done}", flush=True)
     except Exception as error:  # noqa: BLE001 - a wrong directory is better than no server
         print(f"directory not corrected: {type(error).__name__}: {error}", flush=True)
-
-
-def _wait_for(url: str, wait_s: float) -> None:
-    deadline = time.monotonic() + wait_s
-    while not get_json(url, "/healthz"):
-        if time.monotonic() > deadline:
-            raise LMCacheUnavailable(f"no LMCache coordinator answers at {url}")
-        time.sleep(0.1)

@@ -141,16 +141,14 @@ class RedisClient:
             raise
 
     def _get(self, keys, views):
-        found = []
-        for part, into in zip(pages(keys, _TILE_KEYS), pages(views, _TILE_KEYS)):
-            found += [_fill(*pair) for pair in zip(into, self._redis.mget(part))]
-        return found
+        values = (value for part in pages(keys, _TILE_KEYS) for value in self._redis.mget(part))
+        return list(map(_fill, views, values))
 
     def _set(self, keys, views):
         try:
-            for part, values in zip(pages(keys, _TILE_KEYS), pages(views, _TILE_KEYS)):
+            for part in pages(list(zip(keys, views)), _TILE_KEYS):
                 with self._redis.pipeline(transaction=False) as pipe:
-                    for key, view in zip(part, values):
+                    for key, view in part:
                         # A view of bytes: redis-py sends it as it is, without a copy.
                         pipe.set(key, np.frombuffer(view, np.uint8).data)
                     pipe.execute()
