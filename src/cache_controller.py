@@ -7,21 +7,21 @@ real bytes in this package's own three backends and needs no server.
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import threading
-from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
-from caching_heuristics import TIER_CODES, TIERS
+from caching_heuristics import TIERS
 from kvttl.lmcache.client import LMCacheError, LMCacheHTTP, LMCacheUnavailable
 from kvttl.lmcache.directory import Directory
 from kvttl.lmcache.layout import (
     DEFAULT_INSTANCE,
     BaseController,
+    InProcessController,
     KVLayout,
-    Outcome,
-    check_tokens,
     engine_config,
     unseen,
 )
@@ -55,8 +55,9 @@ class LMCacheController(BaseController):
         The LMCache server that the engine is connected to.
     move_timeout_s : float
         How long a move waits to see the new copy, seconds.
-    connect_timeout_s, read_timeout_s, retry_after_s : float
-        See `LMCacheHTTP`.
+    limits : float
+        ``connect_timeout_s`` (0.5), ``read_timeout_s`` (2.0), ``retry_after_s`` (1.0): how long
+        a call waits, and when a service that was away is tried again, seconds; see `Service`.
 
     Notes
     -----
@@ -75,30 +76,23 @@ class LMCacheController(BaseController):
         cache_salt: str = "",
         instance_id: str = DEFAULT_INSTANCE,
         move_timeout_s: float = 2.0,
-        connect_timeout_s: float = 0.5,
-        read_timeout_s: float = 2.0,
-        retry_after_s: float = 1.0,
+        **limits: float,
     ) -> None:
         self.instance_id = instance_id
         self.move_timeout_s = move_timeout_s
-        self._http = LMCacheHTTP(
-            f"http://{host}:{port}", connect_timeout_s, read_timeout_s, retry_after_s
-        )
+        self._http = LMCacheHTTP(f"http://{host}:{port}", **limits)
         self._directory = Directory(self._http, model, world_size, cache_salt)
         self._chunk_size_tokens: int | None = None
         # Tiers whose last demotion waited in vain (a dead Redis, a full disk):
         # later moves there look once and do not wait, until one succeeds.
         self._stalled_tiers: set[str] = set()
 
-    @property
-    def model(self) -> str:
-        """The model name that the engine stores KV under."""
-        return self._directory.model
-
-    @property
-    def cache_salt(self) -> str:
-        """The tenant whose KV this is about."""
-        return self._directory.cache_salt
+    model = property(
+        attrgetter("_directory.model"), doc="The model name that the engine stores KV under."
+    )
+    cache_salt = property(
+        attrgetter("_directory.cache_salt"), doc="The tenant whose KV this is about."
+    )
 
     @property
     def chunk_size_tokens(self) -> int:
@@ -111,7 +105,7 @@ class LMCacheController(BaseController):
         """Use the engine's tokenizer and the model name it stores KV under."""
         super().attach_engine(llm)
         if (config := engine_config(llm)) is not None:
-            self._directory = self._directory.of_model(config.model_config.model)
+            self._directory = replace(self._directory, model=config.model_config.model)
 
     def layout(self, tokens: Sequence[int]) -> KVLayout:
         """Return where the directory says that each complete chunk is.
@@ -178,13 +172,15 @@ class LMCacheController(BaseController):
             return self._directory.listed(instance, [tier])
         return super()._look(request, keys)
 
-    def _move(self, request, layout, chosen):
-        tier, timeout_s = request.target[1], request.timeout_s
+    def _move(self, request, layout, due):
+        instance, tier, timeout_s = request.source[0], request.target[1], request.timeout_s
         if timeout_s is None:
             timeout_s = 0.0 if tier in self._stalled_tiers else self.move_timeout_s
         if tier == "gpu":
-            return self._promote(request, layout, chosen, timeout_s)
-        outcome = self._demote(request, layout, chosen, timeout_s)
+            # Keys are prefix-chained, so a prefetch is always of a prefix of the prompt.
+            prefix = request.tokens[: (due[-1] + 1) * self.chunk_size_tokens]
+            return self._directory.promote(layout.select(due), instance, prefix, timeout_s)
+        outcome = self._directory.demote(layout.select(due), instance, tier, timeout_s)
         if unseen(tier) in outcome.skipped:
             if timeout_s > 0:  # a single look proves nothing
                 self._stalled_tiers.add(tier)
@@ -192,31 +188,11 @@ class LMCacheController(BaseController):
             self._stalled_tiers.discard(tier)
         return outcome
 
-    def _demote(self, request, layout, chosen, timeout_s):
-        (instance, source), (_, target) = request.source, request.target
-        due = layout.to_demote(instance, source, chosen)
-        if not due:
-            return Outcome(reason=f"no complete chunk in {source}", layout=layout.select(chosen))
-        return self._directory.demote(layout.select(due), instance, target, timeout_s)
-
-    def _promote(self, request, layout, chosen, timeout_s):
-        instance, source = request.source
-        held, due = layout.of(instance), layout.to_promote(instance, source, chosen)
-        if due:
-            # Keys are prefix-chained, so a prefetch is always of a prefix of the prompt.
-            prefix = request.tokens[: (due[-1] + 1) * self.chunk_size_tokens]
-            outcome = self._directory.promote(layout.select(due), instance, prefix, timeout_s)
-        else:
-            outcome = Outcome("noop", f"nothing in {source} that gpu lacks")
-            outcome.layout = layout.select(chosen)
-        outcome.skip(f"not in {source}", sum(not held[i] for i in chosen))
-        return outcome
-
 
 MAX_TTL_S = 604_800  # bytes are kept at most this long, as max_ttl does
 
 
-class LocalLMCacheController(BaseController):
+class LocalLMCacheController(InProcessController):
     """The same interface with no server: real bytes in this package's three backends.
 
     It writes through as LMCache does: a stored chunk is at once in every tier.
@@ -258,11 +234,8 @@ class LocalLMCacheController(BaseController):
             raise ValueError(f"chunk_size_tokens must be >= 1, got {chunk_size_tokens!r}")
         self.model = model
         self.chunk_size_tokens = chunk_size_tokens
-        self.backends = backends or {
-            "gpu": InMemoryBackend(),
-            "disk": LocalDiskBackend(),
-            "remote": RemoteBackend(),
-        }
+        defaults = (InMemoryBackend, LocalDiskBackend, RemoteBackend)
+        self.backends = backends or {backend.tier: backend() for backend in defaults}
         self._ttl_s = ttl_s
         self._known: dict[str, None] = {}  # keys ever stored, in order
         self._lock = threading.RLock()
@@ -290,14 +263,8 @@ class LocalLMCacheController(BaseController):
 
     def load(self, tokens: Sequence[int]) -> list[bytes]:
         """Return the payloads of the longest stored prefix, each from its hottest tier."""
-        payloads = []
-        for key, _ in self._chunks(tokens):
-            values = (self.backends[tier].get(key) for tier in TIERS)
-            payload = next((value for value in values if value is not None), None)
-            if payload is None:
-                break
-            payloads.append(payload)
-        return payloads
+        found = (self._hottest(key) for key, _ in self._chunks(tokens))
+        return list(itertools.takewhile(lambda payload: payload is not None, found))
 
     def note_generated(self, tokens: Sequence[int]) -> None:
         """Store the chunks that no tier holds yet, as LMCache would."""
@@ -306,74 +273,43 @@ class LocalLMCacheController(BaseController):
                 if not self._held(key):
                     self._store_chunk(key, packed)
 
-    def layout(self, tokens: Sequence[int]) -> KVLayout:
-        """Return where each complete chunk of `tokens` is."""
-        return self.layout_of([key for key, _ in self._chunks(tokens)])
-
-    def layout_of(self, keys: Sequence[str] | None = None) -> KVLayout:
-        """Return where chunks are, by their keys (None: all that were ever stored here)."""
-        keys = list(self._known) if keys is None else keys
-        held = tuple(self._held(key) for key in keys)
-        return KVLayout(tuple(keys), {self.instance_id: held} if any(held) else {})
-
     def discard(self, keys: Sequence[str]) -> int:
         """Delete every copy of some chunks."""
         with self._lock:
             for key in keys:
-                for backend in self.backends.values():
-                    backend.delete(key)
                 self._known.pop(key, None)
-        return sum(bool(self._held(key)) for key in keys)
+            return super().discard(keys)
 
     def close(self) -> None:
         """Close the backends."""
         for backend in self.backends.values():
             backend.close()
 
-    def _move(self, request, layout, chosen):
-        outcome = Outcome()
-        keys = [layout.keys[i] for i in chosen]
+    def _move(self, request, layout, due):
+        (instance, source), (_, target) = request.source, request.target
+        held = layout.of(instance)  # one that is held nowhere is not under way here
+        keys = [layout.keys[i] for i in due if held[i]]
         with self._lock:
             for key in keys:
-                self._move_chunk(key, request.source, request.target[1], outcome)
-        if not outcome.moved and not outcome.skipped:
-            outcome.reason = f"no complete chunk in {request.source[1]}"
-        outcome.layout = self.layout_of(keys)
+                self._copy(key, source, target)
+            outcome = self._keep_from(target, source, keys)
+            outcome.layout = self.layout_of(keys)
         return outcome
 
-    def _move_chunk(self, key, source, tier, outcome):
-        """Copy a chunk to `tier`, look that it is there, then delete what is hotter."""
-        instance, source_tier = source
-        held = self._held(key) if instance == self.instance_id else ()
-        hotter = [t for t in held if TIER_CODES[t] < TIER_CODES[tier]]
-        # A demotion is of a chunk whose hottest copy is at the source; a promotion fills a gap.
-        if source_tier not in held or hotter[:1] not in ([], [source_tier]):
-            return
-        if tier in held and not hotter:
-            return
-        if tier not in held:
-            value = self.backends[source_tier].get(key)
-            self.backends[tier].set(key, value, self._ttl_s)
-            if key not in self.backends[tier]:
-                return outcome.skip(unseen(tier))
-        for hot in hotter:
-            self.backends[hot].delete(key)
-        outcome.moved += 1
+    def _hottest(self, key):
+        values = (self.backends[tier].get(key) for tier in TIERS)
+        return next((value for value in values if value is not None), None)
+
+    def _copy(self, key, source, target):
+        payload = None if key in self.backends[target] else self.backends[source].get(key)
+        if payload is not None:
+            self.backends[target].set(key, payload, self._ttl_s)
+
+    def _delete(self, key, tiers):
+        for tier in tiers:
+            self.backends[tier].delete(key)
 
     def _store_chunk(self, key, payload):
         for backend in self.backends.values():
             backend.set(key, payload, self._ttl_s)
         self._known[key] = None
-
-    def _held(self, key):
-        return tuple(tier for tier in TIERS if key in self.backends[tier])
-
-    def _chunks(self, tokens):
-        """Return the complete chunks as (key, packed tokens); keys chain the prefix's hash."""
-        tokens, size, chunks = check_tokens(tokens), self.chunk_size_tokens, []
-        key = hashlib.sha256(self.model.encode()).hexdigest()
-        for start in range(0, len(tokens) - size + 1, size):
-            packed = array("q", tokens[start : start + size]).tobytes()
-            key = hashlib.sha256(key.encode() + packed).hexdigest()
-            chunks.append((key, packed))
-        return chunks

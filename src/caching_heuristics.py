@@ -35,11 +35,11 @@ class MetadataField(NamedTuple):
     """What one signal about a request means: its unit, its range, and its neutral value."""
 
     unit: str
-    low: float
-    high: float
-    open_low: bool  # `low` itself is outside the range
-    neutral: float  # what the TTL takes where the signal is unknown
     text: str
+    high: float = FINITE
+    neutral: float = 0.0  # what the TTL takes where the signal is unknown
+    open_low: bool = False  # `low` itself is outside the range
+    low: float = 0.0
 
     @property
     def allowed(self) -> str:
@@ -47,23 +47,20 @@ class MetadataField(NamedTuple):
         return range_text(self.low, self.high, self.open_low)
 
 
+Known = float | None  # None, as NaN, means "unknown"
+
+
 class KVMetadata(TypedDict, total=False):
     """What is known about one request; all is optional, None and NaN mean "unknown"."""
 
     perplexity: Annotated[
-        float | None,
-        MetadataField("", 0.0, FINITE, True, NEUTRAL_PERPLEXITY, "how predictable the text is"),
+        Known, MetadataField("", "how predictable the text is", FINITE, NEUTRAL_PERPLEXITY, True)
     ]
     time_variance: Annotated[
-        float | None,
-        MetadataField("", 0.0, 1.0, False, 0.0, "how irregular its accesses are: CV / (1 + CV)"),
+        Known, MetadataField("", "how irregular its accesses are: CV / (1 + CV)", high=1.0)
     ]
-    access_count: Annotated[
-        float | None, MetadataField("accesses", 0.0, FINITE, False, 0.0, "how often it was used")
-    ]
-    seconds_since_access: Annotated[
-        float | None, MetadataField("s", 0.0, FINITE, False, 0.0, "since it was last used")
-    ]
+    access_count: Annotated[Known, MetadataField("accesses", "how often it was used")]
+    seconds_since_access: Annotated[Known, MetadataField("s", "since it was last used")]
 
 
 METADATA_FIELDS: dict[str, MetadataField] = {
@@ -85,7 +82,8 @@ class Setting:
     """What a field of `HeuristicConfig` means: its range, and how a slider shows it.
 
     ``slider`` are the slider's ends, on a logarithmic scale where the lower one is
-    above 0; a number that is typed may be anywhere in the range.
+    above 0; a number that is typed may be anywhere in the range, which has 0 in it where
+    the slider has.
     """
 
     label: str
@@ -94,11 +92,13 @@ class Setting:
     text: str
     high: float = FINITE
     at_most: str = ""  # another setting, which is the upper limit
-    open_low: bool = True  # 0, the lower limit, is itself outside the range
+    open_low: bool = False  # 0, the lower limit, is itself outside the range
 
 
-def _setting(default: float, *what: Any, **limits: Any) -> Any:
-    return field(default=default, metadata={"setting": Setting(*what, **limits)})
+def _setting(default: float, label: str, unit: str, slider, text: str, **limits: Any) -> Any:
+    limits = {"open_low": slider[0] > 0} | limits
+    setting = Setting(label, unit, slider, text, **limits)
+    return field(default=default, metadata={"setting": setting})
 
 
 @dataclass(frozen=True)
@@ -120,47 +120,28 @@ class HeuristicConfig:
     ValueError: hot_threshold must be > 0 and <= cold_threshold (50.0), got 60
     """
 
-    base_ttl: float = _setting(
-        3600.0, "base TTL", "s", (1, 604_800), "seconds, before the formula's factors"
-    )
-    min_ttl: float = _setting(
-        30.0, "min TTL", "s", (1, 86_400), "seconds, the shortest TTL", at_most="max_ttl"
-    )
-    max_ttl: float = _setting(
-        604_800.0, "max TTL", "s", (10, 2_592_000), "seconds, the longest TTL"
-    )
-    alpha: float = _setting(
-        0.25, "alpha (access count)", "", (0, 2), "weight of the access count", open_low=False
-    )
-    gamma: float = _setting(
-        1.0, "gamma (variance)", "", (0, 1), "weight of the time variance", 1, open_low=False
-    )
+    base_ttl: float = _setting(3600.0, "base TTL", "s", (1, 604_800), "before all factors")
+    min_ttl: float = _setting(30.0, "min TTL", "s", (1, 86_400), "the shortest", at_most="max_ttl")
+    max_ttl: float = _setting(604_800.0, "max TTL", "s", (10, 2_592_000), "the longest")
+    alpha: float = _setting(0.25, "alpha (access count)", "", (0, 2), "weight of the access count")
+    gamma: float = _setting(1.0, "gamma (variance)", "", (0, 1), "weight of the variance", high=1)
     hot_threshold: float = _setting(
-        20.0,
-        "hot threshold",
-        "perplexity",
-        (1, 1000),
-        "gpu up to this perplexity",
-        at_most="cold_threshold",
+        20.0, "hot threshold", "perplexity", (1, 1000), "gpu up to it", at_most="cold_threshold"
     )
     cold_threshold: float = _setting(
-        50.0, "cold threshold", "perplexity", (1, 1000), "remote above this perplexity"
+        50.0, "cold threshold", "perplexity", (1, 1000), "remote above it"
     )
     recent_seconds: float = _setting(
-        3600.0, "recent", "s", (1, 604_800), "seconds, the oldest recent access", open_low=False
+        3600.0, "recent", "s", (1, 604_800), "the oldest recent access", open_low=False
     )
     variance_threshold: float = _setting(
-        0.5, "variance threshold", "", (0, 1), "disk from this time variance on", 1, open_low=False
+        0.5, "variance threshold", "", (0, 1), "disk from this time variance on", high=1
     )
     disk_ttl_factor: float = _setting(
-        4.0, "after gpu, on disk", "x TTL", (0.1, 1000), "multiple of the TTL once gpu's is over"
+        4.0, "after gpu, on disk", "x TTL", (0.1, 1000), "once gpu's is over"
     )
     remote_ttl_factor: float = _setting(
-        24.0,
-        "after disk, in remote",
-        "x TTL",
-        (0.1, 1000),
-        "multiple of the TTL once disk's is over",
+        24.0, "after disk, in remote", "x TTL", (0.1, 1000), "once disk's is over"
     )
 
     def __post_init__(self) -> None:
@@ -237,7 +218,7 @@ def compute_ttl(
     try:  # equal settings are checked once: that costs more than the decision itself
         settings = _ttl_settings(*settings)
     except TypeError:  # a list or another value that cannot be remembered: the check names it
-        settings = _check_settings(TTL_SETTINGS, settings)
+        settings = _check_settings(TTL_SETTINGS, *settings)
     base_ttl, min_ttl, max_ttl, alpha, gamma = settings
     values = _read_fields(metadata, _TTL_FIELDS, _TTL_NEUTRAL)
     # The formula is NaN where a factor of 0 meets an overflow: there the TTL is min_ttl.
@@ -305,7 +286,7 @@ def select_backend(
     try:
         limits = _tier_settings(*limits)
     except TypeError:  # as above
-        limits = _check_settings(_TIER_SETTINGS, limits)
+        limits = _check_settings(_TIER_SETTINGS, *limits)
     neutral = (limits[0], 0.0, 0.0)  # this perplexity is neither too high nor cold
     values = _read_fields(metadata, _TIER_FIELDS, neutral)
     if type(values) is tuple:  # scalars
@@ -398,7 +379,8 @@ def _as_array(value):
 
 def _has_unknown(name, array):
     """Say whether some values are NaN; raise for the first one outside the field's range."""
-    _, low, high, open_low, *_ = field = METADATA_FIELDS[name]
+    field = METADATA_FIELDS[name]
+    low, high, open_low = field.low, field.high, field.open_low
     flat, has_unknown = array.reshape(-1), False
     for start in range(0, flat.size, _BLOCK):
         # In double precision: the limits are out of reach of a narrower one.
@@ -427,20 +409,15 @@ def _by_blocks(arrays, decide, dtype):
     return out.reshape(arrays[0].shape)
 
 
-@functools.lru_cache(maxsize=128, typed=True)  # typed: else a remembered 1 would let True pass
-def _ttl_settings(*values):
-    return _check_settings(TTL_SETTINGS, values)
-
-
-@functools.lru_cache(maxsize=128, typed=True)
-def _tier_settings(*values):
-    return _check_settings(_TIER_SETTINGS, values)
-
-
-def _check_settings(names, values):
+def _check_settings(names, *values):
     """Return the settings as floats, or name the first one out of range in a ValueError."""
     given = dict(zip(names, values))
     return tuple(_check_setting(name, given) for name in names)
+
+
+_remembered = functools.lru_cache(maxsize=128, typed=True)  # typed: True is not a known 1
+_ttl_settings = _remembered(functools.partial(_check_settings, TTL_SETTINGS))
+_tier_settings = _remembered(functools.partial(_check_settings, _TIER_SETTINGS))
 
 
 def _check_setting(name, values):

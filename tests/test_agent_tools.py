@@ -196,9 +196,10 @@ def test_without_an_engine_it_says_what_is_missing(stack):
 # ---- many at once ------------------------------------------------------------------------
 
 
-def test_several_conversations_are_answered_each(model, cache, fresh_text):
+def test_several_conversations_are_one_engine_batch(model, cache, counted, fresh_text):
     conversations = [[HumanMessage(fresh_text(50))] for _ in range(4)]
     result = model.generate(conversations, kv=COLD)
+    assert counted == [4]
     texts = [generations[0].text for generations in result.generations]
     assert [record.wanted_tier for record in cache.records] == ["remote"] * 4
     alone = [model.invoke(conversation).content for conversation in conversations]

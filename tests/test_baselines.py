@@ -103,7 +103,7 @@ def test_no_baseline_beats_the_prefix_optimum():
 
 
 def test_next_accesses():
-    assert next_accesses(np.array([0, 1, 0, 1, 2], np.int32), 3).tolist() == [2, 3, -1, -1, -1]
+    assert next_accesses(np.array([0, 1, 0, 1, 2], np.int32)).tolist() == [2, 3, -1, -1, -1]
 
 
 def test_empty_traces_no_capacity_and_unknown_names():

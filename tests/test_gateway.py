@@ -344,10 +344,11 @@ def test_unknown_model(client):
 
 def test_bodies_over_the_limit(server):
     large = {"model": server.model, "prompt": "x" * BODY_LIMIT}
-    answer = post(server, large)
-    assert (answer.status_code, answer.text) == (413, "Content Too Large")
-    in_chunks = post(server, None, json=None, data=iter([b"x" * 1000] * 66))  # no length announced
-    assert in_chunks.status_code == 413
+    in_chunks = {"json": None, "data": iter([b"x" * 1000] * 66)}  # no length announced
+    for answer in (post(server, large), post(server, None, **in_chunks)):
+        assert answer.status_code == 413
+        assert message_of(answer) == f"the body must have at most {BODY_LIMIT} bytes"
+        assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
     fits = {"model": server.model, "prompt": "Hi", "user": "x" * (BODY_LIMIT - 200)}
     assert post(server, {**fits, "max_tokens": 1}).status_code == 200
 

@@ -19,7 +19,7 @@ import pytest
 import redis
 from redis_fixtures import redis_server
 
-from kvttl.stack import lifecycle
+from kvttl.stack import services
 from kvttl.stack.lifecycle import LMCacheStack, PortTakenError, StackConfig, StackError, load_config
 from kvttl.stack.process import CHILD_MODULE, load_state
 from kvttl.stack.services import pick_ports
@@ -140,7 +140,7 @@ def stack(folder):
         return picks[-1]
 
     with squatting() as squatter, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lifecycle, "pick_ports", pick)
+        patch.setattr(services, "pick_ports", pick)
         one = LMCacheStack(settings(folder), free_ports=True).start()
     with one:
         assert len(picks) == 2
@@ -273,8 +273,8 @@ def test_port_in_use_names_port_and_remedy(tmp_path, field, service):
 
 def test_port_taken_between_check_and_bind(tmp_path, monkeypatch):
     """The child finds out itself: still the same clear error, with its log."""
-    monkeypatch.setattr(lifecycle, "check_ports_free", lambda *_: None)
-    monkeypatch.setattr(lifecycle, "running_services", lambda *_: [])
+    monkeypatch.setattr(services, "check_ports_free", lambda *_: None)
+    monkeypatch.setattr(services, "running_services", lambda *_: [])
     with squatting() as squatter:
         port = squatter.getsockname()[1]
         with pytest.raises(PortTakenError, match=rf"(?s)port {port} \(redis_port\).*Errno 98"):

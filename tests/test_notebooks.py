@@ -18,6 +18,7 @@ def test_runs_top_to_bottom(path, tmp_path):
     client = NotebookClient(
         notebook,
         timeout=600,  # a cell; loading vLLM takes 20 s on an idle machine
+        startup_timeout=300,  # of the kernel
         kernel_name="python3",
         resources={"metadata": {"path": path.parent}},
     )

@@ -103,12 +103,13 @@ def to_yaml(config: HeuristicConfig) -> str:
     Examples
     --------
     >>> print(to_yaml(HeuristicConfig()).splitlines()[1])
-    base_ttl: 3600.0  # seconds, before the formula's factors
+    base_ttl: 3600.0  # s, before all factors
     """
     lines = ["# Settings of the two decisions (HeuristicConfig); absent ones have their defaults."]
     for name, value in config.to_dict().items():
-        text = yaml.safe_dump(value).splitlines()[0]  # as YAML spells numbers
-        lines.append(f"{name}: {text}  # {SETTINGS[name].text}")
+        number = yaml.safe_dump(value).splitlines()[0]  # as YAML spells numbers
+        comment = ", ".join(filter(None, (SETTINGS[name].unit, SETTINGS[name].text)))
+        lines.append(f"{name}: {number}  # {comment}")
     return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 _HOW_TO_CALL = (
@@ -53,19 +55,14 @@ def chat_tokens(
     turns = [_text_turn(turn) for turn in turns]
     if "tools" not in str(tokenizer.chat_template):
         turns, tools = _spelled_out(turns, tools), ()
+    options = {"tools": list(tools) or None, "add_generation_prompt": True, "return_dict": False}
     try:
-        text = _rendered(tokenizer, turns, tools)
+        return tokenizer.apply_chat_template(turns, **options)
     except TemplateError:
         try:
-            text = _rendered(tokenizer, alternating(turns), tools)
+            return tokenizer.apply_chat_template(alternating(turns), **options)
         except TemplateError as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
-    return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def _rendered(tokenizer, turns, tools):
-    options = {"tokenize": False, "add_generation_prompt": True}
-    return tokenizer.apply_chat_template(turns, tools=list(tools) or None, **options)
 
 
 def _text_turn(turn):
@@ -75,16 +72,13 @@ def _text_turn(turn):
         raise ValueError("only text can be sent to this model, got another kind of content")
     turn = {**turn, "content": content}
     if calls := turn.get("tool_calls"):
-        turn["tool_calls"] = [{**call, "function": _parsed(call["function"])} for call in calls]
+        turn["tool_calls"] = [{**call, "function": _parsed(**call["function"])} for call in calls]
     return turn
 
 
-def _parsed(function):
-    arguments = function.get("arguments") or {}
-    return {
-        "name": function["name"],
-        "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments,
-    }
+def _parsed(name, arguments=None, **_more):
+    parsed = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments or {}
+    return {"name": name, "arguments": parsed}
 
 
 def _spelled_out(turns, tools):
@@ -119,26 +113,17 @@ def alternating(turns: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     {'role': 'user', 'content': 'Be brief.\\n\\nHello'}
     {'role': 'assistant', 'content': 'Hi.\\n\\nAnd?'}
     """
-    roles = [{**turn, "role": _one_of_two(turn["role"])} for turn in turns]
-    if roles and roles[0]["role"] == "assistant":
-        roles = [{"role": "user", "content": ""}, *roles]
-    return _joined(roles)
+    roles = [{**t, "role": "assistant" if t["role"] == "assistant" else "user"} for t in turns]
+    begin = [{"role": "user", "content": ""}] if roles[0]["role"] == "assistant" else []
+    return _joined([*begin, *roles])
 
 
-def _one_of_two(role):
-    return "assistant" if role == "assistant" else "user"
-
-
-def _joined(turns: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
+def _joined(turns):
     """Return the turns with those of one role in a row made one."""
-    joined: list[dict[str, str]] = []
-    for turn in turns:
-        if joined and joined[-1]["role"] == turn["role"]:
-            parts = (joined[-1]["content"], turn["content"])
-            joined[-1]["content"] = "\n\n".join(filter(None, parts))
-        else:
-            joined.append({"role": turn["role"], "content": turn["content"]})
-    return joined
+    return [
+        {"role": role, "content": "\n\n".join(filter(None, (turn["content"] for turn in run)))}
+        for role, run in groupby(turns, key=itemgetter("role"))
+    ]
 
 
 def read_tool_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, Any]]]:

@@ -6,18 +6,20 @@ through the gateway instead (`kvttl.serve.gateway`).
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 from uuid import uuid4
 
+from langchain_core.globals import get_llm_cache
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.messages.utils import convert_to_openai_messages
-from langchain_core.outputs import ChatGeneration, ChatResult
-from langchain_core.tools import BaseTool, StructuredTool
+from langchain_core.outputs import ChatGeneration, ChatResult, LLMResult
+from langchain_core.tools import BaseTool, tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import Field, PrivateAttr
 
@@ -69,6 +71,8 @@ class ManagedChatModel(BaseChatModel):
     temperature: float = 0.0
     tokenizer: Any = Field(default=None, exclude=True)
     _batches: Any = PrivateAttr()
+    _conversations: list[list[BaseMessage]] = PrivateAttr(default=[])
+    _answers: deque[ManagedOutput] | None = PrivateAttr(default=None)
 
     def model_post_init(self, _context: Any) -> None:
         """Make the place where this model's callers wait for each other."""
@@ -96,17 +100,26 @@ class ManagedChatModel(BaseChatModel):
         tokenizer = self.tokenizer or self.kv_cache.controller.tokenizer
         return chat_tokens(tokenizer, convert_to_openai_messages(list(messages)), tools)
 
-    def _generate(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: Any = None,
-        **kwargs: Any,
-    ) -> ChatResult:
-        """Answer one conversation."""
-        tokens, sampling, kv = self._asked(messages, stop, **kwargs)
-        managed = self._batches.answer(tokens, sampling, kv)
-        message = self._message(managed, kwargs.get("tools") or ())
+    def generate(self, messages: list[list[BaseMessage]], *args: Any, **kwargs: Any) -> LLMResult:
+        """Answer conversations in one engine batch, otherwise as LangChain's `generate`.
+
+        Where LangChain stores answers it is one after the other: a stored one costs nothing.
+        """
+        together = self.model_copy()  # LangChain asks it for one answer after the other
+        stores = self.cache is not False and (self.cache or get_llm_cache())
+        together._conversations = [] if stores else messages
+        return super(ManagedChatModel, together).generate(messages, *args, **kwargs)
+
+    def _generate(self, messages, stop=None, run_manager=None, **kwargs):
+        """Answer one conversation; the first one of a `generate` asks for all of them."""
+        answers = self._answers
+        if not answers:
+            together = self._conversations or [messages]
+            asked = [self._asked(each, stop, **kwargs) for each in together]
+            answers = deque(self._batches.answers(asked))
+            if self._conversations:  # else other threads use this model too
+                self._answers = answers
+        message = self._message(answers.popleft(), kwargs.get("tools") or ())
         return ChatResult(generations=[ChatGeneration(message=message)])
 
     def _asked(self, messages, stop, kv=None, tools=(), **sampling):
@@ -115,9 +128,8 @@ class ManagedChatModel(BaseChatModel):
         return tokens, _sampling({**defaults, **sampling, "stop": stop}), kv
 
     def _message(self, managed, tools):
-        output, names = managed.output, [tool["function"]["name"] for tool in tools]
-        (answer, *_others) = output.outputs
-        text, calls = read_tool_calls(answer.text, names) if names else (answer.text, [])
+        output, answer = managed.output, managed.output.outputs[0]
+        text, calls = read_tool_calls(answer.text, [each["function"]["name"] for each in tools])
         prompt, answered = len(output.prompt_token_ids), len(answer.token_ids)
         return AIMessage(
             text,
@@ -132,13 +144,9 @@ class ManagedChatModel(BaseChatModel):
         )
 
     def bind_tools(
-        self,
-        tools: Sequence[Mapping[str, Any] | type | Callable | BaseTool],
-        *,
-        tool_choice: str | None = None,
-        **kwargs: Any,
+        self, tools: Sequence[Any], *, tool_choice: str | None = None, **kwargs: Any
     ) -> Any:
-        """Return the model with tools that it may call.
+        """Return the model with tools that it may call: all that `convert_to_openai_tool` takes.
 
         Raises
         ------
@@ -163,26 +171,24 @@ class _Batches:
     def __init__(self, kv_cache):
         self._kv_cache, self._engine, self._waiting = kv_cache, threading.Lock(), deque()
 
-    def answer(self, prompt, sampling, kv):
-        """Return the prompt's `ManagedOutput`, or raise what the engine says of this prompt."""
-        answer: Future[ManagedOutput] = Future()
-        mine = (prompt, sampling, kv, answer)
-        self._waiting.append(mine)
+    def answers(self, asked):
+        """Return each prompt's `ManagedOutput`, or raise what the engine says of one of them."""
+        mine = [(each, Future()) for each in asked]  # (prompt, sampling, kv), and its answer
+        self._waiting.extend(mine)
         with self._engine:
-            if not answer.done():
+            if not all(answer.done() for _, answer in mine):
                 batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
                 try:
                     self._serve(batch)
-                except BaseException:  # an interrupt: the others are still to be answered
-                    left = (each for each in batch if each is not mine and not each[-1].done())
+                finally:  # after an interrupt the others are still to be answered
+                    left = (each for each in batch if each not in mine and not each[1].done())
                     self._waiting.extend(left)
-                    raise
-        return answer.result()
+        return [answer.result() for _, answer in mine]
 
     def _serve(self, batch):
-        prompts, samplings, kvs, answers = map(list, zip(*batch))
+        asked, answers = zip(*batch)
         try:
-            made = self._kv_cache.generate(prompts, samplings, kvs)
+            made = self._kv_cache.generate(*map(list, zip(*asked)))
         except Exception as error:
             if len(batch) == 1:
                 answers[0].set_exception(error)
@@ -206,14 +212,9 @@ def decision(record: DecisionRecord) -> dict[str, Any]:
     >>> decision(DecisionRecord(0.0, "1f", ttl_s=60.0, wanted_tier="gpu"))["wanted_tier"]
     'gpu'
     """
-    return {
-        "wanted_tier": record.wanted_tier,
-        "ttl_s": record.ttl_s,
-        "hit_tokens": dict(record.hit_tokens),
-        "chunks": dict(record.tier_after),
-        "prompt_digest": record.prompt_digest,
-        "error": record.error,
-    }
+    shown = ("wanted_tier", "ttl_s", "hit_tokens", "prompt_digest", "error")
+    found = {name: getattr(record, name) for name in shown}
+    return copy.deepcopy({**found, "chunks": record.tier_after})
 
 
 # ---- tools ---------------------------------------------------------------------------------
@@ -242,21 +243,17 @@ def kv_generate_tool(
     """
     fields = {"temperature": 0.0, **sampling, "max_tokens": max_tokens}
 
+    @tool(name, response_format="content_and_artifact")
     def generate(
         prompt: str, perplexity: float | None = None, time_variance: float | None = None
     ) -> tuple[str, dict[str, Any]]:
+        """Continue a text; perplexity (>= 1) and time_variance (0 to 1) only if you know them."""
         kv = {"perplexity": perplexity, "time_variance": time_variance}  # None = unknown
         tokens = kv_cache.controller.tokenize(prompt)
         (managed,) = kv_cache.generate([tokens], _sampling(fields), [kv])
         return text_of(managed.output), _kv(managed).get("kv", {})
 
-    return StructuredTool.from_function(
-        generate,
-        name=name,
-        description="Continue a text. Its KV cache is kept for as long as it is worth it; say "
-        "perplexity (>= 1) and time_variance (0 to 1) only if you know them.",
-        response_format="content_and_artifact",
-    )
+    return generate
 
 
 def kv_lookup_tool(kv_cache: MultiTierCache, name: str = "kv_lookup") -> BaseTool:
@@ -270,18 +267,15 @@ def kv_lookup_tool(kv_cache: MultiTierCache, name: str = "kv_lookup") -> BaseToo
         What an agent calls it.
     """
 
+    @tool(name)
     def look_up(prompt: str) -> dict[str, Any]:
+        """Say in which tiers (gpu, disk, remote) a text's KV cache is, and for how many seconds."""
         try:
             return kv_position(kv_cache, kv_cache.controller.tokenize(prompt))
         except Exception as error:  # LMCache may be away; that must not end an agent's run
             return {"error": f"{type(error).__name__}: {error}"}
 
-    return StructuredTool.from_function(
-        look_up,
-        name=name,
-        description="Say in which tiers (gpu, disk, remote) the KV cache of a text is, "
-        "and in how many seconds its time to live ends there.",
-    )
+    return look_up
 
 
 def kv_position(kv_cache: MultiTierCache, tokens: Sequence[int]) -> dict[str, Any]:
@@ -302,9 +296,9 @@ def kv_position(kv_cache: MultiTierCache, tokens: Sequence[int]) -> dict[str, An
     held = controller.layout(tokens).of(controller.instance_id)
     chunks = dict(by_hottest(held))
     digest = prompt_digest(tokens)
-    decided = (r for r in reversed(list(kv_cache.records)) if r.prompt_digest == digest)
-    last = next(decided, None)
-    if last is None or last.wanted_tier is None:
+    decided = [r for r in list(kv_cache.records) if r.prompt_digest == digest]
+    if not decided or decided[-1].wanted_tier is None:
         return {"chunks": chunks}
+    last = decided[-1]
     ends_in_s = last.time_s + last.ttl_s - kv_cache.clock()
     return {"chunks": chunks, "wanted_tier": last.wanted_tier, "ends_in_s": round(ends_in_s, 1)}

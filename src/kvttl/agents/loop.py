@@ -6,42 +6,30 @@ in between is read from LMCache's directory after every event.
 
 from __future__ import annotations
 
-import operator
-import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Annotated, Any, TypedDict
+from typing import Any
 
 import numpy as np
-from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
-from langgraph.graph import END, START, StateGraph
-from matplotlib.colors import BoundaryNorm, ListedColormap
+import pandas as pd
+from langchain_core.messages import HumanMessage, SystemMessage
+from langgraph.graph import END, START, MessagesState, StateGraph
+from langgraph.types import Command
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.agents.langchain import ManagedChatModel
 from kvttl.decisions.log import DecisionRecord
-from kvttl.manager.clock import SessionClock, ends_on_the_way
-from kvttl.plots.panels import TIER_COLOURS, tier_keys
-from kvttl.session.launch import managed
-from kvttl.session.texts import CODE_PROMPT, PROSE_PROMPT, random_characters
-from tiered_caching import MultiTierCache
+from kvttl.manager.clock import ends_on_the_way
+from kvttl.plots.panels import TIER_COLOURS, open_axes, tier_keys
+from kvttl.session.launch import session_manager
+from kvttl.session.texts import CODE_PROMPT, PROSE_PROMPT, house_rules, random_characters
 
-HOUSE_RULES = "You are one of several agents that work on a ticket together.\n" + "".join(
-    f"{n}. {rule}\n"
-    for n, rule in enumerate(
-        (
-            "Read the whole ticket and all answers before you answer.",
-            "Name the file and the line for every finding.",
-            "Prefer a small change that can be tested.",
-            "Say what you measured and what you only assume.",
-            "Never print a password, a token or a private key.",
-            "If two answers are possible, give the simpler one first.",
-        )
-        * 2,
-        start=1,
-    )
+HOUSE_RULES = "You are one of several agents that work on a ticket together.\n" + house_rules(
+    "Read the whole ticket and all answers before you answer."
 )
 ROLES = {
     "planner": "You are the planner. Split the ticket into steps, and say who does which step.",
@@ -63,10 +51,9 @@ VISITS = (
 THINK_S = 120.0  # between two turns
 
 
-class Conversation(TypedDict):
+class Conversation(MessagesState):
     """What goes round: the messages so far, the number of turns, when the next one is."""
 
-    messages: Annotated[list[AnyMessage], operator.add]
     turns: int
     at_s: float
 
@@ -109,8 +96,7 @@ def loop_model(
 
     `options` go to `MultiTierCache`; close ``model.kv_cache`` in the end.
     """
-    clock = SessionClock(time.time())
-    cache = managed(stack, llm, config, clock=clock, sweep_every_s=None, **options)
+    cache = session_manager(stack, llm, config, background=False, **options)
     return ManagedChatModel(kv_cache=cache, max_tokens=24)
 
 
@@ -129,34 +115,30 @@ def agent_graph(model: ManagedChatModel, run: LoopRun, ticket: str, turns: int =
         After as many, the conversation ends.
     """
     graph = StateGraph(Conversation)
-    for name in ROLES:
-        graph.add_node(name, _agent(model, run, name, ticket))
-    names = list(ROLES)
-    graph.add_edge(START, names[0])
-    for name, following in zip(names, names[1:] + names[:1]):
-        graph.add_conditional_edges(name, _next_or_end(following, turns), [following, END])
+    for name, following in zip(ROLES, [*ROLES][1:] + [*ROLES][:1]):
+        graph.add_node(name, _agent(model, run, ticket, name, following, turns))
+    graph.add_edge(START, next(iter(ROLES)))
     return graph.compile()
 
 
-def _agent(model, run, name, ticket):
+def _agent(model, run, ticket, name, following, turns):
     """Return a node: think, answer, hand on."""
+    system = SystemMessage(f"{HOUSE_RULES}\n{ROLES[name]}")
 
-    def speak(state: Conversation) -> dict[str, Any]:
-        wait_until(model.kv_cache, run, state["at_s"])
-        system = SystemMessage(f"{HOUSE_RULES}\n{ROLES[name]}")
+    def speak(state: Conversation) -> Command:
+        for _ in ends_on_the_way(model.kv_cache, state["at_s"]):
+            model.kv_cache.sweep()
+            _note(model.kv_cache, run)
         answer = model.invoke([system, *state["messages"]])
         digest = answer.response_metadata["kv"]["prompt_digest"]
         turn = state["turns"] + 1
         run.agents[digest], run.tickets[digest], run.turns[digest] = name, ticket, turn
         _note(model.kv_cache, run)
         said = HumanMessage(f"{name}: {answer.content}")  # to the others it is somebody else's
-        return {"messages": [said], "turns": turn, "at_s": state["at_s"] + THINK_S}
+        after = {"messages": [said], "turns": turn, "at_s": state["at_s"] + THINK_S}
+        return Command(update=after, goto=following if turn < turns else END)
 
     return speak
-
-
-def _next_or_end(following, turns):
-    return lambda state: END if state["turns"] >= turns else following
 
 
 def run_loop(
@@ -188,19 +170,11 @@ def run_loop(
     return run
 
 
-def wait_until(cache: MultiTierCache, run: LoopRun, at_s: float) -> None:
-    """Let the clock jump to `at_s` seconds after the start, and TTLs end on the way."""
-    for _ in ends_on_the_way(cache, at_s):
-        cache.sweep()
-        _note(cache, run)
-
-
 def _note(cache, run):
     """Take over the new records, and look where every chunk is now."""
-    newest_first = list(reversed(cache.records))
-    new = list(takewhile(lambda record: record is not run.last, newest_first))[::-1]
+    new = list(takewhile(lambda record: record is not run.last, reversed(cache.records)))[::-1]
     run.records += [r for r in new if r.prompt_digest in run.agents]  # others' too are there
-    run.last = newest_first[0] if newest_first else None
+    run.last = new[-1] if new else run.last
     layout = cache.controller.layout_of()
     held = layout.of(cache.controller.instance_id)
     hottest = {key: tiers[0] for key, tiers in zip(layout.keys, held) if tiers}
@@ -219,22 +193,19 @@ def chunk_groups(run: LoopRun) -> dict[str, str]:
     A chunk in prompts of several agents belongs to the house rules; one in several
     tickets to an agent's role; any other to an agent's work on one ticket.
     """
-    users: dict[str, set[tuple[str, str]]] = {}
+    users = defaultdict(list)
     for record in run.records:
         if record.kind == "generation":
-            who = (run.agents[record.prompt_digest], run.tickets[record.prompt_digest])
+            digest = record.prompt_digest
             for key in record.chunk_keys:
-                users.setdefault(key, set()).add(who)
-    return {key: _group(pairs) for key, pairs in users.items()}
+                users[key].append((run.agents[digest], run.tickets[digest]))
+    return {key: _group(*zip(*pairs)) for key, pairs in users.items()}
 
 
-def _group(pairs):
-    agents, tickets = ({pair[at] for pair in pairs} for at in (0, 1))
-    if len(agents) > 1:
+def _group(agents, tickets):
+    if len(set(agents)) > 1:
         return _RULES
-    if len(tickets) > 1:
-        return _ROLE
-    return f"{min(tickets)}: {min(agents)}"
+    return _ROLE if len(set(tickets)) > 1 else f"{tickets[0]}: {agents[0]}"
 
 
 def plot_chunks(run: LoopRun) -> Figure:
@@ -247,63 +218,50 @@ def plot_chunks(run: LoopRun) -> Figure:
         was wanted. White = nowhere.
     """
     groups = chunk_groups(run)
-    order = [name for name in _ORDER if name in set(groups.values())]
-    keys = [key for name in order for key in groups if groups[key] == name]
+    order = [name for name in _ORDER if name in groups.values()]
+    keys = sorted(groups, key=lambda key: order.index(groups[key]))
     times_h = np.array([at_s for at_s, _ in run.snapshots]) / _HOUR
-    codes = np.array([[_code(held.get(key)) for _, held in run.snapshots] for key in keys])
-    figure = Figure(figsize=(10, 1.5 + 0.045 * len(keys) + 0.1 * len(order)), layout="constrained")
-    axes = figure.subplots()
-    edges_h = np.append(times_h, times_h[-1] + max(times_h[-1] * 0.02, 0.01))
-    colours = ListedColormap(["white", *(TIER_COLOURS[tier] for tier in TIERS)])
-    norm = BoundaryNorm(np.arange(5) - 0.5, 4)
-    axes.pcolormesh(edges_h, np.arange(len(keys) + 1), codes, cmap=colours, norm=norm)
+    colours = {"": "white", **{tier: TIER_COLOURS[tier] for tier in TIERS}}
+    codes = [[[*colours].index(held.get(key, "")) for _, held in run.snapshots] for key in keys]
+    figure, axes = open_axes(10, 1.5 + 0.045 * len(keys) + 0.1 * len(order))
+    edges_h = [*times_h, times_h[-1] + max(times_h[-1] * 0.02, 0.01)]
+    cmap = ListedColormap(list(colours.values()))
+    axes.pcolormesh(edges_h, np.arange(len(keys) + 1), codes, cmap=cmap, vmin=0, vmax=len(TIERS))
     _mark_groups(axes, [groups[key] for key in keys], order)
     axes.set(xlabel="hours since start", ylim=(len(keys), 0))
     figure.legend(handles=tier_keys(), loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
-def _code(tier):
-    return 0 if tier is None else 1 + TIERS.index(tier)
-
-
 def _mark_groups(axes, groups: Sequence[str], order):
     """Name each group at its middle, and draw a line between two of them."""
-    middles = []
-    for name in order:
-        first, count = groups.index(name), groups.count(name)
-        middles.append(first + count / 2)
-        axes.axhline(first, color="white", lw=2)
-    names = [f"{name} ({groups.count(name)})" for name in order]  # chunks
-    axes.set_yticks(middles, names, fontsize=8)
+    firsts = np.array([groups.index(name) for name in order])
+    counts = np.array([groups.count(name) for name in order])
+    axes.hlines(firsts, 0, 1, colors="white", lw=2, transform=axes.get_yaxis_transform())
+    names = [f"{name} ({count})" for name, count in zip(order, counts)]  # chunks
+    axes.set_yticks(firsts + counts / 2, names, fontsize=8)
     axes.tick_params(axis="y", length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["left"].set_visible(False)
 
 
-def turn_table(run: LoopRun) -> Any:
-    """Return one row a turn as a DataFrame: who, what was known, what was decided, hits."""
-    import pandas as pd
-
-    return pd.DataFrame(
-        [
-            {
-                "hours": round((r.time_s - run.start_s) / _HOUR, 2),
-                "ticket": run.tickets[r.prompt_digest],
-                "agent": run.agents[r.prompt_digest],
-                "tokens": r.prompt_tokens,
-                "perplexity": round(r.metadata.get("perplexity", np.nan), 1),
-                "uses": r.metadata.get("access_count"),
-                "variance": round(r.metadata.get("time_variance", np.nan), 2),
-                "TTL (s)": round(r.ttl_s or 0),
-                "wanted": r.wanted_tier,
-                **{f"hit {tier}": r.hit_tokens.get(tier, 0) for tier in TIERS},
-                "moves": ", ".join(_arrow(m) for m in r.moves if m["moved_chunks"]),
-            }
-            for r in run.records
-            if r.kind == "generation"
-        ]
-    )
+def turn_table(run: LoopRun) -> pd.DataFrame:
+    """Return one row a turn: who, what was known, what was decided, hits."""
+    return pd.DataFrame(_row(run, r) for r in run.records if r.kind == "generation")
 
 
-def _arrow(move):
-    return f"{move['from']}→{move['to']} {move['moved_chunks']}"
+def _row(run, record):
+    digest, known = record.prompt_digest, record.metadata
+    moved = [move for move in record.moves if move["moved_chunks"]]
+    return {
+        "hours": round((record.time_s - run.start_s) / _HOUR, 2),
+        "ticket": run.tickets[digest],
+        "agent": run.agents[digest],
+        "tokens": record.prompt_tokens,
+        "perplexity": round(known.get("perplexity", np.nan), 1),
+        "uses": known.get("access_count"),
+        "variance": round(known.get("time_variance", np.nan), 2),
+        "TTL (s)": round(record.ttl_s or 0),
+        "wanted": record.wanted_tier,
+        **{f"hit {tier}": record.hit_tokens.get(tier, 0) for tier in TIERS},
+        "moves": ", ".join(f"{m['from']}→{m['to']} {m['moved_chunks']}" for m in moved),
+    }

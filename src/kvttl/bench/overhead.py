@@ -11,7 +11,6 @@ it. Ends with one line of JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import threading
 import time
@@ -22,10 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from caching_heuristics import compute_ttl, select_backend
-from kvttl.bench.figures import machine, percentile_line, percentiles, rounded_figures, write_json
+from kvttl.bench.figures import machine, percentile_line, percentiles, publish
 from kvttl.decisions.record import DecisionRecord
-from kvttl.manager.clock import SessionClock
-from kvttl.session.launch import engine, managed, session_stack
+from kvttl.session.demo_model import model_path
+from kvttl.session.launch import engine, greedy, session_manager, session_stack
 from kvttl.session.run import MAX_TOKENS
 from kvttl.session.workload import session_requests
 
@@ -40,12 +39,6 @@ _SWEPT_TOKENS = 1_600  # a prompt
 
 def decision_costs() -> dict[str, float]:
     """Time `compute_ttl` + `select_backend`: one at a time (us), and as arrays (per second)."""
-    metadata = {
-        "perplexity": 12.5,
-        "time_variance": 0.08,
-        "access_count": 3,
-        "seconds_since_access": 10.0,
-    }
     rng = np.random.default_rng(0)
     arrays = {
         "perplexity": rng.uniform(1, 100, _ARRAY_SIZE),
@@ -53,6 +46,7 @@ def decision_costs() -> dict[str, float]:
         "access_count": rng.integers(0, 100, _ARRAY_SIZE),
         "seconds_since_access": rng.uniform(0, 7200, _ARRAY_SIZE),
     }
+    metadata = {name: values[0].item() for name, values in arrays.items()}
 
     def both(values):
         return compute_ttl(values), select_backend(values)
@@ -69,17 +63,18 @@ def decision_costs() -> dict[str, float]:
 
 def timed_session(cache, requests) -> list[tuple[float, DecisionRecord]]:
     """Run a session; returns the seconds that each call took, with its decision."""
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
-    calls = []
+    calls, sampling = [], greedy(MAX_TOKENS)
     for request in requests:
         cache.clock.advance(request.arrival_s)
         cache.sweep()  # as the sweeper would, on its own thread
-        start_s = time.perf_counter()
-        (managed,) = cache.generate(request.prompt, sampling)
-        calls.append((time.perf_counter() - start_s, managed.decision))
+        calls.append(_timed(cache, request, sampling))
     return [(seconds, decision.result()) for seconds, decision in calls]
+
+
+def _timed(cache, request, sampling):
+    start_s = time.perf_counter()
+    (made,) = cache.generate(request.prompt, sampling)
+    return time.perf_counter() - start_s, made.decision
 
 
 def mode_figures(name: str, calls: Sequence[tuple[float, DecisionRecord]]) -> dict[str, float]:
@@ -108,8 +103,7 @@ def compare_modes(stack, llm, generations: int, seed: int) -> dict[str, float]:
     for turn in range(2 * _TURNS + 2):
         name = ("sync", "background")[turn % 2]
         requests = session_requests(max(generations // _TURNS, 1), seed + turn)
-        options = {"clock": SessionClock(time.time()), "sweep_every_s": None}
-        with managed(stack, llm, background=name == "background", **options) as cache:
+        with session_manager(stack, llm, background=name == "background") as cache:
             timed = timed_session(cache, requests)
             calls[name] += timed if turn >= 2 else []  # the first two warm up
     return mode_figures("sync", calls["sync"]) | mode_figures("background", calls["background"])
@@ -119,8 +113,7 @@ def sweeping_figures(stack, llm, seed: int) -> dict[str, float]:
     """Return percentiles (ms) of the same decisions, sync, without and during a sweep's moves."""
     still_ms, during_ms, moved = [], [], 0
     for turn in range(_SWEEPS):
-        options = {"clock": SessionClock(time.time()), "sweep_every_s": None}
-        with managed(stack, llm, **options) as cache:
+        with session_manager(stack, llm, background=False) as cache:
             still, during, swept = _decide_around_a_sweep(cache, seed + turn)
         still_ms, during_ms, moved = still_ms + still, during_ms + during, moved + swept
     counts = {"sweeping_decisions": len(during_ms), "swept_chunks": moved / _SWEEPS}
@@ -130,9 +123,7 @@ def sweeping_figures(stack, llm, seed: int) -> dict[str, float]:
 
 def _decide_around_a_sweep(cache, seed):
     """Decide about the same answers before a sweep, and for as long as it goes on (ms each)."""
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
+    sampling = greedy(MAX_TOKENS)
     count = -(-_SWEPT_CHUNKS * cache.controller.chunk_size_tokens // _SWEPT_TOKENS)
     tokens = np.random.default_rng(seed).integers(300, 2_000, (count, _SWEPT_TOKENS)).tolist()
     hot = {"perplexity": 12.0, "time_variance": 0.0}
@@ -165,29 +156,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     about, figures = machine(), decision_costs()
-    with session_stack(options.config) as stack:
-        from kvttl.session.demo_model import model_path
-
-        with engine(stack, model_path()) as llm:
-            figures |= compare_modes(stack, llm, options.generations, options.seed)
-            figures |= sweeping_figures(stack, llm, options.seed)
-    write_json(REPORT, {"seed": options.seed, **about, **figures})
-    _explain(figures)
-    print(json.dumps(rounded_figures(figures)))
+    with session_stack(options.config) as stack, engine(stack, model_path()) as llm:
+        figures |= compare_modes(stack, llm, options.generations, options.seed)
+        figures |= sweeping_figures(stack, llm, options.seed)
+    publish(REPORT, {"seed": options.seed, **about}, figures, list(_lines(figures)))
     return 0
 
 
-def _explain(figures):
+def _lines(figures):
     for name in ("sync", "background"):
         n, moves = figures[f"{name}_generations"], figures[f"{name}_with_moves"]
-        print(f"{name}: {n} generations, {moves} with moves; added to the caller, and the engine:")
+        yield f"{name}: {n} generations, {moves} with moves; added to the caller, and the engine:"
         rows = [key for key in figures if key.startswith(name) and key.endswith("_p50_ms")]
-        for row in rows:
-            print(percentile_line(row.removesuffix("_p50_ms"), figures))
-    print(
-        f"  one decision {figures['scalar_us']:.1f} us;"
-        f" arrays {figures['array_per_s'] / 1e6:.0f} M decisions/s\n"
-    )
+        yield from (percentile_line(row.removesuffix("_p50_ms"), figures) for row in rows)
+    rate = figures["array_per_s"] / 1e6
+    yield f"  one decision {figures['scalar_us']:.1f} us; arrays {rate:.0f} M decisions/s\n"
 
 
 if __name__ == "__main__":

@@ -8,17 +8,16 @@ slow all alike. Ends with one line of JSON; the report is data/reports/replay.js
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from caching_heuristics import HeuristicConfig
-from kvttl.bench.figures import machine, rounded_figures, write_json
+from kvttl.bench.figures import machine, publish
 from kvttl.replay.baselines import BaselineFile
 from kvttl.replay.engine import replay, replay_without_capacity
 from kvttl.replay.lru_curve import lru_curve
@@ -33,14 +32,7 @@ _CURVE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # capacities of lru_curve, all in on
 _TIERS = (0.01, 0.05, 0.2)
 _CONFIG = HeuristicConfig(base_ttl=100)
 _COMPARED = (
-    "ttl",
-    "ttl_with_index",
-    "tiers",
-    "tiers_recency",
-    "recency",
-    "lru",
-    "lru_curve",
-    "lru_curve_with_index",
+    "ttl ttl_with_index tiers tiers_recency recency lru lru_curve lru_curve_with_index".split()
 )
 _GROWTH = (1_000_000, 10_000_000, 100_000_000)  # accesses
 
@@ -61,9 +53,7 @@ def median_seconds(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[
     seconds = {name: [] for name in jobs}
     for _ in range(repeats):
         for name, job in jobs.items():
-            start_s = time.perf_counter()
-            job()
-            seconds[name].append(time.perf_counter() - start_s)
+            seconds[name].append(timeit.timeit(job, number=1))
     return {name: float(np.median(values)) for name, values in seconds.items()}
 
 
@@ -93,12 +83,10 @@ def engines(trace, repeats: int) -> dict[str, float]:
         same = same and lru_curve(index, [_CAPACITY])["block_level_hits"][0] == theirs
     figures = {f"{name}_accesses_per_s": trace.accesses / s for name, s in seconds.items()}
     theirs = figures["libcachesim_accesses_per_s"]
-    ratios = {
-        f"{name}_vs_libcachesim": figures[f"{name}_accesses_per_s"] / theirs for name in _COMPARED
-    }
+    for name in _COMPARED:
+        figures[f"{name}_vs_libcachesim"] = figures[f"{name}_accesses_per_s"] / theirs
     return {
         **figures,
-        **ratios,
         "lru_hits_equal_libcachesim": bool(same),
         "slider_step_ms": seconds["ttl"] * 1e3,
         "accesses_per_run": trace.accesses / max(index.runs, 1),
@@ -108,21 +96,20 @@ def engines(trace, repeats: int) -> dict[str, float]:
 def growth(sizes=_GROWTH, repeats: int = 3) -> list[dict[str, float]]:
     """Measure the engines on generated traces of growing size."""
     start = agent_loops(10_000, seed=1, block_tokens=64, system_blocks=16, turn_blocks=3.0)
-    rows = []
-    for size in sizes:
-        trace = tiled(start, size)
-        trace = trace.head(int(np.searchsorted(trace.offsets, size)))
-        index = index_runs(trace)
-        jobs = {
-            "index": lambda t=trace: index_runs(t),
-            "ttl": lambda i=index: replay_without_capacity(i, _CONFIG),
-            "tiers": lambda i=index: replay(i, "heuristic", _TIERS, _CONFIG),
-            "lru": lambda t=trace: replay(t, "lru", _CAPACITY),
-        }
-        seconds = median_seconds(jobs, repeats)
-        row = {"accesses": trace.accesses, "runs": index.runs}
-        rows.append(row | {f"{name}_s": value for name, value in seconds.items()})
-    return rows
+    return [_growth_row(tiled(start, size), size, repeats) for size in sizes]
+
+
+def _growth_row(trace, size, repeats):
+    trace = trace.head(int(np.searchsorted(trace.offsets, size)))
+    index = index_runs(trace)
+    jobs = {
+        "index": lambda: index_runs(trace),
+        "ttl": lambda: replay_without_capacity(index, _CONFIG),
+        "tiers": lambda: replay(index, "heuristic", _TIERS, _CONFIG),
+        "lru": lambda: replay(trace, "lru", _CAPACITY),
+    }
+    seconds = {f"{name}_s": value for name, value in median_seconds(jobs, repeats).items()}
+    return {"accesses": trace.accesses, "runs": index.runs, **seconds}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,33 +121,25 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     about, trace = machine("numba", "libcachesim"), bench_trace()
     figures = engines(trace, options.repeats)
-    rows = growth([size for size in _GROWTH if size <= options.largest])
-    report = {
-        "trace": trace.name,
-        "accesses": trace.accesses,
-        "unique_blocks": trace.unique_blocks,
-        "goals": GOALS,
-        **figures,
-        "growth": rows,
-        **about,
-    }
-    write_json(options.report, report)
-    _explain(trace, figures, rows)
-    print(json.dumps(rounded_figures(figures | {"growth": rows})))
+    figures["growth"] = growth([size for size in _GROWTH if size <= options.largest])
+    about |= {"trace": trace.name, "goals": GOALS}
+    about |= {name: getattr(trace, name) for name in ("accesses", "unique_blocks")}
+    publish(options.report, about, figures, list(_lines(trace, figures)))
     return 0
 
 
-def _explain(trace, figures, rows):
-    print(f"{trace.name}: {trace}; {figures['accesses_per_run']:.1f} accesses a run")
+def _lines(trace, figures):
+    yield f"{trace.name}: {trace}; {figures['accesses_per_run']:.1f} accesses a run"
     for name, value in figures.items():
         if name.endswith("accesses_per_s"):
-            print(f"  {name.removesuffix('_accesses_per_s'):18} {value / 1e6:9.1f} M accesses/s")
-    print(f"  one slider step    {figures['slider_step_ms']:9.2f} ms")
-    for row in rows:
-        rates = [
-            f"{n} {row['accesses'] / row[f'{n}_s'] / 1e6:.0f}" for n in ("ttl", "tiers", "lru")
-        ]
-        print(f"  {row['accesses'] / 1e6:6.1f} M accesses: {', '.join(rates)} M/s")
+            yield f"  {name.removesuffix('_accesses_per_s'):18} {value / 1e6:9.1f} M accesses/s"
+    yield f"  one slider step    {figures['slider_step_ms']:9.2f} ms"
+    for row in figures["growth"]:
+        count = row["accesses"] / 1e6
+        rates = ", ".join(
+            f"{name} {count / row[f'{name}_s']:.0f}" for name in ("ttl", "tiers", "lru")
+        )
+        yield f"  {count:6.1f} M accesses: {rates} M/s"
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ one line of JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -23,8 +21,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kvttl import PROJECT
-from kvttl.bench.figures import machine, percentiles, rounded_figures, write_json
+from kvttl.bench.figures import machine, percentiles, publish
 from kvttl.decisions.sample import FILE_NAME
+from kvttl.stack.process import Child
 from kvttl.stack.services import pick_ports
 
 APP_NOTEBOOK = Path("notebooks/04_ttl_and_tier_plots.ipynb")  # that `make app` serves
@@ -36,16 +35,7 @@ SLIDERS = ("alpha", "hot_threshold", "base_ttl", "variance_threshold", "recent_s
 _START_S, _STOP_S = 60.0, 10.0  # of a server
 
 _BROWSERS = ("chromium", "google-chrome", "chromium-browser", "chrome")  # as in .ci/setup
-_FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
+_FLAGS = ["--disable-gpu", "--disable-quic", "--disable-sync"]  # beside Playwright's own
 _WATCH = """() => {
   const image = document.querySelector('.kv-picture');
   window.kvKey = 0; window.kvSteps = [];
@@ -59,12 +49,11 @@ _WATCH = """() => {
 
 def scratch_project(folder: str | Path, root: str | Path = ".") -> Path:
     """Copy what notebook 04 needs, so that no run, settings or exports of ours matter."""
-    folder = Path(folder)
-    for name in ("notebooks", "data"):
-        (folder / name).mkdir(parents=True)
-    shutil.copy(Path(root, APP_NOTEBOOK), folder / "notebooks")
-    shutil.copy(Path(root, "data", FILE_NAME), folder / "data")
-    return folder
+    for name in (APP_NOTEBOOK, Path("data", FILE_NAME)):
+        copy = Path(folder, name)
+        copy.parent.mkdir(parents=True)
+        shutil.copy(Path(root, name), copy)
+    return Path(folder)
 
 
 def server_command(target: str, port: int) -> list[str]:
@@ -89,40 +78,25 @@ def running(
         If it ends at once or does not answer; with the last lines of its log.
     """
     log = Path(folder, "log")
+    options = {"cwd": folder, "env": os.environ | environment, "start_new_session": True}
     with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | environment,
-            start_new_session=True,
-        )
+        popen = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
+    server = Child("server", popen.pid, time.time(), log, popen)
     try:
-        _wait_until_up(process, port, log)
+        _wait_until_up(server, port)
         yield f"http://127.0.0.1:{port}"
     finally:
-        _stop(process)
+        server.stop(_STOP_S)  # its kernels too
 
 
-def _wait_until_up(process, port, log):
+def _wait_until_up(server, port):
     deadline_s = time.monotonic() + _START_S
-    while time.monotonic() < deadline_s and process.poll() is None:
+    while time.monotonic() < deadline_s and server.alive():
         with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2):
             return
         time.sleep(0.1)
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    tail = "\n".join(server.last_lines(15))
     raise RuntimeError(f"nothing answers on port {port}. The server's log ends with:\n{tail}")
-
-
-def _stop(process):
-    """Stop the server and its kernels; kill what does not listen."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_STOP_S)
-            break
 
 
 @contextmanager
@@ -138,11 +112,8 @@ def browser() -> Iterator:
 
     path = _browser_path()
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=list(_FLAGS))
-        try:
+        with playwright.chromium.launch(executable_path=path, args=_FLAGS) as chromium:
             yield chromium
-        finally:
-            chromium.close()
 
 
 def _browser_path():
@@ -191,16 +162,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             slider_steps(page, len(SLIDERS))  # warm-up
             page.reload()
             page.wait_for_function("document.querySelector('.kv-picture')?.naturalWidth > 0")
-            latencies_ms = slider_steps(page, options.steps)
-            figures = {
-                name.removeprefix("step_"): ms
-                for name, ms in percentiles("step", latencies_ms).items()
-            }
+            named = percentiles("step", slider_steps(page, options.steps))
+            figures = {name.removeprefix("step_"): ms for name, ms in named.items()}
             figures |= {"steps": options.steps, "goal_p50_ms": GOAL_P50_MS}
             figures["chromium"] = chromium.version
-    write_json(REPORT, about | figures)
-    print(f"{options.steps} steps: {figures['p50_ms']:.0f} ms (p50), goal {GOAL_P50_MS:.0f}")
-    print(json.dumps(rounded_figures(figures)))
+    line = f"{options.steps} steps: {figures['p50_ms']:.0f} ms (p50), goal {GOAL_P50_MS:.0f}"
+    publish(REPORT, about, figures, [line])
     return 0
 
 

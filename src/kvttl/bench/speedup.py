@@ -20,19 +20,14 @@ import pandas as pd
 from tqdm import tqdm
 
 from caching_heuristics import HeuristicConfig
-from kvttl.bench.contenders import (
-    CONTENDERS,
-    KIT,
-    MAIN_SHARE,
-    TUNED,
-    Runner,
-    kv_bytes_per_token,
-    running_contenders,
-)
+from kvttl.bench import contenders
+from kvttl.bench.contenders import CONTENDERS, KIT, MAIN_SHARE, TUNED, Runner
 from kvttl.bench.figures import machine, rounded_figures
 from kvttl.bench.speedup_report import BenchResult, headline, t_quantile, write_report
 from kvttl.bench.workloads import CHUNK_TOKENS, Workload, make_workload
+from kvttl.lmcache.model import EVICTION_WATERMARK
 from kvttl.replay.on_lmcache import replay_on_lmcache
+from kvttl.session.demo_model import model_path
 from kvttl.settings import default_path, load_settings
 
 REPORTS = Path("data/reports")
@@ -85,20 +80,15 @@ def run_pass(
             runner.settle()
             rows.append({"contender": name, "request": number, **_row(request, served)})
         for runner in runners.values():
-            runner.rest()
+            runner.settle(below=EVICTION_WATERMARK)
         for row in rows[-len(names) :]:
             row["hot_bytes"] = runners[row["contender"]].hot_bytes
     wall_s = time.perf_counter() - start_s
-    totals = [
-        {
-            "contender": name,
-            "hot_byte_seconds": runner.hot_byte_seconds,
-            "expired_chunks": runner.expired_chunks(),
-            "span_s": workload.span_s,
-            "wall_s": wall_s,
-        }
-        for name, runner in runners.items()
-    ]
+    totals = []
+    for name, runner in runners.items():
+        sums = {"expired_chunks": runner.expired_chunks(), "span_s": workload.span_s}
+        sums |= {"hot_byte_seconds": runner.hot_byte_seconds, "wall_s": wall_s}
+        totals.append({"contender": name, **sums})
     return rows, totals
 
 
@@ -106,9 +96,8 @@ def _row(request, served):
     values = dataclasses.asdict(served)
     hits = values.pop("hit_tokens")
     tiers = {f"hit_{tier}": hits.get(tier, 0) for tier in ("gpu", "disk", "remote", "none")}
-    return {"arrival_s": request.arrival_s, "session": request.session, "kind": request.kind} | (
-        values | tiers
-    )
+    about = {name: getattr(request, name) for name in ("arrival_s", "session", "kind")}
+    return about | values | tiers
 
 
 def run(
@@ -118,16 +107,18 @@ def run(
     workloads = plan.workloads(model)
     mean_tokens = np.mean([workload.working_set_tokens for workload in workloads.values()])
     requests, totals, costs = [], [], None
-    passes = sum(_wanted(name, share) for share in plan.shares for name, _ in workloads)
-    with tqdm(total=passes, desc="passes", unit="pass") as bar:
-        for share in plan.shares:
+    passes = {
+        share: [key for key in workloads if share == MAIN_SHARE or key[0] in _ALL_SHARES]
+        for share in plan.shares
+    }
+    with tqdm(total=sum(map(len, passes.values())), desc="passes", unit="pass") as bar:
+        for share, keys in passes.items():
             names = [n for n, row in CONTENDERS.items() if row.every_share or share == MAIN_SHARE]
             hot_tokens = max(int(share * mean_tokens), _LEAST_HOT_TOKENS)
-            with running_contenders(names, hot_tokens, model, config_path) as runners:
+            with contenders.running_contenders(names, hot_tokens, model, config_path) as runners:
                 costs = costs or runners[KIT].calibrate()
-                for (name, seed), workload in workloads.items():
-                    if not _wanted(name, share):
-                        continue
+                for name, seed in keys:
+                    workload = workloads[name, seed]
                     rows, sums = run_pass(runners, workload, settings)
                     about = {"workload": name, "hot_share": share, "seed": seed}
                     size = {"hot_tokens": hot_tokens, "working_set": workload.working_set_tokens}
@@ -137,40 +128,31 @@ def run(
     return BenchResult(pd.DataFrame(requests), pd.DataFrame(totals), workloads, costs)
 
 
-def _wanted(workload, share):
-    return share == MAIN_SHARE or workload in _ALL_SHARES
-
-
-def choose_settings(model: str, hot_share: float = MAIN_SHARE) -> HeuristicConfig:
+def choose_settings(model: str) -> HeuristicConfig:
     """Return the TTL that needs the least hot memory without costing hits, on the model of LMCache.
 
     Found on agentic sessions of other seeds than the benchmark's. Perplexity and
     variance do not choose the tier here: `kvttl.lmcache.model` knows no answers.
     """
     workloads = [make_workload("agentic", seed, REQUESTS["agentic"], model) for seed in _TUNING]
-    hot_chunks = [int(hot_share * w.working_set_tokens) // CHUNK_TOKENS for w in workloads]
-
-    def outcome(config):
-        """Return mean hit shares in gpu and in all tiers, and the hot tier's chunk-seconds."""
-        results = [
-            replay_on_lmcache(w.trace, w.prompts, hot, config)
-            for w, hot in zip(workloads, hot_chunks)
-        ]
-        shares = [r.hit_tokens.sum(axis=0) / r.trace.prompt_tokens.sum() for r in results]
-        gpu, every = np.mean([s[0] for s in shares]), np.mean([s.sum() for s in shares])
-        return gpu, every, float(np.mean([r.block_seconds[0] for r in results]))
-
-    gpu, every, _ = outcome(None)
-    tried = [(outcome(config), config) for config in map(_with_ttl, _TTLS_S)]
-    good = [(seconds, config) for (g, e, seconds), config in tried if g >= gpu and e >= every]
-    if not good:  # none is as good: the one with the most hits in gpu
-        return max(tried, key=lambda pair: pair[0][0])[1]
-    return min(good, key=lambda pair: pair[0])[1]
+    off = {"hot_threshold": 1e6, "cold_threshold": 1e6, "variance_threshold": 1.0, "gamma": 0.0}
+    configs = [HeuristicConfig(base_ttl=ttl_s, **off) for ttl_s in _TTLS_S]
+    tried = pd.DataFrame([_outcome(workloads, config) for config in configs])
+    plain = _outcome(workloads, None)
+    good = tried[(tried["gpu"] >= plain["gpu"]) & (tried["every"] >= plain["every"])]
+    # Where none is as good: the one with the most hits in gpu.
+    return configs[tried["gpu"].idxmax() if good.empty else good["held"].idxmin()]
 
 
-def _with_ttl(base_ttl):
-    off = {"hot_threshold": 1e6, "cold_threshold": 1e6, "variance_threshold": 1.0}
-    return HeuristicConfig(base_ttl=base_ttl, gamma=0.0, **off)
+def _outcome(workloads, config):
+    """Return mean hit shares in gpu and in all tiers, and the hot tier's mean chunk-seconds."""
+    rows = []
+    for workload in workloads:
+        hot_chunks = int(MAIN_SHARE * workload.working_set_tokens) // CHUNK_TOKENS
+        result = replay_on_lmcache(workload.trace, workload.prompts, hot_chunks, config)
+        gpu = result.hit_tokens[:, 0].sum() / result.trace.prompt_tokens.sum()
+        rows.append((gpu, result.token_hit_ratio, result.block_seconds[0]))
+    return dict(zip(("gpu", "every", "held"), np.mean(rows, axis=0)))
 
 
 def bench_settings(model: str) -> tuple[dict[str, HeuristicConfig], str]:
@@ -191,8 +173,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5, help="at least 5 for the intervals")
     options = parser.parse_args(argv)
     plan = QUICK if options.quick else BenchPlan(seeds=tuple(range(options.seeds)))
-    from kvttl.session.demo_model import model_path
-
     about, started_s, model = machine(), time.perf_counter(), model_path()
     settings, source = bench_settings(model)
     result = run(plan, model, options.config, settings)
@@ -201,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         "requests": dict(plan.requests),
         "minutes": (time.perf_counter() - started_s) / 60,
         "model": Path(model).name,
-        "bytes_per_token": kv_bytes_per_token(model),
+        "bytes_per_token": contenders.kv_bytes_per_token(model),
         "settings": {name: dataclasses.asdict(config) for name, config in settings.items()},
         "settings_source": source,
         "sources": sorted({w.source for w in result.workloads.values()}),

@@ -21,15 +21,16 @@ from matplotlib.lines import Line2D
 from caching_heuristics import HeuristicConfig
 from kvttl.bench.contenders import CONTENDERS, KIT, LMCACHE, MAIN_SHARE, ORDER, TUNED
 from kvttl.bench.figures import write_json
-from kvttl.bench.truth import replay_truth
+from kvttl.bench.truth import KEYS, replay_truth
 from kvttl.bench.workloads import Workload
 from kvttl.replay.costs import TierCosts
 from kvttl.settings import save_settings
 
 RUNS, REQUESTS, FIGURES = "speedup.csv", "speedup_requests.csv.gz", "speedup.json"
 SETTINGS, PICTURE = "speedup_heuristics.yaml", "speedup.png"
-KEYS = ["workload", "hot_share", "contender"]
-_GOAL = ("hot_mb_s", "ttft_p50_ms", "ttft_p90_ms")  # what is compared with LMCache
+_TIMES = {q: f"ttft_p{q}_ms" for q in (50, 90, 99)}
+# What is compared with LMCache, and how a verdict calls it
+_GOAL = {"hot_mb_s": "memory", "ttft_p50_ms": "p50", "ttft_p90_ms": "p90"}
 # 97.5 % quantiles of Student's t, by degrees of freedom from 1
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -59,20 +60,16 @@ class BenchResult:
 def by_seed(result: BenchResult) -> pd.DataFrame:
     """Return the figures of each workload, hot tier, contender and seed, a row each."""
     keys = [*KEYS, "seed"]
-    groups = result.requests.groupby(keys, sort=False)
-    frame = pd.DataFrame(
-        {f"ttft_p{q}_ms": groups["ttft_s"].quantile(q / 100) * 1e3 for q in (50, 90, 99)}
-    )
+    requests = result.requests.eval("added_s = call_s - engine_s")
+    groups = requests.groupby(keys, sort=False)
+    frame = pd.DataFrame({n: groups["ttft_s"].quantile(q / 100) * 1e3 for q, n in _TIMES.items()})
     prompts = groups["prompt_tokens"].sum()
     for tier in ("gpu", "disk", "remote", "none"):
         frame[f"hit_{tier}"] = groups[f"hit_{tier}"].sum() / prompts
     frame["recomputed_tokens"] = prompts - groups["cached_tokens"].sum()
     frame["moved_chunks"] = groups["moved_chunks"].sum()
-    frame["manage_p50_ms"] = groups["manage_s"].median() * 1e3
-    frame["manage_p90_ms"] = groups["manage_s"].quantile(0.9) * 1e3
-    added_s = result.requests["call_s"] - result.requests["engine_s"]
-    by = [result.requests[key] for key in keys]
-    frame["added_p50_ms"] = added_s.groupby(by, sort=False).median() * 1e3
+    for name, q in (("manage", 50), ("manage", 90), ("added", 50)):
+        frame[f"{name}_p{q}_ms"] = groups[f"{name}_s"].quantile(q / 100) * 1e3
     frame["not_managed"] = groups["error"].apply(lambda errors: sum(map(bool, errors)))
     totals = result.totals.set_index(keys)
     frame["moved_chunks"] += totals["expired_chunks"]
@@ -111,10 +108,9 @@ def t_quantile(seeds: int) -> float:
 
 def compared(seeds: pd.DataFrame, to: str = LMCACHE) -> pd.DataFrame:
     """Return each contender's figures as multiples of another's, paired by seed, with intervals."""
-    names = list(_GOAL)
     at = ["workload", "hot_share", "seed"]
-    peer = seeds[seeds["contender"] == to].set_index(at)[names]
-    others = seeds.set_index([*at, "contender"])[names]
+    peer = seeds[seeds["contender"] == to].set_index(at)[[*_GOAL]]
+    others = seeds.set_index([*at, "contender"])[[*_GOAL]]
     # Logarithms: ratios of times are skewed, and their mean is not that of the inverse.
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log(others.div(peer)).replace(-np.inf, np.nan)
@@ -149,7 +145,7 @@ def _order(names):
 
 
 def _line(row):
-    times = " ".join(f"{row[n]:5.0f} {_half(row['±' + n], 0):6}" for n in _times())
+    times = " ".join(f"{row[n]:5.0f} {_half(row['±' + n], 0):6}" for n in _TIMES.values())
     served = f"{row.hit_gpu:5.0%} {row.hit_disk:5.0%} {row.hit_remote:7.0%}"
     held = f"{row.hot_mean_mb:6.2f} {_half(row['±hot_mean_mb'], 2):6}"
     manage = f"{row.manage_p50_ms:6.1f}" if CONTENDERS[row.contender].config else "     -"
@@ -161,10 +157,6 @@ def _line(row):
 
 def _half(width, digits):
     return f"±{width:.{digits}f}" if math.isfinite(width) else ""
-
-
-def _times():
-    return [f"ttft_p{q}_ms" for q in (50, 90, 99)]
 
 
 def verdict(seeds: pd.DataFrame) -> str:
@@ -191,11 +183,10 @@ def _word(row):
     """Say in a word what the intervals allow to say."""
     if math.isnan(row.hot_mb_s_low):
         return "one seed: no interval"
-    lost = [n for n in _GOAL if getattr(row, n + "_low") > 1]
-    won = [n for n in _GOAL if getattr(row, n + "_high") < 1]
-    short = {"hot_mb_s": "memory", "ttft_p50_ms": "p50", "ttft_p90_ms": "p90"}
-    parts = [f"better: {', '.join(short[n] for n in won)}"] if won else []
-    parts += [f"WORSE: {', '.join(short[n] for n in lost)}"] if lost else []
+    won = [short for name, short in _GOAL.items() if getattr(row, f"{name}_high") < 1]
+    lost = [short for name, short in _GOAL.items() if getattr(row, f"{name}_low") > 1]
+    words = (("better", won), ("WORSE", lost))
+    parts = [f"{word}: {', '.join(names)}" for word, names in words if names]
     return "; ".join(parts) or "no difference beyond noise"
 
 
@@ -220,14 +211,12 @@ def picture(seeds: pd.DataFrame) -> Figure:
     panels = sorted(rows.groupby(["workload", "hot_share"]), key=lambda panel: panel[0])
     lines = -(-len(panels) // _COLUMNS)
     columns = min(len(panels), _COLUMNS)
-    size = (3.7 * columns + 0.6, 3.0 * lines + 0.8)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure((3.7 * columns + 0.6, 3.0 * lines + 0.8), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, ((workload, share), part) in zip(grid, panels):
         _panel(axes, part)
         axes.set_title(f"{workload}, hot tier {share:.0%}", fontsize=10)
-        axes.set_xlabel("mean memory held in the hot tier, MB")
-        axes.set_ylabel("TTFT, ms")
+        axes.set(xlabel="mean memory held in the hot tier, MB", ylabel="TTFT, ms")
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     figure.legend(handles=_legend(rows), loc="outside lower center", ncols=4, frameon=False)
@@ -248,23 +237,13 @@ def _legend(rows):
 
 
 def _panel(axes, part):
-    top = 0.0
     for _, row in part.iterrows():
         colour = CONTENDERS[row.contender].colour
         for name, fill in (("ttft_p50_ms", colour), ("ttft_p90_ms", "white")):
-            half = np.nan_to_num(row["±" + name])
-            top = max(top, row[name] + half)
-            axes.errorbar(
-                row.hot_mean_mb,
-                row[name],
-                yerr=half,
-                xerr=np.nan_to_num(row["±hot_mean_mb"]),
-                fmt="o",
-                color=colour,
-                mfc=fill,
-                capsize=2,
-            )
-    axes.set_ylim(0, 1.08 * top)
+            half = {"xerr": row["±hot_mean_mb"], "yerr": row[f"±{name}"]}
+            style = {"fmt": "o", "color": colour, "mfc": fill, "capsize": 2}
+            axes.errorbar(row.hot_mean_mb, row[name], **half, **style)
+    axes.set_ylim(bottom=0)
     axes.set_xlim(left=min(-0.03 * axes.get_xlim()[1], 0))
     axes.grid(alpha=0.3)
 

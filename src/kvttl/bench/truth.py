@@ -7,7 +7,6 @@ Twice: by `kvttl.replay.engine`, which knows a capacity and a policy, and by
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from kvttl.replay.costs import fit_costs
 from kvttl.replay.engine import replay
 from kvttl.replay.on_lmcache import replay_on_lmcache
 
+KEYS = ["workload", "hot_share", "contender"]
 _COLUMNS = [f"hit_{tier}" for tier in TIERS]
 
 
@@ -44,29 +44,25 @@ def replay_truth(result: Any, settings: Mapping[str, HeuristicConfig]) -> pd.Dat
         with measured hits and costs fitted to the first seed, on the other seeds.
     """
     rows = []
-    keys = ["workload", "hot_share", "contender"]
-    for (workload, share, name), part in result.requests.groupby(keys, sort=False):
-        if CONTENDERS[name].stack is None:  # not on LMCache
-            continue
-        checks = [
-            predict(result, seed_part, name, settings.get(name))
-            for _, seed_part in part.groupby("seed", sort=False)
-        ]
-        equal, by_model, errors = (np.concatenate(c) for c in zip(*checks))
-        rows.append(
-            {
-                "workload": workload,
-                "hot_share": share,
-                "contender": name,
-                "requests": len(equal),
-                "replay_equal": float(equal.mean()),
-                "model_equal": float(by_model.mean()),
-                "model_differ": int((~by_model).sum()),
-                "ttft_error": float(np.median(errors)),
-                "ttft_error_fitted": float(np.median(_fitted_errors(result.costs, part))),
-            }
-        )
+    for (*at, name), part in result.requests.groupby(KEYS, sort=False):
+        if CONTENDERS[name].stack is not None:  # on LMCache
+            figures = _truth_figures(result, part, name, settings.get(name))
+            rows.append(dict(zip(KEYS, (*at, name))) | figures)
     return pd.DataFrame(rows)
+
+
+def _truth_figures(result, part, name, config):
+    passes = part.groupby("seed", sort=False)
+    checks = [predict(result, measured, name, config) for _, measured in passes]
+    equal, by_model, errors = (np.concatenate(check) for check in zip(*checks))
+    return {
+        "requests": len(equal),
+        "replay_equal": float(equal.mean()),
+        "model_equal": float(by_model.mean()),
+        "model_differ": int((~by_model).sum()),
+        "ttft_error": float(np.median(errors)),
+        "ttft_error_fitted": float(np.median(_fitted_errors(result.costs, part))),
+    }
 
 
 def predict(
@@ -75,19 +71,14 @@ def predict(
     """Return, by request of one pass: equal by replay, by the model, and the TTFT's error."""
     first = measured.iloc[0]
     workload = result.workloads[(first["workload"], first["seed"])]
-    at = ["workload", "hot_share", "seed", "contender"]
-    same = (result.totals[at] == first[at]).all(axis=1)
-    hot_chunks = int(result.totals.loc[same, "hot_tokens"].iloc[0]) // CHUNK_TOKENS
+    at = [*KEYS, "seed"]
+    hot_tokens = result.totals.set_index(at)["hot_tokens"]
+    hot_chunks = int(hot_tokens[tuple(first[at])]) // CHUNK_TOKENS
     hits = measured[_COLUMNS].to_numpy()
-    fast = _fast(workload, hot_chunks, config, measured)
-    model = replay_on_lmcache(
-        workload.trace,
-        workload.prompts,
-        hot_chunks,
-        config,
-        retain=name == RETAIN,
-        perplexity=measured["perplexity"].to_numpy(),
-    ).hit_tokens
+    perplexity = measured["perplexity"].to_numpy()  # NaN where none was measured
+    fast = _fast(workload.trace, hot_chunks, config, perplexity)
+    run = (workload.trace, workload.prompts, hot_chunks, config)
+    model = replay_on_lmcache(*run, retain=name == RETAIN, perplexity=perplexity).hit_tokens
     prompts, ttft_s = measured["prompt_tokens"].to_numpy(), measured["ttft_s"].to_numpy()
     error = np.abs(result.costs.request_ttft_s(model, prompts) - ttft_s) / ttft_s
     return (fast == hits).all(axis=1), (model == hits).all(axis=1), error
@@ -96,25 +87,18 @@ def predict(
 def _fitted_errors(costs, part):
     """Return errors of costs that were fitted to one seed, on the others (if there are any)."""
     first = part["seed"] == part["seed"].iloc[0]
-    records = [
-        SimpleNamespace(
-            prompt_tokens=row.prompt_tokens,
-            hit_tokens={tier: getattr(row, f"hit_{tier}") for tier in TIERS},
-            generate_s=row.ttft_s,
-        )
-        for row in part[first].itertuples()
-    ]
+    known = part[first].rename(columns={"ttft_s": "generate_s"})
+    known["hit_tokens"] = known[_COLUMNS].set_axis(list(TIERS), axis=1).to_dict("records")
+    fitted = fit_costs(known.itertuples(), costs)
     rest = part if first.all() else part[~first]
-    fitted = fit_costs(records, costs)
     ttft_s = rest["ttft_s"].to_numpy()
     predicted = fitted.request_ttft_s(rest[_COLUMNS].to_numpy(), rest["prompt_tokens"].to_numpy())
     return np.abs(predicted - ttft_s) / ttft_s
 
 
-def _fast(workload, hot_chunks, config, measured):
+def _fast(trace, hot_chunks, config, perplexity):
     """Replay with the capacity at which LMCache starts to evict; disk and Redis hold all."""
     capacity = (int(EVICTION_WATERMARK * hot_chunks), None, None)
     if config is None:
-        return replay(workload.trace, "recency", capacity).hit_tokens
-    perplexity = measured["perplexity"].to_numpy()  # NaN where none was measured
-    return replay(workload.trace, "heuristic", capacity, config, perplexity=perplexity).hit_tokens
+        return replay(trace, "recency", capacity).hit_tokens
+    return replay(trace, "heuristic", capacity, config, perplexity=perplexity).hit_tokens

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from kvttl.session.texts import CODE_PROMPT, PROSE_PROMPT, TEMPLATE_LINE, random_characters
+from kvttl.session.demo_model import load_tokenizer
+from kvttl.session.texts import CODE_PROMPT, TEMPLATE_LINE, random_characters, shuffled_prose
 from kvttl.traces.builder import TraceBuilder, make_trace
 from kvttl.traces.generator import agent_loops
 from kvttl.traces.reading import read_trace
@@ -75,19 +77,16 @@ class Workload:
         """The requests as a `Trace` of complete chunks, for the replay engines."""
         builder = TraceBuilder(CHUNK_TOKENS, chained=False)
         for request in self.requests:
-            keys = [hash(chunk) for chunk in _chunks_of(request.tokens)]  # equal in every process
-            builder.add(keys, request.arrival_s, len(request.tokens), session=request.session)
+            tokens, size = request.tokens, CHUNK_TOKENS
+            starts = range(0, len(tokens) - size + 1, size)
+            keys = [hash(tokens[at : at + size]) for at in starts]  # equal in every process
+            builder.add(keys, request.arrival_s, len(tokens), session=request.session)
         return builder.finish(self.name)
 
     @property
     def working_set_tokens(self) -> int:
         """Tokens of all distinct chunks: what an unlimited cache would hold."""
         return self.trace.unique_blocks * CHUNK_TOKENS
-
-
-def _chunks_of(tokens):
-    ends = range(CHUNK_TOKENS, len(tokens) + 1, CHUNK_TOKENS)
-    return [tokens[end - CHUNK_TOKENS : end] for end in ends]
 
 
 def make_workload(name: str, seed: int, requests: int, model: str) -> Workload:
@@ -126,14 +125,12 @@ def _agentic(seed, requests):
     """Return sessions of real agents where a trace is there, with their real think times."""
     folder = Path(os.environ.get("KV_TRACE_DIR") or ".") / "weka-agentic"
     if not folder.is_dir():
-        trace = agent_loops(
-            requests, seed, block_tokens=64, system_blocks=80, turn_blocks=5.0, turns=6.0
-        )
+        shape = {"system_blocks": 80, "turn_blocks": 5.0, "turns": 6.0}
+        trace = agent_loops(requests, seed, block_tokens=64, **shape)
         return trace, f"generated agent loops, seed {seed}", True
     count = -(-requests // _TURNS)
-    trace = read_trace(
-        folder, "weka", seed=seed, sessions_per_hour=_SESSIONS_PER_HOUR, max_sessions=2 * count
-    )
+    options = {"sessions_per_hour": _SESSIONS_PER_HOUR, "max_sessions": 2 * count}
+    trace = read_trace(folder, "weka", seed=seed, **options)
     return _first_turns(trace, count, requests), "WEKA agentic coding sessions", True
 
 
@@ -154,17 +151,9 @@ def _first_turns(trace, sessions, requests):
 
 
 def _chat(seed, requests):
-    trace = agent_loops(
-        requests,
-        seed,
-        block_tokens=CHUNK_TOKENS,
-        agents=4,
-        system_blocks=8,
-        turn_blocks=24.0,
-        turns=2.2,
-        pause_s=40.0,
-        sessions_per_hour=90.0,
-    )
+    shape = {"agents": 4, "system_blocks": 8, "turn_blocks": 24.0, "turns": 2.2}
+    pace = {"pause_s": 40.0, "sessions_per_hour": _SESSIONS_PER_HOUR}
+    trace = agent_loops(requests, seed, block_tokens=CHUNK_TOKENS, **shape, **pace)
     return trace, f"generated conversations, seed {seed}", False
 
 
@@ -178,11 +167,7 @@ def _control(seed, requests):
     return trace, f"generated, no prompt twice, seed {seed}", False
 
 
-WORKLOADS: dict[str, Callable[[int, int], tuple[Trace, str, bool]]] = {
-    "agentic": _agentic,
-    "chat": _chat,
-    "control": _control,
-}
+WORKLOADS = {"agentic": _agentic, "chat": _chat, "control": _control}
 
 
 # ---- text ------------------------------------------------------------------------
@@ -193,7 +178,7 @@ def _with_text(trace, seed, model, scaled):
     rng = random.Random(seed)
     kinds = {s: rng.choices(_KINDS, _KIND_SHARES)[0] for s in np.unique(trace.sessions).tolist()}
     scales = {s: _scale(trace, s) if scaled else 1.0 for s in kinds}
-    streams = {s: _Stream(model, kind, rng.getrandbits(32)) for s, kind in kinds.items()}
+    streams = {s: _stream(model, kind, rng.getrandbits(32)) for s, kind in kinds.items()}
     owner: dict[int, int] = {}  # block -> the last request that has it
     made: list[BenchRequest] = []
     for row in range(trace.requests):
@@ -204,7 +189,7 @@ def _with_text(trace, seed, model, scaled):
         if known:
             prefix = int(known * trace.block_tokens * scales[session])
             shared = made[owner[blocks[known - 1]]].tokens[: min(prefix, length)]
-        tokens = (*shared, *streams[session].take(length - len(shared)))
+        tokens = (*shared, *islice(streams[session], length - len(shared)))
         owner.update(dict.fromkeys(blocks, row))
         made.append(BenchRequest(float(trace.arrival_s[row]), session, kinds[session], tokens))
     return tuple(made), (min(scales.values()), max(scales.values()))
@@ -222,39 +207,18 @@ def _length(tokens):
     return tokens + (tokens % CHUNK_TOKENS == 0)  # an engine computes the last token itself
 
 
-class _Stream:
-    """Endless tokens of one kind of text; seeded, so that no two sessions share any."""
-
-    def __init__(self, model, kind, seed):
-        self._tokenize = _tokenizer(model)
-        self._kind, self._rng = kind, random.Random(seed)
-        self._tokens = self._tokenize(f"# session {self._rng.getrandbits(32):x}\n")
-
-    def take(self, count):
-        """Return the next tokens."""
-        while len(self._tokens) < count:
-            self._tokens = self._tokens + self._tokenize(_TEXTS[self._kind](self._rng))
-        taken, self._tokens = self._tokens[:count], self._tokens[count:]
-        return taken
-
-
-def _prose(rng):
-    sentences = PROSE_PROMPT.split(". ")
-    rng.shuffle(sentences)
-    return ". ".join(sentences)
+def _stream(model, kind, seed):
+    """Yield endless tokens of one kind of text; seeded, so that no two sessions share any."""
+    encode, rng = load_tokenizer(model).encode, random.Random(seed)
+    text = f"# session {rng.getrandbits(32):x}\n"
+    while True:
+        yield from encode(text, add_special_tokens=False)
+        text = _TEXTS[kind](rng)
 
 
 _TEXTS = {
     "code": lambda rng: CODE_PROMPT.replace("Limiter", f"Worker{rng.randrange(1000)}"),
-    "prose": _prose,
+    "prose": shuffled_prose,
     "template": lambda rng: f"Report {rng.randrange(1000)}. {TEMPLATE_LINE}" * 4,
     "noise": lambda rng: random_characters(400, rng.getrandbits(32)),
 }
-
-
-@lru_cache(maxsize=2)
-def _tokenizer(model):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    return lambda text: tokenizer.encode(text, add_special_tokens=False)

@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from caching_heuristics import METADATA_FIELDS, TIERS
+from kvttl.background import check_whole
 from kvttl.decisions.record import KINDS, SOURCES, DecisionRecord, parse_record
 
 logger = logging.getLogger(__name__)
 
 
-class DecisionLog:
+class DecisionLog(contextlib.AbstractContextManager):
     """Decisions as JSON lines in a folder, one file per writer, safe for concurrent use.
 
     A line is one write to a file opened for appending, so a crash can tear the
@@ -68,8 +69,8 @@ class DecisionLog:
         prompts: bool = False,
     ) -> None:
         self.folder = Path(folder)
-        self._max_bytes = _whole("max_bytes", max_bytes)
-        self._keep_files = None if keep_files is None else _whole("keep_files", keep_files)
+        self._max_bytes = check_whole("max_bytes", max_bytes)
+        self._keep_files = None if keep_files is None else check_whole("keep_files", keep_files)
         self._prompts = prompts
         self._start_over()
         _LOGS.add(self)
@@ -112,9 +113,6 @@ class DecisionLog:
         """Close the file; a later record would begin the next one."""
         with self._lock:
             self._close()
-
-    def __enter__(self) -> DecisionLog:
-        return self
 
     def __exit__(self, *exc_info) -> None:
         self.close()
@@ -167,12 +165,6 @@ def _start_over_after_fork():
 
 
 os.register_at_fork(after_in_child=_start_over_after_fork)
-
-
-def _whole(name, value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-    return value
 
 
 def _new_stem():

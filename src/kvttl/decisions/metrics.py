@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
@@ -33,25 +34,18 @@ METRICS = {
     "kvttl_tracked_patterns": "Prompt patterns whose history is kept.",
 }
 _PATH = ("source", "target")
-_COUNTERS = {  # name -> labels
+_LABELS = {  # of the metrics that have some
     "decisions_total": ("tier",),
     "not_managed_total": ("reason",),
-    "shed_total": (),
-    "prompt_tokens_total": (),
     "hit_tokens_total": ("tier",),
     "moves_total": (*_PATH, "status"),
     "moved_chunks_total": _PATH,
     "expiries_total": ("from_tier", "to_tier"),
+    "move_seconds": _PATH,
 }
 _GAUGES = ("live_claims", "queue_depth", "tracked_patterns")
 _TTL_S = (1, 4, 15, 60, 240, 900, 3_600, 14_400, 57_600, 172_800, 604_800)  # .. 7 days
 _LATENCY_S = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
-_HISTOGRAMS = {  # name -> labels, upper bounds
-    "ttl_seconds": ((), _TTL_S),
-    "generate_seconds": ((), _LATENCY_S),
-    "manage_seconds": ((), _LATENCY_S),
-    "move_seconds": (_PATH, _LATENCY_S),
-}
 
 
 class DecisionMetrics:
@@ -75,12 +69,14 @@ class DecisionMetrics:
         self.registry = CollectorRegistry() if registry is None else registry
         self._metrics = {}
         self._gauges: dict[str, Gauge] = {}
-        for name, labels in _COUNTERS.items():
-            self._metrics[name] = Counter(*_described(name), labels, registry=self.registry)
-        for name, (labels, bounds) in _HISTOGRAMS.items():
-            self._metrics[name] = Histogram(
-                *_described(name), labels, buckets=bounds, registry=self.registry
-            )
+        for full_name, text in METRICS.items():
+            name = full_name.removeprefix(_PREFIX)
+            what = {"labelnames": _LABELS.get(name, ()), "registry": self.registry}
+            if name.endswith("_total"):
+                self._metrics[name] = Counter(full_name, text, **what)
+            elif name not in _GAUGES:
+                bounds = _TTL_S if name == "ttl_seconds" else _LATENCY_S
+                self._metrics[name] = Histogram(full_name, text, **what, buckets=bounds)
         for tier in TIERS:  # from the start, so that a rate sees the first one
             self._of("decisions_total", tier)
             self._of("hit_tokens_total", tier)
@@ -126,7 +122,8 @@ class DecisionMetrics:
         if name not in _GAUGES:
             raise ValueError(f"name must be one of {', '.join(_GAUGES)}, got {name!r}")
         if name not in self._gauges:
-            self._gauges[name] = Gauge(*_described(name), registry=self.registry)
+            full_name = _PREFIX + name
+            self._gauges[name] = Gauge(full_name, METRICS[full_name], registry=self.registry)
         self._gauges[name].set_function(lambda: _value(name, function))
 
     def serve(self, port: int, host: str = "127.0.0.1") -> MetricsServer:
@@ -153,10 +150,9 @@ class DecisionMetrics:
         try:
             server, thread = start_http_server(port, addr=host, registry=self.registry)
         except OSError as error:
-            raise RuntimeError(
-                f"the metrics cannot be served on {host} port {port}: {error.strerror or error}; "
-                "choose another port, or 0 for any free one"
-            ) from error
+            reason = f"{error.strerror or error}; choose another port, or 0 for any free one"
+            place = f"{host} port {port}"
+            raise RuntimeError(f"the metrics cannot be served on {place}: {reason}") from error
         return MetricsServer(server, thread)
 
     def _observe_generation(self, record):
@@ -192,7 +188,7 @@ class DecisionMetrics:
             self._of(name, *labels).observe(seconds)
 
 
-class MetricsServer:
+class MetricsServer(AbstractContextManager):
     """A running metrics server: its `port`, and `close`."""
 
     def __init__(self, server, thread) -> None:
@@ -205,15 +201,8 @@ class MetricsServer:
         self._server.server_close()
         self._thread.join()
 
-    def __enter__(self) -> MetricsServer:
-        return self
-
     def __exit__(self, *exc_info) -> None:
         self.close()
-
-
-def _described(name):
-    return _PREFIX + name, METRICS[_PREFIX + name]
 
 
 def _counts(amount):

@@ -61,24 +61,19 @@ def _prompt_records(rng, number, config):
     """One prompt's uses, and what expires between them."""
     shares = [kind[3] for kind in _KINDS.values()]
     perplexity, variance, gap_s, _ = _KINDS[rng.choice(list(_KINDS), p=shares)]
-    prompt = {
-        "prompt_digest": hashlib.sha256(f"sample {number}".encode()).hexdigest()[:16],
-        "prompt_tokens": int(rng.integers(300, 1200)),
-    }
-    prompt["chunks"] = prompt["prompt_tokens"] // _CHUNK_TOKENS
+    digest = hashlib.sha256(f"sample {number}".encode()).hexdigest()[:16]
+    tokens = int(rng.integers(300, 1200))
+    prompt = {"prompt_digest": digest, "prompt_tokens": tokens, "chunks": tokens // _CHUNK_TOKENS}
     measured = {
         "perplexity": round(float(perplexity * rng.lognormal(0, 0.3)), 2),
         "time_variance": round(float(np.clip(variance + rng.normal(0, 0.08), 0, 1)), 3),
     }
     times = _use_times(rng, gap_s, measured["time_variance"])
     records, held = [], "none"
-    for count, (time_s, before_s, next_s) in enumerate(
-        zip(times, [times[0], *times], [*times[1:], _SPAN_S])
-    ):
-        metadata = measured | {
-            "access_count": count,
-            "seconds_since_access": round(time_s - before_s, 3),
-        }
+    neighbours = zip(times, [times[0], *times], [*times[1:], _SPAN_S])
+    for count, (time_s, before_s, next_s) in enumerate(neighbours):
+        idle_s = round(time_s - before_s, 3)
+        metadata = measured | {"access_count": count, "seconds_since_access": idle_s}
         use = _use(prompt, metadata, time_s, held, config, rng)
         ladder = _ladder(prompt, use, time_s, next_s, config)
         records += [use, *ladder]
@@ -144,13 +139,8 @@ def _ladder(prompt, use, time_s, next_s, config):
 
 
 def _move(source, target, chunks):
-    return {
-        "from": source,
-        "to": target,
-        "status": "done",
-        "moved_chunks": chunks,
-        "moved_tokens": chunks * _CHUNK_TOKENS,
-    }
+    move = {"from": source, "to": target, "status": "done", "moved_chunks": chunks}
+    return move | {"moved_tokens": chunks * _CHUNK_TOKENS}
 
 
 def latest_log(data_folder: str | Path = "data") -> Path:
@@ -163,9 +153,8 @@ def latest_log(data_folder: str | Path = "data") -> Path:
     >>> latest_log("no/such/folder").name
     'sample_decisions.jsonl'
     """
-    logs = Path(data_folder).glob("runs/*/*.jsonl")
     newest = {}  # folder -> when it was last written to
-    for log in logs:
+    for log in Path(data_folder).glob("runs/*/*.jsonl"):
         newest[log.parent] = max(log.stat().st_mtime, newest.get(log.parent, 0.0))
     runs = sorted(newest, key=lambda folder: (newest[folder], folder.name), reverse=True)
     return next(filter(_has_decisions, runs), Path(data_folder, FILE_NAME))

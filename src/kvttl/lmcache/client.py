@@ -17,7 +17,7 @@ from typing import Any
 import requests
 from urllib3.exceptions import ReadTimeoutError
 
-from kvttl.lmcache.tiers import LMCACHE_TIERS, addresses
+from kvttl.lmcache.tiers import LMCACHE_TIERS, addresses, pages
 
 # uvicorn closes connections idle for 5 s, so a first try may meet a dead one.
 _CONNECTION_RETRIES = 2
@@ -52,8 +52,8 @@ class CircuitBreaker:
 
     Parameters
     ----------
-    retry_after_s : float
-        Seconds between trials while open.
+    retry_after_s : float or None
+        Seconds between trials while open; None: it never opens.
     timer : callable
         Monotonic clock, seconds.
 
@@ -72,7 +72,7 @@ class CircuitBreaker:
     """
 
     def __init__(
-        self, retry_after_s: float = 1.0, timer: Callable[[], float] = time.monotonic
+        self, retry_after_s: float | None = 1.0, timer: Callable[[], float] = time.monotonic
     ) -> None:
         self.retry_after_s = retry_after_s
         self.reason = ""
@@ -90,11 +90,20 @@ class CircuitBreaker:
             self._retry_at_s = self._timer() + self.retry_after_s
             return "trial"
 
+    def check(self, name: str, error: type[Exception], start_trial: Callable[[], Any]) -> None:
+        """Raise `error` if the service `name` is away; start a trial, beside the caller, if due."""
+        admitted = self.admit()
+        if admitted == "trial":
+            start_trial()
+        if admitted != "call":
+            raise error(f"{name} is away: {self.reason}")
+
     def failed(self, reason: str) -> None:
         """Open, or stay open."""
         with self._lock:
             self.reason = reason
-            self._retry_at_s = self._timer() + self.retry_after_s
+            if self.retry_after_s is not None:
+                self._retry_at_s = self._timer() + self.retry_after_s
 
     def succeeded(self) -> None:
         """Close."""
@@ -125,7 +134,7 @@ class Service:
     ) -> None:
         self.url = url
         self._timeout_s = (connect_timeout_s, read_timeout_s)
-        self._breaker = None if retry_after_s is None else CircuitBreaker(retry_after_s)
+        self._breaker = CircuitBreaker(retry_after_s)
         self._session = _new_session()
 
     def close(self) -> None:
@@ -142,27 +151,21 @@ class Service:
         LMCacheError
             A refusal (4xx, 5xx), with the service's own words; no JSON object.
         """
-        self._check_breaker()
+        self._breaker.check(self.url, LMCacheUnavailable, self._probe_beside)
         try:
             response = self._request(method, path, body)
         except requests.RequestException as error:
             reason = _plain_reason(error)
-            if self._breaker:
-                self._breaker.failed(reason)
+            self._breaker.failed(reason)
             raise LMCacheUnavailable(f"{self.url} is away: {reason}") from error
-        if self._breaker:
-            self._breaker.succeeded()
+        self._breaker.succeeded()
         call = f"{method} {self.url}{path}"
         if not response.ok:
             raise LMCacheError(f"{call} answered {response.status_code}: {response.text[:300]}")
         return _Answer(response, call)
 
-    def _check_breaker(self):
-        admitted = self._breaker.admit() if self._breaker else "call"
-        if admitted == "trial":  # beside the caller: no generation waits for it
-            threading.Thread(target=self._probe, daemon=True).start()
-        if admitted != "call":
-            raise LMCacheUnavailable(f"{self.url} is away: {self._breaker.reason}")
+    def _probe_beside(self):
+        threading.Thread(target=self._probe, daemon=True).start()
 
     def _probe(self):
         """Ask a service that was away once more, with the ordinary limits; any answer counts."""
@@ -224,10 +227,9 @@ class LMCacheHTTP:
     ----------
     coordinator_url : str
         Such as ``http://localhost:9000``.
-    connect_timeout_s, read_timeout_s : float
-        Limits of one ordinary call, seconds.
-    retry_after_s : float
-        Seconds between trials of a service that was away.
+    limits
+        Of one ordinary call, as `Service` has them; ``retry_after_s``, 1 by default, is also
+        how long a server counts as there after an answer.
 
     Raises
     ------
@@ -237,15 +239,9 @@ class LMCacheHTTP:
         From every call: a refusal (4xx, 5xx), with the service's own words.
     """
 
-    def __init__(
-        self,
-        coordinator_url: str,
-        connect_timeout_s: float = 0.5,
-        read_timeout_s: float = 2.0,
-        retry_after_s: float = 1.0,
-    ) -> None:
-        self._limits = (connect_timeout_s, read_timeout_s, retry_after_s)
-        self._coordinator = Service(coordinator_url, *self._limits)
+    def __init__(self, coordinator_url: str, **limits: float) -> None:
+        self._limits = {"retry_after_s": 1.0, **limits}
+        self._coordinator = Service(coordinator_url, **self._limits)
         self._services: dict[str, Service] = {}  # by URL: a breaker outlives a lost server
         self._servers: dict[str, Service] = {}  # by instance id
         self._answered_s: dict[str, float] = {}  # instance id -> when its server last did
@@ -257,33 +253,26 @@ class LMCacheHTTP:
 
     def lookup(self, query: dict[str, Any]) -> list[dict]:
         """Return the directory's entries for ``token_ids`` or ``keys`` (these in pages)."""
-        keys = query.get("keys")
-        pages = (
-            [query]
-            if keys is None
-            else [{"keys": keys[at : at + _PAGE_KEYS]} for at in range(0, len(keys), _PAGE_KEYS)]
-        )
-        found: list[dict] = []
-        for page in pages:  # an answer of 100,000 keys would take longer than the time limit
-            found += self._coordinator.call("POST", "/directory/lookup", page)["results"]
-        return found
+        queries = [query]
+        if "keys" in query:  # an answer of 100,000 keys would take longer than the time limit
+            queries = [{"keys": page} for page in pages(query["keys"], _PAGE_KEYS)]
+        answers = (self._coordinator.call("POST", "/directory/lookup", part) for part in queries)
+        return [entry for answer in answers for entry in answer["results"]]
 
     def instances(self) -> list[str]:
         """Return the ids of the servers that have signed up at the coordinator."""
-        answer = self._coordinator.call("GET", "/instances")
-        return [entry["instance_id"] for entry in answer["instances"]]
+        return [entry["instance_id"] for entry in self._instances()]
 
     def count_keys(self, instance_id: str, tier: str) -> int:
         """Return how many objects the directory shows in one tier."""
-        path = f"{_keys_path(instance_id, tier)}&limit=1"
-        return int(self._coordinator.call("GET", path)["total"])
+        return int(self._keys_page(instance_id, tier, "limit=1")["total"])
 
     def list_keys(self, instance_id: str, tier: str) -> list[dict]:
         """Return the object keys that the directory shows in one tier, of all models."""
-        path = f"{_keys_path(instance_id, tier)}&limit={_PAGE_KEYS}"
         keys: list[dict] = []
         while True:
-            page = self._coordinator.call("GET", f"{path}&offset={len(keys)}")
+            part = f"limit={_PAGE_KEYS}&offset={len(keys)}"
+            page = self._keys_page(instance_id, tier, part)
             keys += [entry["key"] for entry in page["keys"]]
             if not page["keys"] or len(keys) >= page["total"]:
                 return keys
@@ -298,8 +287,7 @@ class LMCacheHTTP:
         adapters = [adapter for tier in tiers if (adapter := LMCACHE_TIERS[tier].adapter)]
         level = "l2" if "gpu" not in tiers else "all" if adapters else "l1"
         for adapter in adapters or [None]:  # one a call; the first takes level 1 along
-            for start in range(0, len(keys), _MAX_DELETE_KEYS):
-                page = keys[start : start + _MAX_DELETE_KEYS]
+            for page in pages(keys, _MAX_DELETE_KEYS):
                 body = {"keys": page, "tier": level, "adapter": adapter}
                 answer = self._call_server(instance_id, "DELETE", "/cache/objects", body)
                 if not answer["ok"]:
@@ -315,13 +303,22 @@ class LMCacheHTTP:
     def ping(self, instance_id: str) -> None:
         """Return if the instance's server answers, or did within the last `retry_after_s`."""
         now_s = time.monotonic()
-        if now_s - self._answered_s.get(instance_id, -math.inf) > self._limits[2]:
+        if now_s - self._answered_s.get(instance_id, -math.inf) > self._limits["retry_after_s"]:
             self._call_server(instance_id, "GET", "/healthcheck")
             self._answered_s[instance_id] = now_s
 
     def chunk_size_tokens(self, instance_id: str) -> int:
         """Return the server's chunk size, in tokens."""
         return int(self._call_server(instance_id, "GET", "/status")["chunk_size"])
+
+    def _keys_page(self, instance_id, tier, part):
+        level, adapter = LMCACHE_TIERS[tier][:2]
+        query = f"tier={level}&instance_id={instance_id}&{part}"
+        query += f"&backend={adapter}" if adapter else ""
+        return self._coordinator.call("GET", f"/directory/keys?{query}")
+
+    def _instances(self):
+        return self._coordinator.call("GET", "/instances")["instances"]
 
     def _call_server(self, instance_id, method, path, body=None):
         server = self._servers.get(instance_id) or self._find_server(instance_id)
@@ -333,10 +330,10 @@ class LMCacheHTTP:
             raise
 
     def _find_server(self, instance_id):
-        for entry in self._coordinator.call("GET", "/instances")["instances"]:
+        for entry in self._instances():
             url = f"http://{entry['ip']}:{entry['http_port']}"
             if url not in self._services:
-                self._services[url] = Service(url, *self._limits)
+                self._services[url] = Service(url, **self._limits)
             self._servers[entry["instance_id"]] = self._services[url]
         if instance_id not in self._servers:
             known = ", ".join(sorted(self._servers)) or "none"
@@ -344,12 +341,6 @@ class LMCacheHTTP:
                 f"no LMCache server {instance_id!r} at {self._coordinator.url} (known: {known})"
             )
         return self._servers[instance_id]
-
-
-def _keys_path(instance_id, tier):
-    level, adapter = LMCACHE_TIERS[tier][:2]
-    path = f"/directory/keys?tier={level}&instance_id={instance_id}"
-    return path + (f"&backend={adapter}" if adapter else "")
 
 
 def _is_timeout(error):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from caching_heuristics import TIERS
@@ -15,6 +16,7 @@ from kvttl.lmcache.tiers import tier_of
 _VERIFY_S = 0.5  # a delete shows in the directory within an event flush (0.2 s by default)
 
 
+@dataclass
 class Directory:
     """Where LMCache's servers hold the KV of one model and tenant, and how to change it.
 
@@ -33,18 +35,11 @@ class Directory:
         The tenant.
     """
 
-    def __init__(
-        self, http: LMCacheHTTP, model: str, world_size: int = 1, cache_salt: str = ""
-    ) -> None:
-        self.model = model
-        self.world_size = world_size
-        self.cache_salt = cache_salt
-        self._http = http
-        self._shapes: list[dict] = []  # object keys of a chunk, without its hash
-
-    def of_model(self, model: str) -> Directory:
-        """Return the same tenant's directory of another model."""
-        return Directory(self._http, model, self.world_size, self.cache_salt)
+    http: LMCacheHTTP
+    model: str
+    world_size: int = 1
+    cache_salt: str = ""
+    _shapes: list[dict] = field(default_factory=list, init=False)  # object keys without the hash
 
     # ---- reading -----------------------------------------------------------------
 
@@ -63,7 +58,7 @@ class Directory:
 
     def listed(self, instance_id: str, tiers: Iterable[str] = TIERS) -> KVLayout:
         """Return where all chunks are that some tiers of an instance hold."""
-        keys = (key for tier in tiers for key in self._http.list_keys(instance_id, tier))
+        keys = (key for tier in tiers for key in self.http.list_keys(instance_id, tier))
         return self._look_up_keys({str(key): key for key in keys if self._is_ours(key)}.values())
 
     def again(self, layout: KVLayout) -> KVLayout:
@@ -75,7 +70,7 @@ class Directory:
         return self._look_up({"keys": handles}) if handles else KVLayout((), {})
 
     def _look_up(self, query):
-        entries = [entry for entry in self._http.lookup(query) if self._is_ours(entry["key"])]
+        entries = [entry for entry in self.http.lookup(query) if self._is_ours(entry["key"])]
         layout = read_layout(entries)
         if layout.keys and not self._shapes:
             self._shapes = [
@@ -115,7 +110,7 @@ class Directory:
     ) -> Outcome:
         """Prefetch a prefix of a prompt into gpu; wait until the chunks of `layout` are there."""
         deadline_s = time.monotonic() + timeout_s
-        self._http.prefetch(instance_id, self._prompt(check_tokens(tokens)))
+        self.http.prefetch(instance_id, self._prompt(check_tokens(tokens)))
         for pause_s in _pauses_s():
             time.sleep(pause_s)
             layout = self.again(layout)
@@ -157,7 +152,7 @@ class Directory:
         groups.pop((), None)
         for tiers, keys in groups.items():
             handles = [handle for key in keys for handle in layout.handles[key]]
-            if not self._http.delete(instance_id, tiers, handles):
+            if not self.http.delete(instance_id, tiers, handles):
                 sent_at_s.update({(key, tier): now_s for key in keys for tier in tiers})
 
 

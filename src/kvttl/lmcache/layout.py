@@ -7,8 +7,10 @@ key means equal prefix. An incomplete last chunk is never stored.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from abc import ABC, abstractmethod
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,18 +66,18 @@ class KVLayout:
         named = frozenset(self.keys if keys is None else keys)
         return [i for i, key in enumerate(self.keys) if i in wanted and key in named]
 
-    def to_demote(self, instance_id: str, tier: str, chosen: Iterable[int]) -> list[int]:
-        """Return which of some chunks are hottest in `tier`, so that they can go down from there.
+    def movable(
+        self, instance_id: str, source: str, target: str, chosen: Iterable[int]
+    ) -> list[int]:
+        """Return which of some chunks can go from one tier to another.
 
+        Down go those that are hottest in `source`, up those with no copy as hot as `target`.
         A chunk that is shown nowhere has just been generated: its store, into gpu, is under way.
         """
         held = self.of(instance_id)
-        return [i for i in chosen if (held[i][0] if held[i] else "gpu") == tier]
-
-    def to_promote(self, instance_id: str, tier: str, chosen: Iterable[int]) -> list[int]:
-        """Return which of some chunks are in `tier` and not in gpu."""
-        held = self.of(instance_id)
-        return [i for i in chosen if tier in held[i] and "gpu" not in held[i]]
+        if is_above(target, source):
+            return [i for i in chosen if source in held[i] and is_above(target, held[i][0])]
+        return [i for i in chosen if (held[i][0] if held[i] else "gpu") == source]
 
     def complete_tiers(self, instance_id: str) -> list[str]:
         """Return the tiers that hold every chunk, hottest first."""
@@ -223,8 +225,18 @@ class BaseController(ABC):
             return Outcome(status="unsupported", reason=refusal)
         if request.source == request.target:
             return Outcome(status="noop", reason="already there")
-        found = self._look(request, keys) if layout is None else layout
-        return self._move(request, found, found.indices(chunks, keys))
+        layout = self._look(request, keys) if layout is None else layout
+        (here, source), (_, target) = request.source, request.target
+        chosen = layout.indices(chunks, keys)
+        due = layout.movable(here, source, target, chosen)
+        none_due = Outcome("noop", layout=layout.select(chosen))
+        outcome = self._move(request, layout, due) if due else none_due
+        if not outcome.moved and not outcome.skipped:
+            outcome.reason = f"no complete chunk in {source} that could go to {target}"
+        if is_above(target, source):
+            held = layout.of(here)
+            outcome.skip(f"not in {source}", sum(not held[i] for i in chosen))
+        return outcome
 
     def _refusal(self, request: MoveRequest) -> str:
         """Return why this direction cannot be done at all, or an empty string."""
@@ -243,8 +255,60 @@ class BaseController(ABC):
         return self.layout_of(keys)
 
     @abstractmethod
-    def _move(self, request: MoveRequest, layout: KVLayout, chosen: Sequence[int]) -> Outcome:
-        """Carry out, for the chosen chunks of `layout`, a move that `_refusal` has let pass."""
+    def _move(self, request: MoveRequest, layout: KVLayout, due: Sequence[int]) -> Outcome:
+        """Carry out, for `movable` chunks of `layout`, a move that `_refusal` has let pass."""
+
+
+class InProcessController(BaseController):
+    """A controller whose tiers are objects of this process, so that it can look by itself."""
+
+    model: str = ""  # part of the keys
+    backends: Mapping[str, Any]  # tier -> what knows whether a key is in it
+    _known: Iterable[str]  # keys of all chunks
+
+    def layout(self, tokens: Sequence[int]) -> KVLayout:
+        """Return where each complete chunk of `tokens` is."""
+        return self.layout_of([key for key, _ in self._chunks(tokens)])
+
+    def layout_of(self, keys: Sequence[str] | None = None) -> KVLayout:
+        """Return where chunks are, by their keys (None: all)."""
+        keys = tuple(self._known if keys is None else keys)
+        held = tuple(self._held(key) for key in keys)
+        return KVLayout(keys, {self.instance_id: held} if any(held) else {})
+
+    def discard(self, keys: Sequence[str]) -> int:
+        """Delete every copy of some chunks; returns how many chunks keep one."""
+        for key in keys:
+            self._delete(key, TIERS)
+        return sum(bool(self._held(key)) for key in keys)
+
+    @abstractmethod
+    def _delete(self, key: str, tiers: Iterable[str]) -> None:
+        """Delete a chunk's copies in some tiers, where there are any."""
+
+    def _held(self, key):
+        return tuple(tier for tier in TIERS if key in self.backends[tier])
+
+    def _chunks(self, tokens):
+        """Return the complete chunks as (key, packed tokens); keys chain the prefix's hash."""
+        tokens, size, chunks = check_tokens(tokens), self.chunk_size_tokens, []
+        key = hashlib.sha256(self.model.encode()).hexdigest()
+        for start in range(0, len(tokens) - size + 1, size):
+            packed = array("q", tokens[start : start + size]).tobytes()
+            key = hashlib.sha256(key.encode() + packed).hexdigest()
+            chunks.append((key, packed))
+        return chunks
+
+    def _keep_from(self, target, source, keys):
+        """Delete the copies from `source` down to `target` of chunks that `target` holds."""
+        outcome = Outcome()
+        for key in keys:
+            if key in self.backends[target]:
+                self._delete(key, TIERS[TIER_CODES[source] : TIER_CODES[target]])
+                outcome.moved += 1
+            else:
+                outcome.skip(unseen(target))
+        return outcome
 
 
 class MoveRequest(NamedTuple):
@@ -364,10 +428,9 @@ def hits_by_tier(
     >>> hits_by_tier([("gpu", "disk"), ("disk",), ()], 64, 32)
     {'gpu': 32, 'disk': 32}
     """
-    hits: dict[str, int] = {}
+    hits: Counter[str] = Counter()
     for number, tiers in enumerate(held):
         tokens = min(chunk_tokens, cached_tokens - number * chunk_tokens)
         if tokens > 0:
-            tier = tiers[0] if tiers else "none"
-            hits[tier] = hits.get(tier, 0) + tokens
-    return hits
+            hits[tiers[0] if tiers else "none"] += tokens
+    return dict(hits)

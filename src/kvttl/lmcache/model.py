@@ -8,19 +8,18 @@ does not take in what it loads from below, and refuses what does not fit.
 
 from __future__ import annotations
 
-import hashlib
-from array import array
+import itertools
 from collections.abc import Sequence
 
-from caching_heuristics import TIER_CODES, TIERS
-from kvttl.lmcache.layout import BaseController, KVLayout, Outcome, check_tokens, unseen
+from caching_heuristics import TIERS
+from kvttl.lmcache.layout import InProcessController, Outcome, unseen
 
 # Defaults of `lmcache server` 0.5.6.
 EVICTION_WATERMARK = 0.8
 EVICTION_RATIO = 0.2
 
 
-class LMCacheModel(BaseController):
+class LMCacheModel(InProcessController):
     """Where an LMCache server with a disk and a Redis adapter would hold its chunks.
 
     Parameters
@@ -46,12 +45,13 @@ class LMCacheModel(BaseController):
         self.hot_chunks, self.chunk_size_tokens, self.retain = hot_chunks, chunk_size_tokens, retain
         # Of gpu the order matters: least recently used first.
         self.held: dict[str, dict[str, None]] = {tier: {} for tier in TIERS}
+        self.backends = self.held
 
     # ---- what the engine sees ----------------------------------------------------
 
     def serve(self, tokens: Sequence[int]) -> dict[str, int]:
         """Look a prompt up, load, compute and store the rest; returns hit tokens by tier."""
-        keys = self._keys(tokens)
+        keys = [key for key, _ in self._chunks(tokens)]
         sources = self._load(keys, keep=self.retain)
         hits = len(sources)
         new = [key for key in keys[hits:] if key not in self.held["gpu"]]
@@ -71,12 +71,7 @@ class LMCacheModel(BaseController):
 
     def _load(self, keys, keep):
         """Return the tier of each chunk of the longest prefix that can be loaded."""
-        sources = []
-        for key in keys:
-            tier = next((tier for tier in TIERS if key in self.held[tier]), None)
-            if tier is None:
-                break
-            sources.append(tier)
+        sources = [tiers[0] for tiers in itertools.takewhile(bool, map(self._held, keys))]
         free = self._free()
         for tier in TIERS[1:]:  # one allocation an adapter: all of its chunks or none
             wanted = sources.count(tier)
@@ -102,70 +97,35 @@ class LMCacheModel(BaseController):
                 del hot[key]
                 hot[key] = None
 
-    def _keys(self, tokens):
-        tokens, size = check_tokens(tokens), self.chunk_size_tokens
-        state, keys = hashlib.sha256(), []
-        for at in range(0, len(tokens) - size + 1, size):
-            state.update(array("q", tokens[at : at + size]).tobytes())
-            keys.append(state.copy().hexdigest())
-        return tuple(keys)
-
     # ---- what the manager sees ---------------------------------------------------
 
-    def layout(self, tokens: Sequence[int]) -> KVLayout:
-        """Return where each complete chunk of a prompt is."""
-        return self.layout_of(self._keys(tokens))
+    @property
+    def _known(self):
+        return dict.fromkeys(key for tier in TIERS for key in self.held[tier])
 
-    def layout_of(self, keys: Sequence[str] | None = None) -> KVLayout:
-        """Return where chunks are (None: all)."""
-        if keys is None:
-            keys = list(dict.fromkeys(key for tier in TIERS for key in self.held[tier]))
-        found = tuple(tuple(t for t in TIERS if key in self.held[t]) for key in keys)
-        return KVLayout(tuple(keys), {self.instance_id: found} if any(found) else {})
-
-    def discard(self, keys: Sequence[str]) -> int:
-        """Delete every copy of some chunks."""
-        for chunks in self.held.values():
-            for key in keys:
-                chunks.pop(key, None)
-        return 0
+    def _delete(self, key, tiers):
+        for tier in tiers:
+            self.held[tier].pop(key, None)
 
     def _refusal(self, request):
         if (request.source[1], request.target[1]) == ("remote", "disk"):
             return "LMCache has no L2-to-L2 copy"
         return super()._refusal(request)
 
-    def _move(self, request, layout, chosen):
-        (here, source), (_, target) = request.source, request.target
-        select = layout.to_promote if target == "gpu" else layout.to_demote
-        keys = [layout.keys[i] for i in select(here, source, chosen)]
-        if not keys:
-            outcome = Outcome(reason=f"no complete chunk in {source} to move")
-        elif target == "gpu":
-            outcome = self._promote(layout.keys, keys)
+    def _move(self, request, layout, due):
+        source, target = request.source[1], request.target[1]
+        keys = [layout.keys[i] for i in due]
+        if target == "gpu":  # a prefetch is of the prefix up to the last chunk that is wanted
+            outcome = self._promote(layout.keys[: due[-1] + 1], keys)
         else:
-            outcome = self._demote(keys, target)
-        outcome.layout = self.layout_of([layout.keys[i] for i in chosen])
+            outcome = self._keep_from(target, source, keys)
+        outcome.layout = self.layout_of(keys)
         return outcome
 
-    def _demote(self, keys, target):
-        outcome = Outcome()
-        for key in keys:
-            if key not in self.held[target]:
-                outcome.skip(unseen(target))
-                continue
-            outcome.moved += 1
-            for tier in TIERS[: TIER_CODES[target]]:
-                self.held[tier].pop(key, None)
-        return outcome
-
-    def _promote(self, keys, wanted):
-        """Prefetch the prefix up to the last chunk that is wanted in gpu."""
-        outcome = Outcome()
-        prefix = keys[: keys.index(wanted[-1]) + 1]
+    def _promote(self, prefix, wanted):
         self._load(prefix, keep=True)
         self._touch(prefix)
         left = sum(key not in self.held["gpu"] for key in wanted)
-        outcome.moved = len(wanted) - left
+        outcome = Outcome(moved=len(wanted) - left)
         outcome.skip(unseen("gpu"), left)
         return outcome

@@ -6,7 +6,7 @@ comes from `kvttl.stack.config.StackConfig.storage`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -92,3 +92,14 @@ def parse_key(text: str) -> ChunkKey | None:
     except ValueError:
         return None
     return ChunkKey(parts[0].replace("-SEP-", "/"), rank, group, parts[3], "".join(parts[4:]))
+
+
+def pages(items: Sequence, size: int) -> list[Sequence]:
+    """Return the items in parts of at most `size`.
+
+    Examples
+    --------
+    >>> pages([1, 2, 3], 2)
+    [[1, 2], [3]]
+    """
+    return [items[at : at + size] for at in range(0, len(items), size)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
 import numpy as np
 from matplotlib.colors import LogNorm
@@ -17,30 +18,23 @@ from matplotlib.ticker import LogFormatter
 
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.decisions.log import DecisionRecord
-from kvttl.plots.panels import (
-    ACCESS_COUNTS,
-    PERPLEXITIES,
-    TIER_COLOURS,
-    VARIANCES,
-    TierPanel,
-    TtlPanel,
-    duration,
-    tier_keys,
-)
+from kvttl.plots import panels
+from kvttl.plots.panels import TIER_COLOURS, TierPanel, TtlPanel, duration, open_axes, tier_keys
 from kvttl.plots.what_if import decisions_of
 
 # (perplexity, time variance, access count) of the worked examples of the requirements.
 PINNED_EXAMPLES = ((15.0, 0.05, 0.0), (12.5, 0.08, 0.0))
 
+_LABEL_BOX = {"boxstyle": "round", "fc": "white", "ec": "none", "alpha": 0.85}
 _ROW_INCHES = 0.19
 _MAX_ROWS = 200  # of a timeline; more cannot be read on a page
 
 
 def ttl_curves(
     config: HeuristicConfig,
-    perplexities: Sequence[float] = PERPLEXITIES,
-    access_counts: Sequence[float] = ACCESS_COUNTS,
-    variances: Sequence[float] = VARIANCES,
+    perplexities: Sequence[float] = panels.PERPLEXITIES,
+    access_counts: Sequence[float] = panels.ACCESS_COUNTS,
+    variances: Sequence[float] = panels.VARIANCES,
 ) -> Figure:
     """Draw the TTL against the access count, a line per perplexity and time variance.
 
@@ -73,20 +67,17 @@ def ttl_surface(config: HeuristicConfig, time_variance: float = 0.05) -> Figure:
     counts, perplexities = np.geomspace(1, 1001, 120) - 1, np.geomspace(1, 1000, 120)
     metadata = {"perplexity": perplexities[:, None], "time_variance": time_variance}
     ttl_s = config.ttl(metadata | {"access_count": counts[None, :]})  # shape (120, 120)
-    x = counts + 1
-    ends = {"vmin": ttl_s.min() * 0.999, "vmax": ttl_s.max() * 1.001}
-    mesh = axes.pcolormesh(
-        x, perplexities, ttl_s, norm=LogNorm(**ends), cmap="cividis", rasterized=True
-    )
+    shown = counts + 1, perplexities, ttl_s
+    norm = LogNorm(ttl_s.min() * 0.999, ttl_s.max() * 1.001)
+    mesh = axes.pcolormesh(*shown, norm=norm, cmap="cividis", rasterized=True)
+    ticks = np.geomspace(ttl_s.min(), ttl_s.max(), 9)  # the contour lines, and the ends
     if np.ptp(ttl_s) > 1e-6 * ttl_s.max():  # the clamp can make it flat
-        levels = np.geomspace(ttl_s.min(), ttl_s.max(), 9)[1:-1]
-        axes.contour(x, perplexities, ttl_s, levels, colors="white", linewidths=0.8)
+        axes.contour(*shown, ticks[1:-1], colors="white", linewidths=0.8)
     _mark_examples(axes, config)
     axes.set(xscale="log", yscale="log", xlabel="1 + access count (log)", ylabel="perplexity (log)")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:,.0f}")
     bar = figure.colorbar(mesh, label=f"TTL at time variance {time_variance:g} (log)")
-    ticks = np.geomspace(ttl_s.min(), ttl_s.max(), 9)  # the contour lines, and the ends
     bar.set_ticks(ticks, labels=[duration(tick) for tick in ticks])
     bar.minorticks_off()
     return figure
@@ -97,20 +88,13 @@ def _mark_examples(axes, config):
         values = {"perplexity": perplexity, "time_variance": variance, "access_count": count}
         text = f"perplexity {perplexity:g}, variance {variance:g}: {config.ttl(values):.1f} s"
         axes.plot([1 + count], [perplexity], "o", color="white", mec="black", ms=7, clip_on=False)
-        axes.annotate(
-            text,
-            (1 + count, perplexity),
-            xytext=(12, 14 if perplexity == PINNED_EXAMPLES[0][0] else -18),
-            textcoords="offset points",
-            fontsize=8,
-            bbox={"boxstyle": "round", "fc": "white", "ec": "none", "alpha": 0.85},
-        )
+        place = (12, 14 if perplexity == PINNED_EXAMPLES[0][0] else -18)
+        look = {"textcoords": "offset points", "fontsize": 8, "bbox": _LABEL_BOX}
+        axes.annotate(text, (1 + count, perplexity), place, **look)
 
 
 def tier_map(
-    config: HeuristicConfig,
-    against: str = "time_variance",
-    records: Iterable[DecisionRecord] = (),
+    config: HeuristicConfig, against: str = "time_variance", records: Iterable[DecisionRecord] = ()
 ) -> Figure:
     """Draw which tier the settings choose, over perplexity and one other quantity.
 
@@ -139,15 +123,12 @@ def decision_distributions(
 ) -> Figure:
     """Draw how a run's TTLs and tiers are spread; outlined, what `config` would have decided."""
     decisions = decisions_of(records)
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    ttls, tiers = figure.subplots(1, 2, width_ratios=[3, 2])
+    figure, (ttls, tiers) = open_axes(9, 3.6, 1, 2, width_ratios=[3, 2])
     found = {"run": (decisions.ttl_s, decisions.tier)}
     if config is not None and len(decisions):
         found["settings"] = decisions.decide(config)
     _spread(ttls, found)
     _shares(tiers, found)
-    for axes in (ttls, tiers):
-        axes.spines[["top", "right"]].set_visible(False)
     keys = tier_keys()
     if "settings" in found:
         keys.append(Line2D([], [], color="black", lw=1.5, label="with these settings"))
@@ -196,12 +177,13 @@ def plot_timeline(records: Sequence[DecisionRecord], labels: Sequence[str] | Non
         expiries. A bar ends when the prompt's TTL does, or is used again.
     """
     names = dict(zip((r.prompt_digest for r in records), labels)) if labels else {}
-    shown = sorted((r for r in records if r.kind in ("generation", "expiry")), key=_when)
+    shown = sorted(
+        (r for r in records if r.kind in ("generation", "expiry")), key=attrgetter("time_s")
+    )
     uses = Counter(record.prompt_digest for record in shown)
     kept = {digest for digest, _ in uses.most_common(_MAX_ROWS)}
     rows = {digest: row for row, digest in enumerate(d for d in uses if d in kept)}
-    figure = Figure(figsize=(10, 1.5 + _ROW_INCHES * max(len(rows), 3)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = open_axes(10, 1.5 + _ROW_INCHES * max(len(rows), 3))
     start_s = shown[0].time_s if shown else 0.0
     end_s = (shown[-1].time_s - start_s if shown else 0.0) * 1.03 or 1.0
     _draw_rows(axes, [r for r in shown if r.prompt_digest in rows], rows, start_s, end_s)
@@ -209,12 +191,8 @@ def plot_timeline(records: Sequence[DecisionRecord], labels: Sequence[str] | Non
     left_out = f" (the {len(rows)} most used of {len(uses)})" if len(rows) < len(uses) else ""
     axes.set(xlabel="time since start (s)", ylabel=f"prompt{left_out}")
     axes.set(xlim=(-0.01 * end_s, end_s), ylim=(max(len(rows), 1) - 0.4, -0.6))
-    axes.spines[["top", "right"]].set_visible(False)
-    marks = {"used": (".", "black"), "moved": ("^", "#888888"), "expired": ("x", "black")}
-    keys = [
-        Line2D([], [], ls="", marker=marker, color=colour, label=name)
-        for name, (marker, colour) in marks.items()
-    ]
+    marks = (("used", ".", "black"), ("moved", "^", "#888888"), ("expired", "x", "black"))
+    keys = [Line2D([], [], ls="", marker=m, color=colour, label=name) for name, m, colour in marks]
     figure.legend(handles=[*tier_keys(), *keys], loc="outside upper center", ncols=6, frameon=False)
     return figure
 
@@ -245,10 +223,6 @@ def _draw_rows(axes, records, rows, start_s, end_s):
     axes.scatter(x, y, 22, list(colours), "^", edgecolors="black", linewidths=0.6, zorder=4)
 
 
-def _when(record):
-    return record.time_s
-
-
 def plot_session(records: Sequence[DecisionRecord], labels: Sequence[str] | None = None) -> Figure:
     """Draw a session: where each prompt's chunks were served from, and are afterwards.
 
@@ -266,8 +240,8 @@ def plot_session(records: Sequence[DecisionRecord], labels: Sequence[str] | None
         chunks by hottest tier now, right the TTL on a log axis.
     """
     labels = list(labels or (record.prompt_digest for record in records))
-    figure = Figure(figsize=(11, 1.6 + 0.17 * len(records)), layout="constrained")
-    hits, tiers, ttls = figure.subplots(1, 3, sharey=True, width_ratios=[3, 2, 2])
+    grid = {"ncols": 3, "sharey": True, "width_ratios": [3, 2, 2]}
+    figure, (hits, tiers, ttls) = open_axes(11, 1.6 + 0.17 * len(records), **grid)
     rows = range(len(records))
     _stack(hits, [_served(record) for record in records])
     hits.set(xlabel="prompt tokens, by the tier that served them", yticks=list(rows))
@@ -283,8 +257,6 @@ def plot_session(records: Sequence[DecisionRecord], labels: Sequence[str] | None
     ttls.tick_params(axis="x", which="both", labelsize=8)
     hits.invert_yaxis()
     hits.margins(y=0.01)
-    for axes in (hits, tiers, ttls):
-        axes.spines[["top", "right"]].set_visible(False)
     handles = [hits.barh([0], [0], color=TIER_COLOURS[name])[0] for name in (*TIERS, "none")]
     names = [*TIERS, "computed / not seen"]
     figure.legend(handles, names, loc="outside upper center", ncols=4, frameon=False)

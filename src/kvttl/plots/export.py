@@ -17,13 +17,7 @@ from matplotlib.figure import Figure
 
 from caching_heuristics import HeuristicConfig
 from kvttl.decisions.log import DecisionRecord
-from kvttl.plots.decision_plots import (
-    decision_distributions,
-    plot_timeline,
-    tier_map,
-    ttl_curves,
-    ttl_surface,
-)
+from kvttl.plots import decision_plots as plots
 
 SIDECAR = "settings.json"
 DPI = 300
@@ -37,12 +31,12 @@ def all_figures(config: HeuristicConfig, records: Iterable[DecisionRecord]) -> d
     """Return every figure of these settings and this run, by file name."""
     records = list(records)
     return {
-        "ttl_curves": ttl_curves(config),
-        "ttl_surface": ttl_surface(config),
-        "tier_map_time_variance": tier_map(config, "time_variance", records),
-        "tier_map_seconds_since_access": tier_map(config, "seconds_since_access", records),
-        "decision_distributions": decision_distributions(records, config),
-        "timeline": plot_timeline(records),
+        "ttl_curves": plots.ttl_curves(config),
+        "ttl_surface": plots.ttl_surface(config),
+        "tier_map_time_variance": plots.tier_map(config, "time_variance", records),
+        "tier_map_seconds_since_access": plots.tier_map(config, "seconds_since_access", records),
+        "decision_distributions": plots.decision_distributions(records, config),
+        "timeline": plots.plot_timeline(records),
     }
 
 
@@ -79,10 +73,10 @@ def export_plots(
         If `name` is not a plain folder name.
     """
     if not _NAME.fullmatch(name):
-        raise ValueError(
-            "the export's name must be letters, digits, spaces, dots, - or _ and start with a"
-            f" letter or digit (80 at most), got {name!r}"
+        allowed = (
+            "letters, digits, spaces, dots, - or _ and start with a letter or digit (80 at most)"
         )
+        raise ValueError(f"the export's name must be {allowed}, got {name!r}")
     target = Path(folder, name)
     target.mkdir(parents=True, exist_ok=True)
     settings = json.dumps(config.to_dict(), sort_keys=True)

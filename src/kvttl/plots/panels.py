@@ -7,10 +7,12 @@ only `artists`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle, pairwise, product
 
 import numpy as np
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -36,6 +38,21 @@ _NICE_S = np.array(
     + [86_400 * n for n in (1, 2, 4, 7, 14, 30, 60, 120, 365, 1000, 3650, 36_500)]
 )
 _COARSE_S = np.array([0.1, 1, 10, 60, 600, 3600, 28_800, 86_400, 604_800, 2_592_000, 31_536_000])
+
+
+def open_axes(width: float, height: float, *rows_and_columns: int, **grid):
+    """Return a figure of this size, inches, and its axes, open at the top and the right."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(*rows_and_columns, **grid)
+    for each in np.ravel(axes):
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def legend_above(axes, handles: Sequence[Line2D], **options):
+    """Put a legend over an axes, outside of it; returns it."""
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3}
+    return axes.legend(handles=handles, **place, fontsize=8, frameon=False, **options)
 
 
 def duration(seconds: float) -> str:
@@ -70,62 +87,36 @@ class TtlPanel:
     ) -> None:
         self.axes = axes
         self._counts = np.asarray(access_counts, dtype=float)
-        pairs = [(p, v) for p in perplexities for v in variances]
-        self._pairs = np.array(pairs, dtype=float)  # shape (lines, 2)
-        styles = ("-", "--", ":", "-.")
-        self.lines = [
-            axes.plot(
-                self._counts,
-                self._counts,
-                styles[list(variances).index(v) % 4],
-                color=LINE_COLOURS[list(perplexities).index(p) % 6],
-                label=f"perplexity {p:g}, variance {v:g}",
-            )[0]
-            for p, v in pairs
-        ]
+        self._pairs = np.array(list(product(perplexities, variances)), float)  # shape (lines, 2)
+        colours = dict(zip(perplexities, cycle(LINE_COLOURS)))
+        styles = dict(zip(variances, cycle(("-", "--", ":", "-."))))
+        self.lines = []
+        for p, v in product(perplexities, variances):
+            look = {"color": colours[p], "label": f"perplexity {p:g}, variance {v:g}"}
+            self.lines += axes.plot(self._counts, self._counts, styles[v], **look)
         limit = {"color": "#666666", "lw": 1, "ls": (0, (1, 2))}
         self.limits = [axes.axhline(1, **limit, label=name) for name in ("min_ttl", "max_ttl")]
         self.artists = [*self.limits, *self.lines]
-        self._dress(perplexities, variances, styles)
+        self._dress(colours, styles)
 
-    def _dress(self, perplexities, variances, styles):
+    def _dress(self, colours, styles):
         self.axes.set_xscale("symlog", linthresh=1, linscale=0.4)
         ticks = [n for n in (0, 1, 10, 100, 1000, 10_000) if n <= self._counts.max()]
         self.axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
         self.axes.xaxis.set_minor_locator(NullLocator())
-        self.axes.set_xlim(self._counts.min(), self._counts.max())
-        self.axes.set_yscale("log")
+        self.axes.set(xlim=(self._counts.min(), self._counts.max()), yscale="log")
         self.axes.set(xlabel="access count (log)", ylabel="TTL (log; s, min, h, d)")
         self.axes.grid(alpha=0.3)
-        keys = [
-            Line2D([], [], color=LINE_COLOURS[i % 6], label=f"{p:g}")
-            for i, p in enumerate(perplexities)
-        ]
-        keys += [
-            Line2D([], [], color="#444444", ls=styles[i % 4], label=f"variance {v:g}")
-            for i, v in enumerate(variances)
-        ]
-        keys[0].set_label(f"perplexity {perplexities[0]:g}")
-        self.legend = self.axes.legend(
-            handles=keys,
-            loc="lower center",
-            bbox_to_anchor=(0.5, 1.0),
-            ncols=3,
-            fontsize=8,
-            frameon=False,
-            handlelength=1.8,
-            columnspacing=1.2,
-        )
+        keys = [Line2D([], [], color=colour, label=f"{p:g}") for p, colour in colours.items()]
+        keys[0].set_label(f"perplexity {keys[0].get_label()}")
+        for v, style in styles.items():
+            keys.append(Line2D([], [], color="#444444", ls=style, label=f"variance {v:g}"))
+        legend_above(self.axes, keys, handlelength=1.8, columnspacing=1.2)
 
     def update(self, config: HeuristicConfig) -> bool:
         """Draw these settings; True if the axis' own limits changed as well."""
-        ttl_s = config.ttl(  # shape (lines, counts)
-            {
-                "perplexity": self._pairs[:, :1],
-                "time_variance": self._pairs[:, 1:],
-                "access_count": self._counts[None, :],
-            }
-        )
+        metadata = {"perplexity": self._pairs[:, :1], "time_variance": self._pairs[:, 1:]}
+        ttl_s = config.ttl(metadata | {"access_count": self._counts})  # shape (lines, counts)
         for line, values in zip(self.lines, ttl_s):
             line.set_ydata(values)
         for line, value in zip(self.limits, (config.min_ttl, config.max_ttl)):
@@ -163,28 +154,21 @@ class TierPanel:
     """
 
     def __init__(
-        self,
-        axes,
-        against: str = "time_variance",
-        decisions: Decisions | None = None,
+        self, axes, against: str = "time_variance", decisions: Decisions | None = None
     ) -> None:
         if against not in AGAINST:
             raise ValueError(f"against must be one of {', '.join(AGAINST)}, got {against!r}")
         self.axes, self.against = axes, against
-        self._span = (0.0, 1.0) if against == "time_variance" else _SINCE_SPAN
+        self._is_variance = against == "time_variance"
+        self._span = (0.0, 1.0) if self._is_variance else _SINCE_SPAN
         self.regions = PolyCollection([], linewidths=0, zorder=0.5)
         axes.add_collection(self.regions, autolim=False)
         line = {"color": "black", "lw": 1.2, "zorder": 2.5}
         self.hot, self.cold = (axes.plot([1, 1], self._span, **line)[0] for _ in range(2))
         self.across = axes.plot([1, 1], [1, 1], ls="--", **line)[0]
-        self.labels = [
-            axes.text(1, 1, "", fontsize=8, zorder=4, clip_on=True, **place)
-            for place in (
-                {"rotation": 90, "va": "top", "ha": "right"},
-                {"rotation": 90, "va": "top", "ha": "right"},
-                {"va": "bottom", "ha": "left"},
-            )
-        ]
+        small = {"fontsize": 8, "zorder": 4, "clip_on": True}
+        upright, flat = {"rotation": 90, "va": "top", "ha": "right"}, {"va": "bottom", "ha": "left"}
+        self.labels = [axes.text(1, 1, "", **small, **at) for at in (upright, upright, flat)]
         self.dots = axes.scatter([], [], s=22, lw=0.7, zorder=3)
         self._show(decisions)
         self._dress()
@@ -192,8 +176,8 @@ class TierPanel:
         self.artists += axes.spines.values()
 
     def _show(self, decisions):
-        self._decisions = decisions if decisions is not None and len(decisions) else None
-        if self._decisions is None:
+        self._decisions = decisions or None  # an empty run has no dots
+        if not decisions:
             return
         across = np.nan_to_num(decisions.metadata[self.against], nan=0.0)  # unknown: neutral
         points = np.column_stack([decisions.metadata["perplexity"], across])
@@ -205,7 +189,7 @@ class TierPanel:
         self.axes.set(xscale="log", xlim=_PERPLEXITY_SPAN, xlabel="perplexity (log)")
         self.axes.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
         self.axes.set(ylabel=AGAINST[self.against])
-        if self.against == "seconds_since_access":
+        if not self._is_variance:
             self.axes.set_yscale("log")
             _set_duration_ticks(self.axes.yaxis, *self._span, at_most=8)
         self.axes.set_ylim(self._span)
@@ -213,14 +197,13 @@ class TierPanel:
     def update(self, config: HeuristicConfig) -> bool:
         """Draw these settings; False: the axes themselves never change."""
         hot, cold = config.hot_threshold, config.cold_threshold
-        is_variance = self.against == "time_variance"
-        across = config.variance_threshold if is_variance else config.recent_seconds
+        across = _threshold(config, self.against)
         edges, codes = tier_regions(config, self.against, _PERPLEXITY_SPAN, self._span)
         self.regions.set_verts(edges)
         self.regions.set_facecolor([_pale(TIER_COLOURS[TIERS[code]]) for code in codes])
         self.hot.set_xdata([hot, hot])
         self.cold.set_xdata([cold, cold])
-        right = cold if is_variance else hot  # beyond it, the threshold does not decide
+        right = cold if self._is_variance else hot  # beyond it, the threshold does not decide
         self.across.set_data([_PERPLEXITY_SPAN[0], right], [across, across])
         self._label(hot, cold, across)
         if self._decisions is not None:
@@ -230,23 +213,23 @@ class TierPanel:
         return False
 
     def _label(self, hot, cold, across):
-        top = 0.97 * self._span[1] if self.against == "time_variance" else 0.6 * self._span[1]
-        shown = f"{across:.3g}" if self.against == "time_variance" else duration(across)
-        name = "variance" if self.against == "time_variance" else "recent"
-        for label, x, text in zip(
-            self.labels, (hot * 0.96, cold * 0.96), (f"hot {hot:.4g}", f"cold {cold:.4g}")
-        ):
-            label.set(x=x, y=top, text=text)
-        low_room = 0.93 * self._span[1] if self.against == "time_variance" else self._span[1] / 3
-        self.labels[2].set(x=1.08, y=across, text=f"{name} {shown}")
-        self.labels[2].set_va("top" if across > low_room else "bottom")
+        if self._is_variance:
+            top, low_room, text = 0.97, 0.93, f"variance {across:.3g}"  # shares of a linear axis
+        else:
+            top, low_room, text = 0.6, 1 / 3, f"recent {duration(across)}"  # of a logarithmic one
+        top, low_room = top * self._span[1], low_room * self._span[1]
+        self.labels[0].set(x=hot * 0.96, y=top, text=f"hot {hot:.4g}")
+        self.labels[1].set(x=cold * 0.96, y=top, text=f"cold {cold:.4g}")
+        va = "top" if across > low_room else "bottom"
+        self.labels[2].set(x=1.08, y=across, text=text, va=va)
+
+
+def _threshold(config, against):
+    return config.variance_threshold if against == "time_variance" else config.recent_seconds
 
 
 def tier_regions(
-    config: HeuristicConfig,
-    against: str,
-    x_span: tuple[float, float],
-    y_span: tuple[float, float],
+    config: HeuristicConfig, against: str, x_span: tuple[float, float], y_span: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the rectangles between the thresholds, and the tier that each one is.
 
@@ -256,25 +239,18 @@ def tier_regions(
         Corners, shape (6, 4, 2), and tier codes, shape (6,): what
         `select_backend` answers in the middle of each rectangle.
     """
-    is_variance = against == "time_variance"
-    across = config.variance_threshold if is_variance else config.recent_seconds
-    middles, corners = [], []
     xs = np.clip([x_span[0], config.hot_threshold, config.cold_threshold, x_span[1]], *x_span)
-    ys = np.clip([y_span[0], across, y_span[1]], *y_span)
-    for x0, x1 in zip(xs, xs[1:]):
-        for y0, y1 in zip(ys, ys[1:]):
-            corners.append([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
-            middles.append(((x0 + x1) / 2, (y0 + y1) / 2))
-    x, y = np.array(middles).T
-    return np.array(corners), tier_codes(config.tier({"perplexity": x, against: y}))
+    ys = np.clip([y_span[0], _threshold(config, against), y_span[1]], *y_span)
+    sides = product(pairwise(xs), pairwise(ys))
+    corners = np.array([[(x0, y0), (x1, y0), (x1, y1), (x0, y1)] for (x0, x1), (y0, y1) in sides])
+    x, y = ((corners[:, 0] + corners[:, 2]) / 2).T  # the middles
+    return corners, tier_codes(config.tier({"perplexity": x, against: y}))
 
 
-def tier_keys(names: Sequence[str] = TIERS) -> list[Line2D]:
+def tier_keys() -> list[Line2D]:
     """Return legend entries of the tiers: a square in each one's colour."""
-    return [
-        Line2D([], [], ls="", marker="s", ms=7, color=TIER_COLOURS[name], label=name)
-        for name in names
-    ]
+    square = {"ls": "", "marker": "s", "ms": 7}
+    return [Line2D([], [], **square, color=TIER_COLOURS[name], label=name) for name in TIERS]
 
 
 def _pale(colour, share=0.35):
@@ -285,10 +261,8 @@ def _pale(colour, share=0.35):
 
 def _set_duration_ticks(axis, low_s, high_s, at_most):
     """Put ticks on round durations between the limits, fewer where they would be many."""
-    for ticks in (_NICE_S, _COARSE_S):
-        inside = ticks[(ticks >= low_s) & (ticks <= high_s)]
-        if len(inside) <= at_most:
-            break
+    inside, fewer = (t[(t >= low_s) & (t <= high_s)] for t in (_NICE_S, _COARSE_S))
+    inside = inside if len(inside) <= at_most else fewer
     axis.set_major_locator(FixedLocator(inside))
     axis.set_major_formatter(FuncFormatter(lambda value, _: duration(value)))
     axis.set_minor_locator(NullLocator())

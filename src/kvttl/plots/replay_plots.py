@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from caching_heuristics import TIERS
-from kvttl.plots.decision_plots import TIER_COLOURS
+from kvttl.plots.panels import TIER_COLOURS, open_axes
 from kvttl.replay.policies import POLICIES
 from kvttl.replay.result import ReplayResult
 from kvttl.replay.tables import mean_blocks_held
@@ -15,22 +15,21 @@ from kvttl.replay.tables import mean_blocks_held
 
 def plot_policies(table: pd.DataFrame, value: str = "token_hit_ratio") -> Figure:
     """Draw a `policy_table`: hits against capacity, a line a policy, named at its end."""
-    figure = Figure(figsize=(9, 5.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = open_axes(9, 5.2)
     others = iter("xsv^D+<>PX*hd12348" * 3)
     for policy, rows in table.groupby("policy", sort=False):
         if policy in POLICIES and POLICIES[policy].colour:
-            line = {"color": POLICIES[policy].colour, "linestyle": POLICIES[policy].dash}
-            style = {**line, "marker": "o", "linewidth": 1.8}
+            colour, dash, marker, width = POLICIES[policy].colour, POLICIES[policy].dash, "o", 1.8
         else:
-            style = {"color": "#999999", "linestyle": ":", "marker": next(others), "linewidth": 1.0}
-        axes.plot(rows["share"], rows[value], markersize=4, label=policy, **style)
+            colour, dash, marker, width = "#999999", ":", next(others), 1.0
+        style = {"color": colour, "ls": dash, "marker": marker, "lw": width, "ms": 4}
+        axes.plot(rows["share"], rows[value], label=policy, **style)
     axes.set(xscale="log", xlabel="capacity, share of unique blocks", ylabel=_words(value))
     axes.set_xticks(sorted(table["share"].unique()), minor=False)
     axes.minorticks_off()
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylim(bottom=0)
-    _finish(axes)
+    axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -45,26 +44,17 @@ def plot_trade_off(sweep: pd.DataFrame, result: ReplayResult | None = None) -> F
     result : ReplayResult, optional
         One setting more, drawn as a star.
     """
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    axes = figure.subplots()
-    for name, column in (
-        ("optimal", "share_held"),
-        ("heuristic", "share_held"),
-        ("ttl", "ttl_share_held"),
-        ("recency", "share_held"),
-    ):
+    figure, axes = open_axes(7, 4.6)
+    for name in ("optimal", "heuristic", "ttl", "recency"):
+        held = sweep["ttl_share_held" if name == "ttl" else "share_held"]
         style = {"color": POLICIES[name].colour, "marker": "o", "ms": 4}
-        axes.plot(sweep[column], sweep[name], POLICIES[name].dash, label=name, **style)
+        axes.plot(held, sweep[name], POLICIES[name].dash, label=name, **style)
     if result is not None:
         share = mean_blocks_held(result) / max(result.trace.unique_blocks, 1)
         axes.plot([share], [result.token_hit_ratio], "*", color="#D55E00", ms=15, label="now")
-    axes.set(
-        xscale="log",
-        xlabel="blocks held on average, share of unique blocks",
-        ylabel="token hit ratio",
-    )
-    axes.set_ylim(bottom=0)
-    _finish(axes)
+    axes.set(xscale="log", xlabel="blocks held on average, share of unique blocks")
+    axes.set(ylim=(0, None), ylabel="token hit ratio")
+    axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -72,22 +62,16 @@ def plot_trade_off(sweep: pd.DataFrame, result: ReplayResult | None = None) -> F
 def plot_over_time(result: ReplayResult, step_s: float = 60.0) -> Figure:
     """Draw the share of prompt tokens that each tier served, over time."""
     frame = result.over_time(step_s)
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = open_axes(9, 3)
     prompts = frame["prompt_tokens"].clip(lower=1)
     shares = [frame[f"hit_tokens_{tier}"] / prompts for tier in TIERS]
     colours = [TIER_COLOURS[tier] for tier in TIERS]
     axes.stackplot(frame.index, shares, labels=TIERS, colors=colours)
     axes.set(xlabel="seconds", ylabel="share of prompt tokens", ylim=(0, 1))
-    _finish(axes)
+    axes.grid(alpha=0.3)
     axes.legend(frameon=False, ncols=3, fontsize=8, loc="upper right")
     return figure
 
 
 def _words(name):
     return name.replace("_", " ").removesuffix(" s") + (" (s)" if name.endswith("_s") else "")
-
-
-def _finish(axes):
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -113,10 +113,7 @@ def changes(
 
 
 def held_seconds(
-    ttl_s: np.ndarray,
-    tier: np.ndarray,
-    gap_s: np.ndarray,
-    config: HeuristicConfig | None = None,
+    ttl_s: np.ndarray, tier: np.ndarray, gap_s: np.ndarray, config: HeuristicConfig | None = None
 ) -> np.ndarray:
     """Return how long each decision holds its KV in each tier, seconds, shape (3, n).
 
@@ -163,10 +160,8 @@ def _is_decided(record):
 
 
 def _gaps(decided):
-    gaps, seen = np.full(len(decided), np.inf), {}
-    for index, record in enumerate(decided):
-        if record.prompt_digest in seen:
-            earlier = seen[record.prompt_digest]
-            gaps[earlier] = record.time_s - decided[earlier].time_s
-        seen[record.prompt_digest] = index
-    return gaps
+    gaps, next_s = [], {}
+    for record in reversed(decided):
+        gaps.append(next_s.get(record.prompt_digest, np.inf) - record.time_s)
+        next_s[record.prompt_digest] = record.time_s
+    return np.array(gaps[::-1], dtype=float)

@@ -8,28 +8,19 @@ from __future__ import annotations
 
 import math
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 
 from caching_heuristics import unknown_name
 from kvttl.replay.policies import capacities
 from kvttl.replay.result import ReplayResult
 from kvttl.traces.trace import Trace
 
-BASELINES = {  # name -> libcachesim's class
-    "FIFO": "FIFO",
-    "LRU": "LRU",
-    "LFU": "LFU",
-    "ARC": "ARC",
-    "S3-FIFO": "S3FIFO",
-    "SIEVE": "Sieve",
-    "W-TinyLFU": "WTinyLFU",
-    "GDSF": "GDSF",
-    "LIRS": "LIRS",
-    "Belady": "Belady",
-}
+_NAMES = "FIFO LRU LFU ARC S3-FIFO SIEVE W-TinyLFU GDSF LIRS Belady".split()
+# Name -> libcachesim's class.
+BASELINES = {name: name.replace("-", "") for name in _NAMES} | {"SIEVE": "Sieve"}
 # Blocks: below, a part of libcachesim's policy (a window of 1 %, a queue of 10 %) rounds
 # to none: W-TinyLFU never hits then, or aborts the process, as S3-FIFO does.
 LEAST_BLOCKS = {"W-TinyLFU": 100, "S3-FIFO": 10}
@@ -38,8 +29,8 @@ _RECORD = np.dtype(  # libCacheSim's oracleGeneral format
 )
 
 
-class BaselineFile:
-    """A trace in libCacheSim's own binary format, in a scratch file while the block runs.
+class BaselineFile(ExitStack):
+    """A trace in libCacheSim's own binary format, in a scratch file until the block ends.
 
     Examples
     --------
@@ -50,21 +41,14 @@ class BaselineFile:
     """
 
     def __init__(self, trace: Trace) -> None:
-        self.trace = trace
-        self._folder = tempfile.TemporaryDirectory(prefix="kv-baseline-")
-        self.path = Path(self._folder.name) / "trace.oracleGeneral"
-
-    def __enter__(self) -> BaselineFile:
-        records = np.empty(self.trace.accesses, _RECORD)
-        records["time_s"] = np.repeat(self.trace.arrival_s, self.trace.blocks)
-        records["key"] = self.trace.block_ids + 1
-        records["size"] = 1
-        records["next_access"] = next_accesses(self.trace.block_ids, self.trace.unique_blocks)
+        super().__init__()
+        folder = self.enter_context(tempfile.TemporaryDirectory(prefix="kv-baseline-"))
+        self.trace, self.path = trace, Path(folder, "trace.oracleGeneral")
+        records = np.empty(trace.accesses, _RECORD)
+        records["time_s"] = np.repeat(trace.arrival_s, trace.blocks)
+        records["key"], records["size"] = trace.block_ids + 1, 1
+        records["next_access"] = next_accesses(trace.block_ids)
         records.tofile(self.path)
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._folder.cleanup()
 
     def hits(self, policy: str, capacity) -> int | float:
         """Return the accesses that hit, counted inside libCacheSim: its fastest way.
@@ -83,14 +67,13 @@ class BaselineFile:
         """
         import libcachesim
 
-        if _is_unknown(policy, capacity, self.trace):
+        size = _size(capacity, self.trace)
+        if 0 < size < LEAST_BLOCKS.get(policy, 0):
             return math.nan
-        cache = _cache(policy, capacity, self.trace)
+        cache, kind = _cache(policy, size), libcachesim.TraceType.ORACLE_GENERAL_TRACE
         if not self.trace.accesses or cache is None:
             return 0
-        kind = libcachesim.TraceType.ORACLE_GENERAL_TRACE
-        reader = libcachesim.TraceReader(str(self.path), kind)
-        misses, _ = cache.process_trace(reader)
+        misses, _ = cache.process_trace(libcachesim.TraceReader(str(self.path), kind))
         return self.trace.accesses - round(misses * self.trace.accesses)
 
 
@@ -111,16 +94,15 @@ def replay_baseline(trace: Trace, policy: str, capacity=None) -> ReplayResult:
     """
     import libcachesim
 
-    blocks = capacities(capacity, trace)
-    size = blocks[0] if blocks[0] >= 0 else max(trace.unique_blocks, 1)
+    blocks, size = capacities(capacity, trace), _size(capacity, trace)
     unknown, moved = np.full((2, 3), np.nan), np.zeros((4, 4), np.int64)
-    if _is_unknown(policy, size, trace):
+    if 0 < size < LEAST_BLOCKS.get(policy, 0):
         hits = np.full((2, trace.requests, 3), np.nan)
         return ReplayResult(trace, policy, blocks, *hits, *unknown, moved)
-    cache, hit = _cache(policy, size, trace), np.zeros(trace.accesses, bool)
+    cache, hit = _cache(policy, size), np.zeros(trace.accesses, bool)
     request = libcachesim.Request()
     request.obj_size = 1
-    after = next_accesses(trace.block_ids, trace.unique_blocks)
+    after = next_accesses(trace.block_ids)
     after = np.where(after < 0, np.iinfo(np.int64).max, after).tolist()
     for at, block in enumerate((trace.block_ids + 1).tolist() if cache is not None else ()):
         request.obj_id = block
@@ -132,31 +114,27 @@ def replay_baseline(trace: Trace, policy: str, capacity=None) -> ReplayResult:
 
 def _prefix_hits(trace, hit):
     """Return hit blocks and hit tokens of each request, in the first tier."""
-    hits = np.zeros((2, trace.requests, 3), np.int64)
-    hits[0, :, 0] = _leading(hit, trace.offsets)
+    hits, tails = np.zeros((2, trace.requests, 3), np.int64), trace.tail_tokens()
+    misses = np.append(np.flatnonzero(~hit), trace.accesses)
+    first_miss = misses[np.searchsorted(misses, trace.offsets[:-1])]
+    hits[0, :, 0] = np.minimum(first_miss, trace.offsets[1:]) - trace.offsets[:-1]
     whole = (hits[0, :, 0] == trace.blocks) & (trace.blocks > 0)
-    hits[1, :, 0] = hits[0, :, 0] * trace.block_tokens
-    hits[1, whole, 0] -= trace.block_tokens - trace.tail_tokens()[whole]
+    hits[1, :, 0] = hits[0, :, 0] * trace.block_tokens - whole * (trace.block_tokens - tails)
     return hits
 
 
 def _size(capacity, trace):
+    """Return a capacity in blocks; all that there are where it is unlimited."""
     size, _, _ = capacities(capacity, trace)
     return trace.unique_blocks if size < 0 else size
 
 
-def _is_unknown(policy, capacity, trace):
-    """Say whether libcachesim could answer with its rounding only, not with the policy."""
-    return 0 < _size(capacity, trace) < LEAST_BLOCKS.get(policy, 0)
-
-
-def _cache(policy, capacity, trace):
+def _cache(policy, size):
     """Return a libCacheSim cache, None where it could not hold a block."""
     import libcachesim
 
     if policy not in BASELINES:
         raise ValueError(unknown_name("policy", policy, BASELINES))
-    size = _size(capacity, trace)
     if not size:
         return None
     # Its default, 24, would clear 128 MiB of hash table for each cache.
@@ -164,22 +142,10 @@ def _cache(policy, capacity, trace):
     return getattr(libcachesim, BASELINES[policy])(cache_size=size, hashpower=hashpower)
 
 
-@njit(cache=True)
-def next_accesses(ids, unique):
+def next_accesses(ids: np.ndarray) -> np.ndarray:
     """Return the number of the access that comes next to each access's block, -1 = none."""
-    out, coming = np.empty(len(ids), np.int64), np.full(unique, -1, np.int64)
-    for at in range(len(ids) - 1, -1, -1):
-        out[at] = coming[ids[at]]
-        coming[ids[at]] = at
-    return out
-
-
-@njit(cache=True)
-def _leading(hit, offsets):
-    out = np.zeros(len(offsets) - 1, np.int64)
-    for r in range(len(out)):
-        at = offsets[r]
-        while at < offsets[r + 1] and hit[at]:
-            at += 1
-        out[r] = at - offsets[r]
+    order = np.argsort(ids, kind="stable")  # each block's accesses, one after the other
+    again = ids[order[1:]] == ids[order[:-1]]
+    out = np.full(len(ids), -1)
+    out[order[:-1][again]] = order[1:][again]
     return out

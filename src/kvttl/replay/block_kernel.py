@@ -10,23 +10,22 @@ import numpy as np
 from numba import njit
 
 # Nothing here allocates: counting references would take most of the time.
-_compiled = njit(cache=True, _nrt=False)
-_inlined = njit(cache=True, _nrt=False, inline="always")
-
+compiled = njit(cache=True, _nrt=False)
+inlined = njit(cache=True, _nrt=False, inline="always")
 
 # Columns of a block's row: 16 bytes, so that a block is one cache line, not four.
 _NEWER, _OLDER, _TIER, _TOKENS = 0, 1, 2, 3
 _NONE = 3  # as a tier
 
 
-@_inlined
+@inlined
 def _unlink(rows, block):
     newer, older = rows[block, _NEWER], rows[block, _OLDER]
     rows[newer, _OLDER] = older
     rows[older, _NEWER] = newer
 
 
-@_inlined
+@inlined
 def _link(rows, block, end):
     """Put a block at a list's new end; `end` is the list's own row in the ring."""
     newest = rows[end, _OLDER]
@@ -34,20 +33,20 @@ def _link(rows, block, end):
     rows[block, _OLDER], rows[newest, _NEWER] = newest, block
 
 
-def block_rows(sizes):
+def block_rows(trace):
     """Return the rows of all blocks, in no tier, and of the ends of three empty lists.
 
-    Sizes are the tokens of each block, shape (unique,); rows are (unique + 3, 4) int32.
+    Shape (unique + 3, 4), int32. All blocks are complete but prompts' tails.
     """
-    unique = len(sizes)
-    rows = np.empty((unique + 3, 4), np.int32)
-    rows[:, _TIER], rows[:unique, _TOKENS] = _NONE, sizes
-    for end in range(unique, unique + 3):
+    rows, some = np.empty((trace.unique_blocks + 3, 4), np.int32), trace.blocks > 0
+    rows[:, _TIER], rows[:, _TOKENS] = _NONE, trace.block_tokens
+    rows[trace.block_ids[trace.offsets[1:][some] - 1], _TOKENS] = trace.tail_tokens()[some]
+    for end in range(trace.unique_blocks, len(rows)):
         rows[end, _NEWER] = rows[end, _OLDER] = end
     return rows
 
 
-@_compiled
+@compiled
 def replay_blocks(ids, offsets, arrival_s, rows, capacity, refresh, held, first, last, out):
     """Replay requests [first, last); returns the block-level hits.
 
@@ -66,7 +65,7 @@ def replay_blocks(ids, offsets, arrival_s, rows, capacity, refresh, held, first,
     gpu, hits = len(rows) - 3, 0
     for r in range(first, last):
         if r > 0:
-            _tick(area, held, arrival_s[r] - arrival_s[r - 1])
+            add_time(area, held, arrival_s[r] - arrival_s[r - 1])
         for at in range(offsets[r], offsets[r + 1]):
             tier = rows[ids[at], _TIER]
             if tier == _NONE:
@@ -83,31 +82,51 @@ def replay_blocks(ids, offsets, arrival_s, rows, capacity, refresh, held, first,
                     _link(rows, block, gpu)
                 continue
             if tier < _NONE:
-                _unlink(rows, block)
-                held[0, tier] -= 1
-                held[1, tier] -= rows[block, _TOKENS]
+                _leave(rows, block, tier, held)
             _enter(rows, block, tier, 0, held, moved)
             _overflow(rows, capacity, held, moved)
     return hits
 
 
-@_inlined
-def _tick(area, held, dt):
+@inlined
+def add_time(area, held, dt):
+    """Count `dt` seconds of what the tiers hold."""
     for tier in range(3):
         area[0, tier] += held[0, tier] * dt
         area[1, tier] += held[1, tier] * dt
 
 
-@_inlined
+@inlined
+def hold(held, tier, blocks, tokens):
+    """Count blocks that come into a tier, or leave it (< 0)."""
+    held[0, tier] += blocks
+    held[1, tier] += tokens
+
+
+@inlined
+def next_tier(tier, capacity):
+    """The next tier below that exists; 3 = none."""
+    tier += 1
+    while tier < 3 and capacity[tier] == 0:
+        tier += 1
+    return tier
+
+
+@inlined
+def _leave(rows, block, tier, held):
+    _unlink(rows, block)
+    hold(held, tier, -1, -rows[block, _TOKENS])
+
+
+@inlined
 def _enter(rows, block, source, tier, held, moved):
     _link(rows, block, len(rows) - 3 + tier)
     rows[block, _TIER] = tier
-    held[0, tier] += 1
-    held[1, tier] += rows[block, _TOKENS]
+    hold(held, tier, 1, rows[block, _TOKENS])
     moved[source, tier] += rows[block, _TOKENS]
 
 
-@_compiled
+@compiled
 def _overflow(rows, capacity, held, moved):
     """Move the oldest blocks of full tiers down, or drop them."""
     for tier in range(3):
@@ -115,25 +134,10 @@ def _overflow(rows, capacity, held, moved):
             return
         while held[0, tier] > capacity[tier]:
             block = rows[len(rows) - 3 + tier, _NEWER]
-            tokens = rows[block, _TOKENS]
-            _unlink(rows, block)
-            held[0, tier] -= 1
-            held[1, tier] -= tokens
-            below = tier + 1
-            while below < _NONE and capacity[below] == 0:
-                below += 1
+            _leave(rows, block, tier, held)
+            below = next_tier(tier, capacity)
             if below < _NONE:
                 _enter(rows, block, tier, below, held, moved)
             else:
                 rows[block, _TIER] = _NONE
-                moved[tier, _NONE] += tokens
-
-
-@njit(cache=True)
-def block_sizes(ids, offsets, tail_tokens, unique, block_tokens):
-    """Return the tokens of each block, shape (unique,): all complete but prompts' tails."""
-    sizes = np.full(unique, block_tokens, np.int32)
-    for r in range(len(offsets) - 1):
-        if offsets[r + 1] > offsets[r]:
-            sizes[ids[offsets[r + 1] - 1]] = tail_tokens[r]
-    return sizes
+                moved[tier, _NONE] += rows[block, _TOKENS]

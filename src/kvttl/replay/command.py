@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from caching_heuristics import TIERS, HeuristicConfig, unknown_name
+from caching_heuristics import TIERS, unknown_name
 from kvttl.replay.baselines import BASELINES, replay_baseline
 from kvttl.replay.costs import TierCosts, result_costs
 from kvttl.replay.engine import replay
@@ -47,17 +47,6 @@ def _one_capacity(text):
         raise ValueError(f"CAPACITY must be {wanted}, got {text!r}") from None
 
 
-def parse_settings(pairs: Sequence[str]) -> HeuristicConfig:
-    """Return settings from ``name=value`` words.
-
-    Examples
-    --------
-    >>> parse_settings(["base_ttl=300", "gamma=0"]).base_ttl
-    300.0
-    """
-    return settings_from(dict(pair.partition("=")[::2] for pair in pairs))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Replay and print; returns the exit status."""
     options = _options(argv)
@@ -90,22 +79,19 @@ def _options(argv):
     return parser.parse_args(argv)
 
 
-_OPTIONS = ("skip_bad", "seed", "sessions_per_hour", "max_sessions", "block_tokens")
+_READING = ("skip_bad", "seed", "sessions_per_hour", "max_sessions", "block_tokens")
 
 
 def _run(options):
-    capacity, config = parse_capacity(options.capacity), parse_settings(options.settings)
+    capacity = parse_capacity(options.capacity)
+    config = settings_from(dict(pair.partition("=")[::2] for pair in options.settings))
     known = (*POLICIES, *BASELINES)
     if options.policy not in known:
         raise ValueError(unknown_name("POLICY", options.policy, known))
     start_s = time.perf_counter()
-    trace = read_trace(
-        options.trace,
-        options.format,
-        cache_dir=options.cache_dir or None,
-        progress=True,
-        **{name: getattr(options, name) for name in _OPTIONS},
-    )
+    reading = {name: getattr(options, name) for name in _READING}
+    copies = options.cache_dir or None
+    trace = read_trace(options.trace, options.format, cache_dir=copies, progress=True, **reading)
     read_s = time.perf_counter() - start_s
     print(f"{trace.name}: {trace}", file=sys.stderr)
     policy = POLICIES.get(options.policy, ReplayPolicy(None))
@@ -116,31 +102,28 @@ def _run(options):
         result = replay(trace, options.policy, capacity, config, progress=True, **metadata)
     replay_s = time.perf_counter() - start_s - read_s
     print(describe(result), file=sys.stderr)
-    settings = config.to_dict() if policy.reads_config else {}
-    costs = TierCosts()
-    times = {n: v for n, v in result_costs(result, costs).items() if "price" not in n}
-    extra = {
-        "moved_bytes": result.moved_bytes(costs.bytes_per_token),
-        **times,
-        "settings": settings,
+    return {
+        **result.to_dict(),
+        "moved_bytes": result.moved_bytes(TierCosts().bytes_per_token),
+        **{name: value for name, value in result_costs(result).items() if "price" not in name},
+        "settings": config.to_dict() if policy.reads_config else {},
         "skipped_lines": trace.skipped_lines,
+        "read_s": read_s,
+        "replay_s": replay_s,
     }
-    return result.to_dict() | extra | {"read_s": read_s, "replay_s": replay_s}
 
 
 def describe(result: ReplayResult) -> str:
     """Return a replay's figures for a reader."""
     share = result.hit_tokens.sum(axis=0) / max(1, result.trace.prompt_tokens.sum(dtype=int))
     hours = result.block_seconds / 3600
-    lines = [
-        f"{result.policy}: {result.block_hit_ratio:.4f} of blocks hit,"
-        f" {result.token_hit_ratio:.4f} of tokens"
+    blocks, tokens = result.block_hit_ratio, result.token_hit_ratio
+    lines = [f"{result.policy}: {blocks:.4f} of blocks hit, {tokens:.4f} of tokens"]
+    lines += [
+        f"  {tier:6} {part:7.2%} of tokens, {kept:12.1f} block-hours kept"
+        for tier, part, kept, capacity in zip(TIERS, share, hours, result.capacity_blocks)
+        if capacity != 0
     ]
-    for code, tier in enumerate(TIERS):
-        if result.capacity_blocks[code] != 0:
-            lines.append(
-                f"  {tier:6} {share[code]:7.2%} of tokens, {hours[code]:12.1f} block-hours kept"
-            )
     return "\n".join(lines)
 
 

@@ -112,23 +112,20 @@ def result_costs(result: ReplayResult, costs: TierCosts | None = None) -> dict[s
     costs = costs or TierCosts()
     prompts = result.trace.prompt_tokens
     ttft_s = costs.request_ttft_s(result.hit_tokens, prompts)
-    without_s = costs.request_ttft_s(np.zeros_like(result.hit_tokens), prompts)
-    figures = {f"ttft_p{q}_s": _percentile(ttft_s, q) for q in (50, 90, 99)}
+    total_s = float(ttft_s.sum())
+    without_s = float(costs.request_ttft_s(np.zeros_like(result.hit_tokens), prompts).sum())
+    ttft_s = ttft_s if len(ttft_s) else np.zeros(1)
     engine = costs.engine_price_per_hour / 3600
     memory = costs.memory_price(np.nan_to_num(result.token_seconds))
     return {
-        **figures,
-        "ttft_mean_s": float(ttft_s.mean()) if len(ttft_s) else 0.0,
-        "speedup": float(without_s.sum() / ttft_s.sum()) if ttft_s.sum() else 1.0,
-        "engine_price": float(ttft_s.sum()) * engine,
+        **{f"ttft_p{rank}_s": float(np.percentile(ttft_s, rank)) for rank in (50, 90, 99)},
+        "ttft_mean_s": float(ttft_s.mean()),
+        "speedup": without_s / total_s if total_s else 1.0,
+        "engine_price": total_s * engine,
         "memory_price": memory,
-        "price": float(ttft_s.sum()) * engine + memory,
-        "price_without_cache": float(without_s.sum()) * engine,
+        "price": total_s * engine + memory,
+        "price_without_cache": without_s * engine,
     }
-
-
-def _percentile(values, rank):
-    return float(np.percentile(values, rank)) if len(values) else 0.0
 
 
 def fit_costs(records: Iterable[Any], costs: TierCosts | None = None) -> TierCosts:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from caching_heuristics import HeuristicConfig, unknown_name
-from kvttl.replay.block_kernel import block_rows, block_sizes, replay_blocks
+from kvttl.replay.block_kernel import block_rows, replay_blocks
 from kvttl.replay.policies import POLICIES, UNLIMITED, Plan, capacities
 from kvttl.replay.result import ReplayResult
 from kvttl.replay.runs import RunIndex, index_runs
@@ -22,6 +22,7 @@ from kvttl.replay.ttl_kernel import ladder_deadlines, replay_ttl
 from kvttl.traces.trace import Trace
 
 _CHUNK = 16_384  # requests between two steps of the progress bar
+_NO_LIMITS = (UNLIMITED,) * 3
 
 
 def replay(
@@ -69,15 +70,13 @@ def replay(
     >>> results[0].block_hit_ratio < results[1].block_hit_ratio
     True
     """
-    blocks = capacities(capacity, trace.trace if isinstance(trace, RunIndex) else trace)
-    config = config or HeuristicConfig()
+    flat = trace.trace if isinstance(trace, RunIndex) else trace
+    blocks = capacities(capacity, flat)
+    if policy in [name for name, row in POLICIES.items() if row.plan is None]:
+        return _replay_blocks(flat, policy, blocks, progress)
     if policy == "infinite":
-        blocks = (UNLIMITED,) * 3
-    if isinstance(policy, str) and policy in POLICIES and POLICIES[policy].plan is None:
-        trace = trace.trace if isinstance(trace, RunIndex) else trace
-        return _replay_blocks(trace, policy, blocks, progress)
-    index = trace if isinstance(trace, RunIndex) else index_runs(trace)
-    plan = _plan(index, policy, config, metadata)
+        blocks = _NO_LIMITS
+    plan = _plan(trace, policy, config, metadata)
     return _replay_plan(plan, _name(policy), blocks, progress)
 
 
@@ -106,111 +105,95 @@ def replay_without_capacity(
     >>> short.token_hit_ratio < long.token_hit_ratio
     True
     """
-    index = trace if isinstance(trace, RunIndex) else index_runs(trace)
-    plan = _plan_without_capacity(index, policy, config or HeuristicConfig(), metadata)
-    segments, trace, hits = plan.segments, plan.index.trace, _hit_arrays(index.trace)
-    ttl_s = np.full(segments.count, np.inf) if plan.ttl_s is None else plan.ttl_s
-    area, moved = replay_ttl(
-        segments.arrays,
-        segments.rest,
-        trace.arrival_s,
-        np.ascontiguousarray(ttl_s, np.float64),
-        _tiers(plan, (UNLIMITED,) * 3),
-        plan.ladder[1:] if plan.ladder else (0.0, 0.0),
-        trace.block_tokens,
-        *hits,
-    )
-    return ReplayResult(trace, _name(policy), (UNLIMITED,) * 3, *hits, area[0], area[1], moved)
-
-
-def _name(policy):
-    return policy if isinstance(policy, str) else getattr(policy, "__name__", "plan")
-
-
-def _plan(index, policy, config, metadata):
-    if isinstance(policy, str):
-        if policy not in POLICIES:
-            raise ValueError(unknown_name("policy", policy, POLICIES))
-        policy = POLICIES[policy].plan
-    return policy(index, config, **metadata)
-
-
-def _plan_without_capacity(index, policy, config, metadata):
     known = [name for name, row in POLICIES.items() if row.plan and not row.needs_capacity]
     if isinstance(policy, str) and policy not in known:
         raise ValueError(
             f"without capacity, policy must be one of {', '.join(known)}, got {policy!r};"
             f" `replay` takes a capacity and {', '.join(POLICIES)}"
         )
-    plan = _plan(index, policy, config, metadata)
+    plan = _plan(trace, policy, config, metadata)
     if plan.key is not None:
         raise ValueError(
             f"policy {_name(policy)!r} orders evictions (its plan has a key), which needs"
             " a capacity: use `replay`"
         )
-    return plan
+    trace, hits = plan.index.trace, _hit_arrays(plan.index.trace)
+    tier = _tiers(plan, _NO_LIMITS)
+    until_s = _deadlines(plan, tier)
+    area, moved = replay_ttl(
+        plan.segments, trace.arrival_s, until_s, tier, trace.block_tokens, *hits
+    )
+    return ReplayResult(trace, _name(policy), _NO_LIMITS, *hits, *area, moved)
+
+
+def _name(policy):
+    return policy if isinstance(policy, str) else getattr(policy, "__name__", "plan")
+
+
+def _plan(trace, policy, config, metadata):
+    if isinstance(policy, str):
+        if policy not in POLICIES:
+            raise ValueError(unknown_name("policy", policy, POLICIES))
+        policy = POLICIES[policy].plan
+    index = trace if isinstance(trace, RunIndex) else index_runs(trace)
+    return policy(index, config or HeuristicConfig(), **metadata)
 
 
 def _hit_arrays(trace):
-    return tuple(np.zeros((trace.requests, 3), np.int64) for _ in range(2))
+    return np.zeros((2, trace.requests, 3), np.int64)
 
 
 def _tiers(plan, blocks):
     """Return each run's first tier that exists: the wanted one, else colder, else hotter."""
     wanted = np.zeros(plan.segments.count, np.int8) if plan.tier is None else plan.tier
     there = [tier for tier in range(3) if blocks[tier] != 0]
-    nearest = [min(there, key=lambda t: (t < tier, abs(t - tier))) for tier in range(3)]
-    if nearest == [0, 1, 2]:
+    if len(there) in (0, 3):
         return np.ascontiguousarray(wanted, np.int8)
+    nearest = [min(there, key=lambda t: (t < tier, abs(t - tier))) for tier in range(3)]
     return np.array(nearest, np.int8)[wanted]
+
+
+def _deadlines(plan, tier):
+    """Return until when each segment may be in each tier, seconds, shape (segments, 3)."""
+    segments = plan.segments
+    ttl_s = np.full(segments.count, np.inf) if plan.ttl_s is None else plan.ttl_s
+    factors = np.array(plan.ladder or (1.0, 0.0, 0.0), np.float64)
+    arrival_s = plan.index.trace.arrival_s[segments.request]
+    return ladder_deadlines(arrival_s, np.ascontiguousarray(ttl_s, np.float64), tier, factors)
 
 
 def _replay_plan(plan, name, blocks, progress):
     segments, trace = plan.segments, plan.index.trace
     hits, state = _hit_arrays(trace), new_state(segments.count)
-    result = ReplayResult(trace, name, blocks, *hits, *state.area, state.moved)
-    if not any(blocks):
-        return result  # no tier at all
     tier = _tiers(plan, blocks)
-    until_s = np.empty((0, 3))
-    if plan.ttl_s is not None:
-        ladder = plan.ladder[1:] if plan.ladder else (0.0, 0.0)
-        ttl_s = np.ascontiguousarray(plan.ttl_s, np.float64)
-        until_s = ladder_deadlines(segments.arrival_s, ttl_s, tier, *ladder)
     work = Work(
-        segments.arrays,
-        segments.mirror,
-        np.array(segments.arrays.request if plan.key is None else plan.key, np.float64),
+        segments,
+        np.array(segments.request if plan.key is None else plan.key, np.float64),
         tier,
-        until_s,
+        np.empty((0, 3)) if plan.ttl_s is None else _deadlines(plan, tier),
         np.array(blocks, np.int64),
         trace.block_tokens,
     )
-    for first, last in _chunks(trace.requests, progress, name):
+    for first, last in _chunks(trace, blocks, progress, name):
         replay_requests(state, work, trace.arrival_s, first, last, *hits)
-    return result
+    return ReplayResult(trace, name, blocks, *hits, *state.area, state.moved)
 
 
 def _replay_blocks(trace, name, blocks, progress):
     if blocks[0] == 0 and any(blocks):
         raise ValueError(f"gpu must hold blocks for {name!r}, got capacity 0")
-    hits, area = _hit_arrays(trace), np.zeros((2, 3))
-    moved, held, level_hits = np.zeros((4, 4), np.int64), np.zeros((2, 3), np.int64), 0
-    capacity = np.array(blocks, np.int64)
-    sizes = block_sizes(
-        trace.block_ids, trace.offsets, trace.tail_tokens(), trace.unique_blocks, trace.block_tokens
-    )
-    rows = block_rows(sizes)
-    arrays = (trace.block_ids, trace.offsets, trace.arrival_s, rows, capacity)
-    for first, last in _chunks(trace.requests if any(blocks) else 0, progress, name):
-        level_hits += replay_blocks(
-            *arrays, POLICIES[name].refreshes, held, first, last, (*hits, area, moved)
-        )
+    hits, area, moved = _hit_arrays(trace), np.zeros((2, 3)), np.zeros((4, 4), np.int64)
+    limits, held, level_hits = np.array(blocks, np.int64), np.zeros((2, 3), np.int64), 0
+    arrays = (trace.block_ids, trace.offsets, trace.arrival_s, block_rows(trace), limits)
+    state = (POLICIES[name].refreshes, held)
+    for first, last in _chunks(trace, blocks, progress, name):
+        level_hits += replay_blocks(*arrays, *state, first, last, (*hits, area, moved))
     return ReplayResult(trace, name, blocks, *hits, *area, moved, int(level_hits))
 
 
-def _chunks(requests, progress, name):
-    """Yield (first, last) requests of each step, with a bar."""
+def _chunks(trace, blocks, progress, name):
+    """Yield (first, last) requests of each step, with a bar; none if there is no tier at all."""
+    requests = trace.requests if any(blocks) else 0
     steps = [(at, min(at + _CHUNK, requests)) for at in range(0, requests, _CHUNK)]
     if progress:
         from tqdm.auto import tqdm

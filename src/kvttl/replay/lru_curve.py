@@ -46,7 +46,7 @@ def lru_curve(trace: Trace | RunIndex, capacities: Sequence[int | float]) -> dic
     [0, 2, 3]
     """
     index = trace if isinstance(trace, RunIndex) else index_runs(trace)
-    segments, trace = index.by_request.arrays, index.trace
+    segments, trace = index.by_request, index.trace
     own, prefix, tokens = _distances(segments, trace.block_tokens)
     blocks = np.array([as_blocks(capacity, trace)[0] for capacity in capacities], np.int64)
     limits = np.where(blocks < 0, NEVER, blocks)  # a distance below it is a hit

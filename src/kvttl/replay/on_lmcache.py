@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,14 +25,9 @@ class _Engine:
 
     def generate(self, prompt, sampling_params):
         self.hits = self._model.serve(prompt)
-        answer = SimpleNamespace(text="")
-        return [
-            SimpleNamespace(
-                outputs=[answer],
-                prompt_token_ids=prompt,
-                num_cached_tokens=sum(self.hits.values()),
-            )
-        ]
+        answer = SimpleNamespace(outputs=[SimpleNamespace(text="")], prompt_token_ids=prompt)
+        answer.num_cached_tokens = sum(self.hits.values())
+        return [answer]
 
 
 def replay_on_lmcache(
@@ -91,13 +87,8 @@ def replay_on_lmcache(
 def _pass_time(cache, model, arrival_s, area):
     """Let TTLs end when they are due, and count what the tiers hold meanwhile."""
     since_s = cache.clock()
-    for due_s in ends_on_the_way(cache, arrival_s):  # without claims there is none
-        _count(area, model, due_s - since_s)
+    for due_s in chain(ends_on_the_way(cache, arrival_s), [arrival_s]):
+        held = [len(model.held[tier]) for tier in TIERS]
+        area += np.multiply(held, max(0.0, due_s - since_s))
         since_s = due_s
         cache.sweep()
-    _count(area, model, arrival_s - since_s)
-    cache.sweep()
-
-
-def _count(area, model, seconds):
-    area += [len(model.held[tier]) * max(0.0, seconds) for tier in TIERS]

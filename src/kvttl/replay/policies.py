@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from caching_heuristics import TIERS, HeuristicConfig
-from kvttl.replay.runs import RunIndex, Segments
+from kvttl.replay.runs import RunIndex, SegmentArrays
 
 UNLIMITED = -1  # as a capacity
 
@@ -80,18 +80,16 @@ class Plan:
             raise ValueError(f"tier must be indices into {TIERS}")
 
     @property
-    def segments(self) -> Segments:
+    def segments(self) -> SegmentArrays:
         """What the engines move as one under this plan."""
         return self.index.by_request if self.per == "request" else self.index.by_run
 
 
-def infinite(index: RunIndex, config: HeuristicConfig) -> Plan:
-    """Keep everything for ever: the most that any policy can hit."""
-    return Plan(index)
-
-
 def recency(index: RunIndex, config: HeuristicConfig) -> Plan:
-    """Evict what was used least recently, a prompt's end before its start."""
+    """Evict what was used least recently, a prompt's end before its start.
+
+    Without a capacity that is to keep everything for ever: the most that any policy can hit.
+    """
     return Plan(index)
 
 
@@ -110,8 +108,8 @@ def heuristic(index: RunIndex, config: HeuristicConfig, per="request", perplexit
 def heuristic_order(index: RunIndex, config: HeuristicConfig, per="block", perplexity=None) -> Plan:
     """`compute_ttl` as eviction order: what would expire first goes first, and only then."""
     ttl_s, _ = decisions(index, config, per, perplexity)
-    segments = index.by_run if per == "block" else index.by_request
-    return Plan(index, _PER[per], key=segments.arrival_s + ttl_s)
+    arrival_s = index.arrival_s if per == "block" else index.trace.arrival_s
+    return Plan(index, _PER[per], key=arrival_s + ttl_s)
 
 
 _PER = {"request": "request", "block": "run"}  # of a decision -> of a plan
@@ -139,19 +137,16 @@ class ReplayPolicy(NamedTuple):
     dash: str = "-"
 
 
+_FORMULA = {"reads_config": True, "reads_metadata": True}
 POLICIES = {
     "lru": ReplayPolicy(None, refreshes=True, colour="#56B4E9", dash="--"),
     "fifo": ReplayPolicy(None, colour="#009E73", dash="--"),
-    "infinite": ReplayPolicy(infinite),
+    "infinite": ReplayPolicy(recency),
     "recency": ReplayPolicy(recency, needs_capacity=True, colour="#0072B2"),
     "ttl": ReplayPolicy(fixed_ttl, reads_config=True, colour="#CC79A7"),
-    "heuristic": ReplayPolicy(heuristic, reads_config=True, reads_metadata=True, colour="#E69F00"),
+    "heuristic": ReplayPolicy(heuristic, **_FORMULA, colour="#E69F00"),
     "heuristic_order": ReplayPolicy(
-        heuristic_order,
-        needs_capacity=True,
-        reads_config=True,
-        reads_metadata=True,
-        colour="#D55E00",
+        heuristic_order, needs_capacity=True, **_FORMULA, colour="#D55E00"
     ),
     "optimal": ReplayPolicy(optimal, needs_capacity=True, colour="#000000"),
 }
@@ -179,8 +174,7 @@ def decisions(
         perplexity = np.broadcast_to(np.asarray(perplexity, float), index.trace.requests)
         metadata["perplexity"] = perplexity[index.request] if per == "block" else perplexity
     tiers = config.tier(metadata)
-    codes = np.full(len(tiers), 1, np.int8)  # disk
-    codes[tiers == TIERS[0]], codes[tiers == TIERS[2]] = 0, 2
+    codes = np.int8(1) + (tiers == TIERS[2]) - (tiers == TIERS[0])  # 1 = disk
     return config.ttl(metadata), codes
 
 
@@ -214,9 +208,7 @@ def _blocks(value, trace, name):
     number = isinstance(value, (int, float, np.integer, np.floating))
     if not number or isinstance(value, bool) or not 0 <= value < math.inf:
         raise ValueError(f"{name} must be None, blocks >= 0 or a share in ]0, 1], got {value!r}")
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if value <= 1.0:
+    if isinstance(value, (float, np.floating)) and value <= 1.0:
         return int(value * trace.unique_blocks)
     if value != int(value):
         raise ValueError(f"{name} must be whole blocks or a share in ]0, 1], got {value!r}")

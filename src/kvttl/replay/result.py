@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -59,12 +60,12 @@ class ReplayResult:
     @property
     def block_hit_ratio(self) -> float:
         """Share of block accesses inside the longest resident prefix."""
-        return _ratio(self.hit_blocks.sum(), self.trace.accesses)
+        return self.since(-np.inf)["block_hit_ratio"]
 
     @property
     def token_hit_ratio(self) -> float:
         """Share of prompt tokens inside the longest resident prefix."""
-        return _ratio(self.hit_tokens.sum(), self.trace.prompt_tokens.sum(dtype=np.int64))
+        return self.since(-np.inf)["token_hit_ratio"]
 
     def since(self, start_s: float) -> dict[str, float]:
         """Return both hit ratios of the requests from a second on (after a warm-up)."""
@@ -100,12 +101,8 @@ class ReplayResult:
 
     def moved(self) -> dict[str, int]:
         """Return the tokens moved, by way: ``{"none→gpu": 512, ...}``."""
-        return {
-            f"{a}→{b}": int(self.moved_tokens[i, j])
-            for i, a in enumerate(PLACES)
-            for j, b in enumerate(PLACES)
-            if self.moved_tokens[i, j]
-        }
+        ways = zip(product(PLACES, PLACES), self.moved_tokens.flat)
+        return {f"{a}→{b}": int(tokens) for (a, b), tokens in ways if tokens}
 
     def moved_bytes(self, bytes_per_token: float) -> dict[str, float]:
         """Return `moved` in bytes, for a KV cache of so many bytes a token."""
@@ -113,19 +110,14 @@ class ReplayResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the headline figures, fit for JSON."""
-        by_tier = {
-            "hit_blocks": self.hit_blocks.sum(axis=0),
-            "hit_tokens": self.hit_tokens.sum(axis=0),
-            "block_seconds": self.block_seconds,
-            "token_seconds": self.token_seconds,
-        }
+        hits = {name: getattr(self, name).sum(axis=0) for name in ("hit_blocks", "hit_tokens")}
+        by_tier = hits | {name: getattr(self, name) for name in ("block_seconds", "token_seconds")}
         capacity = [None if c < 0 else c for c in self.capacity_blocks]
         return {
             "trace": self.trace.name,
             "policy": self.policy,
             "capacity_blocks": dict(zip(TIERS, capacity)),
-            "block_hit_ratio": self.block_hit_ratio,
-            "token_hit_ratio": self.token_hit_ratio,
+            **self.since(-np.inf),
             "unique_blocks": self.trace.unique_blocks,
             "accesses": self.trace.accesses,
             "requests": self.trace.requests,

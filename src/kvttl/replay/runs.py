@@ -75,9 +75,8 @@ class RunIndex:
     @cached_property
     def depth(self) -> np.ndarray:
         """Blocks of the prompt before the run, shape (runs,)."""
-        before = np.cumsum(self.length) - self.length
-        first = np.minimum(self.offsets[:-1], max(self.runs - 1, 0))
-        return before - before[first][self.request] if self.runs else before
+        before = np.concatenate([[0], np.cumsum(self.length)])
+        return before[:-1] - before[self.offsets[:-1]][self.request]
 
     @cached_property
     def _history(self):
@@ -101,8 +100,8 @@ class RunIndex:
     @cached_property
     def longest_known(self) -> np.ndarray:
         """Run that ends the longest prefix seen before, by request; -1 if there is none."""
-        known = np.concatenate([[0], np.cumsum(self.previous >= 0)])  # known ones come first
-        known = known[self.offsets[1:]] - known[self.offsets[:-1]]
+        # Known ones come first in a prompt.
+        known = np.diff(np.concatenate([[0], np.cumsum(self.previous >= 0)])[self.offsets])
         return np.where(known > 0, self.offsets[:-1] + known - 1, -1)
 
     def metadata(self, per: str = "request") -> dict[str, np.ndarray]:
@@ -125,33 +124,43 @@ class RunIndex:
         }
 
     @cached_property
-    def by_run(self) -> Segments:
+    def by_run(self) -> SegmentArrays:
         """The runs as segments, for policies that decide about each."""
-        each = np.arange(self.runs + 1)
-        pieces = (each, self.previous, self.start, self.length)
-        own = (self.offsets, self.request, self.length, self.short)
-        return Segments(self.trace, SegmentArrays(*own, *pieces))
+        pieces = (np.arange(self.runs + 1), self.previous, self.start, self.length)
+        return _segments(self.offsets, self.request, self.length, self.short, *pieces)
 
     @cached_property
-    def by_request(self) -> Segments:
+    def by_request(self) -> SegmentArrays:
         """Whole requests as segments, for policies that decide once a request: far fewer."""
-        trace = self.trace
         columns, piece_offsets = _merge(self.offsets, self.request, self.previous, self.length)
-        short = np.zeros(trace.requests, np.int32)
-        some = trace.blocks > 0
-        short[some] = self.short[self.offsets[1:][some] - 1]
-        requests = np.arange(trace.requests + 1)
-        own = (requests, requests[:-1], trace.blocks.astype(np.int32), short)
-        return Segments(trace, SegmentArrays(*own, piece_offsets, *columns))
+        requests, blocks = np.arange(self.trace.requests + 1), self.trace.blocks.astype(np.int32)
+        own = (requests, requests[:-1], blocks, _short(self.trace))
+        return _segments(*own, piece_offsets, *columns)
 
     @cached_property
     def by_future(self) -> RunIndex:
         """The runs cut where blocks differ in the request that accesses them next."""
-        return _split_by_future(self)
+        rest = self.by_run.rest
+        taken, left = np.flatnonzero(self.previous >= 0), np.flatnonzero(rest)
+        run = np.concatenate([self.previous[taken], left])
+        order = np.argsort(run, kind="stable")  # pieces as they are taken, then what is left
+        run, after = run[order], np.full(len(left), self.trace.requests, np.int32)
+        next_request = np.concatenate([self.request[taken], after])[order]
+        length = np.concatenate([self.length[taken], rest[left]])[order]
+        offsets = np.searchsorted(run, np.arange(self.runs + 1))  # of each run's pieces
+        before = np.cumsum(length) - length
+        start = before - before[offsets[:-1]][run]
+        piece = np.full(self.runs, -1)  # what a run is of the one before
+        piece[taken] = np.argsort(order)[: len(taken)]
+        short = np.zeros_like(length)
+        short[offsets[1:] - 1] = self.short
+        columns = (self.request[run], piece[run], start, length, short, next_request)
+        own = (column.astype(np.int32) for column in columns)
+        return RunIndex(self.trace, offsets[self.offsets], *own)
 
 
 class SegmentArrays(NamedTuple):
-    """Segments as the compiled engines read them.
+    """What an engine moves as one: blocks with one last access and one decision.
 
     Parameters
     ----------
@@ -164,6 +173,11 @@ class SegmentArrays(NamedTuple):
     piece_old, piece_start, piece_length : numpy.ndarray
         Shape (pieces,): the segment that a piece's blocks were in before (-1 =
         never seen), where in it they begin, and how many they are.
+    mirror : numpy.ndarray
+        Shape (segments,): a segment's place if each request's went deepest first; its
+        own inverse.
+    rest : numpy.ndarray
+        Shape (segments,): blocks that no later request accesses.
     """
 
     offsets: np.ndarray
@@ -174,58 +188,45 @@ class SegmentArrays(NamedTuple):
     piece_old: np.ndarray
     piece_start: np.ndarray
     piece_length: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class Segments:
-    """What an engine moves as one: blocks of a trace with one last access and one decision."""
-
-    trace: Trace
-    arrays: SegmentArrays
+    mirror: np.ndarray
+    rest: np.ndarray
 
     @property
     def count(self) -> int:
         """Number of segments."""
-        return len(self.arrays.request)
+        return len(self.request)
 
-    @cached_property
-    def arrival_s(self) -> np.ndarray:
-        """Seconds of each segment's access, shape (segments,)."""
-        return self.trace.arrival_s[self.arrays.request]
 
-    @cached_property
-    def mirror(self) -> np.ndarray:
-        """Segment -> its place if each request's went deepest first; its own inverse."""
-        offsets, request = self.arrays.offsets, self.arrays.request
-        ends = offsets[request] + offsets[request + 1] - 1
-        return (ends - np.arange(self.count)).astype(np.int32)
-
-    @cached_property
-    def rest(self) -> np.ndarray:
-        """Blocks of each segment that no later request accesses, shape (segments,)."""
-        old, length = self.arrays.piece_old, self.arrays.piece_length
-        taken = np.bincount(old[old >= 0], length[old >= 0], self.count)
-        return (self.arrays.length - taken).astype(np.int32)
+def _segments(offsets, request, length, short, piece_offsets, old, start, piece_length):
+    mirror = offsets[request] + offsets[request + 1] - 1 - np.arange(len(request))
+    rest = length - np.bincount(old[old >= 0], piece_length[old >= 0], len(request))
+    own, pieces = (offsets, request, length, short), (piece_offsets, old, start, piece_length)
+    return SegmentArrays(*own, *pieces, mirror.astype(np.int32), rest.astype(np.int32))
 
 
 @njit(cache=True)
 def _merge(offsets, request, previous, length):
     """Join runs that follow each other and came from one request; returns columns, offsets."""
-    columns = np.empty((3, len(request)), np.int32)
-    ends = np.empty(len(offsets), np.int64)
-    piece, ends[0] = -1, 0
+    columns, ends = np.zeros((3, len(request)), np.int32), np.zeros(len(offsets), np.int64)
+    piece = -1
     for r in range(len(offsets) - 1):
         depth, before = 0, np.int64(-2)
         for run in range(offsets[r], offsets[r + 1]):
             old = np.int64(request[previous[run]]) if previous[run] >= 0 else np.int64(-1)
             if old != before:
                 piece += 1
-                columns[0, piece], columns[1, piece], columns[2, piece] = old, depth, 0
-                before = old
+                columns[0, piece] = before = old
+                columns[1, piece] = depth
             columns[2, piece] += length[run]
             depth += length[run]
         ends[r + 1] = piece + 1
     return columns[:, : piece + 1], ends
+
+
+def _short(trace):
+    """Return the tokens that each request's last block lacks, shape (requests,)."""
+    complete = trace.block_tokens * (trace.blocks > 0)
+    return (complete - trace.tail_tokens()).astype(np.int32)
 
 
 def index_runs(trace: Trace) -> RunIndex:
@@ -245,8 +246,8 @@ def index_runs(trace: Trace) -> RunIndex:
         raise ValueError(f"block_ids must be prefix-chained, request {bad} is not")
     request, previous, start, length = columns[:4, :runs]
     short = np.zeros(runs, np.int32)
-    ends = offsets[1:][trace.blocks > 0] - 1
-    short[ends] = (trace.block_tokens - trace.tail_tokens())[trace.blocks > 0]
+    some = trace.blocks > 0
+    short[offsets[1:][some] - 1] = _short(trace)[some]
     return RunIndex(trace, offsets, request, previous, start, length, short)
 
 
@@ -303,48 +304,3 @@ def _histories(previous, arrival_s):
             spread = np.sqrt(max(0.0, m2[run]) / gaps)
             variance[run] = spread / (mean[run] + spread)
     return count, since, variance
-
-
-def _split_by_future(index):
-    """Cut each run into the pieces that later requests take, and the rest."""
-    rest = index.by_run.rest
-    pieces, rank = _count_pieces(index.previous, rest)
-    base = np.concatenate([[0], np.cumsum(pieces)])
-    columns = np.empty((6, base[-1]), np.int32)
-    _cut(index.request, index.previous, index.length, index.short, base, rank, rest, columns)
-    request, previous, start, length, short, next_request = columns
-    next_request[next_request < 0] = index.trace.requests
-    offsets = base[index.offsets]
-    return RunIndex(index.trace, offsets, request, previous, start, length, short, next_request)
-
-
-@njit(cache=True)
-def _count_pieces(previous, rest):
-    """Return each run's pieces, and which piece of its previous run each run is."""
-    pieces, rank = np.zeros(len(previous), np.int64), np.zeros(len(previous), np.int64)
-    for run in range(len(previous)):
-        old = previous[run]
-        if old >= 0:
-            rank[run] = pieces[old]
-            pieces[old] += 1
-    for run in range(len(previous)):
-        pieces[run] += rest[run] > 0
-    return pieces, rank
-
-
-@njit(cache=True)
-def _cut(request, previous, length, short, base, rank, rest, columns):
-    for run in range(len(previous)):  # each run as a piece of the one before
-        old = previous[run]
-        if old >= 0:
-            piece = base[old] + rank[run]
-            columns[3, piece], columns[5, piece] = length[run], request[run]
-        if rest[run] > 0:
-            columns[3, base[run + 1] - 1], columns[5, base[run + 1] - 1] = rest[run], -1
-    for run in range(len(previous)):
-        old, start = previous[run], 0
-        whole = base[old] + rank[run] if old >= 0 else -1
-        for piece in range(base[run], base[run + 1]):
-            columns[0, piece], columns[1, piece], columns[2, piece] = request[run], whole, start
-            start += columns[3, piece]
-            columns[4, piece] = short[run] if start == length[run] else 0

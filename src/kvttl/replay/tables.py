@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -61,24 +63,19 @@ def policy_table(
     """
     index = trace if isinstance(trace, RunIndex) else index_runs(trace)
     rows = []
-    for policy in policies:
-        for share in shares:
-            if policy in BASELINES:
-                result = replay_baseline(index.trace, policy, share)
-            else:
-                result = replay(index, policy, share, config)
-            rows.append({"policy": policy, "share": share, **_row(result, costs, since_s)})
-    return pd.DataFrame(rows)
+    for policy, share in product(policies, shares):
+        if policy in BASELINES:
+            result = replay_baseline(index.trace, policy, share)
+        else:
+            result = replay(index, policy, share, config)
+        row = {"policy": policy, "share": share, "capacity_blocks": result.capacity_blocks[0]}
+        row |= result.since(since_s) | result_costs(result, costs)
+        rows.append(row | {"mean_blocks_held": mean_blocks_held(result)})
+    return pd.DataFrame(rows, columns=_COLUMNS)
 
 
-def _row(result, costs, since_s):
-    priced = result_costs(result, costs)
-    return {
-        "capacity_blocks": result.capacity_blocks[0],
-        **result.since(since_s),
-        **{name: priced[name] for name in ("ttft_p50_s", "ttft_mean_s", "speedup")},
-        "mean_blocks_held": mean_blocks_held(result),
-    }
+_COLUMNS = ["policy", "share", "capacity_blocks", "block_hit_ratio", "token_hit_ratio"]
+_COLUMNS += ["ttft_p50_s", "ttft_mean_s", "speedup", "mean_blocks_held"]
 
 
 def mean_blocks_held(result: ReplayResult) -> float:
@@ -109,9 +106,7 @@ def trade_off(
     """
     config, rows = config or HeuristicConfig(), []
     for base_s in base_ttls_s:
-        settings = {**config.to_dict(), "base_ttl": base_s}
-        settings["min_ttl"] = min(config.min_ttl, base_s)
-        changed = HeuristicConfig(**settings)
+        changed = replace(config, base_ttl=base_s, min_ttl=min(config.min_ttl, base_s))
         result = replay_without_capacity(index, changed)
         plain = replay_without_capacity(index, changed, "ttl")
         same = at_same_memory(index, result)

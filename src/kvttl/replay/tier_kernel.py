@@ -10,13 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from kvttl.replay.block_kernel import add_time, compiled, hold, inlined, next_tier
 from kvttl.replay.runs import SegmentArrays
-
-# Nothing here allocates: counting references would take most of the time.
-_compiled = njit(cache=True, _nrt=False)
-_inlined = njit(cache=True, _nrt=False, inline="always")
 
 
 class State(NamedTuple):
@@ -30,14 +26,13 @@ class State(NamedTuple):
     area: np.ndarray  # (2, 3) float64: the same x seconds
     moved: np.ndarray  # (4, 4) int64 tokens
     clock_s: np.ndarray  # (1,) float64
-    counts: np.ndarray  # (3, 4) int64: a piece's blocks and tokens, a segment's tokens by source
+    counts: np.ndarray  # (2, 4) int64: a piece's blocks, a segment's tokens; by source
 
 
 class Work(NamedTuple):
-    """What the kernel reads; see Segments and Plan."""
+    """What the kernel reads; see SegmentArrays and Plan."""
 
     segments: SegmentArrays
-    mirror: np.ndarray
     key: np.ndarray  # (segments,) float64
     tier: np.ndarray  # (segments,) int8
     until_s: np.ndarray  # (segments, 3) float64, not falling; or (0, 3): nothing expires
@@ -47,26 +42,21 @@ class Work(NamedTuple):
 
 def new_state(segments: int) -> State:
     """Return the state of three empty tiers."""
-    return State(
-        np.zeros((segments, 4), np.int32),
-        np.empty((4, segments + 1), np.int32),
-        np.empty((4, segments + 1), np.float64),
-        np.array([[0, 0, 1]] * 4, np.int64),
-        np.zeros((2, 3), np.int64),
-        np.zeros((2, 3), np.float64),
-        np.zeros((4, 4), np.int64),
-        np.zeros(1, np.float64),
-        np.zeros((3, 4), np.int64),
-    )
+    heap_key, ends = np.empty((4, segments + 1)), np.array([[0, 0, 1]] * 4, np.int64)
+    heaps = (np.empty(heap_key.shape, np.int32), heap_key, ends)
+    sums = (np.zeros((2, 3), np.int64), np.zeros((2, 3)), np.zeros((4, 4), np.int64))
+    marks, counts = np.zeros((segments, 4), np.int32), np.zeros((2, 4), np.int64)
+    return State(marks, *heaps, *sums, np.zeros(1), counts)
 
 
-@_inlined
+@inlined
 def _before(key, place, other_key, other):
     return key < other_key or (key == other_key and place < other)
 
 
-@_inlined
-def _push(keys, places, ends, key, place):
+@inlined
+def _push(s, heap, key, place):
+    keys, places, ends = s.heap_key[heap], s.heap[heap], s.ends[heap]
     if ends[0] == ends[1]:
         ends[0], ends[1], ends[2] = 0, 0, 1
     at = ends[1]
@@ -86,7 +76,7 @@ def _push(keys, places, ends, key, place):
     keys[at], places[at] = key, place
 
 
-@_compiled
+@compiled
 def _compact(keys, places, ends):
     """Turn a sorted queue into a heap, which it already is but for its place."""
     size = ends[1] - ends[0]
@@ -96,9 +86,10 @@ def _compact(keys, places, ends):
     return size
 
 
-@_inlined
-def _pop(keys, places, ends):
+@inlined
+def _pop(s, heap):
     """Drop the first entry: keys that came in order are a queue, others a binary heap."""
+    keys, places, ends = s.heap_key[heap], s.heap[heap], s.ends[heap]
     if ends[2]:
         ends[0] += 1
         return
@@ -119,7 +110,7 @@ def _pop(keys, places, ends):
     keys[at], places[at] = key, place
 
 
-@_inlined
+@inlined
 def _tokens(segment, begin, end, r):
     """Tokens of a segment's blocks [begin, end)."""
     if end <= begin:
@@ -128,71 +119,50 @@ def _tokens(segment, begin, end, r):
     return (end - begin) * r.block_tokens - lacks
 
 
-@_inlined
-def _hold(s, tier, blocks, tokens):
-    s.held[0, tier] += blocks
-    s.held[1, tier] += tokens
-
-
-@_compiled
+@compiled
 def _tick(s, now_s):
     dt = now_s - s.clock_s[0]
     if dt > 0.0:
-        for tier in range(3):
-            s.area[0, tier] += s.held[0, tier] * dt
-            s.area[1, tier] += s.held[1, tier] * dt
+        add_time(s.area, s.held, dt)
         s.clock_s[0] = now_s
 
 
-@_inlined
-def _next_tier(tier, r):
-    """The next tier below that exists; 3 = none."""
-    tier += 1
-    while tier < 3 and r.capacity[tier] == 0:
-        tier += 1
-    return tier
-
-
-@_inlined
+@inlined
 def _sink(s, r, segment, tier, blocks, below):
     """Move the last blocks of a segment's share of a tier to a tier below; 3 drops them."""
     end = s.marks[segment, tier + 1]
     begin = end - blocks
     tokens = _tokens(segment, begin, end, r)
-    _hold(s, tier, -blocks, -tokens)
+    hold(s.held, tier, -blocks, -tokens)
     s.moved[tier, below] += tokens
     if below < 3:
         if r.capacity[below] > 0 and s.marks[segment, below] == s.marks[segment, below + 1]:
-            _push(
-                s.heap_key[below], s.heap[below], s.ends[below], r.key[segment], r.mirror[segment]
-            )
-        _hold(s, below, blocks, tokens)
+            _push(s, below, r.key[segment], r.segments.mirror[segment])
+        hold(s.held, below, blocks, tokens)
     for k in range(tier + 1, min(below, 3) + 1):  # no blocks are between the two tiers
         s.marks[segment, k] = begin
 
 
-@_inlined
+@inlined
 def _evict(s, r, first):
     """Bring each tier from `first` down to its capacity, hottest tier first."""
     for tier in range(first, 3):
         while 0 < r.capacity[tier] < s.held[0, tier]:
-            segment = r.mirror[s.heap[tier, s.ends[tier, 0]]]
+            segment = r.segments.mirror[s.heap[tier, s.ends[tier, 0]]]
             there = s.marks[segment, tier + 1] - s.marks[segment, tier]
-            if there <= 0:
-                _pop(s.heap_key[tier], s.heap[tier], s.ends[tier])
-                continue
             over = s.held[0, tier] - r.capacity[tier]
             if over >= there:
-                _pop(s.heap_key[tier], s.heap[tier], s.ends[tier])
-            _sink(s, r, segment, tier, min(over, there), _next_tier(tier, r))
+                _pop(s, tier)
+            if there > 0:
+                _sink(s, r, segment, tier, min(over, there), next_tier(tier, r.capacity))
 
 
-@_compiled
+@compiled
 def _expire(s, r, now_s):
     """Let every TTL that passed before `now_s` take effect, in order of time."""
     while s.ends[3, 0] < s.ends[3, 1] and s.heap_key[3, s.ends[3, 0]] < now_s:
-        at_s, segment = s.heap_key[3, s.ends[3, 0]], r.mirror[s.heap[3, s.ends[3, 0]]]
-        _pop(s.heap_key[3], s.heap[3], s.ends[3])
+        at_s, segment = s.heap_key[3, s.ends[3, 0]], r.segments.mirror[s.heap[3, s.ends[3, 0]]]
+        _pop(s, 3)
         if s.marks[segment, 0] >= s.marks[segment, 3]:
             continue  # all taken or evicted
         _tick(s, at_s)
@@ -206,15 +176,15 @@ def _expire(s, r, now_s):
             if there > 0 and r.until_s[segment, tier] <= at_s:
                 _sink(s, r, segment, tier, there, below)
         if s.marks[segment, 0] < s.marks[segment, 3]:
-            _push(s.heap_key[3], s.heap[3], s.ends[3], next_s, r.mirror[segment])
+            _push(s, 3, next_s, r.segments.mirror[segment])
         _evict(s, r, 0)
 
 
-@_inlined
+@inlined
 def _take(s, r, piece):
     """Take a piece's blocks out of the segment they were in; counts them by tier."""
     for tier in range(3):
-        s.counts[0, tier] = s.counts[1, tier] = 0
+        s.counts[0, tier] = 0
     s.counts[0, 3] = r.segments.piece_length[piece]
     old = r.segments.piece_old[piece]
     if old < 0:
@@ -224,44 +194,35 @@ def _take(s, r, piece):
         stop = min(end, s.marks[old, tier + 1])
         if stop > begin:
             tokens = _tokens(old, begin, stop, r)
-            s.counts[0, tier], s.counts[1, tier] = stop - begin, tokens
+            s.counts[0, tier] = stop - begin
             s.counts[0, 3] -= stop - begin
-            s.counts[2, tier] += tokens
-            _hold(s, tier, begin - stop, -tokens)
+            s.counts[1, tier] += tokens
+            hold(s.held, tier, begin - stop, -tokens)
             begin = stop
     for k in range(4):
         s.marks[old, k] = max(end, s.marks[old, k])
 
 
-@_inlined
+@inlined
 def _put(s, r, segment):
     """Put a segment's blocks into its first tier."""
     length, tier = r.segments.length[segment], r.tier[segment]
     for k in range(4):
         s.marks[segment, k] = length if k > tier else 0
     tokens = _tokens(segment, 0, length, r)
-    _hold(s, tier, length, tokens)
+    hold(s.held, tier, length, tokens)
     known = 0
     for source in range(3):
-        s.moved[source, tier] += s.counts[2, source] if source != tier else 0
-        known += s.counts[2, source]
+        s.moved[source, tier] += s.counts[1, source] if source != tier else 0
+        known += s.counts[1, source]
     s.moved[3, tier] += max(0, tokens - known)
     if r.capacity[tier] > 0:
-        _push(s.heap_key[tier], s.heap[tier], s.ends[tier], r.key[segment], r.mirror[segment])
+        _push(s, tier, r.key[segment], r.segments.mirror[segment])
     if len(r.until_s):
-        _push(s.heap_key[3], s.heap[3], s.ends[3], r.until_s[segment, tier], r.mirror[segment])
+        _push(s, 3, r.until_s[segment, tier], r.segments.mirror[segment])
 
 
-@_inlined
-def _count_hits(s, r, hit_blocks, hit_tokens, request):
-    """Add a piece's resident blocks to the request's hits; returns whether all were."""
-    for tier in range(3):
-        hit_blocks[request, tier] += s.counts[0, tier]
-        hit_tokens[request, tier] += s.counts[0, tier] * r.block_tokens
-    return s.counts[0, 3] == 0
-
-
-@_inlined
+@inlined
 def _deepest(s):
     """The tier of the last block that the last piece found."""
     tier = 2
@@ -270,7 +231,7 @@ def _deepest(s):
     return tier
 
 
-@_compiled
+@compiled
 def replay_requests(s, r, arrival_s, first, last, hit_blocks, hit_tokens):
     """Replay requests [first, last); fills their rows of hits, (requests, 3)."""
     pieces = r.segments.piece_offsets
@@ -281,10 +242,13 @@ def replay_requests(s, r, arrival_s, first, last, hit_blocks, hit_tokens):
         for segment in range(r.segments.offsets[request], r.segments.offsets[request + 1]):
             if r.segments.length[segment] == 0:
                 continue
-            s.counts[2, 0] = s.counts[2, 1] = s.counts[2, 2] = 0
+            s.counts[1, 0] = s.counts[1, 1] = s.counts[1, 2] = 0
             for piece in range(pieces[segment], pieces[segment + 1]):
                 _take(s, r, piece)
-                whole = whole and _count_hits(s, r, hit_blocks, hit_tokens, request)
+                for tier in range(3 if whole else 0):
+                    hit_blocks[request, tier] += s.counts[0, tier]
+                    hit_tokens[request, tier] += s.counts[0, tier] * r.block_tokens
+                whole = whole and s.counts[0, 3] == 0
             if whole:
                 hit_tokens[request, _deepest(s)] -= r.segments.short[segment]
             _put(s, r, segment)

@@ -51,7 +51,6 @@ async def openai_app(engine: Any, arguments: Any, body_limit: int = BODY_LIMIT) 
     """Return vLLM's routes ``/v1/models``, ``/v1/completions`` and ``/v1/chat/completions``."""
     from fastapi import FastAPI
     from starlette.middleware import Middleware
-    from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
     vllm = vllm_parts()
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=vllm.lifespan)
@@ -60,7 +59,7 @@ async def openai_app(engine: Any, arguments: Any, body_limit: int = BODY_LIMIT) 
     vllm.init_exception_handler(app)
     vllm.init_entrypoints_middleware(arguments, app, ("generate",))
     # Innermost, so that a body is read only after the API key has been checked.
-    app.user_middleware.append(Middleware(RequestBodyLimitMiddleware, max_body_size=body_limit))
+    app.user_middleware.append(Middleware(_limit_bodies, limit_bytes=body_limit))
     await vllm.init_app_state(engine, app.state, arguments, ("generate",))
     app.state.openai_serving_chat_batch = None  # "not implemented": one `kv` for many prompts
     # vLLM's server ends itself after the engine; this one stays, to say what happened.
@@ -68,10 +67,31 @@ async def openai_app(engine: Any, arguments: Any, body_limit: int = BODY_LIMIT) 
     return app
 
 
+def _limit_bodies(app, limit_bytes):
+    """Wrap an ASGI application: vLLM's handler of HTTP errors answers a longer body."""
+    from fastapi import HTTPException
+
+    async def limited(scope, receive, send):
+        left_bytes = limit_bytes
+
+        async def receive_limited():
+            nonlocal left_bytes
+            message = await receive()
+            left_bytes -= len(message.get("body", b""))
+            if left_bytes < 0:
+                raise HTTPException(413, f"the body must have at most {limit_bytes} bytes")
+            return message
+
+        await app(scope, receive_limited, send)
+
+    return limited
+
+
 def manage_app(app: Any, cache: MultiTierCache, metrics: DecisionMetrics) -> None:
     """Read ``kv`` from every request of `openai_app`; add ``/healthz`` and ``/metrics``."""
     from fastapi import Response
     from fastapi.responses import JSONResponse
+    from prometheus_client import generate_latest
 
     state = app.state
     chat, completion = state.openai_serving_chat, state.openai_serving_completion
@@ -82,8 +102,10 @@ def manage_app(app: Any, cache: MultiTierCache, metrics: DecisionMetrics) -> Non
         health = health_of(state.engine_client, cache, metrics)
         return JSONResponse(health, 200 if health["engine"] == "running" else 503)
 
-    def show_metrics():
-        return Response(metrics_text(metrics), media_type="text/plain; version=0.0.4")
+    def show_metrics():  # vLLM's and this kit's
+        registries = (vllm_parts().get_prometheus_registry(), metrics.registry)
+        text = b"".join(map(generate_latest, registries))
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     app.add_api_route("/healthz", healthz)
     app.add_api_route("/metrics", show_metrics)
@@ -103,10 +125,8 @@ def health_of(engine: Any, cache: MultiTierCache, metrics: DecisionMetrics) -> d
         "engine": engine_state,
         "lmcache": lmcache,
         "manager": {
-            "queue_depth": _sum(metrics, "kvttl_queue_depth"),
-            "live_claims": _sum(metrics, "kvttl_live_claims"),
-            "not_managed": _sum(metrics, "kvttl_not_managed_total"),
-            "shed": _sum(metrics, "kvttl_shed_total"),
+            name.removesuffix("_total"): _sum(metrics, f"kvttl_{name}")
+            for name in ("queue_depth", "live_claims", "not_managed_total", "shed_total")
         },
     }
 
@@ -116,37 +136,21 @@ def _sum(metrics, name):
     return int(sum(s.value for family in families for s in family.samples if s.name == name))
 
 
-def metrics_text(metrics: DecisionMetrics) -> bytes:
-    """Return vLLM's metrics and this kit's in Prometheus' text format."""
-    from prometheus_client import generate_latest
-
-    registries = (vllm_parts().get_prometheus_registry(), metrics.registry)
-    return b"".join(map(generate_latest, registries))
-
-
 def _with_kv(create):
     """Wrap one of vLLM's ``create_...`` so that the engine knows the request's metadata."""
 
     async def create_managed(request, raw_request=None):
         try:
-            refuse_fields(request)
+            for name, reason in _REFUSED.items():
+                if getattr(request, name, None):
+                    raise ValueError(f"{name} is not possible: {reason}")
             metadata = kv_of(request)
         except ValueError as error:
             return vllm_parts().create_error_response(str(error), param="kv")
-        before = KV_METADATA.set(metadata)
-        try:
-            return await create(request, raw_request)
-        finally:
-            KV_METADATA.reset(before)
+        KV_METADATA.set(metadata)  # every request sets its own, also where it has none
+        return await create(request, raw_request)
 
     return create_managed
-
-
-def refuse_fields(request: Any) -> None:
-    """Raise a ValueError for a request with a field that cannot be managed."""
-    for name, reason in _REFUSED.items():
-        if getattr(request, name, None):
-            raise ValueError(f"{name} is not possible: {reason}")
 
 
 def kv_of(request: Any) -> dict[str, float] | None:

@@ -73,14 +73,14 @@ class ManagedEngine:
     async def _managed(self, outputs, prompt, sampling_params, metadata):
         start_s = time.perf_counter()
         answer = _Answer(prompt, sampling_params)
-        refused = False
+        vllm, refused = vllm_parts(), False
         try:
             async with aclosing(outputs):  # whoever closes this one ends the request at once
                 async for output in outputs:
                     answer.add(output)
                     yield output
-        except Exception as error:  # a cancellation is a BaseException
-            refused = _is_refusal(error)
+        except (vllm.VLLMClientError, vllm.GracefulHTTPError):
+            refused = True  # the engine did not take it: there is no KV cache of it
             raise
         finally:
             if not refused:
@@ -109,9 +109,3 @@ class _Answer:
                 if not self._in_parts:
                     answer.logprobs.clear()
                 answer.logprobs.extend(sequence.logprobs)
-
-
-def _is_refusal(error):
-    """Say whether the engine did not take the request, so that there is no KV cache of it."""
-    vllm = vllm_parts()
-    return isinstance(error, (vllm.VLLMClientError, vllm.GracefulHTTPError))

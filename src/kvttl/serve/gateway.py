@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyio.from_thread import BlockingPortal
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from caching_heuristics import HeuristicConfig
 from kvttl.decisions.log import DecisionLog
@@ -26,16 +26,11 @@ from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheError
 from kvttl.serve.app import BODY_LIMIT, manage_app, openai_app, server_arguments
 from kvttl.serve.engine import ManagedEngine
-from kvttl.serve.listening import (
-    KEY_VARIABLE,
-    check_exposure,
-    listening,
-    loop_thread,
-    read_key,
-    serving,
-)
+from kvttl.serve.listening import KEY_VARIABLE, check_exposure, listening, read_key, serving
 from kvttl.serve.vllm_parts import vllm_parts
+from kvttl.session.demo_model import model_path
 from kvttl.session.launch import be_quiet, managed, new_run_folder, progress, session_stack
+from kvttl.stack.lifecycle import LMCacheStack, load_config
 from tiered_caching import MultiTierCache
 
 
@@ -114,17 +109,18 @@ def gateway(
         A host that needs an API key, or another wrong setting; the port cannot be had.
     """
     check_exposure(host, api_key)
-    name = model_name(model)
-    metrics = DecisionMetrics()
+    name, metrics = model_name(model), DecisionMetrics()
     options = {"log": log, "metrics": metrics, "perplexity_source": perplexity}
     with ExitStack() as exits:
         listener = exits.enter_context(listening(host, port))
-        loop = exits.enter_context(loop_thread())
+        uvloop = {"use_uvloop": True}  # it comes with vLLM, whose own server uses it
+        loop = exits.enter_context(start_blocking_portal("asyncio", uvloop, name="kv-gateway"))
         engine = exits.enter_context(async_engine(stack, model, loop, **engine_options))
         cache = exits.enter_context(managed(stack, None, config, background=True, **options))
         engine = ManagedEngine(engine, cache)
         arguments = server_arguments(model, name, api_key, server_options)
-        _recover(cache, recover_from)
+        if recover_from is not None:
+            _recover(cache, recover_from)
         app = loop.call(openai_app, engine, arguments, body_limit)
         manage_app(app, cache, metrics)
         url = exits.enter_context(serving(app, listener, loop))
@@ -155,38 +151,32 @@ def async_engine(stack: Any, model: str, loop: BlockingPortal, **options: Any) -
     vllm = vllm_parts()
     options = {"use_tqdm_on_load": False, "served_model_name": model_name(model), **options}
     arguments = vllm.AsyncEngineArgs(**stack.engine_kwargs(model, **options))
-    engines = []
+    loading = loop.start_task_soon(vllm.AsyncLLM.from_engine_args, arguments)
     try:
-        loop.call(lambda: engines.append(vllm.AsyncLLM.from_engine_args(arguments)))
-        yield engines[0]
-    finally:  # the loop comes to this when the engine is up, even if nobody waited for it
-        loop.call(_shut_down, engines)
+        yield loading.result()
+    finally:  # an interrupt may come while it loads: then it is shut down once it is up
+        if loading.exception() is None:
+            loop.call(_shut_down, loading.result())
 
 
-def _shut_down(engines):
-    for engine in engines:
-        engine.shutdown()
-        # Its finalizer would do it again while the interpreter exits.
-        engine.shutdown = lambda *_args, **_options: None
+def _shut_down(engine):
+    engine.shutdown()
+    # Its finalizer would do it again while the interpreter exits.
+    engine.shutdown = lambda *_args, **_options: None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM; returns the exit status."""
     options = _options(argv)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _serve(options)
     except KeyboardInterrupt:
         print("\nstopped; nothing is left running that this command started", file=sys.stderr)
-        return 0
     except (ValueError, RuntimeError, OSError) as error:  # settings, StackError, a taken port
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _interrupt(*_signal):
-    raise KeyboardInterrupt
 
 
 def _options(argv):
@@ -201,7 +191,9 @@ def _options(argv):
     parser.add_argument("--api-key-file", type=Path, help="a file whose first line is the key")
     parser.add_argument("--log", type=Path, help="folder of the decision log; claims in it count")
     parser.add_argument("--perplexity", choices=("generation", "off"), default="generation")
-    parser.add_argument("--server-options", default="", help="more options of `vllm serve`")
+    parser.add_argument(
+        "--server-options", type=shlex.split, default=(), help="more options of `vllm serve`"
+    )
     return parser.parse_args(argv)
 
 
@@ -211,21 +203,15 @@ def _serve(options):
     folder = options.log or new_run_folder()
     with ExitStack() as exits:
         stack = exits.enter_context(_stack(options))
-        from kvttl.session.demo_model import model_path
-
         model = model_path(options.llm)
         log = exits.enter_context(DecisionLog(folder))
-        settings = {
-            "host": options.host,
-            "api_key": api_key,
-            "log": log,
-            "recover_from": folder,
-            "perplexity": options.perplexity,
-            "server_options": shlex.split(options.server_options),
-        }
+        names = ("port", "host", "perplexity", "server_options")
+        given = {name: getattr(options, name) for name in names}
         with progress(f"Loading vLLM with {model_name(model)}", about_s=25):
-            server = exits.enter_context(gateway(stack, model, options.port, **settings))
-        print(_welcome(server, folder, bool(api_key)), flush=True)
+            server = exits.enter_context(
+                gateway(stack, model, **given, api_key=api_key, log=log, recover_from=folder)
+            )
+        print(_welcome(server, folder, options.api_key_env if api_key else ""), flush=True)
         threading.Event().wait()
 
 
@@ -233,8 +219,6 @@ def _stack(options):
     """Return a context manager of the stack: one of its own, or the one that runs."""
     if not options.attach:
         return session_stack(options.config, options.redis_url)
-    from kvttl.stack.lifecycle import LMCacheStack, load_config
-
     be_quiet()
     overrides = {"redis_url": options.redis_url} if options.redis_url else {}
     return LMCacheStack(load_config(options.config, **overrides))
@@ -242,8 +226,6 @@ def _stack(options):
 
 def _recover(cache, folder):
     """Claim what an earlier process has claimed, and KV that nobody has (of an attached stack)."""
-    if folder is None:
-        return
     try:
         found = cache.recover(folder)
     except LMCacheError as error:
@@ -253,16 +235,15 @@ def _recover(cache, folder):
             print("From before: " + ", ".join(f"{n} {what}" for what, n in found.items()))
 
 
-def _welcome(server, folder, has_key):
-    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if has_key else ""
+def _welcome(server, folder, key_variable):
+    key = f' -H "Authorization: Bearer ${key_variable}"' if key_variable else ""
     body = f'{{"model": "{server.model}", "prompt": "What is a KV cache?", "max_tokens": 16}}'
-    return (
-        f"\nServing {server.model} at {server.base_url} (Ctrl-C ends it)\n"
-        f"  curl {server.base_url}/completions{key} -H 'Content-Type: application/json' "
-        f"-d '{body}'\n"
-        f"  {server.url}/healthz    {server.url}/metrics\n"
-        f"  decisions: {folder}"
-    )
+    curl = f"curl {server.base_url}/completions{key} -H 'Content-Type: application/json'"
+    return f"""
+Serving {server.model} at {server.base_url} (Ctrl-C ends it)
+  {curl} -d '{body}'
+  {server.url}/healthz    {server.url}/metrics
+  decisions: {folder}"""
 
 
 if __name__ == "__main__":

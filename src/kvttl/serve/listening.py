@@ -1,4 +1,4 @@
-"""Sockets, an event loop in a thread, and who may connect: nothing here knows a KV cache."""
+"""A socket, its HTTP server, and who may connect: nothing here knows a KV cache."""
 
 from __future__ import annotations
 
@@ -7,21 +7,15 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from anyio.from_thread import BlockingPortal, start_blocking_portal
+from anyio.from_thread import BlockingPortal
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
 KEY_VARIABLE = "KV_API_KEY"
-
-
 _STOP_S = 3  # seconds that answers under way have to end
-
-
 _STREAMS = 2_048  # connections that may wait to be accepted
 
 
@@ -32,12 +26,6 @@ def check_exposure(host: str, api_key: str | None) -> None:
             f"host must be loopback ({', '.join(LOOPBACK)}) without an API key, got {host!r}: "
             f"set {KEY_VARIABLE} or give --api-key-file"
         )
-
-
-def loop_thread() -> AbstractContextManager[BlockingPortal]:
-    """Run an event loop on a thread while the block runs; ``call`` of what it gives runs there."""
-    # uvloop comes with vLLM, whose own server uses it.
-    return start_blocking_portal(backend_options={"use_uvloop": True}, name="kv-gateway")
 
 
 @contextmanager
@@ -86,7 +74,7 @@ def read_key(file: Path | None, variable: str = KEY_VARIABLE) -> str | None:
     """
     if file is None:
         return os.environ.get(variable) or None
-    lines = file.read_text().splitlines()
-    if not lines or not lines[0].strip():
+    key = file.read_text().partition("\n")[0].strip()
+    if not key:
         raise ValueError(f"the first line of {file} must be the API key, it is empty")
-    return lines[0].strip()
+    return key

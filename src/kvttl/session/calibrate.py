@@ -9,15 +9,16 @@ from typing import Any
 
 from caching_heuristics import TIERS
 from kvttl.replay.costs import TierCosts, fit_costs
+from kvttl.session.launch import greedy
+from kvttl.session.texts import random_words
 
 
 def calibrate(
     cache: Any,
     words: Sequence[int] = (60, 240),
     repeats: int = 3,
-    bytes_per_token: float | None = None,
+    bytes_per_token: float = TierCosts.bytes_per_token,
     seed: int = 0,
-    pause_s: float = 0.2,
 ) -> TierCosts:
     """Measure the running stack: new prompts, then the same from gpu, disk and remote.
 
@@ -29,26 +30,24 @@ def calibrate(
         Lengths of the prompts, two or more different ones.
     repeats : int
         Prompts of each length, after one of each to warm up.
-    bytes_per_token : float, optional
+    bytes_per_token : float
         KV cache of a token of the served model.
     seed : int
         Of the prompts' text.
-    pause_s : float
-        Before each generation, seconds: LMCache writes through after the answer, and a load
-        meanwhile takes longer.
     """
     if len(set(words)) < 2 or min(words) < 1 or repeats < 1:
         raise ValueError(f"words must be two different lengths >= 1, got {words!r}")
     rng, records, number = random.Random(seed), [], 0
     while number <= repeats or (number <= repeats + _MORE and _unseen(records)):
         for length in words:
-            made = _serve_from_each_tier(cache, _text(rng, length), pause_s)
+            made = _serve_from_each_tier(cache, random_words(rng, length))
             records += made if number else []
         number += 1
-    start = TierCosts() if bytes_per_token is None else TierCosts(bytes_per_token=bytes_per_token)
-    return fit_costs(records, start)
+    return fit_costs(records, TierCosts(bytes_per_token=bytes_per_token))
 
 
+# Before each generation: LMCache writes through after the answer; a load meanwhile takes longer.
+_PAUSE_S = 0.2
 _MORE = 4  # rounds more while a tier has served nothing: a busy server moves late
 
 
@@ -65,18 +64,11 @@ _PLACING = (  # metadata that place a prompt in gpu, disk, remote, for the next 
 )
 
 
-def _serve_from_each_tier(cache, prompt, pause_s):
+def _serve_from_each_tier(cache, prompt):
     """Generate once anew and once from each tier; returns the four records."""
-    from vllm import SamplingParams
-
-    sampling, records = SamplingParams(temperature=0.0, max_tokens=1), []
+    sampling, records = greedy(1), []
     for metadata in (*_PLACING, _PLACING[0]):
-        time.sleep(pause_s)
+        time.sleep(_PAUSE_S)
         (managed,) = cache.generate(prompt, sampling, metadata)
         records.append(managed.decision.result())
     return records
-
-
-def _text(rng, words):
-    topics = "cache tensor prefix token block chunk tier model agent server queue".split()
-    return f"# {rng.getrandbits(64):x}\n" + " ".join(rng.choice(topics) for _ in range(words))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from kvttl import PROJECT
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GEMMA_ID = "google/gemma-3-270m-it"
@@ -171,14 +172,16 @@ def prompt_perplexity(
     ids = list(ids)[:max_tokens]
     if len(ids) < 2:
         raise ValueError(f"perplexity needs at least 2 tokens, got {len(ids)}")
-    return math.exp(_mean_loss(load_model(path), ids))
-
-
-def _mean_loss(model: PreTrainedModel, ids: list[int]) -> float:
-    """Return the mean loss in nats of ids[1:], each given the ids before it."""
     import torch
 
-    batch = torch.tensor([ids])  # (1, n_tokens)
+    model = load_model(path)  # outside: weights made in inference mode know no gradients
     with torch.inference_mode():
-        logits = model(input_ids=batch, use_cache=False).logits  # (1, n_tokens, vocab)
-    return torch.nn.functional.cross_entropy(logits[0, :-1].float(), batch[0, 1:]).item()
+        return math.exp(next_token_loss(model, torch.tensor([ids])).item())
+
+
+def next_token_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss in nats of ids, shape (batch, tokens), each given those before it."""
+    from torch.nn.functional import cross_entropy
+
+    logits = model(input_ids=ids, use_cache=False).logits  # (batch, tokens, vocab)
+    return cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())

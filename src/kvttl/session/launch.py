@@ -16,7 +16,9 @@ from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
 from kvttl.background import Repeater
 from kvttl.manager.clock import SessionClock
+from kvttl.session.demo_model import prompt_perplexity
 from kvttl.settings import load_settings
+from kvttl.stack.lifecycle import LMCacheStack, StackError, load_config
 from tiered_caching import MultiTierCache
 
 RUNS_FOLDER = Path("data/runs")
@@ -46,8 +48,6 @@ def session_stack(config_path: str | Path = "config.yaml", redis_url: str | None
     nothing of, and that therefore nobody could manage.
     """
     _need("lmcache")
-    from kvttl.stack.lifecycle import LMCacheStack, load_config
-
     be_quiet()  # here already: vLLM reads these when it is first imported
     with tempfile.TemporaryDirectory(prefix="kv-session-") as folder:
         overrides = {"disk_path": folder} | ({"redis_url": redis_url} if redis_url else {})
@@ -93,8 +93,6 @@ def progress(what: str, about_s: float):
 
 def _need(package):
     """Raise a StackError with the next step where a package is not in this Python."""
-    from kvttl.stack.process import StackError
-
     if importlib.util.find_spec(package) is None:
         raise StackError(
             f"{package} is not installed for {sys.executable}: run `make install`, then choose "
@@ -118,18 +116,23 @@ def managed(stack, llm, config: HeuristicConfig | None = None, **options) -> Mul
     return MultiTierCache(controller, llm, config=config, **{"notify": None, **options})
 
 
+def greedy(max_tokens: int, **options):
+    """Return vLLM's sampling parameters for the likeliest answer, equal in every run."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, **options)
+
+
 def measuring(model: str, source: str = "prompt") -> dict[str, object]:
     """Return the options of a manager that measures perplexities of `model`'s prompts.
 
     The source ``"prompt"`` loads the model a second time, beside the engine.
     """
-    from kvttl.session.demo_model import prompt_perplexity
-
     scorer = functools.partial(prompt_perplexity, path=model) if source == "prompt" else None
     return {"perplexity_source": source, "scorer": scorer}
 
 
 def session_manager(stack, llm, config: HeuristicConfig | None = None, **options):
-    """Return a manager in background mode on a session's clock."""
-    clock = SessionClock(time.time())
-    return managed(stack, llm, config, clock=clock, background=True, sweep_every_s=None, **options)
+    """Return a manager, in background mode unless told otherwise, on a session's clock."""
+    fixed = {"clock": SessionClock(time.time()), "sweep_every_s": None}
+    return managed(stack, llm, config, **{"background": True, **fixed, **options})

@@ -19,16 +19,11 @@ from pathlib import Path
 
 from caching_heuristics import TIERS
 from kvttl.decisions.log import DecisionLog, DecisionRecord
+from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.manager.clock import ends_on_the_way
 from kvttl.manager.metadata import PERPLEXITY_SOURCES
-from kvttl.session.launch import (
-    RUNS_FOLDER,
-    engine,
-    measuring,
-    new_run_folder,
-    session_manager,
-    session_stack,
-)
+from kvttl.session import launch
+from kvttl.session.demo_model import model_path
 from kvttl.session.workload import Request, session_requests
 from kvttl.settings import FILE_NAME, save_settings
 from tiered_caching import MultiTierCache
@@ -59,28 +54,27 @@ def _options(argv):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--perplexity", choices=PERPLEXITY_SOURCES, default="prompt")
     parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics on loopback")
-    parser.add_argument("--out", type=Path, help=f"folder of the results ({RUNS_FOLDER}/<time>)")
+    parser.add_argument("--out", type=Path, help="folder of the results (data/runs/<time>)")
     return parser.parse_args(argv)
 
 
 def _run(options):
     requests = session_requests(options.generations, options.seed)
-    folder = options.out or new_run_folder()
-    started_s = time.perf_counter()
-    with _metrics(options.metrics_port) as metrics, DecisionLog(folder) as log:
-        with session_stack(options.config, options.redis_url) as stack:
-            from kvttl.session.demo_model import model_path
-
-            model = model_path(options.llm)
-            with engine(stack, model) as llm:
-                measured = measuring(model, options.perplexity)
-                with session_manager(stack, llm, log=log, metrics=metrics, **measured) as cache:
-                    save_settings(cache.config, folder / FILE_NAME)
-                    rows = list(run_session(cache, requests))
-    records = [record for _, record in rows]
+    folder = options.out or launch.new_run_folder()
+    started_s, model = time.perf_counter(), model_path(options.llm)
+    measured = launch.measuring(model, options.perplexity)
+    with (
+        _metrics(options.metrics_port) as metrics,
+        DecisionLog(folder) as log,
+        launch.session_stack(options.config, options.redis_url) as stack,
+        launch.engine(stack, model) as llm,
+        launch.session_manager(stack, llm, log=log, metrics=metrics, **measured) as cache,
+    ):
+        save_settings(cache.config, folder / FILE_NAME)
+        rows = list(run_session(cache, requests))
     _write_pictures(folder, rows)
     print(session_table(rows))
-    print(session_summary(records))
+    print(session_summary([record for _, record in rows]))
     print(f"\nWrote the decision log, timeline.png and served.png to {folder}")
     print(f"All services are stopped. Total: {time.perf_counter() - started_s:.0f} s")
 
@@ -91,15 +85,10 @@ def _metrics(port):
     if port is None:
         yield None
         return
-    from kvttl.decisions.metrics import DecisionMetrics
-
     metrics = DecisionMetrics()
-    server = metrics.serve(port)
-    print(f"Metrics: http://127.0.0.1:{server.port}/metrics")
-    try:
+    with metrics.serve(port) as server:
+        print(f"Metrics: http://127.0.0.1:{server.port}/metrics")
         yield metrics
-    finally:
-        server.close()
 
 
 def run_session(
@@ -113,21 +102,15 @@ def run_session(
         A request with its record; None with the record of a TTL that ended.
     """
     from tqdm.auto import tqdm
-    from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
+    sampling = launch.greedy(MAX_TOKENS)
     for request in tqdm(list(requests), desc="generations", unit="prompt", disable=not progress):
-        yield from ((None, record) for record in _expire_until(cache, request.arrival_s))
+        for _ in ends_on_the_way(cache, request.arrival_s):  # TTLs end when they are due
+            yield from ((None, record) for record in cache.sweep())
+        yield from ((None, record) for record in cache.sweep())
         (managed,) = cache.generate(request.prompt, sampling)
         # The think time until the next request is over at once.
         yield request, managed.decision.result()
-
-
-def _expire_until(cache, arrival_s):
-    """Go to a request's arrival, and let TTLs end on the way when they are due."""
-    for _ in ends_on_the_way(cache, arrival_s):
-        yield from cache.sweep()
-    yield from cache.sweep()
 
 
 def session_table(rows: Sequence[tuple[Request | None, DecisionRecord]]) -> str:
@@ -143,31 +126,29 @@ def session_table(rows: Sequence[tuple[Request | None, DecisionRecord]]) -> str:
         clock = _hours(record.time_s - start_s)
         if request is None:
             lines.append(f"     {clock} {_expiry_line(record, numbers)}")
-            continue
-        count += 1
-        numbers[record.prompt_digest] = count
-        lines.append(f"{count:4d} {clock} {_generation_line(request, record)}")
+        else:
+            count += 1
+            numbers[record.prompt_digest] = count
+            lines.append(f"{count:4d} {clock} {_generation_line(request, record)}")
     return "\n".join(lines)
 
 
 def _generation_line(request, record):
     known = {"perplexity": float("nan"), "time_variance": 0.0, "access_count": 0}
     metadata = {**known, **record.metadata}
-    moves = ", ".join(_short_move(move) for move in record.moves) or "-"
     return (
         f"{request.agent:16} {request.kind:9} {record.prompt_tokens:6d}"
         f"  {metadata['perplexity']:6.1f} {metadata['time_variance']:4.2f}"
         f" {metadata['access_count']:4.0f} {record.ttl_s or 0:6.0f}s"
         f"  {_parts(record.hit_tokens):22} {record.wanted_tier or '?':7}"
-        f" {_parts(record.tier_after):20} {record.error or moves}"
+        f" {_parts(record.tier_after):20} {record.error or _short_moves(record) or '-'}"
     )
 
 
 def _expiry_line(record, numbers):
     what = f"TTL in {record.from_tier} ended" if record.kind == "expiry" else "moved later"
-    what = f"#{numbers.get(record.prompt_digest, '?')}: {what}"
-    moves = ", ".join(_short_move(move) for move in record.moves)
-    return f"  ↓ {what}, {record.error or moves or 'its chunks stay where others want them'}"
+    moves = record.error or _short_moves(record) or "its chunks stay where others want them"
+    return f"  ↓ #{numbers.get(record.prompt_digest, '?')}: {what}, {moves}"
 
 
 def session_summary(records: Sequence[DecisionRecord]) -> str:
@@ -181,8 +162,8 @@ def session_summary(records: Sequence[DecisionRecord]) -> str:
     hits = sum((Counter(record.hit_tokens) for record in generations), Counter())
     ttls = [record.ttl_s for record in generations if record.ttl_s]
     ttl = np.percentile(ttls, [10, 50, 90]) if ttls else [np.nan] * 3
-    generate = np.array([record.generate_s for record in generations] or [np.nan])
-    manage = np.array([record.manage_s for record in generations] or [np.nan])
+    times_s = [(record.generate_s, record.manage_s) for record in generations]
+    generate_ms, manage_ms = np.array(times_s or [(np.nan, np.nan)]).T * 1e3
     failed = sum(bool(record.error) for record in generations)
     hit_share = sum(hits.values()) / max(prompt_tokens, 1)
     return "\n".join(
@@ -194,9 +175,9 @@ def session_summary(records: Sequence[DecisionRecord]) -> str:
             f"  chunks moved    {_parts(_moved_chunks(generations)) or 'none'}",
             f"  TTLs that ended {expiries}: {_parts(_moved_chunks(swept)) or 'no move'}",
             "  TTL             p10 {:.0f} s, p50 {:.0f} s, p90 {:.0f} s".format(*ttl),
-            f"  per generation  {np.median(generate) * 1e3:.0f} ms in the engine (p50); managing,"
-            f" in the background: {np.median(manage) * 1e3:.1f} ms (p50),"
-            f" {np.percentile(manage, 90) * 1e3:.1f} ms (p90)",
+            f"  per generation  {np.median(generate_ms):.0f} ms in the engine (p50); managing,"
+            f" in the background: {np.median(manage_ms):.1f} ms (p50),"
+            f" {np.percentile(manage_ms, 90):.1f} ms (p90)",
         )
     )
 
@@ -226,18 +207,17 @@ def _moved_chunks(records):
 
 def _parts(counts) -> str:
     """Show counts by name, tiers hottest first, as in "gpu 3, disk 1"."""
-    order = {name: place for place, name in enumerate(TIERS)}
-    names = sorted(counts, key=lambda name: (order.get(name, len(order)), str(name)))
-    return ", ".join(f"{name} {counts[name]}" for name in names if counts[name])
+    names = (*TIERS, *sorted(set(counts) - set(TIERS)))
+    return ", ".join(f"{name} {counts[name]}" for name in names if counts.get(name))
 
 
 def _hours(seconds) -> str:
     return f"{int(seconds // 3600):2d}h{int(seconds % 3600 // 60):02d}"
 
 
-def _short_move(move) -> str:
-    text = f"{move['from']}→{move['to']}"
-    return text if move["status"] == "done" else f"{text} ({move['status']})"
+def _short_moves(record) -> str:
+    ends = [(f"{move['from']}→{move['to']}", move["status"]) for move in record.moves]
+    return ", ".join(f"{text}" if how == "done" else f"{text} ({how})" for text, how in ends)
 
 
 if __name__ == "__main__":

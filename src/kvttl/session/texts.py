@@ -55,16 +55,43 @@ and may give better results, depending on the kind of requests that are made.
 """
 
 
+_RULES = (
+    "Name the file and the line for every finding.",
+    "Prefer a small change that can be tested.",
+    "Say what you measured and what you only assume.",
+    "Never print a password, a token or a private key.",
+    "If two answers are possible, give the simpler one first.",
+)
+
+
+def house_rules(first: str) -> str:
+    """Return numbered rules for an agent, a line each; the first is the caller's."""
+    return "".join(f"{n}. {rule}\n" for n, rule in enumerate((first, *_RULES) * 2, start=1))
+
+
+_WORDS = "cache tensor prefix token block chunk tier model agent server queue worker".split()
+
+
+def random_words(rng: random.Random, words: int) -> str:
+    """Return a prompt of so many words, after a number that no other prompt has."""
+    return " ".join([f"{rng.getrandbits(64):x}", *rng.choices(_WORDS, k=words)])
+
+
 def random_characters(n_characters: int, seed: int) -> str:
     """Return letters, digits and punctuation drawn uniformly with their own generator.
 
     >>> random_characters(8, seed=0) == random_characters(8, seed=0)
     True
     """
-    rng = random.Random(seed)
-    return "".join(
-        rng.choices(string.ascii_letters + string.digits + string.punctuation, k=n_characters)
-    )
+    alphabet = string.ascii_letters + string.digits + string.punctuation
+    return "".join(random.Random(seed).choices(alphabet, k=n_characters))
+
+
+def shuffled_prose(rng: random.Random) -> str:
+    """Return the sentences of `PROSE_PROMPT` in another order."""
+    sentences = PROSE_PROMPT.split(". ")
+    rng.shuffle(sentences)
+    return ". ".join(sentences)
 
 
 def example_prompts(seed: int = 0) -> dict[str, str]:

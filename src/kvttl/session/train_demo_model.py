@@ -12,22 +12,23 @@ import ast
 import inspect
 import json
 import math
+import shutil
 import sysconfig
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
-from typing import NamedTuple
+from pydoc_data.topics import topics  # the longest English text that Python installs
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-PAD, EOS, BOS, UNK, TURN, END_TURN = range(6)  # first four as in Gemma
+from kvttl.session.demo_model import MAX_TOKENS, next_token_loss
+
+_PAD, EOS, BOS, _UNK, TURN, END_TURN = range(6)  # first four as in Gemma
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 VOCAB_SIZE = 2048  # small: the embedding has to fit in 8 MB beside the layers
-MAX_TOKENS = 2048  # longest context trained, and served
-PEAK_LR = 5e-3
 # Encodings are tables, tests are repetitive, and both would outweigh the rest.
 SKIPPED_FOLDERS = set(
     "site-packages dist-packages test tests idle_test encodings __pycache__ __phello__".split()
@@ -40,7 +41,8 @@ CHAT_TEMPLATE = (
 )
 
 
-class Phase(NamedTuple):
+@dataclass(frozen=True)
+class Phase:
     """One stretch of training at a fixed sequence length."""
 
     steps: int
@@ -77,26 +79,22 @@ def docstrings(source: str) -> str:
     return "\n\n".join(inspect.cleandoc(text) for text in texts if text)
 
 
+def held_out(index: int) -> str:
+    """Return the suffix of the part that a text at this place goes to: 2 % are for validation."""
+    return "_held_out" if index % 50 == 25 else ""
+
+
 def load_corpus(root: Path) -> dict[str, list[str]]:
-    """Return the standard library under `root` as code and prose; 2 % of whole files held out."""
-    texts: dict[str, list[str]] = {
-        kind: [] for kind in ("code", "prose", "code_held_out", "prose_held_out")
-    }
-
-    def add(kind, index, text):
-        texts[kind + ("_held_out" if index % 50 == 25 else "")].append(text)
-
+    """Read the standard library under `root`, split by whole files, code and prose."""
+    corpus = {name: [] for name in ("code", "prose", "code_held_out", "prose_held_out")}
     for index, path in enumerate(stdlib_files(root)):
-        text = read_text(path)
-        if text and path.parent.name != "pydoc_data":  # its prose comes below, unescaped
-            add("code", index, text)
-            add("prose", index, docstrings(text))
-    # pydoc's help topics are the longest English text that Python installs.
-    prose = [topics[name] for name in sorted(topics)]
-    prose += [read_text(path) for path in stdlib_files(root, (".txt", ".rst"))]
-    for index, text in enumerate(prose):
-        add("prose", index, text)
-    return texts
+        if (text := read_text(path)) and path.parent.name != "pydoc_data":  # below, unescaped
+            corpus["code" + held_out(index)].append(text)
+            corpus["prose" + held_out(index)].append(docstrings(text))
+    others = [read_text(path) for path in stdlib_files(root, (".txt", ".rst"))]
+    for index, text in enumerate([topics[name] for name in sorted(topics)] + others):
+        corpus["prose" + held_out(index)].append(text)
+    return corpus
 
 
 # ---- tokenizer -----------------------------------------------------------------------------
@@ -107,24 +105,16 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
+    alphabet = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    options = {"special_tokens": SPECIAL_TOKENS, "show_progress": False, **alphabet}
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCAB_SIZE, **options))
     bpe.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B:1", special_tokens=[("<bos>", BOS)]
     )
-    pad, eos, bos, unk, *turns = SPECIAL_TOKENS
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        pad_token=pad,
-        eos_token=eos,
-        bos_token=bos,
-        unk_token=unk,
-        additional_special_tokens=turns,
+        **dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), SPECIAL_TOKENS)),
+        additional_special_tokens=SPECIAL_TOKENS[TURN:],
         chat_template=CHAT_TEMPLATE,
         model_max_length=MAX_TOKENS,
         clean_up_tokenization_spaces=False,
@@ -203,23 +193,17 @@ class WindowSampler:
 
 def model_config() -> Gemma3TextConfig:
     """Return the architecture: Gemma 3 with 3.1 million parameters."""
+    layers = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 640}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64}
     return Gemma3TextConfig(
+        **layers,
+        **heads,
         vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=64,
         query_pre_attn_scalar=64,
         max_position_embeddings=MAX_TOKENS,
         sliding_window=512,
         layer_types=["sliding_attention"] * 3 + ["full_attention"],
-        pad_token_id=PAD,
         eos_token_id=[EOS, END_TURN],
-        bos_token_id=BOS,
-        tie_word_embeddings=True,
-        architectures=["Gemma3ForCausalLM"],
     )
 
 
@@ -241,15 +225,6 @@ def learning_rate_factor(step: int, total: int, warmup: int = 50) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def sequence_loss(model: Gemma3ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
-    """Return the mean next-token loss in nats of ids, shape (batch, seq_tokens).
-
-    In float32: under bfloat16 autocast a step took 1.2 to 1.6 times as long on 2 CPU cores.
-    """
-    logits = model(input_ids=ids, use_cache=False).logits  # (batch, seq, vocab)
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-
 @torch.no_grad()
 def held_out_loss(
     model: Gemma3ForCausalLM, stream: np.ndarray, seq_tokens: int = 512, n_windows: int = 24
@@ -257,64 +232,65 @@ def held_out_loss(
     """Return the loss in nats per token over evenly spaced windows of a held-out stream."""
     starts = np.linspace(0, len(stream) - seq_tokens, n_windows).astype(int)
     rows = np.stack([np.concatenate([[BOS], stream[s : s + seq_tokens - 1]]) for s in starts])
-    losses = [sequence_loss(model, ids).item() for ids in torch.from_numpy(rows).split(8)]
+    losses = [next_token_loss(model, ids).item() for ids in torch.from_numpy(rows).split(8)]
     return float(np.mean(losses))
+
+
+def save_model(
+    model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast, log: dict, out: Path
+) -> None:
+    """Write bfloat16 weights, tokenizer and log, replacing `out` by one rename."""
+    fresh, stale = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    half = Gemma3ForCausalLM(model.config).to(torch.bfloat16)
+    half.load_state_dict(model.state_dict())
+    half.save_pretrained(fresh)
+    tokenizer.save_pretrained(fresh)
+    (fresh / "model.safetensors").chmod(0o644)  # written readable by its owner alone
+    (fresh / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
+    if out.exists():
+        out.rename(stale)
+    fresh.rename(out)
+    shutil.rmtree(stale, ignore_errors=True)
 
 
 class Trainer:
     """Runs the phases, measures held-out losses and saves as it goes."""
 
-    def __init__(self, out: Path, seed: int):
-        self.out = out
-        texts = load_corpus(Path(sysconfig.get_paths()["stdlib"]))
-        self.tokenizer = train_tokenizer(texts["code"] + texts["prose"])
-        self.streams = {kind: token_stream(self.tokenizer, texts[kind]) for kind in texts}
+    def __init__(self, out: Path, seed: int, lr: float):
+        self.out, self.lr = out, lr
+        corpus = load_corpus(Path(sysconfig.get_paths()["stdlib"]))
+        self.tokenizer = train_tokenizer(corpus["code"] + corpus["prose"])
+        self.streams = {name: token_stream(self.tokenizer, corpus[name]) for name in corpus}
+        code, prose = self.streams["code"], self.streams["prose"]
         newline = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
-        self.sampler = WindowSampler(self.streams["code"], self.streams["prose"], newline, seed)
+        self.sampler = WindowSampler(code, prose, newline, seed)
         with torch.random.fork_rng():  # the weights' start comes from `seed` alone
             torch.manual_seed(seed)
             self.model = Gemma3ForCausalLM(model_config())
-        self.log = {
-            "seed": seed,
-            "peak_lr": PEAK_LR,
-            "parameters": self.model.num_parameters(),
-            "code_tokens": len(self.streams["code"]),
-            "prose_tokens": len(self.streams["prose"]),
-            "losses": [],
-            "phases": [phase._asdict() for phase in PHASES],
-        }
+        self.log = {"seed": seed, "peak_lr": lr, "parameters": self.model.num_parameters()}
+        self.log |= {"code_tokens": len(code), "prose_tokens": len(prose), "losses": []}
 
     def measure(self, step: int, seen_tokens: int, train_loss: float, elapsed_s: float) -> None:
         """Add a row of losses to the log, print it, and save the model."""
-        row = {
-            "step": step,
-            "seen_tokens": seen_tokens,
-            "elapsed_s": round(elapsed_s),
-            "train": round(train_loss, 3),
-            "code_held_out": round(held_out_loss(self.model, self.streams["code_held_out"]), 3),
-            "prose_held_out": round(held_out_loss(self.model, self.streams["prose_held_out"]), 3),
-        }
+        losses = {"train": train_loss}
+        for name in ("code_held_out", "prose_held_out"):
+            losses[name] = held_out_loss(self.model, self.streams[name])
+        row = {"step": step, "seen_tokens": seen_tokens, "elapsed_s": round(elapsed_s)}
+        row |= {name: round(loss, 3) for name, loss in losses.items()}
         self.log["losses"].append(row)
         print(json.dumps(row), flush=True)
-        self.save()
+        save_model(self.model, self.tokenizer, self.log, self.out)
 
-    def save(self) -> None:
-        """Write bfloat16 weights, tokenizer and log."""
-        half = Gemma3ForCausalLM(self.model.config).to(torch.bfloat16)
-        half.load_state_dict(self.model.state_dict())
-        half.save_pretrained(self.out)
-        self.tokenizer.save_pretrained(self.out)
-        (self.out / "model.safetensors").chmod(0o644)  # written readable by its owner alone
-        (self.out / "training_log.json").write_text(json.dumps(self.log, indent=1) + "\n")
-
-    def run(self, measure_every: int = 150) -> None:
-        """Train through `PHASES`, saving every `measure_every` steps and at the end."""
-        plan = [phase for phase in PHASES for _ in range(phase.steps)]
-        optimizers = make_optimizers(self.model, PEAK_LR)
+    def run(self, phases: tuple[Phase, ...], measure_every: int = 150) -> None:
+        """Train through `phases`, saving every `measure_every` steps and at the end."""
+        self.log["phases"] = [asdict(phase) for phase in phases]
+        plan = [phase for phase in phases for _ in range(phase.steps)]
+        optimizers = make_optimizers(self.model, self.lr)
         begin_s, seen_tokens, recent = time.monotonic(), 0, []
         for step, phase in enumerate(plan, start=1):
             factor = learning_rate_factor(step - 1, len(plan))
-            recent.append(self.update(optimizers, PEAK_LR * factor, phase))
+            recent.append(self.update(optimizers, self.lr * factor, phase))
             seen_tokens += phase.batch * phase.seq_tokens
             if step % measure_every == 0 or step == len(plan):
                 self.measure(step, seen_tokens, float(np.mean(recent)), time.monotonic() - begin_s)
@@ -326,7 +302,8 @@ class Trainer:
             optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        loss = sequence_loss(self.model, self.sampler.batch(phase))
+        # In float32: under bfloat16 autocast a step took 1.2 to 1.6 times as long on 2 CPU cores.
+        loss = next_token_loss(self.model, self.sampler.batch(phase))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -334,13 +311,20 @@ class Trainer:
         return loss.item()
 
 
+def scaled(phases: tuple[Phase, ...], scale: float) -> tuple[Phase, ...]:
+    """Return the phases with `scale` times as many steps."""
+    return tuple(Phase(max(1, round(p.steps * scale)), p.seq_tokens, p.batch) for p in phases)
+
+
 def main() -> None:
-    """Train and save; `--out` and `--seed` as in the options' help."""
+    """Train and save; `--out`, `--seed` and `--scale` as in the options' help."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data/demo_model"))
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    Trainer(options.out, options.seed).run()
+    parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps")
+    args = parser.parse_args()
+    Trainer(args.out, args.seed, args.lr).run(scaled(PHASES, args.scale))
 
 
 if __name__ == "__main__":

@@ -8,17 +8,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from kvttl.session.texts import CODE_PROMPT, PROSE_PROMPT, random_characters
+from kvttl.session.texts import CODE_PROMPT, house_rules, random_characters, shuffled_prose
 
 AGENTS = ("code reviewer", "data analyst", "release manager")
-_RULES = (
-    "Read the whole request before you answer.",
-    "Name the file and the line for every finding.",
-    "Prefer a small change that can be tested.",
-    "Say what you measured and what you only assume.",
-    "Never print a password, a token or a private key.",
-    "If two answers are possible, give the simpler one first.",
-)
+_RULES = house_rules("Read the whole request before you answer.")
 _SUBJECTS = "parser scheduler tokenizer allocator planner logger session index".split()
 
 # Kind of prompt -> mean think time in seconds, and whether it comes back like clockwork.
@@ -85,8 +78,7 @@ def _again(rng, asked):
 
 def _new_prompt(rng):
     agent, kind = rng.choice(AGENTS), rng.choice(list(_KINDS))
-    rules = "\n".join(f"{n}. {rule}" for n, rule in enumerate(_RULES * 2, start=1))
-    return agent, kind, f'"""You are a {agent}.\n{rules}\n"""\n{_body(rng, kind)}'
+    return agent, kind, f'"""You are a {agent}.\n{_RULES}"""\n{_body(rng, kind)}'
 
 
 def _body(rng, kind):
@@ -97,6 +89,4 @@ def _body(rng, kind):
         return CODE_PROMPT.replace("Limiter", subject.title()).replace("10", str(number))
     if kind == "template":
         return f"Report {number}. " + f"Status of the {subject}: open. Owner: none.\n" * 15
-    sentences = PROSE_PROMPT.split(". ")
-    rng.shuffle(sentences)
-    return f"About the {subject}, note {number}. " + ". ".join(sentences)
+    return f"About the {subject}, note {number}. {shuffled_prose(rng)}"

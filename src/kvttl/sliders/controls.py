@@ -41,14 +41,11 @@ class Control:
         self.name, self.value = name, float(value)
         setting = self._setting = SETTINGS[name]
         self._on_change, self._is_setting = on_change, False
-        self.slider = _slider(setting)
-        self.slider.add_class(f"kv-slider-{name}")
-        self.entry = widgets.FloatText(layout=_fixed("92px"))
-        self.entry.add_class(f"kv-entry-{name}")
-        self.message = widgets.HTML(
-            layout=widgets.Layout(margin="-4px 0 2px 136px", display="none")
-        )
-        self.message.add_class(f"kv-message-{name}")
+        self.slider, self.entry = _slider(setting), widgets.FloatText(layout=_fixed("92px"))
+        hidden = widgets.Layout(margin="-4px 0 2px 136px", display="none")
+        self.message = widgets.HTML(layout=hidden)
+        for part in ("slider", "entry", "message"):
+            getattr(self, part).add_class(f"kv-{part}-{name}")
         label = widgets.Label(setting.label, layout=_fixed("136px"))
         unit = widgets.Label(setting.unit, layout=_fixed("74px"))
         row = widgets.HBox([label, self.slider, self.entry, unit])
@@ -59,10 +56,13 @@ class Control:
 
     def set(self, value: float) -> None:
         """Show `value` without telling anybody."""
+        self._show(value, self.slider, self.entry)
+
+    def _show(self, value, *parts):
         self.value, self._is_setting = float(value), True
         try:
-            self.slider.value = self._within_slider(self.value)
-            self.entry.value = self.value
+            for part in parts:
+                part.value = self._within_slider(value) if part is self.slider else self.value
         finally:
             self._is_setting = False
 
@@ -90,11 +90,7 @@ class Control:
 
     def _changed(self, value, other):
         """A person has moved one part: take the other along, and say so."""
-        self.value, self._is_setting = value, True
-        try:
-            other.value = self._within_slider(value) if other is self.slider else value
-        finally:
-            self._is_setting = False
+        self._show(value, other)
         self._on_change(self.name, self.value)
 
     def _within_slider(self, value):
@@ -125,11 +121,8 @@ def _fixed(width):
 
 
 def _slider(setting):
-    options = {
-        "readout": False,
-        "layout": widgets.Layout(flex="1 1 auto", width="auto", min_width="110px"),
-        "step": _STEP,
-    }
+    layout = widgets.Layout(flex="1 1 auto", width="auto", min_width="110px")
+    options = {"readout": False, "layout": layout, "step": _STEP}
     low, high = setting.slider
     if low == 0:
         return widgets.FloatSlider(min=low, max=high, **options)

@@ -17,7 +17,7 @@ from PIL import Image
 from caching_heuristics import HeuristicConfig
 from kvttl.decisions.log import DecisionRecord
 from kvttl.plots.export import all_figures, export_plots
-from kvttl.plots.panels import TierPanel, TtlPanel, tier_keys
+from kvttl.plots.panels import TierPanel, TtlPanel, legend_above, tier_keys
 from kvttl.plots.what_if import Decisions, changes, decisions_of
 from kvttl.settings import FILE_NAME, load_settings, save_settings
 from kvttl.sliders.panel import SettingsPanel, button
@@ -171,13 +171,10 @@ class Explorer(SettingsPanel):
     def _buttons(self):
         self.name = widgets.Text("explorer", layout=widgets.Layout(width="140px"))
         self.name.add_class("kv-export-name")
-        presets = [
-            button(name, "Set all sliders", lambda _, name=name: self.apply_preset(name))
-            for name in PRESETS
-        ]
-        line = [
-            widgets.Label("Presets"),
-            *presets,
+        line = [widgets.Label("Presets")]
+        for name in PRESETS:
+            line.append(button(name, "Set all sliders", lambda _, n=name: self.apply_preset(n)))
+        line += [
             button("Undo", "Take the last change back", lambda _: self.undo()),
             button("Reset", "As opened", lambda _: self.reset()),
             button("Save settings", f"Write {self.settings_path}", self._save_pressed, "success"),
@@ -193,11 +190,11 @@ class Explorer(SettingsPanel):
 
     def _export_pressed(self, _):
         self.status.value = "Exporting ..."
-        self.report(lambda: _exported(self.export(self.name.value)))
+        self.report(self._exported)
 
-
-def _exported(paths):
-    return f"Exported {len(paths)} files to {paths[0].parent}"
+    def _exported(self):
+        paths = self.export(self.name.value)
+        return f"Exported {len(paths)} files to {paths[0].parent}"
 
 
 class LivePicture:
@@ -222,20 +219,12 @@ class LivePicture:
         self._canvas = FigureCanvasAgg(self.figure)
         curves, by_variance, by_recency = self.figure.subplots(1, 3)
         self.ttl = TtlPanel(curves)
-        self.variance = TierPanel(by_variance, "time_variance", decisions)
-        self.recency = TierPanel(by_recency, "seconds_since_access", decisions)
-        self.panels = (self.ttl, self.variance, self.recency)
+        variance = TierPanel(by_variance, "time_variance", decisions)
+        recency = TierPanel(by_recency, "seconds_since_access", decisions)
+        self.panels = (self.ttl, variance, recency)
+        title = "dots: the run; black rim: would change" if len(decisions) else None
         for panel in self.panels[1:]:
-            panel.axes.legend(
-                handles=tier_keys(),
-                title="dots: the run; black rim: would change" if len(decisions) else None,
-                title_fontsize=8,
-                loc="lower center",
-                bbox_to_anchor=(0.5, 1.0),
-                ncols=3,
-                fontsize=8,
-                frameon=False,
-            )
+            legend_above(panel.axes, tier_keys(), title=title, title_fontsize=8)
         self._background = None
 
     def png(self, config: HeuristicConfig) -> bytes:
@@ -257,7 +246,8 @@ class LivePicture:
         if self._background is None:
             self._canvas.draw()  # with everything, so that the layout leaves room
             self.figure.set_layout_engine("none")
-            for artist in (artist for panel in self.panels for artist in panel.artists):
-                artist.set_animated(True)
+            for panel in self.panels:
+                for artist in panel.artists:
+                    artist.set_animated(True)
         self._canvas.draw()
         self._background = self._canvas.copy_from_bbox(self.figure.bbox)

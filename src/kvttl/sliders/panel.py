@@ -37,10 +37,8 @@ class SettingsPanel(widgets.VBox):
         self.config, self.drawn = config, 0
         self.errors: dict[str, str] = {}
         self._waiting: asyncio.Handle | None = None
-        self.controls = {
-            name: Control(name, value, self.control_changed)
-            for name, value in config.to_dict().items()
-        }
+        settings, changed = config.to_dict(), self.control_changed
+        self.controls = {name: Control(name, value, changed) for name, value in settings.items()}
         self.image = widgets.Image(format="png", layout=widgets.Layout(width="100%"))
         self.image.add_class("kv-picture")
         self.readout, self.status = widgets.HTML(), widgets.HTML()
@@ -96,15 +94,11 @@ class SettingsPanel(widgets.VBox):
 
     def sliders(self) -> widgets.HBox:
         """Return the controls in columns, a group each."""
-        groups: dict[str, list] = {}
+        groups = {"TTL": [widgets.HTML("<b>TTL</b>")], "Tier": [widgets.HTML("<b>Tier</b>")]}
         for name, control in self.controls.items():
-            group = "TTL" if name in TTL_SETTINGS else "Tier"
-            groups.setdefault(group, []).append(control.widget)
+            groups["TTL" if name in TTL_SETTINGS else "Tier"].append(control.widget)
         wide = widgets.Layout(flex="1 1 430px", max_width="560px")  # two side by side, with room
-        columns = [
-            widgets.VBox([widgets.HTML(f"<b>{title}</b>"), *parts], layout=wide)
-            for title, parts in groups.items()
-        ]
+        columns = [widgets.VBox(parts, layout=wide) for parts in groups.values()]
         return widgets.HBox(columns, layout=widgets.Layout(flex_flow="row wrap", grid_gap="24px"))
 
     def report(self, work: Callable[[], str]) -> None:
@@ -118,12 +112,8 @@ class SettingsPanel(widgets.VBox):
 
 def button(text: str, tooltip: str, on_click: Callable, style: str = "") -> widgets.Button:
     """Return a button as wide as its text; tests and benchmarks find it by its class."""
-    made = widgets.Button(
-        description=text,
-        tooltip=tooltip,
-        button_style=style,
-        layout=widgets.Layout(width="auto"),
-    )
+    fit = widgets.Layout(width="auto")
+    made = widgets.Button(description=text, tooltip=tooltip, button_style=style, layout=fit)
     made.add_class(f"kv-{text.lower().replace(' ', '-')}")
     made.on_click(on_click)
     return made

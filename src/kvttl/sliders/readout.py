@@ -23,15 +23,10 @@ def sentence(found: Changes, decisions: int) -> str:
     """
     if not decisions:
         return "There is no run to compare with"
-    ways = [
-        f"{old}→{new} {found.moved[i, j]}"
-        for i, old in enumerate(TIERS)
-        for j, new in enumerate(TIERS)
-        if i != j and found.moved[i, j]
-    ]
-    return f"{found.changed} of {decisions} decisions change tier" + (
-        f": {', '.join(ways)}" if ways else ""
-    )
+    pairs = zip(*found.moved.nonzero())
+    ways = [f"{TIERS[i]}→{TIERS[j]} {found.moved[i, j]}" for i, j in pairs if i != j]
+    changed = f"{found.changed} of {decisions} decisions change tier"
+    return f"{changed}: {', '.join(ways)}" if ways else changed
 
 
 def readout(found: Changes, decisions: int, source: str = "") -> str:
@@ -51,10 +46,7 @@ def readout(found: Changes, decisions: int, source: str = "") -> str:
     if not decisions:
         return text
     before, after = found.moved.sum(axis=1), found.moved.sum(axis=0)
-    rows = [
-        _row(name, before[i], after[i], found.before_token_s[i], found.after_token_s[i])
-        for i, name in enumerate(TIERS)
-    ]
+    rows = map(_row, TIERS, before, after, found.before_token_s, found.after_token_s)
     heads = ("tier", "decisions", "memory-time (million token-seconds)", "change")
     head = "".join(f"<th {_CELL}>{title}</th>" for title in heads)
     return f"{text}<table style='line-height:1.35'><tr>{head}</tr>{''.join(rows)}</table>"
@@ -62,12 +54,9 @@ def readout(found: Changes, decisions: int, source: str = "") -> str:
 
 def _row(name, before, after, before_token_s, after_token_s):
     square = f"<span style='color:{TIER_COLOURS[name]}'>■</span> {name}"
-    cells = (
-        square,
-        f"{before} → {after}",
-        f"{before_token_s / 1e6:,.2f} → {after_token_s / 1e6:,.2f}",
-        _relative(before_token_s, after_token_s),
-    )
+    memory = f"{before_token_s / 1e6:,.2f} → {after_token_s / 1e6:,.2f}"
+    change = _relative(before_token_s, after_token_s)
+    cells = (square, f"{before} → {after}", memory, change)
     return "<tr>" + "".join(f"<td {_CELL}>{cell}</td>" for cell in cells) + "</tr>"
 
 

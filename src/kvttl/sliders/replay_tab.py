@@ -15,10 +15,9 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from caching_heuristics import TIERS, HeuristicConfig
-from kvttl.plots.decision_plots import TIER_COLOURS
+from kvttl.plots.panels import TIER_COLOURS, open_axes
 from kvttl.replay.costs import TierCosts, result_costs
 from kvttl.replay.engine import replay, replay_without_capacity
 from kvttl.replay.policies import POLICIES
@@ -83,9 +82,10 @@ class ReplayPicture:
 
     def __init__(self, index: RunIndex) -> None:
         self.index = index
-        self.figure = Figure(figsize=(9.5, 3.8), dpi=90, layout="constrained")
+        self.figure, axes = open_axes(9.5, 3.8, 1, 2, width_ratios=[3, 2])
+        self.figure.set_dpi(90)
         FigureCanvasAgg(self.figure)
-        self._hits, self._tiers = self.figure.subplots(1, 2, width_ratios=[3, 2])
+        self._hits, self._tiers = axes
         self._draw_curves()
         self._draw_tiers()
         self.figure.draw_without_rendering()
@@ -109,15 +109,12 @@ class ReplayPicture:
         axes, places = self._tiers, range(len(TIERS))
         colours = [TIER_COLOURS[tier] for tier in TIERS]
         self._served = axes.bar([p - 0.2 for p in places], [0] * 3, 0.38, color=colours)
-        self._held = axes.bar(
-            [p + 0.2 for p in places], [0] * 3, 0.38, color=colours, alpha=0.4, hatch="//"
-        )
+        pale = {"color": colours, "alpha": 0.4, "hatch": "//"}
+        self._held = axes.bar([p + 0.2 for p in places], [0] * 3, 0.38, **pale)
         axes.set(ylim=(0, 1), ylabel="share")
         axes.set_xticks(list(places), TIERS)
         handles = [self._served[0], self._held[0]]
         axes.legend(handles, ["tokens served", "memory-time"], frameon=False, fontsize=8)
-        for each in (axes, self._hits):
-            each.spines[["top", "right"]].set_visible(False)
 
     def update(self, view: ReplayView) -> None:
         """Move the marks and bars to another setting."""

@@ -79,11 +79,10 @@ def _end_well() -> int:
 def _down(config: StackConfig) -> int:
     path = Path(config.run_dir) / "stack.json"
     children, _ = load_state(path)
-    for name in reversed(SERVICES):
-        if name in children:
-            children[name].stop(config.stop_timeout_s)
-    save_state(path, {})
     names = [name for name in SERVICES if name in children]
+    for name in reversed(names):
+        children[name].stop(config.stop_timeout_s)
+    save_state(path, {})
     print(f"stopped {', '.join(names)}" if children else "nothing is running that `up` started")
     return 0
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import parse_qsl, urlsplit
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from caching_heuristics import unknown_name
 from kvttl import PROJECT
@@ -31,6 +25,8 @@ ENGINE_ENV = {
 PORT_FIELDS = ("coordinator_port", "server_port", "server_http_port", "redis_port")
 
 Port = Annotated[int, Field(ge=1, le=65535)]
+_NAME_FORM = "1 to 64 letters, digits, '_', '.' or '-'"
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description=_NAME_FORM)]
 Text = Annotated[str, Field(pattern=r"^[^\x00]*[^\x00\s][^\x00]*$", description="a non-empty text")]
 _LOOPBACK_ONLY = (
     "only 127.0.0.1; the services have no login, so on any other address the network could "
@@ -91,11 +87,7 @@ class StackConfig(BaseModel):
     redis_timeout_s: float = Field(2.0, ge=0.01, le=60)
     redis_retries: int = Field(1, ge=0, le=10)
     redis_verify_s: float = Field(10.0, ge=0.1, le=3600)
-    instance_id: str = Field(
-        "lmcache_default_instance",
-        pattern=r"^[A-Za-z0-9_.-]{1,64}$",
-        description="1 to 64 letters, digits, '_', '.' or '-'",
-    )
+    instance_id: Name = "lmcache_default_instance"
     chunk_size_tokens: int = Field(32, ge=1, le=8192)
     block_size_tokens: int = Field(32, ge=1, le=1024)
     l1_size_gb: float = Field(0.5, ge=0.001, le=4096)
@@ -129,12 +121,9 @@ class StackConfig(BaseModel):
     @model_validator(mode="after")
     def _check_together(self) -> StackConfig:
         names = [n for n in PORT_FIELDS if n != "redis_port" or self.redis_url is None]
-        seen: dict[int, str] = {}
-        for name in names:
-            port = getattr(self, name)
-            if port in seen:
-                raise _refusal(name, port, f"a port of its own, but {seen[port]} has the same")
-            seen[port] = name
+        for first, name in itertools.combinations(names, 2):
+            if (port := getattr(self, name)) == getattr(self, first):
+                raise _refusal(name, port, f"a port of its own, but {first} has the same")
         if self.chunk_size_tokens % self.block_size_tokens:
             allowed = f"a multiple of block_size_tokens = {self.block_size_tokens}"
             raise _refusal("chunk_size_tokens", self.chunk_size_tokens, allowed)
@@ -257,15 +246,13 @@ def _find_file(path: Path) -> Path:
 
 def _read_section(file: Path) -> dict:
     try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+        document = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid YAML: {error}") from None
-    section = document or {}
-    if isinstance(document, dict):
-        for name in document:
-            if name != "stack":
-                raise ValueError(f"{file}: {unknown_name('section', name, ['stack'])}")
-        section = document.get("stack") or {}
+    sections = document if isinstance(document, dict) else {"stack": document}
+    if unknown := [name for name in sections if name != "stack"]:
+        raise ValueError(f"{file}: {unknown_name('section', unknown[0], ['stack'])}")
+    section = sections.get("stack") or {}
     if not isinstance(section, dict):
         raise ValueError(f"{file} must hold a mapping under stack:, got {type(section).__name__}")
     return section

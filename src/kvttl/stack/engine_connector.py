@@ -23,14 +23,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.lmcache_mp_connector import (
 )
 from vllm.v1.core.sched.scheduler import Scheduler
 
-_HOOKS = (
-    "update_state_after_alloc",
-    "update_connector_output",
-    "request_finished",
-    "build_connector_meta",
-    "get_finished",
-)
-
 
 class LMCacheMPConnector(_LMCacheMPConnector):
     """Connects vLLM to an LMCache server; parameters are those of LMCache's own connector.
@@ -92,7 +84,8 @@ class LMCacheMPConnector(_LMCacheMPConnector):
 
 def _check_versions() -> None:
     """Refuse a vLLM or LMCache that would not call, or not heed, the methods above."""
-    missing = [name for name in _HOOKS if not hasattr(_LMCacheMPConnector, name)]
+    hooks = [name for name in vars(LMCacheMPConnector) if not name.startswith("_")]
+    missing = [name for name in hooks if not hasattr(_LMCacheMPConnector, name)]
     if "delay_free_blocks" not in inspect.signature(Scheduler._free_request).parameters:
         missing.append("Scheduler._free_request(delay_free_blocks)")
     if missing:

@@ -10,32 +10,14 @@ import os
 import shutil
 import tempfile
 import time
+from operator import attrgetter
 from pathlib import Path
 
 from kvttl.lmcache.client import get_json, server_settings
-from kvttl.stack.config import (
-    PORT_FIELDS,
-    StackConfig,
-    engine_kwargs,
-    kv_transfer_config,
-    load_config,
-)
+from kvttl.stack import services
+from kvttl.stack.config import PORT_FIELDS, StackConfig, engine_kwargs, load_config
 from kvttl.stack.process import Child, StackError, load_state, save_state, signals_deferred, spawn
-from kvttl.stack.services import (
-    PORTS_OF,
-    SERVICES,
-    PortTakenError,
-    arguments_of,
-    check_ports_free,
-    check_shares_nothing,
-    child_env,
-    is_coordinator,
-    pick_ports,
-    ping_redis,
-    port_advice,
-    redis_answers,
-    running_services,
-)
+from kvttl.stack.services import PORTS_OF, SERVICES, PortTakenError
 
 __all__ = ["LMCacheStack", "PortTakenError", "StackConfig", "StackError", "load_config"]
 
@@ -85,30 +67,13 @@ class LMCacheStack:
         self._scratch: Path | None = None
         self._owner_pid = os.getpid()
 
-    @property
-    def host(self) -> str:
-        """Loopback address of all services."""
-        return self.config.host
-
-    @property
-    def port(self) -> int:
-        """Port of the coordinator."""
-        return self.config.coordinator_port
-
-    @property
-    def server_port(self) -> int:
-        """Port that vLLM's connector speaks to (ZMQ)."""
-        return self.config.server_port
-
-    @property
-    def coordinator_url(self) -> str:
-        """Base URL of the coordinator."""
-        return self.config.coordinator_url
-
-    @property
-    def server_http_url(self) -> str:
-        """Base URL of the LMCache server's control interface."""
-        return self.config.server_http_url
+    host = property(attrgetter("config.host"), doc="Loopback address of all services.")
+    port = property(attrgetter("config.coordinator_port"), doc="Port of the coordinator.")
+    server_port = property(attrgetter("config.server_port"), doc="Port of vLLM's connector (ZMQ).")
+    coordinator_url = property(attrgetter("config.coordinator_url"), doc="The coordinator's URL.")
+    server_http_url = property(
+        attrgetter("config.server_http_url"), doc="The LMCache server's control interface."
+    )
 
     @property
     def redis_url(self) -> str:
@@ -132,21 +97,18 @@ class LMCacheStack:
         """Start what is missing; return when all is ready, or raise `StackError` with log lines."""
         if self._children:
             return self
-        if not self._detached:
-            atexit.register(self.stop)  # for callers without a `with` block
-        tries = FREE_PORT_TRIES if self._free_ports else 1
-        for attempt in range(1, tries + 1):
+        for left in reversed(range(FREE_PORT_TRIES if self._free_ports else 1)):
+            if not self._detached:
+                atexit.register(self.stop)  # for callers without a `with` block
             try:
                 self.choose_ports()
                 self._bring_up()
                 return self
-            except PortTakenError:
-                self.stop(keep_logs=attempt == tries)
-                if attempt == tries:
+            except BaseException as error:  # also Ctrl-C: leave nothing behind
+                is_last = not left or not isinstance(error, PortTakenError)
+                self.stop(keep_logs=is_last)
+                if is_last:
                     raise
-            except BaseException:  # also Ctrl-C: leave nothing behind
-                self.stop(keep_logs=True)
-                raise
 
     def stop(self, keep_logs: bool = False) -> None:
         """Stop exactly what this object started; a second call does nothing."""
@@ -192,13 +154,23 @@ class LMCacheStack:
 
     def health(self) -> dict[str, dict]:
         """Per service: whether it is ready, whether we started it, its pid and address."""
-        return {name: self._health_of(name) for name in SERVICES}
+        addresses = {
+            "redis": "redis://{}:{}".format(*self.config.redis_address),
+            "coordinator": self.coordinator_url,
+            "server": self.server_http_url,
+        }
+        pids = {name: child.pid for name, child in (self._recorded | self._children).items()}
+        return {
+            name: {
+                "ready": self._ready(name),
+                "started_here": name in self._children,
+                "pid": pids.get(name),
+                "address": address,
+            }
+            for name, address in addresses.items()
+        }
 
     # ---- for vLLM -----------------------------------------------------------
-
-    def kv_transfer_config(self):
-        """The `KVTransferConfig` that connects a vLLM engine to this stack."""
-        return kv_transfer_config(self.config)
 
     def engine_kwargs(self, model: str, **overrides) -> dict:
         """Arguments for ``vllm.LLM(**...)`` on CPU; also sets `ENGINE_ENV` where unset."""
@@ -216,7 +188,8 @@ class LMCacheStack:
             return
         if self._detached and self._recorded:
             raise StackError("a stack from an earlier `up` is running; run `make down` first")
-        ports = dict(zip(PORT_FIELDS, pick_ports(self.host, len(PORT_FIELDS)), strict=True))
+        picked = services.pick_ports(self.host, len(PORT_FIELDS))
+        ports = dict(zip(PORT_FIELDS, picked, strict=True))
         if self._first:
             ports["coordinator_port"] = self._first.port
         self.config = self._settings.replaced(run_dir=self._new_run_dir(), **ports)
@@ -238,22 +211,22 @@ class LMCacheStack:
         save_state(self._state_path, {**self._recorded, **self._children}, ports=ports)
 
     def _bring_up(self) -> None:
-        present = [] if self._free_ports else running_services(self.config)
+        present = [] if self._free_ports else services.running_services(self.config)
         if self._first:
             present.append("coordinator")
         if self.config.redis_url:
-            ping_redis(self.config)
+            services.ping_redis(self.config)
             present.append("redis")
         missing = [name for name in SERVICES if name not in present]
         for name in missing:
-            check_ports_free(self.config, name)
+            services.check_ports_free(self.config, name)
         for name in ("coordinator", "redis"):  # both at once; they do not need each other
             if name in missing:
                 self._spawn(name)
         if "redis" in missing:
             self._wait_ready(["redis"])  # the server connects while it starts
         if "server" in missing:
-            check_shares_nothing(self.config)
+            services.check_shares_nothing(self.config)
             self._spawn("server")
         self._wait_ready(list(SERVICES))
 
@@ -261,19 +234,15 @@ class LMCacheStack:
         run_dir = Path(self.config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         log_path = run_dir / f"{name}.log"
-        arguments, env = arguments_of(name, self.config), child_env(self.config)
+        arguments, env = services.arguments_of(name, self.config), services.child_env(self.config)
         with signals_deferred():  # nothing runs that is not written down
             self._children[name] = spawn(name, arguments, log_path, env, self._detached)
             if self._detached:
                 self._save_state()
 
     def _wait_ready(self, names: list[str]) -> None:
-        pending = list(names)
-        deadline = time.monotonic() + self.config.start_timeout_s
-        while pending:
-            pending = [name for name in pending if not self._ready(name)]
-            if not pending:
-                return
+        pending, deadline = names, time.monotonic() + self.config.start_timeout_s
+        while pending := [name for name in pending if not self._ready(name)]:
             self._raise_if_dead(names)
             if time.monotonic() > deadline:
                 raise StackError(
@@ -287,22 +256,18 @@ class LMCacheStack:
         # Our own socket, not that of a stranger who took the port first.
         if child and not all(child.listens_on(getattr(self.config, p)) for p in PORTS_OF[name]):
             return False
-        if name == "redis":
-            return redis_answers(self.config)
-        if name == "coordinator":
-            return is_coordinator(self.config)
-        return bool(server_settings(self.server_http_url)) and self._registered(child)
+        if name == "server":
+            return bool(server_settings(self.server_http_url)) and self._registered(child)
+        check = services.redis_answers if name == "redis" else services.is_coordinator
+        return check(self.config)
 
     def _registered(self, child: Child | None) -> bool:
         """Whether the coordinator lists the server, and not just one that died earlier."""
         since = child.created_s - 1.0 if child else 0.0
-        answer = get_json(self.coordinator_url, "/instances")
-        return any(
-            i.get("instance_id") == self.instance_id
-            and i.get("registration_time", 0) >= since
-            and i.get("http_port") == self.config.server_http_port
-            for i in answer.get("instances", [])
-        )
+        ours = {"instance_id": self.instance_id, "http_port": self.config.server_http_port}
+        entries = get_json(self.coordinator_url, "/instances").get("instances", [])
+        since_then = [entry for entry in entries if entry.get("registration_time", 0) >= since]
+        return any(ours.items() <= entry.items() for entry in since_then)
 
     def _raise_if_dead(self, names: list[str]) -> None:
         for name in names:
@@ -312,7 +277,8 @@ class LMCacheStack:
             tail = self._log_tail(name)
             for line in child.last_lines(100):
                 if "address already in use" in line.lower():
-                    advice = port_advice(self.config, _port_field(self.config, name, line))
+                    named = [p for p in PORTS_OF[name] if str(getattr(self.config, p)) in line]
+                    advice = services.port_advice(self.config, (named or PORTS_OF[name])[0])
                     raise PortTakenError(f"{name} found its port taken: {advice}.{tail}")
             raise StackError(
                 f"{name} ended at start with exit code {child.popen.returncode}.{tail}"
@@ -322,8 +288,7 @@ class LMCacheStack:
         child = self._children.get(name)
         if child is None:
             return ""
-        lines = "\n  ".join(child.last_lines(15))
-        return f" Last lines of {child.log_path}:\n  {lines}"
+        return "\n  ".join([f" Last lines of {child.log_path}:", *child.last_lines(15)])
 
     def _own(self, name: str) -> Child:
         if name not in SERVICES:
@@ -331,23 +296,3 @@ class LMCacheStack:
         if name not in self._children:
             raise StackError(f"{name} was not started by this stack, so it is left alone")
         return self._children[name]
-
-    def _health_of(self, name: str) -> dict:
-        child = self._children.get(name) or self._recorded.get(name)
-        address = {
-            "coordinator": self.coordinator_url,
-            "server": self.server_http_url,
-            "redis": "redis://{}:{}".format(*self.config.redis_address),
-        }[name]
-        return {
-            "ready": self._ready(name),
-            "started_here": name in self._children,
-            "pid": child.pid if child else None,
-            "address": address,
-        }
-
-
-def _port_field(config: StackConfig, name: str, line: str) -> str:
-    """Which of a service's ports a log line is about."""
-    named = [field for field in PORTS_OF[name] if str(getattr(config, field)) in line]
-    return (named or PORTS_OF[name])[0]

@@ -7,15 +7,20 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import DEVNULL, Popen
+from typing import Any
+
+import psutil
 
 from kvttl import PROJECT
 
+POLL_S = 0.05
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CHILD_MODULE = "kvttl.stack.child"
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # LMCache colours its log even in a file
@@ -72,12 +77,10 @@ class Child:
     pid: int
     created_s: float
     log_path: Path
-    popen: subprocess.Popen | None = field(default=None, repr=False)
+    popen: Popen | None = field(default=None, repr=False)
 
     def alive(self) -> bool:
         """Whether this very process still runs (a zombie or a recycled pid does not)."""
-        import psutil
-
         if self.popen is not None:
             return self.popen.poll() is None
         try:
@@ -89,7 +92,10 @@ class Child:
 
     def listens_on(self, port: int) -> bool:
         """Whether the listening socket of `port` belongs to this process or its children."""
-        return port in {c.laddr.port for p in self._family() for c in _connections(p)}
+        with contextlib.suppress(psutil.Error):  # one of them has just ended
+            found = (c for process in self._family() for c in process.net_connections("tcp"))
+            return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in found)
+        return False
 
     def kill(self) -> None:
         """SIGKILL the whole group at once."""
@@ -100,15 +106,15 @@ class Child:
         if not self.alive():
             return
         family = self._family()
-        if timeout_s > 0:
-            self._signal(signal.SIGTERM)
-            self._wait(timeout_s)
-        if self.alive():
-            self._signal(signal.SIGKILL)
-            self._wait(5.0)
+        for number, wait_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, 5.0)):
+            if wait_s > 0 and self.alive():
+                with contextlib.suppress(ProcessLookupError):  # gone, as was wanted
+                    os.killpg(self.pid, number)
+                wait_until(lambda: not self.alive(), wait_s)
         for process in family:  # grandchildren that left the group or ignored SIGTERM
-            if process.is_running() and process.pid != self.pid:
-                _quietly(process.kill)
+            if process.pid != self.pid:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
     def last_lines(self, count: int) -> list[str]:
         """The last `count` lines of its log."""
@@ -122,21 +128,22 @@ class Child:
         return [line for line in lines if line.strip()][-count:]
 
     def _family(self) -> list:
-        import psutil
-
         try:
             process = psutil.Process(self.pid)
             return [process, *process.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
 
-    def _signal(self, number: int) -> None:
-        _quietly(lambda: os.killpg(self.pid, number))
 
-    def _wait(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while self.alive() and time.monotonic() < deadline:
-            time.sleep(0.02)
+_STORED = {"name": str, "pid": int, "created_s": float, "log_path": Path}  # in the state file
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float) -> Any:
+    """Return what a condition returns once that is true, or after `timeout_s` seconds."""
+    deadline_s = time.monotonic() + timeout_s
+    while not (result := condition()) and time.monotonic() < deadline_s:
+        time.sleep(POLL_S)
+    return result
 
 
 def spawn(name: str, arguments: list[str], log_path: Path, env: dict, detached: bool) -> Child:
@@ -151,8 +158,6 @@ def spawn(name: str, arguments: list[str], log_path: Path, env: dict, detached: 
     detached : bool
         True lets it outlive this process (`make up`); else it stops when we are gone.
     """
-    import psutil
-
     owner = 0 if detached else os.getpid()
     # -P: a file of the current folder must not stand in for a package.
     command = [sys.executable, "-P", "-m", CHILD_MODULE, str(owner), name, *arguments]
@@ -161,14 +166,8 @@ def spawn(name: str, arguments: list[str], log_path: Path, env: dict, detached: 
     if log_path.exists():  # what an earlier life wrote must not be taken for this one's
         log_path.replace(log_path.with_suffix(".log.old"))
     with log_path.open("wb") as log:
-        popen = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=env,
-            start_new_session=True,
-        )
+        streams = {"stdin": DEVNULL, "stdout": log, "stderr": log}
+        popen = Popen(command, **streams, env=env, start_new_session=True)
     return Child(name, popen.pid, psutil.Process(popen.pid).create_time(), log_path, popen)
 
 
@@ -182,10 +181,8 @@ def load_state(path: Path) -> tuple[dict[str, Child], dict]:
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        children = [
-            Child(c["name"], int(c["pid"]), float(c["created_s"]), Path(c["log_path"]))
-            for c in record.pop("children")
-        ]
+        rows = record.pop("children")
+        children = [Child(*(kind(row[name]) for name, kind in _STORED.items())) for row in rows]
     except FileNotFoundError:
         return {}, {}
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -201,29 +198,8 @@ def save_state(path: Path, children: dict[str, Child], **entries) -> None:
     if not children:
         path.unlink(missing_ok=True)
         return
-    rows = [
-        {"name": c.name, "pid": c.pid, "created_s": c.created_s, "log_path": str(c.log_path)}
-        for c in children.values()
-    ]
+    rows = [{name: getattr(child, name) for name in _STORED} for child in children.values()]
+    record = json.dumps({"children": rows, **entries}, indent=2, default=str)
     part = path.with_suffix(".part")  # a reader never sees half a file
-    part.write_text(json.dumps({"children": rows, **entries}, indent=2), encoding="utf-8")
+    part.write_text(record, encoding="utf-8")
     part.replace(path)
-
-
-def _connections(process) -> list:
-    import psutil
-
-    try:
-        return [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-    except psutil.Error:
-        return []
-
-
-def _quietly(action) -> None:
-    """Run `action`; a process that is already gone is what we wanted."""
-    import psutil
-
-    try:
-        action()
-    except (ProcessLookupError, psutil.NoSuchProcess):
-        pass

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable
 import redis
 
 from kvttl.lmcache.client import LMCacheHTTP, LMCacheUnavailable, get_json
-from kvttl.lmcache.tiers import LMCACHE_TIERS, ChunkKey, addresses, parse_key
+from kvttl.lmcache.tiers import LMCACHE_TIERS, ChunkKey, addresses, pages, parse_key
+from kvttl.stack.process import wait_until
 from kvttl.storage.redis_client import connect_as_server
 
 PAGE_KEYS = 5000  # per request; LMCache allows 10,000
@@ -36,11 +37,9 @@ def disk_contents(folder: str | os.PathLike) -> Contents:
 def redis_contents(host: str, port: int) -> Contents:
     """Return keys and sizes (bytes) of the chunks in an LMCache server's Redis."""
     with connect_as_server(host, port) as client:
-        names, found = chunk_names(client), {}
-        for start in range(0, len(names), PAGE_KEYS):
-            page = names[start : start + PAGE_KEYS]
-            found.update(zip(map(parse_key, page), sizes_of(client, page)))
-    return found
+        names = chunk_names(client)
+        sizes = [size for page in pages(names, PAGE_KEYS) for size in sizes_of(client, page)]
+    return dict(zip(map(parse_key, names), sizes))
 
 
 def chunk_names(client: redis.Redis) -> list[str]:
@@ -63,17 +62,13 @@ CONTENTS_OF: dict[str, Callable[..., Contents]] = {"disk": disk_contents, "remot
 
 def corrections(known: set[ChunkKey], real: Contents) -> list[tuple[str, list[dict]]]:
     """Event type and entries that turn what is `known` into what is `real`."""
-    stored = [_entry(key, size) for key, size in real.items() if key not in known]
-    deleted = [_entry(key, 0) for key in known if key not in real]
+    stored = [(key, size) for key, size in real.items() if key not in known]
+    deleted = [(key, 0) for key in known if key not in real]
     return [
-        (kind, entries[i : i + PAGE_KEYS])
-        for kind, entries in (("store", stored), ("delete", deleted))
-        for i in range(0, len(entries), PAGE_KEYS)
+        (kind, [{"key": key._asdict(), "size_bytes": size} for key, size in page])
+        for kind, changed in (("store", stored), ("delete", deleted))
+        for page in pages(changed, PAGE_KEYS)
     ]
-
-
-def _entry(key: ChunkKey, size_bytes: int) -> dict:
-    return {"key": key._asdict(), "size_bytes": size_bytes}
 
 
 def reconcile(url: str, instance_id: str, real: dict[str, Contents]) -> dict[str, int]:
@@ -91,7 +86,7 @@ def reconcile(url: str, instance_id: str, real: dict[str, Contents]) -> dict[str
     """
     # Sent in the server's name, one incarnation before its own (its start time, seconds):
     # newer than its last life, which also clears the memory tier that died with it.
-    incarnation = int(time.time()) - 1
+    sender = {"instance_id": instance_id, "incarnation": int(time.time()) - 1}
     directory = LMCacheHTTP(url, read_timeout_s=30.0)
     batches: list[tuple] = [("store", "disk", [])]
     for tier, contents in real.items():
@@ -99,17 +94,8 @@ def reconcile(url: str, instance_id: str, real: dict[str, Contents]) -> dict[str
         batches += [(kind, tier, rows) for kind, rows in corrections(known, contents)]
     for seq, (kind, tier, entries) in enumerate(batches, start=1):
         level, adapter = LMCACHE_TIERS[tier][:2]
-        directory.correct(
-            {
-                "instance_id": instance_id,
-                "incarnation": incarnation,
-                "seq": seq,
-                "event_type": kind,
-                "tier": level,
-                "backend": adapter,
-                "entries": entries,
-            }
-        )
+        place = {"tier": level, "backend": adapter}
+        directory.correct({**sender, "seq": seq, "event_type": kind, **place, "entries": entries})
     directory.close()
     return {tier: sum(len(rows) for _, t, rows in batches if t == tier) for tier in real}
 
@@ -122,18 +108,11 @@ def reconcile_for(server_arguments: list[str], wait_s: float = 30.0) -> None:
     parser.add_argument("--l2-adapter", action="append", type=json.loads, default=[])
     options, _ = parser.parse_known_args(server_arguments)
     try:
-        _wait_for(options.coordinator_url, wait_s)
+        if not wait_until(lambda: get_json(options.coordinator_url, "/healthz"), wait_s):
+            raise LMCacheUnavailable(f"no LMCache coordinator answers at {options.coordinator_url}")
         places = addresses(options.l2_adapter).items()
         real = {tier: CONTENTS_OF[tier](*place) for tier, place in places if tier in CONTENTS_OF}
         done = reconcile(options.coordinator_url, options.instance_id, real)
         print(f"directory corrected: {done}", flush=True)
     except Exception as error:  # noqa: BLE001 - a wrong directory is better than no server
         print(f"directory not corrected: {type(error).__name__}: {error}", flush=True)
-
-
-def _wait_for(url: str, wait_s: float) -> None:
-    deadline = time.monotonic() + wait_s
-    while not get_json(url, "/healthz"):
-        if time.monotonic() > deadline:
-            raise LMCacheUnavailable(f"no LMCache coordinator answers at {url}")
-        time.sleep(0.1)

@@ -10,6 +10,8 @@ reconnecting. `install` puts it in the other one's place; LMCache sees no differ
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +29,7 @@ from lmcache.v1.distributed.l2_adapters.native_connector_l2_adapter import (
 
 from kvttl.background import Repeater
 from kvttl.lmcache.client import CircuitBreaker
-from kvttl.lmcache.tiers import parse_key
+from kvttl.lmcache.tiers import pages, parse_key
 from kvttl.stack.reconcile import chunk_names, sizes_of
 from kvttl.storage.redis_client import connect_as_server
 
@@ -59,7 +61,7 @@ class RedisClient:
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lock = threading.Lock()
         self._done: list[Completion] = []
-        self._last_id = 0
+        self._ids = itertools.count(1)
         self.on_absent: Callable[[list[str]], None] = lambda _keys: None
         self.on_doubt: Callable[[list[str]], None] = lambda _keys: None
         self.is_known: Callable[[str], bool] = lambda _key: True  # a guess; it saves commands
@@ -83,16 +85,14 @@ class RedisClient:
     def drain_completions(self) -> list[Completion]:
         """Return what is done: (future id, success, error, result of each key)."""
         with self._lock:
-            try:
+            with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._event_fd)
-            except BlockingIOError:
-                pass
             done, self._done = self._done, []
         return done
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete keys, now; raises where Redis fails."""
-        self._ask(lambda: [self._redis.delete(*part) for part in _tiles(list(keys))])
+        self._ask(lambda: [self._redis.delete(*part) for part in pages(list(keys), _TILE_KEYS)])
 
     def probe(self) -> bool:
         """Say whether Redis answers now; if so, batches are sent to it again."""
@@ -117,9 +117,7 @@ class RedisClient:
     # ---- on a worker's thread ------------------------------------------------------
 
     def _submit(self, work, *arguments):
-        with self._lock:
-            self._last_id += 1
-            future_id = self._last_id
+        future_id = next(self._ids)
         self._pool.submit(self._run, future_id, work, arguments)
         return future_id
 
@@ -135,11 +133,7 @@ class RedisClient:
 
     def _ask(self, question):
         """Ask Redis under the breaker: only a Redis that does not answer opens it."""
-        admitted = self._breaker.admit()
-        if admitted == "trial":
-            self._pool.submit(self.probe)
-        if admitted != "call":
-            raise ConnectionError(f"Redis is away: {self._breaker.reason}")
+        self._breaker.check("Redis", ConnectionError, lambda: self._pool.submit(self.probe))
         try:
             return question()
         except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
@@ -147,16 +141,14 @@ class RedisClient:
             raise
 
     def _get(self, keys, views):
-        found = []
-        for part, into in zip(_tiles(keys), _tiles(views)):
-            found += [_fill(*pair) for pair in zip(into, self._redis.mget(part))]
-        return found
+        values = (value for part in pages(keys, _TILE_KEYS) for value in self._redis.mget(part))
+        return list(map(_fill, views, values))
 
     def _set(self, keys, views):
         try:
-            for part, values in zip(_tiles(keys), _tiles(views)):
+            for part in pages(list(zip(keys, views)), _TILE_KEYS):
                 with self._redis.pipeline(transaction=False) as pipe:
-                    for key, view in zip(part, values):
+                    for key, view in part:
                         # A view of bytes: redis-py sends it as it is, without a copy.
                         pipe.set(key, np.frombuffer(view, np.uint8).data)
                     pipe.execute()
@@ -178,10 +170,6 @@ class RedisClient:
         if count in (0, len(keys)):
             return keys if count else []
         return [key for key, size in zip(keys, self.sizes(keys)) if size]
-
-
-def _tiles(items, size=_TILE_KEYS):
-    return [items[at : at + size] for at in range(0, len(items), size)]
 
 
 def _fill(view, value):
@@ -229,10 +217,9 @@ class RedisL2Adapter(NativeConnectorL2Adapter):
         if not self._client.probe():
             return
         try:
-            for part in _tiles(list(self._present), _VERIFY_KEYS):
-                sizes = self._client.sizes(part)
-                self._report_gone([name for name, size in zip(part, sizes) if not size])
-            for part in _tiles(list(self._doubtful), _VERIFY_KEYS):
+            for part in pages(list(self._present), _VERIFY_KEYS):
+                self._report_absent(part)
+            for part in pages(list(self._doubtful), _VERIFY_KEYS):
                 self._report_found(part, self._client.sizes(part))
         except (redis.RedisError, OSError):
             return  # away: nothing is known, so nothing is said
@@ -271,11 +258,10 @@ class RedisL2Adapter(NativeConnectorL2Adapter):
             self._notify_keys_stored(list(new), list(new.values()))
 
     def _report_absent(self, names):
-        """Hear that a look-up missed; look again, since a store may just have ended."""
+        """Look which chunks are gone; after a miss once more, since a store may just have ended."""
         ours = [name for name in names if name in self._present]
-        if ours:
-            sizes = self._client.sizes(ours)
-            self._report_gone([name for name, size in zip(ours, sizes) if not size])
+        sizes = self._client.sizes(ours) if ours else ()
+        self._report_gone([name for name, size in zip(ours, sizes) if not size])
 
     def _report_gone(self, names):
         keys = [key for name in names if (key := self._present.pop(name, None)) is not None]

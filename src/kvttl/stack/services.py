@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 from pathlib import Path
 
+import psutil
 import redis
 
 from kvttl.lmcache.client import get_json, server_settings
@@ -15,13 +17,13 @@ from kvttl.stack.config import StackConfig
 from kvttl.stack.process import StackError
 from kvttl.storage.redis_client import connect, environment_of
 
-SERVICES = ("redis", "coordinator", "server")  # start order; stopped in reverse, so that
-# the server can still sign off at the coordinator
 PORTS_OF = {
     "redis": ("redis_port",),
     "coordinator": ("coordinator_port",),
     "server": ("server_port", "server_http_port"),
 }
+SERVICES = tuple(PORTS_OF)  # in start order; stopped in reverse, so that the server can still
+# sign off at the coordinator
 _OPEN_TIMEOUT_S = 2.0
 
 
@@ -37,10 +39,7 @@ def arguments_of(name: str, config: StackConfig) -> list[str]:
     if name == "redis":
         return [config.host, str(config.redis_port)]
     options = _coordinator_options(config) if name == "coordinator" else _server_options(config)
-    arguments = []
-    for option, value in options:
-        arguments += [f"--{option}"] if value is None else [f"--{option}", str(value)]
-    return arguments
+    return [str(part) for option, *value in options for part in (f"--{option}", *value)]
 
 
 def _coordinator_options(config: StackConfig) -> list[tuple]:
@@ -63,7 +62,7 @@ def _coordinator_options(config: StackConfig) -> list[tuple]:
 
 
 def _server_options(config: StackConfig) -> list[tuple]:
-    adapters = [adapter_settings(tier, address) for tier, address in config.storage.items()]
+    adapters = map(adapter_settings, config.storage.keys(), config.storage.values())
     return [
         ("host", config.host),
         ("port", config.server_port),
@@ -78,11 +77,11 @@ def _server_options(config: StackConfig) -> list[tuple]:
         ("coordinator-url", config.coordinator_url),
         ("coordinator-advertise-ip", config.host),
         ("coordinator-heartbeat-interval", config.registration_heartbeat_s),
-        ("coordinator-event-reporting", None),
+        ("coordinator-event-reporting",),
         ("coordinator-event-flush-interval", config.event_flush_interval_s),
         # CPU engines copy KV themselves, GPU engines let the server do it.
         ("supported-transfer-mode", "auto"),
-        ("no-run-script-api-enabled", None),
+        ("no-run-script-api-enabled",),
     ]
 
 
@@ -119,27 +118,21 @@ def checkpoint_path(config: StackConfig) -> Path:
 
 def pick_ports(host: str, count: int) -> list[int]:
     """`count` different TCP ports that are free now (another program may still be faster)."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
             one.bind((host, 0))
         return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def check_ports_free(config: StackConfig, name: str) -> None:
     """Raise `PortTakenError` if a port of this service cannot be bound."""
     for field in PORTS_OF[name]:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((config.host, getattr(config, field)))
-            except OSError as error:
-                raise PortTakenError(
-                    f"{name} cannot start: {port_advice(config, field)} ({error})"
-                ) from None
+        try:
+            socket.create_server((config.host, getattr(config, field))).close()
+        except OSError as error:
+            advice = port_advice(config, field)
+            raise PortTakenError(f"{name} cannot start: {advice} ({error})") from None
 
 
 def port_advice(config: StackConfig, field: str) -> str:
@@ -152,26 +145,17 @@ def port_advice(config: StackConfig, field: str) -> str:
 
 
 def _holder(port: int) -> str:
-    import psutil
-
-    try:
-        pids = {
-            c.pid
-            for c in psutil.net_connections("tcp")
-            if c.laddr and c.laddr.port == port and c.status == psutil.CONN_LISTEN
-        }
-        names = [f"{psutil.Process(pid).name()} (pid {pid})" for pid in pids if pid]
-    except psutil.Error:
-        names = []
-    return ", ".join(names) or "another program"
+    with contextlib.suppress(psutil.Error):
+        for c in psutil.net_connections("tcp"):
+            if c.status == psutil.CONN_LISTEN and c.laddr.port == port and c.pid:
+                return f"{psutil.Process(c.pid).name()} (pid {c.pid})"
+    return "another program"
 
 
 def _is_open(config: StackConfig, port: int) -> bool:
-    try:
-        with socket.create_connection((config.host, port), timeout=_OPEN_TIMEOUT_S):
-            return True
-    except OSError:
-        return False
+    with socket.socket() as probe:
+        probe.settimeout(_OPEN_TIMEOUT_S)
+        return probe.connect_ex((config.host, port)) == 0
 
 
 # ---- recognising what runs --------------------------------------------------
@@ -213,20 +197,15 @@ def running_services(config: StackConfig) -> list[str]:
     StackError
         A port answers, but not as the service that belongs there.
     """
-    found = []
-    for name, field, check in (
-        ("redis", "redis_port", redis_answers),
-        ("coordinator", "coordinator_port", is_coordinator),
-        ("server", "server_http_port", _is_our_server),
-    ):
-        if name == "redis" and config.redis_url:
-            continue
-        if _is_open(config, getattr(config, field)):
-            if not check(config):
-                raise PortTakenError(
-                    f"no LMCache {name} answers there: {port_advice(config, field)}"
-                )
-            found.append(name)
+    checks = {"coordinator": is_coordinator, "server": _is_our_server}
+    if not config.redis_url:
+        checks = {"redis": redis_answers, **checks}
+    fields = {name: PORTS_OF[name][-1] for name in checks}  # of the server the one of HTTP
+    found = [name for name, field in fields.items() if _is_open(config, getattr(config, field))]
+    for name in found:
+        if not checks[name](config):
+            advice = port_advice(config, fields[name])
+            raise PortTakenError(f"no LMCache {name} answers there: {advice}")
     return found
 
 
@@ -253,27 +232,21 @@ def _is_our_server(config: StackConfig) -> bool:
 
 def redis_answers(config: StackConfig) -> bool:
     """Whether Redis answers a PING with the configured credentials."""
-    try:
+    with contextlib.suppress(StackError):
         ping_redis(config)
-    except StackError:
-        return False
-    return True
+        return True
+    return False
 
 
 def ping_redis(config: StackConfig) -> None:
     """PING the Redis in use; raise `StackError`, without credentials, if it does not answer."""
-    host, port = config.redis_address
-    client = connect(config.redis_url or f"redis://{host}:{port}", config.redis_limits)
+    where = "{}:{}".format(*config.redis_address)
     try:
-        client.ping()
+        with connect(config.redis_url or f"redis://{where}", config.redis_limits) as client:
+            client.ping()
     except redis.AuthenticationError:
-        raise StackError(
-            f"Redis at {host}:{port} refused the user or password of redis_url"
-        ) from None
+        raise StackError(f"Redis at {where} refused the user or password of redis_url") from None
     except (redis.RedisError, OSError, ValueError) as error:
         raise StackError(
-            f"no Redis answers at {host}:{port} ({type(error).__name__}); "
-            "start it or correct redis_url"
+            f"no Redis answers at {where} ({type(error).__name__}); start it or correct redis_url"
         ) from None
-    finally:
-        client.close()

@@ -43,11 +43,10 @@ class TraceBuilder:
         self._raw, self._shown = None if chained else DenseIds(), shown
         self._dense = DenseIds()
         self._ids, self._ends = array("i"), array("q", [0])
-        self._arrival_s = array("d")
-        self._prompt, self._output, self._session = array("i"), array("i"), array("i")
+        self._of_requests = [array(kind) for kind in "diii"]  # arrival, tokens, session
 
     def __len__(self) -> int:
-        return len(self._arrival_s)
+        return len(self._ends) - 1
 
     def add(
         self,
@@ -71,37 +70,26 @@ class TraceBuilder:
             ids = self._dense.chain(self._raw.ids(keys))
         self._ids.frombytes(memoryview(ids).cast("B") if len(ids) else b"")
         self._ends.append(len(self._ids))
-        self._arrival_s.append(arrival_s)
-        self._prompt.append(prompt_tokens)
-        self._output.append(output_tokens)
-        self._session.append(session)
+        values = arrival_s, prompt_tokens, output_tokens, session
+        for column, value in zip(self._of_requests, values):
+            column.append(value)
 
     def finish(self, name: str = "", skipped_lines: int = 0) -> Trace:
         """Return the trace, by arrival (equal times in order of adding), from second 0."""
-        arrays = (self._ids, self._ends, self._arrival_s, self._prompt, self._output, self._session)
+        arrays = self._ids, self._ends, *self._of_requests
         columns = [np.array(a, dtype) for a, dtype in zip(arrays, COLUMNS.values())]
-        ids, offsets, arrival_s, prompt, output, sessions = columns
+        ids, offsets, *of_requests = columns
+        arrival_s, unique = of_requests[0], len(self._dense)
         if np.any(arrival_s[1:] < arrival_s[:-1]):
             order = np.argsort(arrival_s, kind="stable")
             ids, offsets = _reorder(ids, offsets, order)
-            arrival_s, prompt, output = arrival_s[order], prompt[order], output[order]
-            sessions = sessions[order]
-        if len(arrival_s):
-            arrival_s = arrival_s - arrival_s[0]
-        if len(sessions) and sessions.max() < 0:
-            sessions = sessions_by_prefix(ids, offsets, len(self._dense))
-        return Trace(
-            ids,
-            offsets,
-            arrival_s,
-            prompt,
-            output,
-            sessions,
-            self.block_tokens,
-            len(self._dense),
-            name,
-            skipped_lines,
-        )
+            of_requests = [column[order] for column in of_requests]
+        arrival_s, prompt, output, sessions = of_requests
+        arrival_s -= arrival_s[:1]
+        if sessions.max(initial=-1) < 0:
+            sessions = sessions_by_prefix(ids, offsets, unique)
+        arrays = ids, offsets, arrival_s, prompt, output, sessions
+        return Trace(*arrays, self.block_tokens, unique, name, skipped_lines)
 
 
 def make_trace(
@@ -143,10 +131,7 @@ class DenseIds:
 
     def ids(self, keys: np.ndarray) -> np.ndarray:
         """Return the dense ids of keys, shape (n,), int32; unknown keys get the next numbers."""
-        self._reserve(len(keys))
-        out = np.empty(len(keys), np.int32)
-        self._count = _number_keys(keys, self._slots, self._keys, self._count, out)
-        return out
+        return self._numbered(_number_keys, keys)
 
     def prefixes(self, keys: np.ndarray, shown: Callable[[int], Any] = int) -> np.ndarray:
         """Return `ids` of keys in prefix order, each of which always follows the same key.
@@ -167,9 +152,7 @@ class DenseIds:
         """
         self._reserve(len(keys))
         if len(self._parents) < len(self._keys):
-            grown = np.empty(len(self._keys), np.int32)
-            grown[: self._count] = self._parents[: self._count]
-            self._parents = grown
+            self._parents.resize(len(self._keys), refcheck=False)
         out = np.empty(len(keys), np.int32)
         tables = self._slots, self._keys, self._parents
         count, bad = _number_prefixes(keys, *tables, self._count, out)
@@ -185,9 +168,12 @@ class DenseIds:
 
     def chain(self, ids: np.ndarray) -> np.ndarray:
         """Return ids that are equal only where all ids before them in the row are equal too."""
-        self._reserve(len(ids))
-        out = np.empty(len(ids), np.int32)
-        self._count = _number_chain(ids, self._slots, self._keys, self._count, out)
+        return self._numbered(_number_chain, ids)
+
+    def _numbered(self, number, row):
+        self._reserve(len(row))
+        out = np.empty(len(row), np.int32)
+        self._count = number(row, self._slots, self._keys, self._count, out)
         return out
 
     def _reserve(self, more):
@@ -195,9 +181,7 @@ class DenseIds:
         if need >= 2**31:
             raise ValueError(f"distinct blocks must be < 2147483648, got {need}")
         if need > len(self._keys):
-            grown = np.empty(max(need, len(self._keys) * 5 // 4), np.int64)
-            grown[: self._count] = self._keys[: self._count]
-            self._keys = grown
+            self._keys.resize(max(need, len(self._keys) * 5 // 4), refcheck=False)
         size = len(self._slots)
         while need * 4 > size * 3:
             size *= 2

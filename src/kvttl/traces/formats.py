@@ -49,13 +49,13 @@ class Source:
         return self.names.setdefault(name, len(self.names))
 
     @contextmanager
-    def place(self, path: Path, line: int):
-        """Turn an error inside into one that names file and line, or count it."""
+    def place(self, where: str):
+        """Turn an error inside into one that says where it was, or count it."""
         try:
             yield
         except _BAD as error:
             if not self.skip_bad:
-                raise ValueError(f"{path}, line {line}: {_reason(error)}") from error
+                raise ValueError(f"{where}: {_reason(error)}") from error
             self.skipped += 1
 
 
@@ -73,15 +73,12 @@ def open_bytes(path: str | Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 def _lines(files, source):
-    """Yield ((file, line number), record) of JSON-lines files; bad JSON is a bad line."""
+    """Yield (file and line, record) of JSON-lines files; bad JSON is a bad line."""
     for path in files:
         with _bar(source, os.path.getsize(path), path.name) as bar:
             for number, line in text_lines(path, source, bar):
-                record = None
-                with source.place(path, number):
-                    record = _record(line)
-                if record is not None:
-                    yield (path, number), record
+                with source.place(place := f"{path}, line {number}"):
+                    yield place, _record(line)
 
 
 def text_lines(path: Path, source: Source, bar=lambda size: None) -> Iterator[tuple[int, bytes]]:
@@ -99,7 +96,7 @@ def text_lines(path: Path, source: Source, bar=lambda size: None) -> Iterator[tu
             bar(raw.tell() - seen)
             seen = raw.tell()
             if len(line) > LINE_LIMIT and not line.endswith(b"\n"):
-                with source.place(path, number):
+                with source.place(f"{path}, line {number}"):
                     raise ValueError(f"line longer than {LINE_LIMIT >> 20} MiB")
                 while line and not line.endswith(b"\n"):
                     line = _line(file, LINE_LIMIT, path, number)
@@ -158,13 +155,9 @@ def _tokens(record, name, default=None):
 def _keys(record, name, chained=True):
     """Return the list of integer block ids of a record as int64; chained ones differ."""
     values = record[name]
-    if not isinstance(values, list):
+    if not isinstance(values, list) or set(map(type, values)) - {int}:  # true is not 1
         raise ValueError(f"{name} must be a list of integers, got {values!r:.60}")
-    if not values:
-        return np.empty(0, np.int64)
-    if set(map(type, values)) != {int}:  # of types, so that true is not 1
-        raise ValueError(f"{name} must be a list of integers, got {values!r:.60}")
-    keys = np.array(values)
+    keys = np.array(values) if values else np.empty(0, np.int64)
     if keys.dtype.kind not in "iu":
         raise ValueError(f"{name} must be a list of 64-bit integers, got {values!r:.60}")
     if chained and len(set(values)) < len(values):
@@ -199,23 +192,22 @@ def _hash_text(key):
     return f"0x...{key % 2**64:016x}"  # of the first model the end of what its log says
 
 
-def _check_blocks(keys, prompt_tokens, block_tokens):
-    """Raise where a prompt cannot have so many blocks."""
-    most = -(-prompt_tokens // block_tokens)
-    if len(keys) > most:
-        raise ValueError(
-            f"{len(keys)} blocks of {block_tokens} tokens are more than {prompt_tokens} tokens need"
-        )
+def _prompt(record, name, keys, block_tokens):
+    """Return the tokens of a prompt; raise where it cannot have so many blocks."""
+    tokens = _tokens(record, name)
+    if len(keys) > -(-tokens // block_tokens):
+        blocks = f"{len(keys)} blocks of {block_tokens} tokens"
+        raise ValueError(f"{blocks} are more than {tokens} tokens need")
+    return tokens
 
 
 def read_mooncake(files: Sequence[Path], source: Source) -> TraceBuilder:
     """Mooncake: ``timestamp`` (ms), ``input_length``, ``output_length``, chained ``hash_ids``."""
     builder = TraceBuilder(source.block_tokens or 512)
     for place, record in _lines(files, source):
-        with source.place(*place):
+        with source.place(place):
             keys = _keys(record, "hash_ids")
-            prompt = _tokens(record, "input_length")
-            _check_blocks(keys, prompt, builder.block_tokens)
+            prompt = _prompt(record, "input_length", keys, builder.block_tokens)
             arrival_s = _number(record, "timestamp", -math.inf) / 1000.0
             builder.add(keys, arrival_s, prompt, _tokens(record, "output_length", 0))
     return builder
@@ -226,10 +218,9 @@ def read_qwen(files: Sequence[Path], source: Source) -> TraceBuilder:
     builder = TraceBuilder(source.block_tokens or 16, chained=False)
     chats: dict[int, int] = {}  # chat -> session: its first chat's number
     for place, record in _lines(files, source):
-        with source.place(*place):
+        with source.place(place):
             keys = _keys(record, "hash_ids", chained=False)
-            prompt = _tokens(record, "input_length")
-            _check_blocks(keys, prompt, builder.block_tokens)
+            prompt = _prompt(record, "input_length", keys, builder.block_tokens)
             arrival_s = _number(record, "timestamp", -math.inf)
             output = _tokens(record, "output_length", 0)
             parent = _number(record, "parent_chat_id", -math.inf, -1)
@@ -246,14 +237,13 @@ def read_lmcache(files: Sequence[Path], source: Source) -> TraceBuilder:
     """
     builder = None
     for place, record in _lines(files, source):
-        with source.place(*place):
+        with source.place(place):
             chunk = _tokens(record, "chunk_size")
             size = builder.block_tokens if builder else source.block_tokens or chunk
             if chunk != size or not chunk:
                 raise ValueError(f"chunk_size must be {size or '>= 1'}, got {chunk}")
             keys = _hash_keys(record, "chunk_hashes", source.number(record["model_name"]))
-            prompt = _tokens(record, "seq_len")
-            _check_blocks(keys, prompt, chunk)
+            prompt = _prompt(record, "seq_len", keys, chunk)
             arrival_s = float(_number(record, "timestamp", -math.inf))
             builder = builder or TraceBuilder(size, shown=_hash_text)
             builder.add(keys, arrival_s, prompt)
@@ -264,14 +254,13 @@ def read_decision_log(files: Sequence[Path], source: Source) -> TraceBuilder:
     """Read this kit's decision log, rotated or not: its generations, by their ``chunk_keys``."""
     builder = TraceBuilder(source.block_tokens or _chunk_tokens(files), shown=_hash_text)
     for place, record in _lines(files, source):
-        with source.place(*place):
+        with source.place(place):
             if record.get("kind", "generation") != "generation":
                 continue
             if not record.get("chunk_keys") and record.get("chunks"):
                 raise ValueError("chunk_keys is missing: an older log cannot be replayed")
             keys = _hash_keys(record, "chunk_keys") if record.get("chunk_keys") else ()
-            prompt = _tokens(record, "prompt_tokens")
-            _check_blocks(keys, prompt, builder.block_tokens)
+            prompt = _prompt(record, "prompt_tokens", keys, builder.block_tokens)
             builder.add(keys, _number(record, "time_s", -math.inf), prompt)
     return builder
 
@@ -281,18 +270,17 @@ def _chunk_tokens(files):
     low, high = 1, 2**31
     quiet = Source(skip_bad=True)
     for place, record in _lines(files, quiet):
-        with quiet.place(*place):
-            keys, tokens = record.get("chunk_keys") or [], _tokens(record, "prompt_tokens")
-            _check_blocks(keys, tokens, 1)
+        with quiet.place(place):
+            keys = record.get("chunk_keys") or []
+            tokens = _prompt(record, "prompt_tokens", keys, 1)
             if keys:
                 low = max(low, tokens // (len(keys) + 1) + 1)
                 high = min(high, tokens // len(keys))
     if high == 2**31:
         return 256  # LMCache's default; no record has a chunk
     if low > high:
-        raise ValueError(
-            f"{files[0]}, line 1: no one chunk size fits all records; give block_tokens"
-        )
+        reason = "no one chunk size fits all records; give block_tokens"
+        raise ValueError(f"{files[0]}, line 1: {reason}")
     power = 1 << (high.bit_length() - 1)  # the largest power of two <= high
     return power if power >= low else high
 
@@ -309,7 +297,7 @@ def read_weka(files: Sequence[Path], source: Source) -> TraceBuilder:
     builder = None
     with _bar(source, len(files), "reading", " sessions") as bar:
         for session, (file, start_s) in enumerate(zip(files, starts_s)):
-            with source.place(file, 1):
+            with source.place(f"{file}, line 1"):
                 builder = _add_session(file, session, float(start_s), source, builder)
             bar(1)
     return builder or TraceBuilder(source.block_tokens or 64)
@@ -324,12 +312,8 @@ def _add_session(file, session, start_s, source, builder):
     if size != builder.block_tokens:
         raise ValueError(f"block_size must be {builder.block_tokens}, got {size}")
     for number, (at_s, request) in enumerate(requests, start=1):
-        try:
+        with source.place(f"request {number}"):
             _add_agent_request(builder, request, at_s, session, source)
-        except _BAD as error:
-            if not source.skip_bad:
-                raise ValueError(f"request {number}: {_reason(error)}") from error
-            source.skipped += 1
     return builder
 
 
@@ -359,10 +343,10 @@ def _flat(requests, start_s):
 
 
 def _add_agent_request(builder, request, at_s, session, source):
-    keys, prompt = _keys(request, "hash_ids"), _tokens(request, "in")
+    keys = _keys(request, "hash_ids")
     if len(keys) and not 0 <= keys.min() <= keys.max() < 2**32:
         raise ValueError(f"hash_ids must be 0..4294967295, got {keys.min()}..{keys.max()}")
-    _check_blocks(keys, prompt, builder.block_tokens)
+    prompt = _prompt(request, "in", keys, builder.block_tokens)
     scope = source.number((session, request.get("model")))
     builder.add(keys | (scope << 32), at_s, prompt, _tokens(request, "out", 0), session)
 
@@ -372,14 +356,14 @@ class Format(NamedTuple):
 
     read: Callable[[Sequence[Path], Source], TraceBuilder]
     mark: str | None  # a key that its first record has, and no record of a format above
-    files: tuple[str, ...] = ("*.jsonl", "*.jsonl.gz")  # of a folder
+    files: str = "*.jsonl"  # of a folder, gzipped or not
     options: tuple[str, ...] = ("skip_bad", "block_tokens")
 
     def files_of(self, path: Path) -> list[Path]:
         """Return the file, or a folder's files of this format, by name."""
         if not path.is_dir():
             return [path]
-        return sorted(file for pattern in self.files for file in path.glob(pattern))
+        return sorted([*path.glob(self.files), *path.glob(f"{self.files}.gz")])
 
 
 _OVERLAID = ("skip_bad", "block_tokens", "seed", "sessions_per_hour", "max_sessions")
@@ -387,9 +371,7 @@ _OVERLAID = ("skip_bad", "block_tokens", "seed", "sessions_per_hour", "max_sessi
 FORMATS = {
     "qwen": Format(read_qwen, "chat_id"),
     "mooncake": Format(read_mooncake, "hash_ids"),
-    "lmcache": Format(
-        read_lmcache, "chunk_hashes", ("lookup_hashes_*.jsonl", "lookup_hashes_*.jsonl.gz")
-    ),
+    "lmcache": Format(read_lmcache, "chunk_hashes", "lookup_hashes_*.jsonl"),
     "decisions": Format(read_decision_log, "prompt_digest"),
-    "weka": Format(read_weka, None, ("*.json", "*.json.gz"), _OVERLAID),
+    "weka": Format(read_weka, None, "*.json", _OVERLAID),
 }

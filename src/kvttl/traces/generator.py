@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from kvttl.traces.builder import TraceBuilder
-from kvttl.traces.trace import Trace
+from kvttl.traces.trace import COLUMNS, Trace
 
 SAMPLE = {"requests": 600, "seed": 7, "block_tokens": 512, "system_blocks": 12, "turn_blocks": 2.0}
 
@@ -100,28 +104,19 @@ def tiled(trace: Trace, accesses: int) -> Trace:
         raise ValueError(f"accesses must leave < 2147483648 distinct blocks, got {accesses}")
     shift = np.repeat(np.arange(copies), trace.requests)  # copy of each request
     block_shift = np.repeat(np.arange(copies, dtype=np.int32), trace.accesses)
-    offsets = np.concatenate([[0], np.cumsum(np.tile(trace.blocks, copies))])
     sessions = int(trace.sessions.max(initial=0)) + 1
-    return Trace(
-        np.tile(trace.block_ids, copies) + block_shift * np.int32(trace.unique_blocks),
-        offsets,
-        np.tile(trace.arrival_s, copies) + shift * (trace.span_s + 60.0),
-        np.tile(trace.prompt_tokens, copies),
-        np.tile(trace.output_tokens, copies),
-        (np.tile(trace.sessions, copies) + shift * sessions).astype(np.int32),
-        trace.block_tokens,
-        copies * trace.unique_blocks,
-        f"{trace.name} x {copies}",
-    )
+    columns = {name: np.tile(getattr(trace, name), copies) for name in COLUMNS}
+    columns["block_ids"] += block_shift * np.int32(trace.unique_blocks)
+    columns["offsets"] = np.concatenate([[0], np.cumsum(np.tile(trace.blocks, copies))])
+    columns["arrival_s"] += shift * (trace.span_s + 60.0)
+    columns["sessions"] += (shift * sessions).astype(np.int32)
+    unique, name = copies * trace.unique_blocks, f"{trace.name} x {copies}"
+    return replace(trace, **columns, unique_blocks=unique, name=name, skipped_lines=0)
 
 
 def write_mooncake(trace: Trace, path) -> None:
     """Write a trace as Mooncake's JSON lines (gzipped where the name ends in ``.gz``)."""
-    import gzip
-    import io
-    import json
-
-    text = io.StringIO()
+    lines = []
     for r in range(trace.requests):
         record = {
             "timestamp": round(float(trace.arrival_s[r]) * 1e3),
@@ -129,7 +124,6 @@ def write_mooncake(trace: Trace, path) -> None:
             "output_length": int(trace.output_tokens[r]),
             "hash_ids": trace.request(r).tolist(),
         }
-        text.write(json.dumps(record, separators=(",", ":")) + "\n")
-    data = text.getvalue().encode()
-    with open(path, "wb") as file:
-        file.write(gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)
+        lines.append(json.dumps(record, separators=(",", ":")) + "\n")
+    data = "".join(lines).encode()
+    Path(path).write_bytes(gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)

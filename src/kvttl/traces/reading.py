@@ -71,12 +71,10 @@ def read_trace(
     ...     read_trace(file)
     Trace(1 requests, 2 accesses, 2 unique blocks of 512 tokens, 0 s)
     """
-    path = Path(path)
     if not 0 < sessions_per_hour < math.inf:
         raise ValueError(f"sessions_per_hour must be > 0 and finite, got {sessions_per_hour!r}")
-    rate = float(sessions_per_hour)
-    source = Source(skip_bad, progress, seed, rate, max_sessions, block_tokens)
-    return _read(path, format, source, cache_dir)
+    options = skip_bad, progress, seed, float(sessions_per_hour), max_sessions, block_tokens
+    return _read(Path(path), format, Source(*options), cache_dir)
 
 
 def _read(path, format, source, cache_dir):
@@ -89,7 +87,8 @@ def _read(path, format, source, cache_dir):
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
     files = FORMATS[name].files_of(path)
     if not files:
-        raise ValueError(f"{path}: no {' or '.join(FORMATS[name].files)} file in this folder")
+        pattern = FORMATS[name].files
+        raise ValueError(f"{path}: no {pattern} or {pattern}.gz file in this folder")
     cached = cache_dir and Path(cache_dir) / _cache_name(path, name, files, source)
     if cached and cached.exists():
         try:

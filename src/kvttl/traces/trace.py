@@ -26,6 +26,7 @@ COLUMNS = {  # array of `Trace` -> dtype
     "output_tokens": np.int32,
     "sessions": np.int32,
 }
+_OF_REQUESTS = tuple(COLUMNS)[2:]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,21 +94,14 @@ class Trace:
         """Blocks of each request, shape (requests,)."""
         return np.diff(self.offsets)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(getattr(self, name).nbytes for name in COLUMNS)
-
     def request(self, index: int) -> np.ndarray:
         """Return the block ids of one request, a view."""
         return self.block_ids[self.offsets[index] : self.offsets[index + 1]]
 
     def tail_tokens(self) -> np.ndarray:
         """Return the tokens in each request's last block, shape (requests,), 0 if it has none."""
-        before = (self.blocks - 1) * self.block_tokens
-        return np.where(
-            self.blocks > 0, np.clip(self.prompt_tokens - before, 0, self.block_tokens), 0
-        )
+        after = self.prompt_tokens - (self.blocks - 1) * self.block_tokens
+        return np.where(self.blocks > 0, np.clip(after, 0, self.block_tokens), 0)
 
     def without_tails(self) -> Trace:
         """Return the trace without the incomplete last blocks of prompts: they are not kept.
@@ -127,10 +121,7 @@ class Trace:
             raise ValueError(f"requests must be >= 0, got {requests}")
         end = self.offsets[min(requests, self.requests)]
         ids, unique = _renumber(self.block_ids[:end], self.unique_blocks)
-        columns = {
-            name: getattr(self, name)[:requests]
-            for name in ("arrival_s", "prompt_tokens", "output_tokens", "sessions")
-        }
+        columns = {name: getattr(self, name)[:requests] for name in _OF_REQUESTS}
         offsets = self.offsets[: requests + 1]
         return replace(self, block_ids=ids, offsets=offsets, unique_blocks=unique, **columns)
 
@@ -207,7 +198,7 @@ def _check_columns(values):
     ids, offsets, arrival_s = (values[name] for name in ("block_ids", "offsets", "arrival_s"))
     unique, requests = int(values["unique_blocks"]), len(arrival_s)
     _want(len(offsets) == requests + 1, "offsets must be one more than requests")
-    for name in ("prompt_tokens", "output_tokens", "sessions"):
+    for name in _OF_REQUESTS:
         _want(len(values[name]) == requests, f"{name} must be one a request")
     ends = offsets[0] == 0 and offsets[-1] == len(ids)
     _want(ends and np.all(offsets[1:] >= offsets[:-1]), "offsets must ascend over block_ids")
