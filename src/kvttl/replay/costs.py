@@ -157,13 +157,8 @@ def fit_costs(records: Iterable[Any], costs: TierCosts | None = None) -> TierCos
         if line := _line(loads):
             latency_s[code] = max(0.0, line[0])
             bytes_per_s[code] = costs.bytes_per_token / line[1]
-    return replace(
-        costs,
-        latency_s=tuple(latency_s),
-        bytes_per_s=tuple(bytes_per_s),
-        prefill_tokens_per_s=1 / prefill_s,
-        start_s=start_s,
-    )
+    loading = {"latency_s": tuple(latency_s), "bytes_per_s": tuple(bytes_per_s)}
+    return replace(costs, **loading, prefill_tokens_per_s=1 / prefill_s, start_s=start_s)
 
 
 def _line(points):

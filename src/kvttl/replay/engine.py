@@ -119,10 +119,8 @@ def replay_without_capacity(
         )
     trace, hits = plan.index.trace, _hit_arrays(plan.index.trace)
     tier = _tiers(plan, _NO_LIMITS)
-    until_s = _deadlines(plan, tier)
-    area, moved = replay_ttl(
-        plan.segments, trace.arrival_s, until_s, tier, trace.block_tokens, *hits
-    )
+    decided = (_deadlines(plan, tier), tier)
+    area, moved = replay_ttl(plan.segments, trace.arrival_s, *decided, trace.block_tokens, *hits)
     return ReplayResult(trace, _name(policy), _NO_LIMITS, *hits, *area, moved)
 
 
@@ -145,7 +143,7 @@ def _hit_arrays(trace):
 
 def _tiers(plan, blocks):
     """Return each run's first tier that exists: the wanted one, else colder, else hotter."""
-    wanted = np.zeros(plan.segments.count, np.int8) if plan.tier is None else plan.tier
+    wanted = np.zeros(len(plan.segments.request), np.int8) if plan.tier is None else plan.tier
     there = [tier for tier in range(3) if blocks[tier] != 0]
     if len(there) in (0, 3):
         return np.ascontiguousarray(wanted, np.int8)
@@ -155,25 +153,19 @@ def _tiers(plan, blocks):
 
 def _deadlines(plan, tier):
     """Return until when each segment may be in each tier, seconds, shape (segments, 3)."""
-    segments = plan.segments
-    ttl_s = np.full(segments.count, np.inf) if plan.ttl_s is None else plan.ttl_s
+    arrival_s = plan.index.trace.arrival_s[plan.segments.request]
+    ttl_s = np.full(len(arrival_s), np.inf) if plan.ttl_s is None else plan.ttl_s
     factors = np.array(plan.ladder or (1.0, 0.0, 0.0), np.float64)
-    arrival_s = plan.index.trace.arrival_s[segments.request]
     return ladder_deadlines(arrival_s, np.ascontiguousarray(ttl_s, np.float64), tier, factors)
 
 
 def _replay_plan(plan, name, blocks, progress):
     segments, trace = plan.segments, plan.index.trace
-    hits, state = _hit_arrays(trace), new_state(segments.count)
-    tier = _tiers(plan, blocks)
-    work = Work(
-        segments,
-        np.array(segments.request if plan.key is None else plan.key, np.float64),
-        tier,
-        np.empty((0, 3)) if plan.ttl_s is None else _deadlines(plan, tier),
-        np.array(blocks, np.int64),
-        trace.block_tokens,
-    )
+    hits, state = _hit_arrays(trace), new_state(len(segments.request))
+    key = np.array(segments.request if plan.key is None else plan.key, np.float64)
+    tier, limits = _tiers(plan, blocks), np.array(blocks, np.int64)
+    until_s = np.empty((0, 3)) if plan.ttl_s is None else _deadlines(plan, tier)
+    work = Work(segments, key, tier, until_s, limits, trace.block_tokens)
     for first, last in _chunks(trace, blocks, progress, name):
         replay_requests(state, work, trace.arrival_s, first, last, *hits)
     return ReplayResult(trace, name, blocks, *hits, *state.area, state.moved)

@@ -67,7 +67,7 @@ class Plan:
     def __post_init__(self) -> None:
         if self.per not in ("request", "run"):
             raise ValueError(f"per must be 'request' or 'run', got {self.per!r}")
-        wanted = (self.segments.count,)
+        wanted = self.segments.request.shape
         for name in ("key", "ttl_s", "tier"):
             values = getattr(self, name)
             if values is not None and np.shape(values) != wanted:

@@ -191,11 +191,6 @@ class SegmentArrays(NamedTuple):
     mirror: np.ndarray
     rest: np.ndarray
 
-    @property
-    def count(self) -> int:
-        """Number of segments."""
-        return len(self.request)
-
 
 def _segments(offsets, request, length, short, piece_offsets, old, start, piece_length):
     mirror = offsets[request] + offsets[request + 1] - 1 - np.arange(len(request))
