@@ -110,7 +110,7 @@ class Child:
             if wait_s > 0 and self.alive():
                 with contextlib.suppress(ProcessLookupError):  # gone, as was wanted
                     os.killpg(self.pid, number)
-                wait_until(lambda: not self.alive(), wait_s)
+                comes_true(lambda: not self.alive(), wait_s)
         for process in family:  # grandchildren that left the group or ignored SIGTERM
             if process.pid != self.pid:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -138,7 +138,7 @@ class Child:
 _STORED = {"name": str, "pid": int, "created_s": float, "log_path": Path}  # in the state file
 
 
-def wait_until(condition: Callable[[], Any], timeout_s: float) -> Any:
+def comes_true(condition: Callable[[], Any], timeout_s: float) -> Any:
     """Return what a condition returns once that is true, or after `timeout_s` seconds."""
     deadline_s = time.monotonic() + timeout_s
     while not (result := condition()) and time.monotonic() < deadline_s:

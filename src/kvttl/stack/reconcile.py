@@ -17,7 +17,7 @@ import redis
 
 from kvttl.lmcache.client import LMCacheHTTP, LMCacheUnavailable, get_json
 from kvttl.lmcache.tiers import LMCACHE_TIERS, ChunkKey, addresses, pages, parse_key
-from kvttl.stack.process import wait_until
+from kvttl.stack.process import comes_true
 from kvttl.storage.redis_client import connect_as_server
 
 PAGE_KEYS = 5000  # per request; LMCache allows 10,000
@@ -108,7 +108,7 @@ def reconcile_for(server_arguments: list[str], wait_s: float = 30.0) -> None:
     parser.add_argument("--l2-adapter", action="append", type=json.loads, default=[])
     options, _ = parser.parse_known_args(server_arguments)
     try:
-        if not wait_until(lambda: get_json(options.coordinator_url, "/healthz"), wait_s):
+        if not comes_true(lambda: get_json(options.coordinator_url, "/healthz"), wait_s):
             raise LMCacheUnavailable(f"no LMCache coordinator answers at {options.coordinator_url}")
         places = addresses(options.l2_adapter).items()
         real = {tier: CONTENTS_OF[tier](*place) for tier, place in places if tier in CONTENTS_OF}
