@@ -245,7 +245,7 @@ MAY_IMPORT = {
     "traces": "nothing",
     "settings": "caching_heuristics",
     "lmcache": "caching_heuristics",
-    "decisions": "caching_heuristics, settings",
+    "decisions": "caching_heuristics, background, settings",
     "stack": "caching_heuristics, background, storage, lmcache",
     "manager": "caching_heuristics, background, lmcache, decisions",
     "tiered_caching": "caching_heuristics, background, storage, lmcache, decisions, manager",
