@@ -7,8 +7,6 @@ without waiting for it between two generations). The peer of every figure is
 500 chunks is under way on another thread: nobody should wait for it. Ends with one line of JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import threading

@@ -5,8 +5,6 @@ from the key event to the first frame after the new image has loaded. Ends with
 one line of JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

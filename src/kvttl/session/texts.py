@@ -1,7 +1,5 @@
 """Prompts that several workloads share."""
 
-from __future__ import annotations
-
 import random
 import string
 
