@@ -3,8 +3,6 @@
 Turns are OpenAI's: ``{"role": ..., "content": ...}``, with ``tool_calls`` where a model called.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence

@@ -4,8 +4,6 @@ LangGraph takes the same objects. AutoGen, and whatever speaks OpenAI's protocol
 through the gateway instead (`kvttl.serve.gateway`).
 """
 
-from __future__ import annotations
-
 import copy
 import threading
 from collections import deque

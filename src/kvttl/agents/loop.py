@@ -4,8 +4,6 @@ A ticket goes round among the agents; later it comes back. Where each chunk of K
 in between is read from LMCache's directory after every event.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

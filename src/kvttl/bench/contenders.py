@@ -6,8 +6,6 @@ Think times pass on a clock of the session's own; what LMCache does by the real
 clock (storing, evicting once a second) is waited for between two requests.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import tempfile

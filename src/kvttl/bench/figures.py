@@ -1,7 +1,5 @@
 """What the reports of all benchmarks share."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -8,8 +8,6 @@ client is another process. Every prompt is new, so that no request is served fro
 LMCache. Ends with one line of JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import functools

@@ -8,8 +8,6 @@ during ("sync_sweeping") a sweep of another thread that moves 500 chunks: none s
 it. Ends with one line of JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import threading

@@ -5,8 +5,6 @@ one. Medians of several repeats, taken in turns, so that other jobs on the machi
 slow all alike. Ends with one line of JSON; the report is data/reports/replay.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -5,8 +5,6 @@ from the key event to the first frame after the new image has loaded. Ends with
 one line of JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex
@@ -36,15 +34,6 @@ _START_S, _STOP_S = 60.0, 10.0  # of a server
 
 _BROWSERS = ("chromium", "google-chrome", "chromium-browser", "chrome")  # as in .ci/setup
 _FLAGS = ["--disable-gpu", "--disable-quic", "--disable-sync"]  # beside Playwright's own
-_WATCH = """() => {
-  const image = document.querySelector('.kv-picture');
-  window.kvKey = 0; window.kvSteps = [];
-  document.addEventListener('keydown', () => { window.kvKey = performance.now(); }, true);
-  image.addEventListener('load', () => requestAnimationFrame(() => {
-    if (window.kvKey) window.kvSteps.push(performance.now() - window.kvKey);
-    window.kvKey = 0;
-  }));
-}"""
 
 
 def scratch_project(folder: str | Path, root: str | Path = ".") -> Path:
@@ -138,7 +127,7 @@ def open_app(chromium, url: str, timeout_s: float = 60.0):
 
 def slider_steps(page, steps: int = STEPS) -> list[float]:
     """Press an arrow key `steps` times on the sliders in turn; returns the latencies, ms."""
-    page.evaluate(_WATCH)
+    page.evaluate(Path(__file__).with_name("slider_steps.js").read_text("utf-8"))
     for step in range(steps):
         name = SLIDERS[step * len(SLIDERS) // steps]
         page.locator(f".kv-slider-{name} .noUi-handle").press("ArrowRight")

@@ -6,8 +6,6 @@ all contenders, in an order that rotates; then the next. So noise of the machine
 meets all of them alike. Ends with one line of JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

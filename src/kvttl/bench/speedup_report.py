@@ -4,8 +4,6 @@ A row a contender, hot tier and workload; means over seeds with 95 % confidence
 intervals (Student's t). Comparisons are paired: the same seed, the same requests.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

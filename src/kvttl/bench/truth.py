@@ -4,8 +4,6 @@ Twice: by `kvttl.replay.engine`, which knows a capacity and a policy, and by
 `kvttl.lmcache.model`, which knows LMCache's own rules and runs the manager's code.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ session gets text of one kind, and a prompt that shares a prefix in the trace
 shares the same share of its tokens: perplexity, hits and TTFT are then real.
 """
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Equal data give equal figures, and equal bytes when saved by `kvttl.plots.export`.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from operator import attrgetter

@@ -3,8 +3,6 @@
 Equal figures and settings give equal bytes: no file holds a date or a random id.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping

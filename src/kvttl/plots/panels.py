@@ -4,8 +4,6 @@ A static figure makes a panel and leaves it; the sliders keep theirs and redraw
 only `artists`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import cycle, pairwise, product
 

@@ -1,7 +1,5 @@
 """Figures of replays: plain functions from results and tables to a matplotlib figure."""
 
-from __future__ import annotations
-
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter

@@ -1,7 +1,5 @@
 """What other settings would have decided in a run: tiers that change, memory-time that moves."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache

@@ -4,8 +4,6 @@ Only the routes named here exist: vLLM's application has more, and some of them
 generate without asking for the API key.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """An asynchronous vLLM engine whose every generation is managed: servers are built on it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing

@@ -5,8 +5,6 @@ What a client knows about a prompt rides in the request:
 ``extra_body={"kv": {"perplexity": 12.5}}``. Loopback only, unless there is an API key.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import signal

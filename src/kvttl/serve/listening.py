@@ -1,7 +1,5 @@
 """A socket, its HTTP server, and who may connect: nothing here knows a KV cache."""
 
-from __future__ import annotations
-
 import gc
 import os
 import socket

@@ -1,7 +1,5 @@
 """The parts of vLLM's inside that serving is built on; another vLLM may have them elsewhere."""
 
-from __future__ import annotations
-
 import functools
 import pkgutil
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Measures what a hit in each tier costs, on a real stack."""
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Stack, engine and manager of a session: what notebooks, commands and benchmarks start."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import os

@@ -7,8 +7,6 @@ think times, so that hours pass, TTLs end and KV cache goes down the ladder. At
 the end stand the decisions as a table, a summary, a log and a picture.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

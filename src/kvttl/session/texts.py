@@ -1,72 +1,20 @@
 """Prompts that several workloads share."""
 
-from __future__ import annotations
-
 import random
 import string
+from pathlib import Path
 
-CODE_PROMPT = '''\
-class RateLimiter:
-    """Allow at most `limit` calls per `period` seconds."""
-
-    def __init__(self, limit, period):
-        self.limit = limit
-        self.period = period
-        self._calls = []
-
-    def allow(self, now):
-        """Return True if a call at time `now` is allowed."""
-        if self.limit <= 0:
-            raise ValueError("limit must be positive")
-        self._calls = [t for t in self._calls if t > now - self.period]
-        if len(self._calls) >= self.limit:
-            return False
-        self._calls.append(now)
-        return True
-
-    def reset(self):
-        self._calls = []
-
-
-def main(argv=None):
-    limiter = RateLimiter(limit=3, period=1.0)
-    for i in range(10):
-        if not limiter.allow(i * 0.2):
-            print("call %d was rejected" % i)
-
-
-if __name__ == "__main__":
-    main()
-'''
-
-
-TEMPLATE_LINE = "You are a helpful assistant. Answer the question using only the given text.\n"
-
-
-PROSE_PROMPT = """\
-The first time a user asks a question, the server has to read the whole text before it can \
-write a single word of the answer. If the same text is used again, the work that was done the \
-first time can be kept in memory and the answer will start sooner. This is only useful when \
-there is enough room to keep it, so the system must decide which of the objects should be \
-removed when the memory is full. A simple rule is to remove the one that has not been used for \
-the longest time. It is easy to understand, but it does not take into account how long it would \
-take to compute the value again, or how large the value is. Other rules use this information \
-and may give better results, depending on the kind of requests that are made.
-"""
-
-
-_RULES = (
-    "Name the file and the line for every finding.",
-    "Prefer a small change that can be tested.",
-    "Say what you measured and what you only assume.",
-    "Never print a password, a token or a private key.",
-    "If two answers are possible, give the simpler one first.",
+_PROMPTS = Path(__file__).with_name("prompts")
+CODE_PROMPT, PROSE_PROMPT, _RULES = (
+    (_PROMPTS / f"{name}.txt").read_text("utf-8") for name in ("code", "prose", "house_rules")
 )
+TEMPLATE_LINE = "You are a helpful assistant. Answer the question using only the given text.\n"
 
 
 def house_rules(first: str) -> str:
     """Return numbered rules for an agent, a line each; the first is the caller's."""
-    return "".join(f"{n}. {rule}\n" for n, rule in enumerate((first, *_RULES) * 2, start=1))
+    rules = [first, *_RULES.splitlines()] * 2
+    return "".join(f"{n}. {rule}\n" for n, rule in enumerate(rules, start=1))
 
 
 _WORDS = "cache tensor prefix token block chunk tier model agent server queue worker".split()

@@ -5,8 +5,6 @@ interpreter that runs it (code, docstrings and the help topics of ``pydoc``), th
 the weights are made here from a seed.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import inspect

@@ -3,8 +3,6 @@
 Nothing but texts and times: what the heuristics need to know is measured.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 

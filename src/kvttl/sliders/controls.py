@@ -1,7 +1,5 @@
 """One setting's controls: a slider, a number to type, and a line that says what is wrong."""
 
-from __future__ import annotations
-
 import html
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Sliders over the decision plots: tune the heuristics, see what changes, save and export."""
 
-from __future__ import annotations
-
 import io
 import math
 import time

@@ -1,7 +1,5 @@
 """What both explorers share: a control for every setting, and a picture that follows."""
 
-from __future__ import annotations
-
 import asyncio
 import html
 import re

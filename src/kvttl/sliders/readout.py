@@ -1,7 +1,5 @@
 """What other settings change in a run, in words and as a small table (HTML)."""
 
-from __future__ import annotations
-
 import html
 
 from caching_heuristics import TIERS

@@ -3,8 +3,6 @@
 `replay_view` is the plain function behind it: settings in, figures and a picture out.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Mapping
