@@ -8,7 +8,6 @@ without waiting for it between two generations). The peer of every figure is
 """
 
 import argparse
-import sys
 import threading
 import time
 import timeit
@@ -139,8 +138,8 @@ def _during_a_sweep(cache, seed):
     return calls, sum(move["moved_chunks"] for record in swept for move in record.moves)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark, write `REPORT`, print the figures; returns the exit status."""
+def main(argv: list[str] | None = None) -> None:
+    """Run the benchmark, write `REPORT`, print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="config.yaml")
     parser.add_argument("--generations", type=int, default=120)
@@ -151,7 +150,6 @@ def main(argv: list[str] | None = None) -> int:
         figures |= compare_modes(stack, llm, options.generations, options.seed)
         figures |= sweeping_figures(stack, llm, options.seed)
     publish(REPORT, {"seed": options.seed, **about}, figures, list(_lines(figures)))
-    return 0
 
 
 def _lines(figures):
@@ -166,4 +164,4 @@ def _lines(figures):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
