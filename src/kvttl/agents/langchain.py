@@ -141,9 +141,7 @@ class ManagedChatModel(BaseChatModel):
             },
         )
 
-    def bind_tools(
-        self, tools: Sequence[Any], *, tool_choice: str | None = None, **kwargs: Any
-    ) -> Any:
+    def bind_tools(self, tools: Sequence, *, tool_choice: str | None = None, **kwargs) -> Any:
         """Return the model with tools that it may call: all that `convert_to_openai_tool` takes.
 
         Raises

@@ -26,9 +26,8 @@ from kvttl.plots.panels import TIER_COLOURS, open_axes, tier_keys
 from kvttl.session.launch import session_manager
 from kvttl.session.texts import CODE_PROMPT, PROSE_PROMPT, house_rules, random_characters
 
-HOUSE_RULES = "You are one of several agents that work on a ticket together.\n" + house_rules(
-    "Read the whole ticket and all answers before you answer."
-)
+_TOGETHER = "You are one of several agents that work on a ticket together.\n"
+HOUSE_RULES = _TOGETHER + house_rules("Read the whole ticket and all answers before you answer.")
 ROLES = {
     "planner": "You are the planner. Split the ticket into steps, and say who does which step.",
     "engineer": "You are the engineer. Write the change for the next step, and nothing else.",
@@ -66,7 +65,7 @@ class LoopRun:
         Unix time at which the session's clock began.
     records : list of DecisionRecord
         Generations and TTLs that ended, in order.
-    agents, tickets, turns : dict
+    turns : dict
         Prompt digest -> whose turn it was, about which ticket, and which turn it was.
     snapshots : list of (float, dict)
         Seconds since the start, and chunk key -> hottest tier, after every event.
@@ -74,22 +73,18 @@ class LoopRun:
 
     start_s: float
     records: list[DecisionRecord] = field(default_factory=list)
-    agents: dict[str, str] = field(default_factory=dict)
-    tickets: dict[str, str] = field(default_factory=dict)
-    turns: dict[str, int] = field(default_factory=dict)
+    turns: dict[str, tuple[str, str, int]] = field(default_factory=dict)
     snapshots: list[tuple[float, Mapping[str, str]]] = field(default_factory=list)
     last: DecisionRecord | None = None  # of the manager's records, the newest looked at
 
     @property
     def labels(self) -> list[str]:
         """A name for each record, such as "code 1: planner"."""
-        digests = [record.prompt_digest for record in self.records]
-        return [f"{self.tickets[d]} {self.turns[d]}: {self.agents[d]}" for d in digests]
+        turns = (self.turns[record.prompt_digest] for record in self.records)
+        return [f"{ticket} {turn}: {agent}" for agent, ticket, turn in turns]
 
 
-def loop_model(
-    stack: Any, llm: Any, config: HeuristicConfig | None = None, **options: Any
-) -> ManagedChatModel:
+def loop_model(stack, llm, config: HeuristicConfig | None = None, **options) -> ManagedChatModel:
     """Return a chat model over a manager of its own, on a `SessionClock`.
 
     `options` go to `MultiTierCache`; close ``model.kv_cache`` in the end.
@@ -130,7 +125,7 @@ def _agent(model, run, ticket, name, following, turns):
         answer = model.invoke([system, *state["messages"]])
         digest = answer.response_metadata["kv"]["prompt_digest"]
         turn = state["turns"] + 1
-        run.agents[digest], run.tickets[digest], run.turns[digest] = name, ticket, turn
+        run.turns[digest] = name, ticket, turn
         _note(model.kv_cache, run)
         said = HumanMessage(f"{name}: {answer.content}")  # to the others it is somebody else's
         after = {"messages": [said], "turns": turn, "at_s": state["at_s"] + THINK_S}
@@ -171,7 +166,7 @@ def run_loop(
 def _note(cache, run):
     """Take over the new records, and look where every chunk is now."""
     new = list(takewhile(lambda record: record is not run.last, reversed(cache.records)))[::-1]
-    run.records += [r for r in new if r.prompt_digest in run.agents]  # others' too are there
+    run.records += [r for r in new if r.prompt_digest in run.turns]  # others' too are there
     run.last = new[-1] if new else run.last
     layout = cache.controller.layout_of()
     held = layout.of(cache.controller.instance_id)
@@ -194,13 +189,12 @@ def chunk_groups(run: LoopRun) -> dict[str, str]:
     users = defaultdict(list)
     for record in run.records:
         if record.kind == "generation":
-            digest = record.prompt_digest
             for key in record.chunk_keys:
-                users[key].append((run.agents[digest], run.tickets[digest]))
-    return {key: _group(*zip(*pairs)) for key, pairs in users.items()}
+                users[key].append(run.turns[record.prompt_digest])
+    return {key: _group(*zip(*turns)) for key, turns in users.items()}
 
 
-def _group(agents, tickets):
+def _group(agents, tickets, _turns):
     if len(set(agents)) > 1:
         return _RULES
     return _ROLE if len(set(tickets)) > 1 else f"{tickets[0]}: {agents[0]}"
@@ -248,12 +242,12 @@ def turn_table(run: LoopRun) -> pd.DataFrame:
 
 
 def _row(run, record):
-    digest, known = record.prompt_digest, record.metadata
+    (agent, ticket, _turn), known = run.turns[record.prompt_digest], record.metadata
     moved = [move for move in record.moves if move["moved_chunks"]]
     return {
         "hours": round((record.time_s - run.start_s) / _HOUR, 2),
-        "ticket": run.tickets[digest],
-        "agent": run.agents[digest],
+        "ticket": ticket,
+        "agent": agent,
         "tokens": record.prompt_tokens,
         "perplexity": round(known.get("perplexity", np.nan), 1),
         "uses": known.get("access_count"),

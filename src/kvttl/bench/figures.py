@@ -59,11 +59,8 @@ def percentile_line(name: str, figures: Mapping[str, float]) -> str:
 
 def rounded_figures(value: Any) -> Any:
     """Return a JSON value with short numbers, null for what is not finite."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: rounded_figures(item) for key, item in value.items()}
-    return [rounded_figures(item) for item in value] if isinstance(value, (list, tuple)) else value
+    short = {"parse_float": lambda text: float(f"{float(text):.5g}")}
+    return json.loads(json.dumps(value), **short, parse_constant=lambda _not_finite: None)
 
 
 def write_json(path: str | Path, report: Mapping[str, Any]) -> None:
@@ -73,9 +70,7 @@ def write_json(path: str | Path, report: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(rounded_figures(report), indent=1) + "\n", encoding="utf-8")
 
 
-def publish(
-    path: str | Path, about: Mapping[str, Any], figures: Mapping[str, Any], lines: Sequence[str]
-) -> None:
+def publish(path: str | Path, about: dict, figures: dict, lines: Sequence[str]) -> None:
     """Write a report of both parts; print some lines, and last the figures as JSON."""
     write_json(path, {**about, **figures})
     print("\n".join(lines))

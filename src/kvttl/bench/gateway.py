@@ -119,12 +119,8 @@ async def _stream(client, model, prompt):
 
 def _asked(model, prompt, kv=None, **options):
     options |= {"max_tokens": MAX_TOKENS, "temperature": 0.0}
-    return {
-        "model": model,
-        "prompt": prompt,
-        "extra_body": {"ignore_eos": True, "kv": kv},
-        **options,
-    }
+    extra = {"ignore_eos": True, "kv": kv}
+    return {"model": model, "prompt": prompt, "extra_body": extra, **options}
 
 
 def compare_ways(
@@ -135,18 +131,18 @@ def compare_ways(
     That is the median over the turns of the difference within a turn: what else the
     machine does meanwhile comes and goes.
     """
-    times: dict[str, list[float]] = {way: [] for way in _WAYS}
+    times_ms: dict[str, list[float]] = {way: [] for way in _WAYS}
     for turn in range(requests + _WARM_UP):
         for way in rng.sample(_WAYS, k=len(_WAYS)):
             prompts = [random_words(rng, _WORDS) for _ in range(2 if way.endswith("busy") else 1)]
             taken = _time_way(way, server, urls, client, prompts)
             server.cache.flush()
             time.sleep(_PAUSE_S)
-            times[way] += taken[-1:] if turn >= _WARM_UP else []
-    figures = {k: v for way in _WAYS for k, v in _percentiles(way, times[way]).items()}
+            times_ms[way] += [taken[-1] * 1e3] if turn >= _WARM_UP else []
+    figures = {k: v for way in _WAYS for k, v in percentiles(way, times_ms[way]).items()}
     for way, peer in _COMPARED:
-        added_s = np.median(np.array(times[way]) - np.array(times[peer]))
-        figures[f"{way}_adds_to_{peer}_p50_ms"] = float(added_s) * 1e3
+        added_ms = np.subtract(times_ms[way], times_ms[peer])
+        figures[f"{way}_adds_to_{peer}_p50_ms"] = float(np.median(added_ms))
     return {"requests_of_each": requests, **figures}
 
 
@@ -170,19 +166,16 @@ def compare_streams(
         server.cache.flush()
     for name, rounds in answers.items():
         errors = [error for _, error in rounds if error]
-        figures |= _percentiles(f"streams_{name}_ttft", [s for s, error in rounds if not error])
+        ttft_ms = [seconds * 1e3 for seconds, error in rounds if not error]
+        figures |= percentiles(f"streams_{name}_ttft", ttft_ms)
         figures[f"streams_{name}_errors"] = len(errors)
         for error in errors[:3]:
             print(f"{name}: {error}", file=sys.stderr)
     return figures
 
 
-def _percentiles(name, seconds):
-    return percentiles(name, np.array(seconds) * 1e3)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark, write `REPORT`, print the figures; returns the exit status."""
+def main(argv: list[str] | None = None) -> None:
+    """Run the benchmark, write `REPORT`, print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="config.yaml")
     parser.add_argument("--requests", type=int, default=60, help="of each way")
@@ -193,7 +186,6 @@ def main(argv: list[str] | None = None) -> int:
     about |= machine("openai", "fastapi", "uvicorn")
     figures = _measure(options)
     publish(REPORT, about, figures, list(_lines(figures)))
-    return 0
 
 
 def _measure(options):
@@ -223,4 +215,4 @@ def _lines(figures):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

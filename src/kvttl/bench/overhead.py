@@ -9,7 +9,6 @@ it. Ends with one line of JSON.
 """
 
 import argparse
-import sys
 import threading
 import time
 import timeit
@@ -146,8 +145,8 @@ def _decide_around_a_sweep(cache, seed):
     return still_ms, during_ms, moved
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark, write `REPORT`, print the figures; returns the exit status."""
+def main(argv: list[str] | None = None) -> None:
+    """Run the benchmark, write `REPORT`, print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="config.yaml")
     parser.add_argument("--generations", type=int, default=120)
@@ -158,7 +157,6 @@ def main(argv: list[str] | None = None) -> int:
         figures |= compare_modes(stack, llm, options.generations, options.seed)
         figures |= sweeping_figures(stack, llm, options.seed)
     publish(REPORT, {"seed": options.seed, **about}, figures, list(_lines(figures)))
-    return 0
 
 
 def _lines(figures):
@@ -172,4 +170,4 @@ def _lines(figures):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

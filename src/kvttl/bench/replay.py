@@ -29,9 +29,7 @@ _CAPACITY = 0.05  # of unique blocks
 _CURVE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # capacities of lru_curve, all in one pass
 _TIERS = (0.01, 0.05, 0.2)
 _CONFIG = HeuristicConfig(base_ttl=100)
-_COMPARED = (
-    "ttl ttl_with_index tiers tiers_recency recency lru lru_curve lru_curve_with_index".split()
-)
+_OURS = "ttl ttl_with_index tiers tiers_recency recency lru lru_curve lru_curve_with_index".split()
 _GROWTH = (1_000_000, 10_000_000, 100_000_000)  # accesses
 
 
@@ -81,14 +79,10 @@ def engines(trace, repeats: int) -> dict[str, float]:
         same = same and lru_curve(index, [_CAPACITY])["block_level_hits"][0] == theirs
     figures = {f"{name}_accesses_per_s": trace.accesses / s for name, s in seconds.items()}
     theirs = figures["libcachesim_accesses_per_s"]
-    for name in _COMPARED:
+    for name in _OURS:
         figures[f"{name}_vs_libcachesim"] = figures[f"{name}_accesses_per_s"] / theirs
-    return {
-        **figures,
-        "lru_hits_equal_libcachesim": bool(same),
-        "slider_step_ms": seconds["ttl"] * 1e3,
-        "accesses_per_run": trace.accesses / max(index.runs, 1),
-    }
+    figures |= {"lru_hits_equal_libcachesim": bool(same), "slider_step_ms": seconds["ttl"] * 1e3}
+    return {**figures, "accesses_per_run": trace.accesses / max(index.runs, 1)}
 
 
 def growth(sizes=_GROWTH, repeats: int = 3) -> list[dict[str, float]]:
@@ -134,10 +128,8 @@ def _lines(trace, figures):
     yield f"  one slider step    {figures['slider_step_ms']:9.2f} ms"
     for row in figures["growth"]:
         count = row["accesses"] / 1e6
-        rates = ", ".join(
-            f"{name} {count / row[f'{name}_s']:.0f}" for name in ("ttl", "tiers", "lru")
-        )
-        yield f"  {count:6.1f} M accesses: {rates} M/s"
+        rates = [f"{name} {count / row[f'{name}_s']:.0f}" for name in ("ttl", "tiers", "lru")]
+        yield f"  {count:6.1f} M accesses: {', '.join(rates)} M/s"
 
 
 if __name__ == "__main__":

@@ -107,12 +107,10 @@ def browser() -> Iterator:
 
 def _browser_path():
     named = os.environ.get("KV_CHROMIUM")
-    found = map(shutil.which, [named] if named else _BROWSERS)
-    path = next(filter(None, found), None)
-    if path is None:
-        wanted = f"KV_CHROMIUM={named}" if named else "chromium"
-        raise RuntimeError(f"no {wanted} on this machine; install it: apt-get install chromium")
-    return path
+    for path in filter(None, map(shutil.which, [named] if named else _BROWSERS)):
+        return path
+    wanted = f"KV_CHROMIUM={named}" if named else "chromium"
+    raise RuntimeError(f"no {wanted} on this machine; install it: apt-get install chromium")
 
 
 def open_app(chromium, url: str, timeout_s: float = 60.0):
@@ -136,8 +134,8 @@ def slider_steps(page, steps: int = STEPS) -> list[float]:
     return page.evaluate("window.kvSteps")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark, write `REPORT`, print the figures; returns the exit status."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark, write `REPORT`, print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args(argv)
@@ -157,8 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures["chromium"] = chromium.version
     line = f"{options.steps} steps: {figures['p50_ms']:.0f} ms (p50), goal {GOAL_P50_MS:.0f}"
     publish(REPORT, about, figures, [line])
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,8 +9,8 @@ meets all of them alike. Ends with one line of JSON.
 import argparse
 import dataclasses
 import json
-import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +50,8 @@ class BenchPlan:
 
     def workloads(self, model: str) -> dict[tuple[str, int], Workload]:
         """Return every workload by name and seed."""
-        return {
-            (name, seed): make_workload(name, seed, count, model)
-            for name, count in self.requests
-            for seed in self.seeds
-        }
+        wanted = product(self.requests, self.seeds)
+        return {(n, seed): make_workload(n, seed, count, model) for (n, count), seed in wanted}
 
 
 # Few requests, but enough of them that a hot tier of a quarter holds more than a prompt.
@@ -162,8 +159,8 @@ def bench_settings(model: str) -> tuple[dict[str, HeuristicConfig], str]:
     return settings | {TUNED: choose_settings(model)}, source
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark, write the reports, print them; returns the exit status."""
+def main(argv: list[str] | None = None) -> None:
+    """Run the benchmark, write the reports, print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="config.yaml")
     parser.add_argument("--out", type=Path, default=REPORTS)
@@ -187,8 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     print(write_report(result, settings, figures, options.out))
     print(json.dumps(rounded_figures(figures | headline(result))))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

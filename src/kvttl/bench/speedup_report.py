@@ -73,9 +73,7 @@ def by_seed(result: BenchResult) -> pd.DataFrame:
     frame["moved_chunks"] += totals["expired_chunks"]
     frame["hot_mb_s"] = totals["hot_byte_seconds"] / 1e6
     frame["hot_mean_mb"] = frame["hot_mb_s"] / totals["span_s"]
-    for name in ("hot_tokens", "working_set", "span_s", "wall_s"):
-        frame[name] = totals[name]
-    return frame.reset_index()
+    return frame.join(totals[["hot_tokens", "working_set", "span_s", "wall_s"]]).reset_index()
 
 
 def summary(seeds: pd.DataFrame) -> pd.DataFrame:
@@ -228,10 +226,8 @@ def _legend(rows):
     seen = set(rows["contender"])
     keys = [(row.name, row.colour, row.colour) for row in CONTENDERS.values() if row.name in seen]
     keys += [("p50", "black", "black"), ("p90", "black", "white")]
-    return [
-        Line2D([], [], ls="", marker="o", color=colour, mfc=fill, label=label)
-        for label, colour, fill in keys
-    ]
+    look = {"ls": "", "marker": "o"}
+    return [Line2D([], [], **look, color=c, mfc=fill, label=name) for name, c, fill in keys]
 
 
 def _panel(axes, part):
@@ -250,13 +246,9 @@ def _panel(axes, part):
 
 
 def write_report(
-    result: BenchResult,
-    settings: Mapping[str, HeuristicConfig],
-    figures: Mapping[str, Any],
-    folder: str | Path,
+    result: BenchResult, settings: Mapping[str, HeuristicConfig], figures: dict, folder: Path
 ) -> str:
     """Write the tables, the figures, the settings and the picture; returns the text."""
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     seeds, truth = by_seed(result), replay_truth(result, settings)
     text = "\n".join((table(seeds), verdict(seeds), truth_text(truth)))

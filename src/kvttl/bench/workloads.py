@@ -141,11 +141,9 @@ def _first_turns(trace, sessions, requests):
     order = [np.flatnonzero(trace.sessions == s)[:_TURNS] for s in np.unique(trace.sessions)]
     long = sorted((rows for rows in order if len(rows) == _TURNS), key=lambda rows: rows[0])
     rows = np.sort(np.concatenate(long[:sessions]))[:requests]
-    builder = TraceBuilder(trace.block_tokens)
-    for row in rows:
-        blocks, tokens = trace.request(row), int(trace.prompt_tokens[row])
-        builder.add(blocks, trace.arrival_s[row], tokens, session=int(trace.sessions[row]))
-    return builder.finish(trace.name)
+    blocks, size = [trace.request(row) for row in rows], trace.block_tokens
+    columns = trace.arrival_s[rows], trace.prompt_tokens[rows], size, trace.sessions[rows]
+    return make_trace(blocks, *columns)
 
 
 def _chat(seed, requests):

@@ -175,9 +175,8 @@ def plot_timeline(records: Sequence[DecisionRecord], labels: Sequence[str] | Non
         expiries. A bar ends when the prompt's TTL does, or is used again.
     """
     names = dict(zip((r.prompt_digest for r in records), labels)) if labels else {}
-    shown = sorted(
-        (r for r in records if r.kind in ("generation", "expiry")), key=attrgetter("time_s")
-    )
+    shown = [r for r in records if r.kind in ("generation", "expiry")]
+    shown.sort(key=attrgetter("time_s"))
     uses = Counter(record.prompt_digest for record in shown)
     kept = {digest for digest, _ in uses.most_common(_MAX_ROWS)}
     rows = {digest: row for row, digest in enumerate(d for d in uses if d in kept)}

@@ -9,7 +9,7 @@ from itertools import cycle, pairwise, product
 
 import numpy as np
 from matplotlib.collections import PolyCollection
-from matplotlib.colors import to_rgba
+from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -151,9 +151,7 @@ class TierPanel:
         A run's.
     """
 
-    def __init__(
-        self, axes, against: str = "time_variance", decisions: Decisions | None = None
-    ) -> None:
+    def __init__(self, axes, against: str = "time_variance", decisions: Decisions | None = None):
         if against not in AGAINST:
             raise ValueError(f"against must be one of {', '.join(AGAINST)}, got {against!r}")
         self.axes, self.against = axes, against
@@ -198,7 +196,8 @@ class TierPanel:
         across = _threshold(config, self.against)
         edges, codes = tier_regions(config, self.against, _PERPLEXITY_SPAN, self._span)
         self.regions.set_verts(edges)
-        self.regions.set_facecolor([_pale(TIER_COLOURS[TIERS[code]]) for code in codes])
+        colours = to_rgba_array([TIER_COLOURS[TIERS[code]] for code in codes])[:, :3]
+        self.regions.set_facecolor(0.35 * colours + 0.65)  # so that dots stay visible on them
         self.hot.set_xdata([hot, hot])
         self.cold.set_xdata([cold, cold])
         right = cold if self._is_variance else hot  # beyond it, the threshold does not decide
@@ -249,12 +248,6 @@ def tier_keys() -> list[Line2D]:
     """Return legend entries of the tiers: a square in each one's colour."""
     square = {"ls": "", "marker": "s", "ms": 7}
     return [Line2D([], [], **square, color=TIER_COLOURS[name], label=name) for name in TIERS]
-
-
-def _pale(colour, share=0.35):
-    """Mix a colour with white, so that dots of the same colour stay visible on it."""
-    rgb = np.array(to_rgba(colour)[:3])
-    return tuple(share * rgb + (1 - share))
 
 
 def _set_duration_ticks(axis, low_s, high_s, at_most):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import pandas as pd
 
 from caching_heuristics import METADATA_FIELDS, TIER_CODES, TIERS, HeuristicConfig, check_metadata
 from kvttl.decisions.log import DecisionRecord
@@ -67,13 +68,16 @@ def decisions_of(records: Iterable[DecisionRecord]) -> Decisions:
     """
     decided = sorted(filter(_is_decided, records), key=lambda record: record.time_s)
 
+    times = pd.DataFrame([(r.time_s, r.prompt_digest) for r in decided], columns=["s", "prompt"])
+    gap_s = times.groupby("prompt")["s"].shift(-1) - times["s"]
+
     def column(name):
         return np.array([r.metadata.get(name) for r in decided], dtype=float)  # None is NaN
 
     return Decisions(
         metadata={name: column(name) for name in METADATA_FIELDS},
         tokens=np.array([float(r.prompt_tokens) for r in decided]),
-        gap_s=_gaps(decided),
+        gap_s=gap_s.to_numpy(float, na_value=np.inf),  # not again: never
         ttl_s=np.array([float(r.ttl_s) for r in decided]),
         tier=np.array([TIER_CODES[r.wanted_tier] for r in decided], dtype=int),
     )
@@ -155,11 +159,3 @@ def _is_decided(record):
     except ValueError:  # a log that somebody edited
         return False
     return True
-
-
-def _gaps(decided):
-    gaps, next_s = [], {}
-    for record in reversed(decided):
-        gaps.append(next_s.get(record.prompt_digest, np.inf) - record.time_s)
-        next_s[record.prompt_digest] = record.time_s
-    return np.array(gaps[::-1], dtype=float)

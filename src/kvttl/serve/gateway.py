@@ -205,10 +205,9 @@ def _serve(options):
         log = exits.enter_context(DecisionLog(folder))
         names = ("port", "host", "perplexity", "server_options")
         given = {name: getattr(options, name) for name in names}
+        given |= {"api_key": api_key, "log": log, "recover_from": folder}
         with progress(f"Loading vLLM with {model_name(model)}", about_s=25):
-            server = exits.enter_context(
-                gateway(stack, model, **given, api_key=api_key, log=log, recover_from=folder)
-            )
+            server = exits.enter_context(gateway(stack, model, **given))
         print(_welcome(server, folder, options.api_key_env if api_key else ""), flush=True)
         threading.Event().wait()
 

@@ -31,9 +31,8 @@ def serving(app: Any, listener: socket.socket, loop: BlockingPortal) -> Iterator
     """Serve an application on a bound socket while the block runs; gives its URL."""
     import uvicorn
 
-    settings = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=_STOP_S, backlog=_STREAMS
-    )
+    options = {"log_config": None, "access_log": False, "backlog": _STREAMS}
+    settings = uvicorn.Config(app, timeout_graceful_shutdown=_STOP_S, **options)
     server = uvicorn.Server(settings)  # outside the main thread it leaves signals alone
     ended = loop.start_task_soon(server.serve, [listener])
     while not server.started:

@@ -2,6 +2,7 @@
 
 import functools
 import pkgutil
+from contextlib import suppress
 from types import SimpleNamespace
 
 VLLM = "0.30.0"  # pinned in requirements.txt, and tested
@@ -49,10 +50,8 @@ def vllm_parts() -> SimpleNamespace:
     return SimpleNamespace(**found)
 
 
-def _first_of(path, *others):
-    try:
-        return pkgutil.resolve_name(path)
-    except (ImportError, AttributeError):
-        if not others:
-            raise
-        return _first_of(*others)
+def _first_of(*paths):
+    for path in paths[:-1]:
+        with suppress(ImportError, AttributeError):
+            return pkgutil.resolve_name(path)
+    return pkgutil.resolve_name(paths[-1])

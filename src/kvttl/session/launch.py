@@ -24,13 +24,11 @@ RUNS_FOLDER = Path("data/runs")
 
 # vLLM and LMCache write some 80 lines before the first token, torch one a process,
 # and Python's resource tracker one about vLLM's shared memory at the end.
-_QUIET = (
-    ("VLLM_LOGGING_LEVEL", "ERROR"),
-    ("LMCACHE_LOG_LEVEL", "ERROR"),
-    ("LMCACHE_DISABLE_BANNER", "1"),
-    ("TORCH_CPP_LOG_LEVEL", "ERROR"),
-    ("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker"),
-)
+_LOG_LEVELS = ("VLLM_LOGGING_LEVEL", "LMCACHE_LOG_LEVEL", "TORCH_CPP_LOG_LEVEL")
+_QUIET = dict.fromkeys(_LOG_LEVELS, "ERROR") | {
+    "LMCACHE_DISABLE_BANNER": "1",
+    "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",
+}
 
 
 def new_run_folder(runs: str | Path = RUNS_FOLDER) -> Path:
@@ -100,8 +98,7 @@ def _need(package):
 
 def be_quiet():
     """Lower the log levels that the user has not set."""
-    for name, value in _QUIET:
-        os.environ.setdefault(name, value)
+    os.environ.update(_QUIET | os.environ)
 
 
 def managed(stack, llm, config: HeuristicConfig | None = None, **options) -> MultiTierCache:

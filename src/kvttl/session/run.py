@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from caching_heuristics import TIERS
@@ -80,12 +80,10 @@ def _run(options):
 @contextmanager
 def _metrics(port):
     """Serve metrics while the session runs; None without a port."""
-    if port is None:
-        yield None
-        return
-    metrics = DecisionMetrics()
-    with metrics.serve(port) as server:
-        print(f"Metrics: http://127.0.0.1:{server.port}/metrics")
+    metrics = None if port is None else DecisionMetrics()
+    with metrics.serve(port) if metrics else nullcontext() as server:
+        if server:
+            print(f"Metrics: http://127.0.0.1:{server.port}/metrics")
         yield metrics
 
 
@@ -196,11 +194,9 @@ def session_labels(rows: Sequence[tuple[Request | None, DecisionRecord]]) -> lis
 
 
 def _moved_chunks(records):
-    moves = Counter()
-    for record in records:
-        for move in record.moves:
-            moves[f"{move['from']}→{move['to']} {move['status']}"] += move["moved_chunks"]
-    return moves
+    moves = [move for record in records for move in record.moves]
+    named = (Counter({f"{m['from']}→{m['to']} {m['status']}": m["moved_chunks"]}) for m in moves)
+    return sum(named, Counter())
 
 
 def _parts(counts) -> str:
@@ -215,7 +211,7 @@ def _hours(seconds) -> str:
 
 def _short_moves(record) -> str:
     ends = [(f"{move['from']}→{move['to']}", move["status"]) for move in record.moves]
-    return ", ".join(f"{text}" if how == "done" else f"{text} ({how})" for text, how in ends)
+    return ", ".join(text if how == "done" else f"{text} ({how})" for text, how in ends)
 
 
 if __name__ == "__main__":

@@ -53,9 +53,5 @@ def example_prompts(seed: int = 0) -> dict[str, str]:
     >>> list(example_prompts())
     ['template', 'code', 'prose', 'noise']
     """
-    return {
-        "template": TEMPLATE_LINE * 12,
-        "code": CODE_PROMPT,
-        "prose": PROSE_PROMPT,
-        "noise": random_characters(400, seed),
-    }
+    fixed = {"template": TEMPLATE_LINE * 12, "code": CODE_PROMPT, "prose": PROSE_PROMPT}
+    return {**fixed, "noise": random_characters(400, seed)}

@@ -13,9 +13,9 @@ import math
 import shutil
 import sysconfig
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data.topics import topics  # the longest English text that Python installs
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +28,8 @@ _PAD, EOS, BOS, _UNK, TURN, END_TURN = range(6)  # first four as in Gemma
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 VOCAB_SIZE = 2048  # small: the embedding has to fit in 8 MB beside the layers
 # Encodings are tables, tests are repetitive, and both would outweigh the rest.
-SKIPPED_FOLDERS = set(
-    "site-packages dist-packages test tests idle_test encodings __pycache__ __phello__".split()
-)
+SKIPPED_FOLDERS = {"encodings", "site-packages", "dist-packages", "__phello__"}
+SKIPPED_FOLDERS |= {"test", "tests", "idle_test", "__pycache__"}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) }}"
@@ -39,8 +38,7 @@ CHAT_TEMPLATE = (
 )
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(NamedTuple):
     """One stretch of training at a fixed sequence length."""
 
     steps: int
@@ -106,9 +104,8 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     alphabet = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
     options = {"special_tokens": SPECIAL_TOKENS, "show_progress": False, **alphabet}
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCAB_SIZE, **options))
-    bpe.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B:1", special_tokens=[("<bos>", BOS)]
-    )
+    begin = {"single": "<bos> $A", "pair": "<bos> $A $B:1", "special_tokens": [("<bos>", BOS)]}
+    bpe.post_processor = processors.TemplateProcessing(**begin)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         **dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), SPECIAL_TOKENS)),
@@ -209,10 +206,8 @@ def make_optimizers(model: Gemma3ForCausalLM, lr: float) -> list[torch.optim.Opt
     """Return Muon for the layers' matrices and AdamW for the embedding and the norms."""
     inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    return [
-        torch.optim.Muon(inner, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    muon = torch.optim.Muon(inner, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def learning_rate_factor(step: int, total: int, warmup: int = 50) -> float:
@@ -224,32 +219,12 @@ def learning_rate_factor(step: int, total: int, warmup: int = 50) -> float:
 
 
 @torch.no_grad()
-def held_out_loss(
-    model: Gemma3ForCausalLM, stream: np.ndarray, seq_tokens: int = 512, n_windows: int = 24
-) -> float:
+def held_out_loss(model: Gemma3ForCausalLM, stream: np.ndarray) -> float:
     """Return the loss in nats per token over evenly spaced windows of a held-out stream."""
-    starts = np.linspace(0, len(stream) - seq_tokens, n_windows).astype(int)
-    rows = np.stack([np.concatenate([[BOS], stream[s : s + seq_tokens - 1]]) for s in starts])
+    starts = np.linspace(0, len(stream) - 512, 24).astype(int)
+    rows = np.stack([np.concatenate([[BOS], stream[s : s + 511]]) for s in starts])
     losses = [next_token_loss(model, ids).item() for ids in torch.from_numpy(rows).split(8)]
     return float(np.mean(losses))
-
-
-def save_model(
-    model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast, log: dict, out: Path
-) -> None:
-    """Write bfloat16 weights, tokenizer and log, replacing `out` by one rename."""
-    fresh, stale = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    half = Gemma3ForCausalLM(model.config).to(torch.bfloat16)
-    half.load_state_dict(model.state_dict())
-    half.save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    (fresh / "model.safetensors").chmod(0o644)  # written readable by its owner alone
-    (fresh / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
-    if out.exists():
-        out.rename(stale)
-    fresh.rename(out)
-    shutil.rmtree(stale, ignore_errors=True)
 
 
 class Trainer:
@@ -271,18 +246,32 @@ class Trainer:
 
     def measure(self, step: int, seen_tokens: int, train_loss: float, elapsed_s: float) -> None:
         """Add a row of losses to the log, print it, and save the model."""
-        losses = {"train": train_loss}
-        for name in ("code_held_out", "prose_held_out"):
-            losses[name] = held_out_loss(self.model, self.streams[name])
         row = {"step": step, "seen_tokens": seen_tokens, "elapsed_s": round(elapsed_s)}
-        row |= {name: round(loss, 3) for name, loss in losses.items()}
+        row["train"] = round(train_loss, 3)
+        for name in ("code_held_out", "prose_held_out"):
+            row[name] = round(held_out_loss(self.model, self.streams[name]), 3)
         self.log["losses"].append(row)
         print(json.dumps(row), flush=True)
-        save_model(self.model, self.tokenizer, self.log, self.out)
+        self.save()
+
+    def save(self) -> None:
+        """Write bfloat16 weights, tokenizer and log, replacing the folder by one rename."""
+        fresh, stale = (self.out.with_name(self.out.name + end) for end in (".new", ".old"))
+        shutil.rmtree(fresh, ignore_errors=True)
+        half = Gemma3ForCausalLM(self.model.config).to(torch.bfloat16)
+        half.load_state_dict(self.model.state_dict())
+        half.save_pretrained(fresh)
+        self.tokenizer.save_pretrained(fresh)
+        (fresh / "model.safetensors").chmod(0o644)  # written readable by its owner alone
+        (fresh / "training_log.json").write_text(json.dumps(self.log, indent=1) + "\n")
+        if self.out.exists():
+            self.out.rename(stale)
+        fresh.rename(self.out)
+        shutil.rmtree(stale, ignore_errors=True)
 
     def run(self, phases: tuple[Phase, ...], measure_every: int = 150) -> None:
         """Train through `phases`, saving every `measure_every` steps and at the end."""
-        self.log["phases"] = [asdict(phase) for phase in phases]
+        self.log["phases"] = [phase._asdict() for phase in phases]
         plan = [phase for phase in phases for _ in range(phase.steps)]
         optimizers = make_optimizers(self.model, self.lr)
         begin_s, seen_tokens, recent = time.monotonic(), 0, []
@@ -311,7 +300,7 @@ class Trainer:
 
 def scaled(phases: tuple[Phase, ...], scale: float) -> tuple[Phase, ...]:
     """Return the phases with `scale` times as many steps."""
-    return tuple(Phase(max(1, round(p.steps * scale)), p.seq_tokens, p.batch) for p in phases)
+    return tuple(phase._replace(steps=max(1, round(phase.steps * scale))) for phase in phases)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from caching_heuristics import HeuristicConfig
 from kvttl.decisions.log import DecisionRecord
 from kvttl.plots.export import all_figures, export_plots
-from kvttl.plots.panels import TierPanel, TtlPanel, legend_above, tier_keys
+from kvttl.plots.panels import AGAINST, TierPanel, TtlPanel, legend_above, tier_keys
 from kvttl.plots.what_if import Decisions, changes, decisions_of
 from kvttl.settings import FILE_NAME, load_settings, save_settings
 from kvttl.sliders.panel import SettingsPanel, button
@@ -215,13 +215,13 @@ class LivePicture:
     def __init__(self, decisions: Decisions) -> None:
         self.figure = Figure(figsize=(12.4, 3.9), dpi=100, layout="constrained")
         self._canvas = FigureCanvasAgg(self.figure)
-        curves, by_variance, by_recency = self.figure.subplots(1, 3)
+        curves, *maps = self.figure.subplots(1, 3)
         self.ttl = TtlPanel(curves)
-        variance = TierPanel(by_variance, "time_variance", decisions)
-        recency = TierPanel(by_recency, "seconds_since_access", decisions)
-        self.panels = (self.ttl, variance, recency)
+        tiers = [TierPanel(axes, against, decisions) for axes, against in zip(maps, AGAINST)]
+        self.panels = (self.ttl, *tiers)
+        self._artists = [artist for panel in self.panels for artist in panel.artists]
         title = "dots: the run; black rim: would change" if len(decisions) else None
-        for panel in self.panels[1:]:
+        for panel in tiers:
             legend_above(panel.axes, tier_keys(), title=title, title_fontsize=8)
         self._background = None
 
@@ -231,9 +231,8 @@ class LivePicture:
         if self._background is None or any(moved):
             self._draw_background()
         self._canvas.restore_region(self._background)
-        for panel in self.panels:
-            for artist in panel.artists:
-                panel.axes.draw_artist(artist)
+        for artist in self._artists:
+            artist.axes.draw_artist(artist)
         image = Image.fromarray(np.asarray(self._canvas.buffer_rgba())).convert("RGB")
         buffer = io.BytesIO()
         image.save(buffer, "png", compress_level=1)  # fast rather than small
@@ -244,8 +243,7 @@ class LivePicture:
         if self._background is None:
             self._canvas.draw()  # with everything, so that the layout leaves room
             self.figure.set_layout_engine("none")
-            for panel in self.panels:
-                for artist in panel.artists:
-                    artist.set_animated(True)
+            for artist in self._artists:
+                artist.set_animated(True)
         self._canvas.draw()
         self._background = self._canvas.copy_from_bbox(self.figure.bbox)
