@@ -214,11 +214,7 @@ def compute_ttl(
     >>> compute_ttl({"access_count": np.array([0, 1, 10])}).round(1)
     array([3600. , 4223.8, 5758.1])
     """
-    settings = (base_ttl, min_ttl, max_ttl, alpha, gamma)
-    try:  # equal settings are checked once: that costs more than the decision itself
-        settings = _ttl_settings(*settings)
-    except TypeError:  # a list or another value that cannot be remembered: the check names it
-        settings = _check_settings(TTL_SETTINGS, *settings)
+    settings = _checked(TTL_SETTINGS, base_ttl, min_ttl, max_ttl, alpha, gamma)
     base_ttl, min_ttl, max_ttl, alpha, gamma = settings
     values = _read_fields(metadata, _TTL_FIELDS, _TTL_NEUTRAL)
     # The formula is NaN where a factor of 0 meets an overflow: there the TTL is min_ttl.
@@ -283,10 +279,7 @@ def select_backend(
     ['gpu', 'disk', 'remote']
     """
     limits = (hot_threshold, recent_seconds, cold_threshold, variance_threshold)
-    try:
-        limits = _tier_settings(*limits)
-    except TypeError:  # as above
-        limits = _check_settings(_TIER_SETTINGS, *limits)
+    limits = _checked(_TIER_SETTINGS, *limits)
     neutral = (limits[0], 0.0, 0.0)  # this perplexity is neither too high nor cold
     values = _read_fields(metadata, _TIER_FIELDS, neutral)
     if type(values) is tuple:  # scalars
@@ -415,9 +408,15 @@ def _check_settings(names, *values):
     return tuple(_check_setting(name, given) for name in names)
 
 
-_remembered = functools.lru_cache(maxsize=128, typed=True)  # typed: True is not a known 1
-_ttl_settings = _remembered(functools.partial(_check_settings, TTL_SETTINGS))
-_tier_settings = _remembered(functools.partial(_check_settings, _TIER_SETTINGS))
+# Equal settings are checked once: that costs more than the decision itself. True is not a known 1.
+_remembered = functools.lru_cache(maxsize=256, typed=True)(_check_settings)
+
+
+def _checked(names, *values):
+    try:
+        return _remembered(names, *values)
+    except TypeError:  # a list or another value that cannot be remembered: the check names it
+        return _check_settings(names, *values)
 
 
 def _check_setting(name, values):

@@ -116,23 +116,16 @@ def _use(prompt, metadata, time_s, held, config, rng):
 def _ladder(prompt, use, time_s, next_s, config):
     """The expiries until the next use, one rung after the other."""
     records, tier, due_s = [], use.wanted_tier, time_s + use.ttl_s
+    chunks = prompt["chunks"]
     while tier is not None and due_s < next_s:
         code = TIER_CODES[tier] + 1
         below = TIERS[code] if code < len(TIERS) else None
         factor = config.ladder.get(below, 1.0)
-        records.append(
-            DecisionRecord(
-                time_s=round(_START_S + due_s, 3),
-                **prompt,
-                ttl_s=round(use.ttl_s * factor, 3) if below else None,
-                wanted_tier=below,
-                tier_before={tier: prompt["chunks"]},
-                tier_after={below: prompt["chunks"]} if below else {},
-                moves=(_move(tier, below, prompt["chunks"]),) if below else (),
-                kind="expiry",
-                from_tier=tier,
-            )
-        )
+        values = {"kind": "expiry", "from_tier": tier, "tier_before": {tier: chunks}}
+        if below:
+            values |= {"ttl_s": round(use.ttl_s * factor, 3), "wanted_tier": below}
+            values |= {"tier_after": {below: chunks}, "moves": (_move(tier, below, chunks),)}
+        records.append(DecisionRecord(round(_START_S + due_s, 3), **prompt, **values))
         due_s += use.ttl_s * factor
         tier = below
     return records

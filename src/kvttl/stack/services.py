@@ -93,19 +93,16 @@ def child_env(config: StackConfig) -> dict[str, str]:
         if name == "LMCACHE_LOG_LEVEL" or not name.startswith(("LMCACHE_", "OTEL_", "KV_REDIS_"))
     }
     no_proxy = ",".join(filter(None, [kept.get("NO_PROXY"), config.host]))
-    kept.update(
-        KV_REDIS_CLIENT=config.redis_client,
-        KV_REDIS_VERIFY_S=f"{config.redis_verify_s:g}",
-        LMCACHE_TRACK_USAGE="false",
-        DO_NOT_TRACK="1",
-        HF_HUB_DISABLE_TELEMETRY="1",
-        LMCACHE_DISABLE_BANNER="1",
-        NO_PROXY=no_proxy,
-        no_proxy=no_proxy,
-        PYTHONUNBUFFERED="1",
-        PYTHONWARNINGS="ignore::FutureWarning",
-    )
+    kept |= dict.fromkeys(_SWITCHED_ON, "1") | dict.fromkeys(("NO_PROXY", "no_proxy"), no_proxy)
+    kept |= {"LMCACHE_TRACK_USAGE": "false", "PYTHONWARNINGS": "ignore::FutureWarning"}
+    kept["KV_REDIS_CLIENT"] = config.redis_client
+    kept["KV_REDIS_VERIFY_S"] = f"{config.redis_verify_s:g}"
     return kept | environment_of(config.redis_url, config.redis_limits)
+
+
+_SWITCHED_ON = (
+    "DO_NOT_TRACK HF_HUB_DISABLE_TELEMETRY LMCACHE_DISABLE_BANNER PYTHONUNBUFFERED".split()
+)
 
 
 def checkpoint_path(config: StackConfig) -> Path:

@@ -131,7 +131,7 @@ class DenseIds:
 
     def ids(self, keys: np.ndarray) -> np.ndarray:
         """Return the dense ids of keys, shape (n,), int32; unknown keys get the next numbers."""
-        return self._numbered(_number_keys, keys)
+        return self._numbered(keys, chained=False)
 
     def prefixes(self, keys: np.ndarray, shown: Callable[[int], Any] = int) -> np.ndarray:
         """Return `ids` of keys in prefix order, each of which always follows the same key.
@@ -168,12 +168,12 @@ class DenseIds:
 
     def chain(self, ids: np.ndarray) -> np.ndarray:
         """Return ids that are equal only where all ids before them in the row are equal too."""
-        return self._numbered(_number_chain, ids)
+        return self._numbered(ids, chained=True)
 
-    def _numbered(self, number, row):
+    def _numbered(self, row, chained):
         self._reserve(len(row))
         out = np.empty(len(row), np.int32)
-        self._count = number(row, self._slots, self._keys, self._count, out)
+        self._count = _number_row(row, chained, self._slots, self._keys, self._count, out)
         return out
 
     def _reserve(self, more):
@@ -216,14 +216,6 @@ def _number_one(key, slots, keys, count):
 
 
 @njit(cache=True)
-def _number_keys(row, slots, keys, count, out):
-    for i in range(len(row)):
-        out[i] = _number_one(row[i], slots, keys, count)
-        count = max(count, out[i] + 1)
-    return count
-
-
-@njit(cache=True)
 def _number_prefixes(row, slots, keys, parents, count, out):
     """Return the new count and the first place whose key has another parent, or -1."""
     parent = np.int32(-1)
@@ -246,10 +238,13 @@ def _forget(slots, keys, kept, count):
 
 
 @njit(cache=True)
-def _number_chain(row, slots, keys, count, out):
+def _number_row(row, chained, slots, keys, count, out):
+    """Number keys, chained ones (dense ids) together with the number before; new count."""
     parent = np.int64(-1)
     for i in range(len(row)):
-        key = ((parent + 1) << 32) | np.int64(row[i])
+        key = np.int64(row[i])
+        if chained:
+            key |= (parent + 1) << 32
         out[i] = _number_one(key, slots, keys, count)
         count = max(count, out[i] + 1)
         parent = np.int64(out[i])
