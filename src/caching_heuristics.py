@@ -155,9 +155,8 @@ class HeuristicConfig:
 
     def ttl(self, metadata: Mapping[str, Any]) -> float | np.ndarray:
         """Apply `compute_ttl` with these settings."""
-        return compute_ttl(
-            metadata, self.base_ttl, self.min_ttl, self.max_ttl, self.alpha, self.gamma
-        )
+        limits = self.base_ttl, self.min_ttl, self.max_ttl
+        return compute_ttl(metadata, *limits, self.alpha, self.gamma)
 
     def tier(self, metadata: Mapping[str, Any]) -> str | np.ndarray:
         """Apply `select_backend` with these settings."""

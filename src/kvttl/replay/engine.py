@@ -119,10 +119,8 @@ def replay_without_capacity(
         )
     trace, hits = plan.index.trace, _hit_arrays(plan.index.trace)
     tier = _tiers(plan, _NO_LIMITS)
-    until_s = _deadlines(plan, tier)
-    area, moved = replay_ttl(
-        plan.segments, trace.arrival_s, until_s, tier, trace.block_tokens, *hits
-    )
+    plans = (_deadlines(plan, tier), tier)
+    area, moved = replay_ttl(plan.segments, trace.arrival_s, *plans, trace.block_tokens, *hits)
     return ReplayResult(trace, _name(policy), _NO_LIMITS, *hits, *area, moved)
 
 
@@ -166,14 +164,9 @@ def _replay_plan(plan, name, blocks, progress):
     segments, trace = plan.segments, plan.index.trace
     hits, state = _hit_arrays(trace), new_state(segments.count)
     tier = _tiers(plan, blocks)
-    work = Work(
-        segments,
-        np.array(segments.request if plan.key is None else plan.key, np.float64),
-        tier,
-        np.empty((0, 3)) if plan.ttl_s is None else _deadlines(plan, tier),
-        np.array(blocks, np.int64),
-        trace.block_tokens,
-    )
+    key = np.array(segments.request if plan.key is None else plan.key, np.float64)
+    until_s = np.empty((0, 3)) if plan.ttl_s is None else _deadlines(plan, tier)
+    work = Work(segments, key, tier, until_s, np.array(blocks, np.int64), trace.block_tokens)
     for first, last in _chunks(trace, blocks, progress, name):
         replay_requests(state, work, trace.arrival_s, first, last, *hits)
     return ReplayResult(trace, name, blocks, *hits, *state.area, state.moved)

@@ -232,9 +232,8 @@ def load_config(path: str | Path = "config.yaml", **overrides) -> StackConfig:
     config = StackConfig(**{**_read_section(file), **overrides})
     # A relative folder means "beside config.yaml", whatever the caller's directory is.
     base = file.parent.resolve()
-    return config.replaced(
-        disk_path=str(base / config.disk_path), run_dir=str(base / config.run_dir)
-    )
+    folders = {name: str(base / getattr(config, name)) for name in ("disk_path", "run_dir")}
+    return config.replaced(**folders)
 
 
 def _find_file(path: Path) -> Path:

@@ -101,13 +101,12 @@ def make_trace(
 ) -> Trace:
     """Return a trace from lists of prefix-chained block ids; by default one request a second."""
     builder = TraceBuilder(block_tokens)
-    for number, blocks in enumerate(requests):
-        builder.add(
-            blocks,
-            float(number) if arrival_s is None else arrival_s[number],
-            len(blocks) * block_tokens if prompt_tokens is None else prompt_tokens[number],
-            session=-1 if sessions is None else sessions[number],
-        )
+    arrival_s = range(len(requests)) if arrival_s is None else arrival_s
+    if prompt_tokens is None:
+        prompt_tokens = [len(blocks) * block_tokens for blocks in requests]
+    sessions = [-1] * len(requests) if sessions is None else sessions
+    for blocks, *values, session in zip(requests, arrival_s, prompt_tokens, sessions):
+        builder.add(blocks, *values, session=session)
     return builder.finish("made")
 
 
