@@ -151,21 +151,14 @@ class LMCacheStack:
 
     def health(self) -> dict[str, dict]:
         """Per service: whether it is ready, whether we started it, its pid and address."""
-        addresses = {
-            "redis": "redis://{}:{}".format(*self.config.redis_address),
-            "coordinator": self.coordinator_url,
-            "server": self.server_http_url,
-        }
+        addresses = {"redis": "redis://{}:{}".format(*self.config.redis_address)}
+        addresses |= {"coordinator": self.coordinator_url, "server": self.server_http_url}
         pids = {name: child.pid for name, child in (self._recorded | self._children).items()}
-        return {
-            name: {
-                "ready": self._ready(name),
-                "started_here": name in self._children,
-                "pid": pids.get(name),
-                "address": address,
-            }
-            for name, address in addresses.items()
-        }
+        health = {}
+        for name, address in addresses.items():
+            health[name] = {"ready": self._ready(name), "started_here": name in self._children}
+            health[name] |= {"pid": pids.get(name), "address": address}
+        return health
 
     # ---- for vLLM -----------------------------------------------------------
 

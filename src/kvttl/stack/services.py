@@ -18,11 +18,8 @@ from kvttl.stack.config import StackConfig
 from kvttl.stack.process import StackError
 from kvttl.storage.redis_client import connect, environment_of
 
-PORTS_OF = {
-    "redis": ("redis_port",),
-    "coordinator": ("coordinator_port",),
-    "server": ("server_port", "server_http_port"),
-}
+PORTS_OF = {"redis": ("redis_port",), "coordinator": ("coordinator_port",)}
+PORTS_OF["server"] = ("server_port", "server_http_port")
 SERVICES = tuple(PORTS_OF)  # in start order; stopped in reverse, so that the server can still
 # sign off at the coordinator
 _OPEN_TIMEOUT_S = 2.0

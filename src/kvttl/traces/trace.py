@@ -14,14 +14,9 @@ import numpy as np
 from kvttl import whole_file
 
 CACHE_VERSION = 1  # of the file that `save_trace` writes
-COLUMNS = {  # array of `Trace` -> dtype
-    "block_ids": np.int32,
-    "offsets": np.int64,
-    "arrival_s": np.float64,
-    "prompt_tokens": np.int32,
-    "output_tokens": np.int32,
-    "sessions": np.int32,
-}
+# Array of `Trace` -> dtype, in the order of its fields.
+COLUMNS = {"block_ids": np.int32, "offsets": np.int64, "arrival_s": np.float64}
+COLUMNS |= dict.fromkeys(("prompt_tokens", "output_tokens", "sessions"), np.int32)
 _OF_REQUESTS = tuple(COLUMNS)[2:]
 
 
