@@ -56,9 +56,7 @@ class KVMetadata(TypedDict, total=False):
     perplexity: Annotated[
         Known, MetadataField("", "how predictable the text is", FINITE, NEUTRAL_PERPLEXITY, True)
     ]
-    time_variance: Annotated[
-        Known, MetadataField("", "how irregular its accesses are: CV / (1 + CV)", high=1.0)
-    ]
+    time_variance: Annotated[Known, MetadataField("", "its gaps' CV / (1 + CV)", high=1.0)]
     access_count: Annotated[Known, MetadataField("accesses", "how often it was used")]
     seconds_since_access: Annotated[Known, MetadataField("s", "since it was last used")]
 
@@ -155,9 +153,8 @@ class HeuristicConfig:
 
     def ttl(self, metadata: Mapping[str, Any]) -> float | np.ndarray:
         """Apply `compute_ttl` with these settings."""
-        return compute_ttl(
-            metadata, self.base_ttl, self.min_ttl, self.max_ttl, self.alpha, self.gamma
-        )
+        limits = self.base_ttl, self.min_ttl, self.max_ttl
+        return compute_ttl(metadata, *limits, self.alpha, self.gamma)
 
     def tier(self, metadata: Mapping[str, Any]) -> str | np.ndarray:
         """Apply `select_backend` with these settings."""
@@ -214,11 +211,7 @@ def compute_ttl(
     >>> compute_ttl({"access_count": np.array([0, 1, 10])}).round(1)
     array([3600. , 4223.8, 5758.1])
     """
-    settings = (base_ttl, min_ttl, max_ttl, alpha, gamma)
-    try:  # equal settings are checked once: that costs more than the decision itself
-        settings = _ttl_settings(*settings)
-    except TypeError:  # a list or another value that cannot be remembered: the check names it
-        settings = _check_settings(TTL_SETTINGS, *settings)
+    settings = _checked(TTL_SETTINGS, base_ttl, min_ttl, max_ttl, alpha, gamma)
     base_ttl, min_ttl, max_ttl, alpha, gamma = settings
     values = _read_fields(metadata, _TTL_FIELDS, _TTL_NEUTRAL)
     # The formula is NaN where a factor of 0 meets an overflow: there the TTL is min_ttl.
@@ -283,10 +276,7 @@ def select_backend(
     ['gpu', 'disk', 'remote']
     """
     limits = (hot_threshold, recent_seconds, cold_threshold, variance_threshold)
-    try:
-        limits = _tier_settings(*limits)
-    except TypeError:  # as above
-        limits = _check_settings(_TIER_SETTINGS, *limits)
+    limits = _checked(_TIER_SETTINGS, *limits)
     neutral = (limits[0], 0.0, 0.0)  # this perplexity is neither too high nor cold
     values = _read_fields(metadata, _TIER_FIELDS, neutral)
     if type(values) is tuple:  # scalars
@@ -415,9 +405,15 @@ def _check_settings(names, *values):
     return tuple(_check_setting(name, given) for name in names)
 
 
-_remembered = functools.lru_cache(maxsize=128, typed=True)  # typed: True is not a known 1
-_ttl_settings = _remembered(functools.partial(_check_settings, TTL_SETTINGS))
-_tier_settings = _remembered(functools.partial(_check_settings, _TIER_SETTINGS))
+# Equal settings are checked once: that costs more than the decision itself. True is not a known 1.
+_remembered = functools.lru_cache(maxsize=256, typed=True)(_check_settings)
+
+
+def _checked(names, *values):
+    try:
+        return _remembered(names, *values)
+    except TypeError:  # a list or another value that cannot be remembered: the check names it
+        return _check_settings(names, *values)
 
 
 def _check_setting(name, values):

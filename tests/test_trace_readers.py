@@ -17,7 +17,7 @@ from kvttl.replay.command import main
 from kvttl.traces import formats
 from kvttl.traces.builder import DenseIds, TraceBuilder, make_trace
 from kvttl.traces.formats import FORMATS
-from kvttl.traces.generator import SAMPLE, agent_loops, tiled, write_mooncake
+from kvttl.traces.generator import SAMPLE, agent_loops, tiled
 from kvttl.traces.reading import detect_format, read_trace, traces_at_hand
 from kvttl.traces.trace import CACHE_VERSION, load_trace, save_trace
 
@@ -626,7 +626,7 @@ SAMPLE_FIGURES = (600, 21777, 1295)
 
 def test_the_sample_in_data_is_the_generators(tmp_path):
     made = agent_loops(**SAMPLE)
-    write_mooncake(made, tmp_path / "s.jsonl.gz")
+    fixtures.write_mooncake(made, tmp_path / "s.jsonl.gz")
     again = read_trace(tmp_path / "s.jsonl.gz")
     assert np.array_equal(again.block_ids, fixtures.sample().block_ids)
     assert np.array_equal(again.arrival_s, fixtures.sample().arrival_s)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gzip
+import json
 import os
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 
 from kvttl.traces.builder import make_trace
 from kvttl.traces.reading import read_trace
+from kvttl.traces.trace import Trace
 
 SAMPLE_FILE = Path(__file__).parents[1] / "data" / "sample_trace.jsonl.gz"
 HOME = os.environ.get("KV_TRACE_DIR")  # folder of the real traces
@@ -65,3 +68,18 @@ def random_trace(seed, requests=60, block_tokens=4, gap_s=5.0):
         short = tails.get(prompts[-1][-1], block_tokens) if prompts[-1] else block_tokens
         tokens.append(len(prompts[-1]) * block_tokens - (block_tokens - short))
     return make_trace(prompts, arrival_s, tokens, block_tokens)
+
+
+def write_mooncake(trace: Trace, path) -> None:
+    """Write a trace as Mooncake's JSON lines (gzipped where the name ends in ``.gz``)."""
+    lines = []
+    for r in range(trace.requests):
+        record = {
+            "timestamp": round(float(trace.arrival_s[r]) * 1e3),
+            "input_length": int(trace.prompt_tokens[r]),
+            "output_length": int(trace.output_tokens[r]),
+            "hash_ids": trace.request(r).tolist(),
+        }
+        lines.append(json.dumps(record, separators=(",", ":")) + "\n")
+    data = "".join(lines).encode()
+    Path(path).write_bytes(gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from caching_heuristics import SETTINGS, HeuristicConfig, unknown_name
+from kvttl import whole_file
 
 FILE_NAME = "heuristics.yaml"
 PATH_VARIABLE = "KV_HEURISTICS_FILE"
@@ -78,22 +78,15 @@ def save_settings(config: HeuristicConfig, path: str | Path | None = None) -> Pa
 
     Examples
     --------
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = save_settings(HeuristicConfig(alpha=0.5), Path(folder, "new", "mine.yaml"))
     ...     load_settings(path) == HeuristicConfig(alpha=0.5)
     True
     """
     path = default_path() if path is None else Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(to_yaml(config))
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise
+    with whole_file(path) as file:
+        file.write(to_yaml(config).encode())
     return path
 
 

@@ -78,13 +78,9 @@ class RecordKeeper:
         self._keeping = threading.Lock()
         self._log, self._metrics, self._notify = log, metrics, notify
 
-    def write_ahead(self, claim: DecisionRecord) -> None:
-        """Write a claim down before KV moves: a process killed meanwhile must not lose it."""
-        self._write(claim)
-
     def keep(self, record: DecisionRecord) -> DecisionRecord:
         """Return the record after it has gone everywhere; it then says what went wrong there."""
-        problem = self._write(record)
+        problem = self.write_ahead(record)
         if problem and not record.error:
             record = replace(record, error=problem)
         with self._keeping:
@@ -98,12 +94,14 @@ class RecordKeeper:
             logger.exception("telling about a decision failed")
         return record
 
-    def _write(self, record):
-        """Append to the log; returns what went wrong, or an empty string."""
-        if self._log is None:
-            return ""
+    def write_ahead(self, record: DecisionRecord) -> str:
+        """Append to the log; returns what went wrong, or an empty string.
+
+        A claim before its KV moves: a process that is killed meanwhile must not lose it.
+        """
         try:
-            self._log.append(record)
+            if self._log is not None:
+                self._log.append(record)
         except Exception as error:  # a full disk; or a value that no JSON can hold
             logger.warning("the decision log cannot be written: %s", error)
             return f"the decision log cannot be written: {type(error).__name__}: {error}"

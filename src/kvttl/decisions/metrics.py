@@ -6,7 +6,7 @@ import ipaddress
 import logging
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
@@ -16,33 +16,25 @@ from kvttl.decisions.log import DecisionRecord
 logger = logging.getLogger(__name__)
 
 _PREFIX = "kvttl_"
-METRICS = {
-    "kvttl_decisions_total": "Decisions made, by wanted tier.",
-    "kvttl_not_managed_total": "Generations whose KV cache was not managed, by exception class.",
-    "kvttl_shed_total": "Decisions given up because the queue was full.",
-    "kvttl_prompt_tokens_total": "Prompt tokens of the generations decided about.",
-    "kvttl_hit_tokens_total": "Prompt tokens not computed, by the tier that served them.",
-    "kvttl_moves_total": "Moves between tiers asked for, by status.",
-    "kvttl_moved_chunks_total": "Chunks that moves brought to another tier.",
-    "kvttl_expiries_total": "Claims whose TTL passed; to_tier is dropped below the last tier.",
-    "kvttl_ttl_seconds": "TTL decided, seconds.",
-    "kvttl_generate_seconds": "Time of a generation in the engine, seconds.",
-    "kvttl_manage_seconds": "Time spent on a decision and its moves, seconds.",
-    "kvttl_move_seconds": "Time of a move, seconds.",
-    "kvttl_live_claims": "Claims whose TTL has not passed.",
-    "kvttl_queue_depth": "Decisions that wait to be made.",
-    "kvttl_tracked_patterns": "Prompt patterns whose history is kept.",
-}
 _PATH = ("source", "target")
-_LABELS = {  # of the metrics that have some
-    "decisions_total": ("tier",),
-    "not_managed_total": ("reason",),
-    "hit_tokens_total": ("tier",),
-    "moves_total": (*_PATH, "status"),
-    "moved_chunks_total": _PATH,
-    "expiries_total": ("from_tier", "to_tier"),
-    "move_seconds": _PATH,
+_METRICS = {  # name -> what it says, its labels
+    "decisions_total": ("Decisions made, by wanted tier.", "tier"),
+    "not_managed_total": ("Generations whose KV cache was not managed, by exception.", "reason"),
+    "shed_total": ("Decisions given up because the queue was full.",),
+    "prompt_tokens_total": ("Prompt tokens of the generations decided about.",),
+    "hit_tokens_total": ("Prompt tokens not computed, by the tier that served them.", "tier"),
+    "moves_total": ("Moves between tiers asked for, by status.", *_PATH, "status"),
+    "moved_chunks_total": ("Chunks that moves brought to another tier.", *_PATH),
+    "expiries_total": ("Claims whose TTL passed; below the last: dropped.", "from_tier", "to_tier"),
+    "ttl_seconds": ("TTL decided, seconds.",),
+    "generate_seconds": ("Time of a generation in the engine, seconds.",),
+    "manage_seconds": ("Time spent on a decision and its moves, seconds.",),
+    "move_seconds": ("Time of a move, seconds.", *_PATH),
+    "live_claims": ("Claims whose TTL has not passed.",),
+    "queue_depth": ("Decisions that wait to be made.",),
+    "tracked_patterns": ("Prompt patterns whose history is kept.",),
 }
+METRICS = {_PREFIX + name: text for name, (text, *_) in _METRICS.items()}
 _GAUGES = ("live_claims", "queue_depth", "tracked_patterns")
 _TTL_S = (1, 4, 15, 60, 240, 900, 3_600, 14_400, 57_600, 172_800, 604_800)  # .. 7 days
 _LATENCY_S = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
@@ -69,14 +61,13 @@ class DecisionMetrics:
         self.registry = CollectorRegistry() if registry is None else registry
         self._metrics = {}
         self._gauges: dict[str, Gauge] = {}
-        for full_name, text in METRICS.items():
-            name = full_name.removeprefix(_PREFIX)
-            what = {"labelnames": _LABELS.get(name, ()), "registry": self.registry}
+        for name, (text, *labels) in _METRICS.items():
+            what = (_PREFIX + name, text, labels)
             if name.endswith("_total"):
-                self._metrics[name] = Counter(full_name, text, **what)
+                self._metrics[name] = Counter(*what, registry=self.registry)
             elif name not in _GAUGES:
                 bounds = _TTL_S if name == "ttl_seconds" else _LATENCY_S
-                self._metrics[name] = Histogram(full_name, text, **what, buckets=bounds)
+                self._metrics[name] = Histogram(*what, registry=self.registry, buckets=bounds)
         for tier in TIERS:  # from the start, so that a rate sees the first one
             self._of("decisions_total", tier)
             self._of("hit_tokens_total", tier)
@@ -122,8 +113,7 @@ class DecisionMetrics:
         if name not in _GAUGES:
             raise ValueError(f"name must be one of {', '.join(_GAUGES)}, got {name!r}")
         if name not in self._gauges:
-            full_name = _PREFIX + name
-            self._gauges[name] = Gauge(full_name, METRICS[full_name], registry=self.registry)
+            self._gauges[name] = Gauge(_PREFIX + name, *_METRICS[name], registry=self.registry)
         self._gauges[name].set_function(lambda: _value(name, function))
 
     def serve(self, port: int, host: str = "127.0.0.1") -> MetricsServer:
@@ -188,21 +178,14 @@ class DecisionMetrics:
             self._of(name, *labels).observe(seconds)
 
 
-class MetricsServer(AbstractContextManager):
-    """A running metrics server: its `port`, and `close`."""
+class MetricsServer(ExitStack):
+    """A running metrics server: its `port`, and `close`, which may be called twice."""
 
     def __init__(self, server, thread) -> None:
-        self._server, self._thread = server, thread
+        super().__init__()
         self.port: int = server.server_port
-
-    def close(self) -> None:
-        """Stop serving and give the port back; closing twice does no harm."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    def __exit__(self, *exc_info) -> None:
-        self.close()
+        for step in (thread.join, server.server_close, server.shutdown):  # the last one first
+            self.callback(step)
 
 
 def _counts(amount):

@@ -98,41 +98,28 @@ def _use(prompt, metadata, time_s, held, config, rng):
     source = "gpu" if held == "none" else held  # what was just computed is in gpu
     moves = (_move(source, wanted, chunks),) if source != wanted else ()
     cached = 0 if held == "none" else chunks * _CHUNK_TOKENS
-    return DecisionRecord(
-        time_s=_START_S + time_s,
-        **prompt,
-        metadata=metadata,
-        ttl_s=round(config.ttl(metadata), 3),
-        wanted_tier=wanted,
-        hit_tokens={held: cached} if cached else {},
-        tier_before={source: chunks},
-        tier_after={wanted: chunks},
-        moves=moves,
-        generate_s=round(1e-4 * (prompt["prompt_tokens"] - cached) + rng.uniform(0.1, 0.2), 4),
-        manage_s=round(rng.uniform(0.003, 0.012) + 0.025 * len(moves), 4),
-    )
+    generate_s = 1e-4 * (prompt["prompt_tokens"] - cached) + rng.uniform(0.1, 0.2)
+    manage_s = rng.uniform(0.003, 0.012) + 0.025 * len(moves)
+    values = {"ttl_s": round(config.ttl(metadata), 3), "wanted_tier": wanted, "moves": moves}
+    values |= {"tier_before": {source: chunks}, "tier_after": {wanted: chunks}}
+    values |= {"generate_s": round(generate_s, 4), "manage_s": round(manage_s, 4)}
+    values["hit_tokens"] = {held: cached} if cached else {}
+    return DecisionRecord(_START_S + time_s, **prompt, metadata=metadata, **values)
 
 
 def _ladder(prompt, use, time_s, next_s, config):
     """The expiries until the next use, one rung after the other."""
     records, tier, due_s = [], use.wanted_tier, time_s + use.ttl_s
+    chunks = prompt["chunks"]
     while tier is not None and due_s < next_s:
         code = TIER_CODES[tier] + 1
         below = TIERS[code] if code < len(TIERS) else None
         factor = config.ladder.get(below, 1.0)
-        records.append(
-            DecisionRecord(
-                time_s=round(_START_S + due_s, 3),
-                **prompt,
-                ttl_s=round(use.ttl_s * factor, 3) if below else None,
-                wanted_tier=below,
-                tier_before={tier: prompt["chunks"]},
-                tier_after={below: prompt["chunks"]} if below else {},
-                moves=(_move(tier, below, prompt["chunks"]),) if below else (),
-                kind="expiry",
-                from_tier=tier,
-            )
-        )
+        values = {"kind": "expiry", "from_tier": tier, "tier_before": {tier: chunks}}
+        if below:
+            values |= {"ttl_s": round(use.ttl_s * factor, 3), "wanted_tier": below}
+            values |= {"tier_after": {below: chunks}, "moves": (_move(tier, below, chunks),)}
+        records.append(DecisionRecord(round(_START_S + due_s, 3), **prompt, **values))
         due_s += use.ttl_s * factor
         tier = below
     return records

@@ -24,9 +24,8 @@ BASELINES = {name: name.replace("-", "") for name in _NAMES} | {"SIEVE": "Sieve"
 # Blocks: below, a part of libcachesim's policy (a window of 1 %, a queue of 10 %) rounds
 # to none: W-TinyLFU never hits then, or aborts the process, as S3-FIFO does.
 LEAST_BLOCKS = {"W-TinyLFU": 100, "S3-FIFO": 10}
-_RECORD = np.dtype(  # libCacheSim's oracleGeneral format
-    [("time_s", "<u4"), ("key", "<u8"), ("size", "<u4"), ("next_access", "<i8")]
-)
+# libCacheSim's oracleGeneral format.
+_RECORD = np.dtype([("time_s", "<u4"), ("key", "<u8"), ("size", "<u4"), ("next_access", "<i8")])
 
 
 class BaselineFile(ExitStack):

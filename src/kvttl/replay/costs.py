@@ -26,9 +26,9 @@ _LARGE_S, _LARGE_BYTES = (0.76, 0.83, 1.14), 1_545 * 18_432
 _SMALL_S, _SMALL_BYTES = (0.13, 0.19, 0.24), 1_545 * 1_024
 _RECOMPUTE_S = (7.9 + 10.9) / 2
 
-_BANDWIDTH = tuple(
-    (_LARGE_BYTES - _SMALL_BYTES) / (a - b) for a, b in zip(_LARGE_S, _SMALL_S)
-)  # 43, 42, 30 MB/s
+_MORE_BYTES = _LARGE_BYTES - _SMALL_BYTES
+# 43, 42, 30 MB/s
+_BANDWIDTH = tuple(_MORE_BYTES / (a - b) for a, b in zip(_LARGE_S, _SMALL_S))
 _LATENCY_S = tuple(s - _SMALL_BYTES / b for s, b in zip(_SMALL_S, _BANDWIDTH))
 
 

@@ -61,16 +61,10 @@ def lru_curve(trace: Trace | RunIndex, capacities: Sequence[int | float]) -> dic
     }
 
 
-@njit(cache=True)
 def _below(distances, weights, limits):
     """Sum the weights of distances below each of the limits, which ascend."""
-    sums = np.zeros(len(limits) + 1, np.int64)
-    for piece in range(len(distances)):
-        at = 0
-        while at < len(limits) and distances[piece] >= limits[at]:
-            at += 1
-        sums[at] += weights[piece]
-    return np.cumsum(sums)[:-1]
+    over = np.searchsorted(limits, distances, side="right")  # limits that are not above each one
+    return np.cumsum(np.bincount(over, weights, len(limits) + 1))[:-1].astype(np.int64)
 
 
 @njit(cache=True)

@@ -11,6 +11,7 @@ import numpy as np
 from caching_heuristics import TIERS
 from kvttl.traces.trace import Trace
 
+_SIZES = ("unique_blocks", "accesses", "requests")  # of a trace
 PLACES = (*TIERS, "none")  # rows and columns of `moved_tokens`
 
 
@@ -118,9 +119,7 @@ class ReplayResult:
             "policy": self.policy,
             "capacity_blocks": dict(zip(TIERS, capacity)),
             **self.since(-np.inf),
-            "unique_blocks": self.trace.unique_blocks,
-            "accesses": self.trace.accesses,
-            "requests": self.trace.requests,
+            **{name: getattr(self.trace, name) for name in _SIZES},
             **{name: dict(zip(TIERS, values.tolist())) for name, values in by_tier.items()},
             "moved_tokens": self.moved(),
         }

@@ -105,24 +105,20 @@ def trade_off(
         plain ``ttl`` has a memory of its own, ``ttl_share_held``.
     """
     config, rows = config or HeuristicConfig(), []
+    unique = max(index.trace.unique_blocks, 1)
     for base_s in base_ttls_s:
         changed = replace(config, base_ttl=base_s, min_ttl=min(config.min_ttl, base_s))
         result = replay_without_capacity(index, changed)
         plain = replay_without_capacity(index, changed, "ttl")
         same = at_same_memory(index, result)
-        unique = max(index.trace.unique_blocks, 1)
-        rows.append(
-            {
-                "base_ttl_s": base_s,
-                "mean_blocks_held": mean_blocks_held(result),
-                "share_held": mean_blocks_held(result) / unique,
-                "heuristic": result.token_hit_ratio,
-                "ttl_share_held": mean_blocks_held(plain) / unique,
-                "ttl": plain.token_hit_ratio,
-                **{name: other.token_hit_ratio for name, other in same.items()},
-            }
-        )
-    return pd.DataFrame(rows)
+        held, plain_held = mean_blocks_held(result), mean_blocks_held(plain)
+        shares = (held / unique, result.token_hit_ratio, plain_held / unique, plain.token_hit_ratio)
+        rows.append((base_s, held, *shares, *(other.token_hit_ratio for other in same.values())))
+    return pd.DataFrame(rows, columns=_SWEEP_COLUMNS)
+
+
+_SWEEP_COLUMNS = ["base_ttl_s", "mean_blocks_held", "share_held", "heuristic", "ttl_share_held"]
+_SWEEP_COLUMNS += ["ttl", "recency", "optimal"]
 
 
 def wide(table: pd.DataFrame, value: str = "token_hit_ratio") -> pd.DataFrame:

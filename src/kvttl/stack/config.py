@@ -16,12 +16,8 @@ from kvttl import PROJECT
 from kvttl.storage.redis_client import RedisLimits
 
 # read by vLLM itself, so they cannot travel as engine arguments
-ENGINE_ENV = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "LMCACHE_TRACK_USAGE": "false",
-    "DO_NOT_TRACK": "1",
-}
+ENGINE_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+ENGINE_ENV |= {"LMCACHE_TRACK_USAGE": "false", "DO_NOT_TRACK": "1"}
 PORT_FIELDS = ("coordinator_port", "server_port", "server_http_port", "redis_port")
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -169,6 +165,9 @@ def kv_transfer_config(config: StackConfig):
     """The `KVTransferConfig` that connects a vLLM engine to the LMCache server."""
     from vllm.config import KVTransferConfig  # seconds, and not needed to run the stack
 
+    extra = {"lmcache.mp.host": f"tcp://{config.host}", "lmcache.mp.port": config.server_port}
+    extra["lmcache.mp.mq_timeout"] = config.mq_timeout_s
+    extra["lmcache.mp.heartbeat_interval"] = config.engine_heartbeat_s
     return KVTransferConfig(
         kv_connector="LMCacheMPConnector",
         # LMCache's own ends the engine at an aborted request; see there.
@@ -176,12 +175,7 @@ def kv_transfer_config(config: StackConfig):
         kv_role="kv_both",
         # A chunk that vanishes between lookup and load costs a recompute, not the request.
         kv_load_failure_policy="recompute",
-        kv_connector_extra_config={
-            "lmcache.mp.host": f"tcp://{config.host}",
-            "lmcache.mp.port": config.server_port,
-            "lmcache.mp.mq_timeout": config.mq_timeout_s,
-            "lmcache.mp.heartbeat_interval": config.engine_heartbeat_s,
-        },
+        kv_connector_extra_config=extra,
     )
 
 
@@ -202,11 +196,9 @@ def engine_kwargs(config: StackConfig, model: str, **overrides) -> dict:
     """
     for name, value in ENGINE_ENV.items():
         os.environ.setdefault(name, value)
+    small = {"model": model, "dtype": "bfloat16", "max_model_len": 2048, "enforce_eager": True}
     return {
-        "model": model,
-        "dtype": "bfloat16",
-        "max_model_len": 2048,
-        "enforce_eager": True,
+        **small,
         "block_size": config.block_size_tokens,
         "enable_prefix_caching": False,  # else its hits hide the tiers
         "disable_hybrid_kv_cache_manager": True,  # one KV group; CPU transfer needs it
@@ -232,9 +224,8 @@ def load_config(path: str | Path = "config.yaml", **overrides) -> StackConfig:
     config = StackConfig(**{**_read_section(file), **overrides})
     # A relative folder means "beside config.yaml", whatever the caller's directory is.
     base = file.parent.resolve()
-    return config.replaced(
-        disk_path=str(base / config.disk_path), run_dir=str(base / config.run_dir)
-    )
+    folders = {name: str(base / getattr(config, name)) for name in ("disk_path", "run_dir")}
+    return config.replaced(**folders)
 
 
 def _find_file(path: Path) -> Path:

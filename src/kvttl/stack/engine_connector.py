@@ -18,13 +18,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.lmcache_mp_connector import (
-    LMCacheMPConnector as _LMCacheMPConnector,
-)
+from vllm.distributed.kv_transfer.kv_connector.v1 import lmcache_mp_connector
 from vllm.v1.core.sched.scheduler import Scheduler
 
 
-class LMCacheMPConnector(_LMCacheMPConnector):
+class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
     """Connects vLLM to an LMCache server; parameters are those of LMCache's own connector.
 
     Raises
@@ -85,7 +83,8 @@ class LMCacheMPConnector(_LMCacheMPConnector):
 def _check_versions() -> None:
     """Refuse a vLLM or LMCache that would not call, or not heed, the methods above."""
     hooks = [name for name in vars(LMCacheMPConnector) if not name.startswith("_")]
-    missing = [name for name in hooks if not hasattr(_LMCacheMPConnector, name)]
+    base = lmcache_mp_connector.LMCacheMPConnector
+    missing = [name for name in hooks if not hasattr(base, name)]
     if "delay_free_blocks" not in inspect.signature(Scheduler._free_request).parameters:
         missing.append("Scheduler._free_request(delay_free_blocks)")
     if missing:

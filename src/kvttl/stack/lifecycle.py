@@ -22,7 +22,6 @@ from kvttl.stack.services import PORTS_OF, SERVICES, PortTakenError
 __all__ = ["LMCacheStack", "PortTakenError", "StackConfig", "StackError", "load_config"]
 
 FREE_PORT_TRIES = 4  # another program may take a port between our pick and the bind
-POLL_S = 0.1
 
 
 class LMCacheStack:
@@ -71,9 +70,7 @@ class LMCacheStack:
     port = property(attrgetter("config.coordinator_port"), doc="Port of the coordinator.")
     server_port = property(attrgetter("config.server_port"), doc="Port of vLLM's connector (ZMQ).")
     coordinator_url = property(attrgetter("config.coordinator_url"), doc="The coordinator's URL.")
-    server_http_url = property(
-        attrgetter("config.server_http_url"), doc="The LMCache server's control interface."
-    )
+    server_http_url = property(attrgetter("config.server_http_url"), doc="The server's HTTP API.")
 
     @property
     def redis_url(self) -> str:
@@ -154,21 +151,14 @@ class LMCacheStack:
 
     def health(self) -> dict[str, dict]:
         """Per service: whether it is ready, whether we started it, its pid and address."""
-        addresses = {
-            "redis": "redis://{}:{}".format(*self.config.redis_address),
-            "coordinator": self.coordinator_url,
-            "server": self.server_http_url,
-        }
+        addresses = {"redis": "redis://{}:{}".format(*self.config.redis_address)}
+        addresses |= {"coordinator": self.coordinator_url, "server": self.server_http_url}
         pids = {name: child.pid for name, child in (self._recorded | self._children).items()}
-        return {
-            name: {
-                "ready": self._ready(name),
-                "started_here": name in self._children,
-                "pid": pids.get(name),
-                "address": address,
-            }
-            for name, address in addresses.items()
-        }
+        health = {}
+        for name, address in addresses.items():
+            health[name] = {"ready": self._ready(name), "started_here": name in self._children}
+            health[name] |= {"pid": pids.get(name), "address": address}
+        return health
 
     # ---- for vLLM -----------------------------------------------------------
 
@@ -245,11 +235,10 @@ class LMCacheStack:
         while pending := [name for name in pending if not self._ready(name)]:
             self._raise_if_dead(names)
             if time.monotonic() > deadline:
-                raise StackError(
-                    f"{pending[0]} was not ready after {self.config.start_timeout_s:g} s "
-                    f"(start_timeout_s).{self._log_tail(pending[0])}"
-                )
-            time.sleep(POLL_S)
+                within = f"{self.config.start_timeout_s:g} s (start_timeout_s)"
+                tail = self._log_tail(pending[0])
+                raise StackError(f"{pending[0]} was not ready after {within}.{tail}")
+            time.sleep(0.1)
 
     def _ready(self, name: str) -> bool:
         child = self._children.get(name)
@@ -280,9 +269,8 @@ class LMCacheStack:
                     named = [p for p in PORTS_OF[name] if str(getattr(self.config, p)) in line]
                     advice = services.port_advice(self.config, (named or PORTS_OF[name])[0])
                     raise PortTakenError(f"{name} found its port taken: {advice}.{tail}")
-            raise StackError(
-                f"{name} ended at start with exit code {child.popen.returncode}.{tail}"
-            )
+            code = child.popen.returncode
+            raise StackError(f"{name} ended at start with exit code {code}.{tail}")
 
     def _log_tail(self, name: str) -> str:
         child = self._children.get(name)

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from kvttl import PROJECT
+from kvttl import PROJECT, whole_file
 
 POLL_S = 0.05
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -200,6 +200,5 @@ def save_state(path: Path, children: dict[str, Child], **entries) -> None:
         return
     rows = [{name: getattr(child, name) for name in _STORED} for child in children.values()]
     record = json.dumps({"children": rows, **entries}, indent=2, default=str)
-    part = path.with_suffix(".part")  # a reader never sees half a file
-    part.write_text(record, encoding="utf-8")
-    part.replace(path)
+    with whole_file(path) as file:
+        file.write(record.encode())

@@ -21,11 +21,7 @@ from typing import Any
 import numpy as np
 import redis
 from lmcache.v1.distributed.api import ObjectKey
-from lmcache.v1.distributed.l2_adapters import factory
-from lmcache.v1.distributed.l2_adapters.native_connector_l2_adapter import (
-    NativeConnectorL2Adapter,
-    _object_key_to_string,
-)
+from lmcache.v1.distributed.l2_adapters import factory, native_connector_l2_adapter
 
 from kvttl.background import Repeater
 from kvttl.lmcache.client import CircuitBreaker
@@ -33,6 +29,7 @@ from kvttl.lmcache.tiers import pages, parse_key
 from kvttl.stack.reconcile import chunk_names, sizes_of
 from kvttl.storage.redis_client import connect_as_server
 
+_object_key_to_string = native_connector_l2_adapter._object_key_to_string
 _SOCKET_READ_BYTES = 2**20  # a chunk can have megabytes
 _TILE_KEYS = 16  # a command's share of a batch: large answers of many chunks in parts
 _VERIFY_KEYS = 1000
@@ -181,7 +178,7 @@ def _fill(view, value):
     return True
 
 
-class RedisL2Adapter(NativeConnectorL2Adapter):
+class RedisL2Adapter(native_connector_l2_adapter.NativeConnectorL2Adapter):
     """LMCache's adapter over `RedisClient`; also tells the directory of chunks that are gone.
 
     LMCache's own reports the deletion of what it has stored in this life of the server, if it

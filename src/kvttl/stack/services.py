@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -17,11 +18,8 @@ from kvttl.stack.config import StackConfig
 from kvttl.stack.process import StackError
 from kvttl.storage.redis_client import connect, environment_of
 
-PORTS_OF = {
-    "redis": ("redis_port",),
-    "coordinator": ("coordinator_port",),
-    "server": ("server_port", "server_http_port"),
-}
+PORTS_OF = {"redis": ("redis_port",), "coordinator": ("coordinator_port",)}
+PORTS_OF["server"] = ("server_port", "server_http_port")
 SERVICES = tuple(PORTS_OF)  # in start order; stopped in reverse, so that the server can still
 # sign off at the coordinator
 _OPEN_TIMEOUT_S = 2.0
@@ -38,51 +36,36 @@ def arguments_of(name: str, config: StackConfig) -> list[str]:
     """Command line of one service, without the program and without any password."""
     if name == "redis":
         return [config.host, str(config.redis_port)]
-    options = _coordinator_options(config) if name == "coordinator" else _server_options(config)
-    return [str(part) for option, *value in options for part in (f"--{option}", *value)]
-
-
-def _coordinator_options(config: StackConfig) -> list[tuple]:
-    options = [
-        ("host", config.host),
-        ("port", config.coordinator_port),
-        ("chunk-size", config.chunk_size_tokens),
+    if name == "coordinator":
         # Not shorter: a server that is merely busy would lose its memory tier
         # in the directory, and LMCache never reports those chunks again.
-        ("instance-timeout", max(30.0, 10 * config.registration_heartbeat_s)),
-        ("health-check-interval", config.registration_heartbeat_s),
-        ("timeout-keep-alive", 60),
-    ]
-    if config.directory_checkpoint_s > 0:
-        options += [
-            ("checkpoint-path", checkpoint_path(config)),
-            ("checkpoint-interval", config.directory_checkpoint_s),
-        ]
-    return options
-
-
-def _server_options(config: StackConfig) -> list[tuple]:
+        timeout_s = max(30.0, 10 * config.registration_heartbeat_s)
+        arguments = _COORDINATOR.format(config, timeout_s).split()
+        if config.directory_checkpoint_s > 0:
+            arguments += ["--checkpoint-path", str(checkpoint_path(config))]
+            arguments += ["--checkpoint-interval", str(config.directory_checkpoint_s)]
+        return arguments
     adapters = map(adapter_settings, config.storage.keys(), config.storage.values())
-    return [
-        ("host", config.host),
-        ("port", config.server_port),
-        ("http-host", config.host),
-        ("http-port", config.server_http_port),
-        ("instance-id", config.instance_id),
-        ("chunk-size", config.chunk_size_tokens),
-        ("l1-size-gb", config.l1_size_gb),
-        ("eviction-policy", config.eviction_policy),
-        ("l2-prefetch-policy", config.prefetch_policy),
-        *(("l2-adapter", json.dumps(adapter)) for adapter in adapters),
-        ("coordinator-url", config.coordinator_url),
-        ("coordinator-advertise-ip", config.host),
-        ("coordinator-heartbeat-interval", config.registration_heartbeat_s),
-        ("coordinator-event-reporting",),
-        ("coordinator-event-flush-interval", config.event_flush_interval_s),
-        # CPU engines copy KV themselves, GPU engines let the server do it.
-        ("supported-transfer-mode", "auto"),
-        ("no-run-script-api-enabled",),
-    ]
+    named = (("--l2-adapter", json.dumps(adapter)) for adapter in adapters)
+    return [*_SERVER.format(config).split(), *itertools.chain.from_iterable(named)]
+
+
+# No value in them has a space in it.
+_COORDINATOR = (
+    "--host {0.host} --port {0.coordinator_port} --chunk-size {0.chunk_size_tokens} "
+    "--instance-timeout {1} --health-check-interval {0.registration_heartbeat_s} "
+    "--timeout-keep-alive 60"
+)
+_SERVER = (
+    "--host {0.host} --port {0.server_port} --http-host {0.host} --http-port {0.server_http_port} "
+    "--instance-id {0.instance_id} --chunk-size {0.chunk_size_tokens} --l1-size-gb {0.l1_size_gb} "
+    "--eviction-policy {0.eviction_policy} --l2-prefetch-policy {0.prefetch_policy} "
+    "--coordinator-url {0.coordinator_url} --coordinator-advertise-ip {0.host} "
+    "--coordinator-heartbeat-interval {0.registration_heartbeat_s} --coordinator-event-reporting "
+    "--coordinator-event-flush-interval {0.event_flush_interval_s} "
+    # CPU engines copy KV themselves, GPU engines let the server do it.
+    "--supported-transfer-mode auto --no-run-script-api-enabled"
+)
 
 
 def child_env(config: StackConfig) -> dict[str, str]:
@@ -93,18 +76,11 @@ def child_env(config: StackConfig) -> dict[str, str]:
         if name == "LMCACHE_LOG_LEVEL" or not name.startswith(("LMCACHE_", "OTEL_", "KV_REDIS_"))
     }
     no_proxy = ",".join(filter(None, [kept.get("NO_PROXY"), config.host]))
-    kept.update(
-        KV_REDIS_CLIENT=config.redis_client,
-        KV_REDIS_VERIFY_S=f"{config.redis_verify_s:g}",
-        LMCACHE_TRACK_USAGE="false",
-        DO_NOT_TRACK="1",
-        HF_HUB_DISABLE_TELEMETRY="1",
-        LMCACHE_DISABLE_BANNER="1",
-        NO_PROXY=no_proxy,
-        no_proxy=no_proxy,
-        PYTHONUNBUFFERED="1",
-        PYTHONWARNINGS="ignore::FutureWarning",
-    )
+    on = "DO_NOT_TRACK HF_HUB_DISABLE_TELEMETRY LMCACHE_DISABLE_BANNER PYTHONUNBUFFERED".split()
+    kept |= dict.fromkeys(on, "1") | dict.fromkeys(("NO_PROXY", "no_proxy"), no_proxy)
+    kept |= {"LMCACHE_TRACK_USAGE": "false", "PYTHONWARNINGS": "ignore::FutureWarning"}
+    kept["KV_REDIS_CLIENT"] = config.redis_client
+    kept["KV_REDIS_VERIFY_S"] = f"{config.redis_verify_s:g}"
     return kept | environment_of(config.redis_url, config.redis_limits)
 
 
@@ -213,13 +189,9 @@ def _is_our_server(config: StackConfig) -> bool:
     settings = server_settings(config.server_http_url)
     if not settings:
         return False
-    wanted = {
-        "instance_id": config.instance_id,
-        "server_port": config.server_port,
-        "chunk_size_tokens": config.chunk_size_tokens,
-        "coordinator": config.coordinator_url,
-        **_storage(config),
-    }
+    same = ("instance_id", "server_port", "chunk_size_tokens")
+    wanted = {field: getattr(config, field) for field in same}
+    wanted |= {"coordinator": config.coordinator_url, **_storage(config)}
     for field, value in wanted.items():
         if settings.get(field) != value:
             raise StackError(

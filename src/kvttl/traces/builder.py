@@ -101,13 +101,12 @@ def make_trace(
 ) -> Trace:
     """Return a trace from lists of prefix-chained block ids; by default one request a second."""
     builder = TraceBuilder(block_tokens)
-    for number, blocks in enumerate(requests):
-        builder.add(
-            blocks,
-            float(number) if arrival_s is None else arrival_s[number],
-            len(blocks) * block_tokens if prompt_tokens is None else prompt_tokens[number],
-            session=-1 if sessions is None else sessions[number],
-        )
+    arrival_s = range(len(requests)) if arrival_s is None else arrival_s
+    if prompt_tokens is None:
+        prompt_tokens = [len(blocks) * block_tokens for blocks in requests]
+    sessions = [-1] * len(requests) if sessions is None else sessions
+    for blocks, *values, session in zip(requests, arrival_s, prompt_tokens, sessions):
+        builder.add(blocks, *values, session=session)
     return builder.finish("made")
 
 
@@ -131,7 +130,7 @@ class DenseIds:
 
     def ids(self, keys: np.ndarray) -> np.ndarray:
         """Return the dense ids of keys, shape (n,), int32; unknown keys get the next numbers."""
-        return self._numbered(_number_keys, keys)
+        return self._numbered(keys, chained=False)
 
     def prefixes(self, keys: np.ndarray, shown: Callable[[int], Any] = int) -> np.ndarray:
         """Return `ids` of keys in prefix order, each of which always follows the same key.
@@ -168,12 +167,12 @@ class DenseIds:
 
     def chain(self, ids: np.ndarray) -> np.ndarray:
         """Return ids that are equal only where all ids before them in the row are equal too."""
-        return self._numbered(_number_chain, ids)
+        return self._numbered(ids, chained=True)
 
-    def _numbered(self, number, row):
+    def _numbered(self, row, chained):
         self._reserve(len(row))
         out = np.empty(len(row), np.int32)
-        self._count = number(row, self._slots, self._keys, self._count, out)
+        self._count = _number_row(row, chained, self._slots, self._keys, self._count, out)
         return out
 
     def _reserve(self, more):
@@ -216,14 +215,6 @@ def _number_one(key, slots, keys, count):
 
 
 @njit(cache=True)
-def _number_keys(row, slots, keys, count, out):
-    for i in range(len(row)):
-        out[i] = _number_one(row[i], slots, keys, count)
-        count = max(count, out[i] + 1)
-    return count
-
-
-@njit(cache=True)
 def _number_prefixes(row, slots, keys, parents, count, out):
     """Return the new count and the first place whose key has another parent, or -1."""
     parent = np.int32(-1)
@@ -246,10 +237,13 @@ def _forget(slots, keys, kept, count):
 
 
 @njit(cache=True)
-def _number_chain(row, slots, keys, count, out):
+def _number_row(row, chained, slots, keys, count, out):
+    """Number keys, chained ones (dense ids) together with the number before; new count."""
     parent = np.int64(-1)
     for i in range(len(row)):
-        key = ((parent + 1) << 32) | np.int64(row[i])
+        key = np.int64(row[i])
+        if chained:
+            key |= (parent + 1) << 32
         out[i] = _number_one(key, slots, keys, count)
         count = max(count, out[i] + 1)
         parent = np.int64(out[i])

@@ -55,7 +55,9 @@ class Source:
             yield
         except _BAD as error:
             if not self.skip_bad:
-                raise ValueError(f"{where}: {_reason(error)}") from error
+                missing = isinstance(error, KeyError)
+                reason = f"{error.args[0]!r} is missing" if missing else error
+                raise ValueError(f"{where}: {reason}") from error
             self.skipped += 1
 
 
@@ -112,8 +114,7 @@ def _line(file, limit, path, number):
 
 
 def _record(line):
-    text = line.decode()
-    record = json.loads(text)
+    record = json.loads(text := line.decode())
     if not isinstance(record, dict):
         raise ValueError(f"must be a JSON object, got {text.strip()[:40]!r}")
     return record
@@ -129,10 +130,6 @@ def _bar(source, total, name, unit="B"):
 
     with tqdm(total=total, desc=name, unit=unit, unit_scale=True, delay=1) as bar:
         yield bar.update
-
-
-def _reason(error):
-    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _number(record, name, lowest=0.0, default=None):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
+from caching_heuristics import FINITE, check_number
 from kvttl.traces.builder import TraceBuilder
 from kvttl.traces.trace import COLUMNS, Trace
 
@@ -56,9 +54,9 @@ def agent_loops(
     """
     given = dict(locals())
     for name in ("requests", "block_tokens", "agents", "system_blocks", "turn_blocks", "turns"):
-        _check(name, given[name], 1)
+        check_number(name, given[name], 1, FINITE)
     for name in ("pause_s", "sessions_per_hour"):
-        _check(name, given[name], math.nextafter(0.0, 1.0))
+        check_number(name, given[name], 0, FINITE, open_low=True)
     rng = np.random.default_rng(seed)
     builder = TraceBuilder(block_tokens)
     start_s, session, next_key = 0.0, 0, agents * system_blocks
@@ -84,12 +82,6 @@ def _add_turn(builder, rng, keys, time_s, session):
     builder.add(keys, time_s, tokens, int(rng.integers(1, 4 * size)), session)
 
 
-def _check(name, value, lowest):
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not lowest <= value < math.inf:
-        raise ValueError(f"{name} must be >= {lowest:g} and finite, got {value!r}")
-
-
 def tiled(trace: Trace, accesses: int) -> Trace:
     """Repeat a trace end to end, with new blocks each time, until it has so many accesses.
 
@@ -112,18 +104,3 @@ def tiled(trace: Trace, accesses: int) -> Trace:
     columns["sessions"] += (shift * sessions).astype(np.int32)
     unique, name = copies * trace.unique_blocks, f"{trace.name} x {copies}"
     return replace(trace, **columns, unique_blocks=unique, name=name, skipped_lines=0)
-
-
-def write_mooncake(trace: Trace, path) -> None:
-    """Write a trace as Mooncake's JSON lines (gzipped where the name ends in ``.gz``)."""
-    lines = []
-    for r in range(trace.requests):
-        record = {
-            "timestamp": round(float(trace.arrival_s[r]) * 1e3),
-            "input_length": int(trace.prompt_tokens[r]),
-            "output_length": int(trace.output_tokens[r]),
-            "hash_ids": trace.request(r).tolist(),
-        }
-        lines.append(json.dumps(record, separators=(",", ":")) + "\n")
-    data = "".join(lines).encode()
-    Path(path).write_bytes(gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)

@@ -97,7 +97,6 @@ def _read(path, format, source, cache_dir):
             warnings.warn(f"{error}; {path} is read anew", stacklevel=3)
     trace = FORMATS[name].read(files, source).finish(path.name, source.skipped)
     if cached:
-        cached.parent.mkdir(parents=True, exist_ok=True)
         save_trace(trace, cached)
     return trace
 

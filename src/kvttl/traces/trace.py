@@ -6,26 +6,17 @@ prefixes, so one id always has one parent and one depth. Readers chain what is n
 
 from __future__ import annotations
 
-import os
-import struct
-import tempfile
-import zipfile
-import zlib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
-from numba import njit
+
+from kvttl import whole_file
 
 CACHE_VERSION = 1  # of the file that `save_trace` writes
-COLUMNS = {  # array of `Trace` -> dtype
-    "block_ids": np.int32,
-    "offsets": np.int64,
-    "arrival_s": np.float64,
-    "prompt_tokens": np.int32,
-    "output_tokens": np.int32,
-    "sessions": np.int32,
-}
+# Array of `Trace` -> dtype, in the order of its fields.
+COLUMNS = {"block_ids": np.int32, "offsets": np.int64, "arrival_s": np.float64}
+COLUMNS |= dict.fromkeys(("prompt_tokens", "output_tokens", "sessions"), np.int32)
 _OF_REQUESTS = tuple(COLUMNS)[2:]
 
 
@@ -111,19 +102,17 @@ class Trace:
         cut = (self.tail_tokens() < self.block_tokens) & (self.blocks > 0)
         keep = np.ones(self.accesses, bool)
         keep[self.offsets[1:][cut] - 1] = False
-        ids, unique = _renumber(self.block_ids[keep], self.unique_blocks)
         offsets = np.concatenate([[0], np.cumsum(self.blocks - cut)])
-        return replace(self, block_ids=ids, offsets=offsets, unique_blocks=unique)
+        return replace(self, **_dense(self.block_ids[keep]), offsets=offsets)
 
     def head(self, requests: int) -> Trace:
         """Return the first requests as a trace of their own."""
         if requests < 0:
             raise ValueError(f"requests must be >= 0, got {requests}")
         end = self.offsets[min(requests, self.requests)]
-        ids, unique = _renumber(self.block_ids[:end], self.unique_blocks)
         columns = {name: getattr(self, name)[:requests] for name in _OF_REQUESTS}
-        offsets = self.offsets[: requests + 1]
-        return replace(self, block_ids=ids, offsets=offsets, unique_blocks=unique, **columns)
+        columns |= _dense(self.block_ids[:end])
+        return replace(self, offsets=self.offsets[: requests + 1], **columns)
 
     def __repr__(self) -> str:
         return (
@@ -132,30 +121,17 @@ class Trace:
         )
 
 
-@njit(cache=True)
-def _renumber(ids, unique):
-    """Return ids numbered by first appearance, and how many there are."""
-    new = np.full(unique, -1, np.int32)
-    out, count = np.empty_like(ids), 0
-    for i, old in enumerate(ids):
-        if new[old] < 0:
-            new[old] = count
-            count += 1
-        out[i] = new[old]
-    return out, count
+def _dense(ids):
+    """Return ids numbered anew without gaps, in their order, and how many there are."""
+    unique, dense = np.unique(ids, return_inverse=True)
+    return {"block_ids": dense.astype(np.int32), "unique_blocks": len(unique)}
 
 
 def save_trace(trace: Trace, path: str | Path) -> None:
     """Write a trace to one uncompressed ``.npz`` file, whole or not at all."""
     plain = {f.name: getattr(trace, f.name) for f in fields(Trace)}
-    handle, scratch = tempfile.mkstemp(dir=Path(path).parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, version=CACHE_VERSION, **plain)
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise
+    with whole_file(path) as file:
+        np.savez(file, version=CACHE_VERSION, **plain)
 
 
 def load_trace(path: str | Path) -> Trace:
@@ -174,16 +150,10 @@ def load_trace(path: str | Path) -> Trace:
             _check_columns(values)
     except FileNotFoundError:
         raise
-    except _UNREADABLE as error:
+    except Exception as error:  # NumPy raises a dozen kinds at files that it did not write
         raise ValueError(f"{path} is not a trace file of this kit: {error}") from error
     plain = {name: value if name in COLUMNS else value.item() for name, value in values.items()}
     return Trace(**plain)
-
-
-_UNREADABLE = (  # what NumPy raises at files that it did not write
-    *(KeyError, EOFError, OSError, ValueError, TypeError, AttributeError, RuntimeError),
-    *(OverflowError, MemoryError, SyntaxError, zipfile.BadZipFile, zlib.error, struct.error),
-)
 
 
 def _check_columns(values):
