@@ -101,14 +101,10 @@ class Decider:
         self._open: dict[_Job, float] = {}  # decisions that are not made yet -> their access
         self.shed = 0
 
-    def __len__(self) -> int:
-        """Return how many decisions wait for a worker."""
-        return len(self._jobs) if self._jobs is not None else 0
-
     def watch(self, metrics: DecisionMetrics) -> None:
         """Show how many claims live, decisions wait and patterns are tracked."""
         metrics.watch("live_claims", lambda: len(self.claims))
-        metrics.watch("queue_depth", lambda: len(self))
+        metrics.watch("queue_depth", lambda: len(self._jobs or ()))
         metrics.watch("tracked_patterns", lambda: len(self.measured.history or ()))
 
     def start(self) -> None:

@@ -151,9 +151,8 @@ class PromptHistory:
             self._patterns.popitem(last=False)
         if longest is None:
             return Observation(key=keys[-1])
-        is_new = known < len(keys)
-        count, variance = longest.count - 1, longest.time_variance
-        return Observation(count, gap_s, variance, known, is_new, keys[-1])
+        seen = (longest.count - 1, gap_s, longest.time_variance, known)
+        return Observation(*seen, known < len(keys), keys[-1])
 
 
 def output_perplexity(output: Any, vocab_size: int) -> float | None:

@@ -52,7 +52,8 @@ class Motion:
         self.lock = Lock()
         self._moving: set[str] = set()
         self._watchers: list[set[str]] = []
-        self._last_tier = BoundedTable(_MAX_REMEMBERED)  # chunk key -> below gpu
+        # Chunk key -> its tier, below gpu.
+        self._last_tier = BoundedTable(_MAX_REMEMBERED, _MAX_REMEMBERED, lambda _tier: 1)
 
     def move(
         self, source: str, target: str, timeout_s: float | None = None, **what: Any

@@ -322,15 +322,8 @@ def _way_down(tiers, wanted):
 
 def _record_of(item, before, after, now_s, **made):
     """Return the record of what became of one claim of a sweep."""
-    return DecisionRecord(
-        now_s,
-        item.owner,
-        kind="expiry" if item.ended_in else "settled",
-        chunks=len(item.chunks),
-        ttl_s=item.wish.ttl_s,
-        from_tier=item.ended_in,
-        wanted_tier=item.wish.tier,
-        tier_before=by_hottest(before.get(key, ()) for key in item.chunks),
-        tier_after=by_hottest(after.get(key, ()) for key in item.chunks),
-        **made,
-    )
+    kind = "expiry" if item.ended_in else "settled"
+    wanted = {"wanted_tier": item.wish.tier, "ttl_s": item.wish.ttl_s, "from_tier": item.ended_in}
+    for name, held in (("tier_before", before), ("tier_after", after)):
+        made[name] = by_hottest(held.get(key, ()) for key in item.chunks)
+    return DecisionRecord(now_s, item.owner, kind=kind, chunks=len(item.chunks), **wanted, **made)

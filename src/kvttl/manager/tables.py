@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -28,10 +27,7 @@ class BoundedTable(OrderedDict):
     """
 
     def __init__(
-        self,
-        max_entries: int,
-        max_bytes: float = math.inf,
-        size_bytes: Callable[[Any], int] = lambda _value: 0,
+        self, max_entries: int, max_bytes: float, size_bytes: Callable[[Any], int]
     ) -> None:
         super().__init__()
         self._max_entries, self._max_bytes = max_entries, max_bytes
