@@ -11,30 +11,17 @@ import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
 from caching_heuristics import TIERS
-from kvttl.lmcache.client import LMCacheError, LMCacheHTTP, LMCacheUnavailable
+from kvttl.lmcache.client import LMCacheError as LMCacheError
+from kvttl.lmcache.client import LMCacheHTTP
+from kvttl.lmcache.client import LMCacheUnavailable as LMCacheUnavailable
 from kvttl.lmcache.directory import Directory
-from kvttl.lmcache.layout import (
-    DEFAULT_INSTANCE,
-    BaseController,
-    InProcessController,
-    KVLayout,
-    engine_config,
-    unseen,
-)
+from kvttl.lmcache.layout import BaseController, InProcessController, KVLayout, unseen, vllm_config
 from tiered_caching import BaseBackend, InMemoryBackend, LocalDiskBackend, RemoteBackend
-
-__all__ = [
-    "BaseController",
-    "KVLayout",
-    "LMCacheController",
-    "LMCacheError",
-    "LMCacheUnavailable",
-    "LocalLMCacheController",
-]
 
 
 class LMCacheController(BaseController):
@@ -74,7 +61,7 @@ class LMCacheController(BaseController):
         *,
         world_size: int = 1,
         cache_salt: str = "",
-        instance_id: str = DEFAULT_INSTANCE,
+        instance_id: str = BaseController.instance_id,
         move_timeout_s: float = 2.0,
         **limits: float,
     ) -> None:
@@ -82,29 +69,22 @@ class LMCacheController(BaseController):
         self.move_timeout_s = move_timeout_s
         self._http = LMCacheHTTP(f"http://{host}:{port}", **limits)
         self._directory = Directory(self._http, model, world_size, cache_salt)
-        self._chunk_size_tokens: int | None = None
         # Tiers whose last demotion waited in vain (a dead Redis, a full disk):
         # later moves there look once and do not wait, until one succeeds.
         self._stalled_tiers: set[str] = set()
 
-    model = property(
-        attrgetter("_directory.model"), doc="The model name that the engine stores KV under."
-    )
-    cache_salt = property(
-        attrgetter("_directory.cache_salt"), doc="The tenant whose KV this is about."
-    )
+    model = property(attrgetter("_directory.model"), doc="The model name that KV is stored under.")
+    cache_salt = property(attrgetter("_directory.cache_salt"), doc="The tenant whose KV this is.")
 
-    @property
+    @cached_property
     def chunk_size_tokens(self) -> int:
         """Tokens a chunk, as the LMCache server says."""
-        if self._chunk_size_tokens is None:
-            self._chunk_size_tokens = self._http.chunk_size_tokens(self.instance_id)
-        return self._chunk_size_tokens
+        return self._http.chunk_size_tokens(self.instance_id)
 
     def attach_engine(self, llm: Any) -> None:
         """Use the engine's tokenizer and the model name it stores KV under."""
         super().attach_engine(llm)
-        if (config := engine_config(llm)) is not None:
+        if (config := vllm_config(llm)) is not None:
             self._directory = replace(self._directory, model=config.model_config.model)
 
     def layout(self, tokens: Sequence[int]) -> KVLayout:
@@ -159,21 +139,19 @@ class LMCacheController(BaseController):
         self._http.close()
 
     def _refusal(self, request):
-        source, target = request.source[1], request.target[1]
-        if (source, target) == ("remote", "disk"):
+        if (request.source, request.target) == ("remote", "disk"):
             return "the LMCache server has no L2-to-L2 copy; promote to gpu instead"
-        if request.tokens is None and target == "gpu" and source != "gpu":
+        if request.tokens is None and request.target == "gpu" and request.source != "gpu":
             return "the LMCache server prefetches by prompt: pass the prompt's tokens"
         return super()._refusal(request)
 
     def _look(self, request, keys):
         if keys is None and request.tokens is None:  # everything at the old position
-            instance, tier = request.source
-            return self._directory.listed(instance, [tier])
+            return self._directory.listed(request.here, [request.source])
         return super()._look(request, keys)
 
     def _move(self, request, layout, due):
-        instance, tier, timeout_s = request.source[0], request.target[1], request.timeout_s
+        instance, tier, timeout_s = request.here, request.target, request.timeout_s
         if timeout_s is None:
             timeout_s = 0.0 if tier in self._stalled_tiers else self.move_timeout_s
         if tier == "gpu":
@@ -286,15 +264,12 @@ class LocalLMCacheController(InProcessController):
             backend.close()
 
     def _move(self, request, layout, due):
-        (instance, source), (_, target) = request.source, request.target
-        held = layout.of(instance)  # one that is held nowhere is not under way here
+        held = layout.of(request.here)  # one that is held nowhere is not under way here
         keys = [layout.keys[i] for i in due if held[i]]
         with self._lock:
             for key in keys:
-                self._copy(key, source, target)
-            outcome = self._keep_from(target, source, keys)
-            outcome.layout = self.layout_of(keys)
-        return outcome
+                self._copy(key, request.source, request.target)
+            return self._keep_from(request.target, request.source, keys)
 
     def _hottest(self, key):
         values = (self.backends[tier].get(key) for tier in TIERS)

@@ -10,9 +10,7 @@ forger's code.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
-import numbers
 import os
 import threading
 import time
@@ -32,46 +30,11 @@ from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.layout import BaseController
 from kvttl.manager.decider import Decider
-from kvttl.manager.draft import Draft
-from kvttl.manager.generation import (
-    Engine,
-    Generation,
-    ManagedOutput,
-    is_one_prompt,
-    metadata_of_each,
-    text_of,
-)
+from kvttl.manager.generation import Engine, ManagedOutput, is_one_prompt, metadata_of_each, text_of
 from kvttl.manager.metadata import RequestMetadata
 from kvttl.manager.policy import Policy
-from kvttl.storage.redis_client import (
-    DEFAULT_LIMITS,
-    MAX_REDIS_TTL_MS,
-    RedisLimits,
-    address_of,
-    connect,
-)
-from kvttl.storage.sealed import (
-    Record,
-    SealedFolder,
-    Signer,
-    check_seconds,
-    dump,
-    key_bytes,
-    load,
-    sha256,
-)
-
-__all__ = [
-    "BaseBackend",
-    "InMemoryBackend",
-    "LocalDiskBackend",
-    "ManagedOutput",
-    "MultiTierCache",
-    "Policy",
-    "RemoteBackend",
-]
-
-logger = logging.getLogger(__name__)
+from kvttl.storage import redis_client, sealed
+from kvttl.storage.sealed import Record, check_seconds, dump, key_bytes, sha256
 
 
 class BaseBackend(ABC):
@@ -121,7 +84,7 @@ class _RecordBackend(BaseBackend):
 
     def get(self, key: str) -> Any:
         record = self._find(key)
-        return None if record is None else load(record.payload)
+        return None if record is None else sealed.load(record.payload)
 
     def __contains__(self, key: str) -> bool:
         return self._find(key) is not None
@@ -153,10 +116,8 @@ class InMemoryBackend(_RecordBackend):
     tier = "gpu"
 
     def __init__(self, max_bytes: int = 256 * 2**20, timer: Callable[[], float] = time.monotonic):
-        if not isinstance(max_bytes, numbers.Integral) or max_bytes < 1:
-            raise ValueError(f"max_bytes must be a whole number > 0, got {max_bytes!r}")
         self._cache = TLRUCache(
-            max_bytes,
+            check_whole("max_bytes", max_bytes),
             ttu=lambda _name, record, _now: record.expires_at_s,
             timer=timer,
             getsizeof=lambda record: len(record.payload),
@@ -219,7 +180,7 @@ class LocalDiskBackend(_RecordBackend):
         secret: bytes | None = None,
         timer: Callable[[], float] = time.time,
     ):
-        self._folder = SealedFolder(path, secret, self.tier, timer)
+        self._folder = sealed.SealedFolder(path, secret, self.tier, timer)
         self.purge()
 
     def _find(self, key: str) -> Record | None:
@@ -280,30 +241,31 @@ class RemoteBackend(_RecordBackend):
         key_prefix: str = "kvttl:",
         secret: bytes | None = None,
         client: redis.Redis | None = None,
-        timeout_s: float = DEFAULT_LIMITS.timeout_s,
+        timeout_s: float = redis_client.DEFAULT_LIMITS.timeout_s,
         **options: Any,
     ):
         if client is not None and url is not None or options and url is None:
             raise ValueError("give a url (options only with it) or a client, not both")
         timeout_s = check_seconds("timeout_s", timeout_s)
         self._prefix = key_prefix.encode()
-        self._signer = Signer(secret, self.tier)
+        self._signer = sealed.Signer(secret, self.tier)
         self._owns_client = client is None
-        limits = RedisLimits(timeout_s, timeout_s)
-        self._client = connect(url, limits, **options) if client is None else client
+        limits = redis_client.RedisLimits(timeout_s, timeout_s)
+        self._client = redis_client.connect(url, limits, **options) if client is None else client
         if self._client.get_encoder().decode_responses:
             raise ValueError("decode_responses must be off: the values are bytes")
-        self.address = address_of(self._client)
+        self.address = redis_client.address_of(self._client)
 
     def _find(self, key: str) -> Record | None:
         redis_key = self._redis_key(key)
         with self._calling():
-            sealed = self._client.get(redis_key)
-        return None if sealed is None else self._signer.open(sha256(redis_key), sealed)
+            record = self._client.get(redis_key)
+        return None if record is None else self._signer.open(sha256(redis_key), record)
 
     def set(self, key: str, value: Any, ttl: float) -> None:
         redis_key, payload, ttl_s = self._redis_key(key), dump(value), check_seconds("ttl", ttl)
-        ttl_ms = math.ceil(min(ttl_s * 1000, MAX_REDIS_TTL_MS))  # up: 0 ms would be refused
+        # Rounded up: 0 ms would be refused.
+        ttl_ms = math.ceil(min(ttl_s * 1000, redis_client.MAX_REDIS_TTL_MS))
         with self._calling():
             self._client.set(redis_key, self._signer.seal(sha256(redis_key), payload), px=ttl_ms)
 
@@ -450,10 +412,7 @@ class MultiTierCache:
     # ---- the seven steps ---------------------------------------------------------------
 
     def generate_and_manage(
-        self,
-        prompt: str,
-        sampling_params: Any,
-        metadata: Mapping[str, float] | None = None,
+        self, prompt: str, sampling_params: Any, metadata: Mapping[str, float] | None = None
     ) -> str:
         """Generate text, then place the prompt's KV cache.
 
@@ -550,7 +509,7 @@ class MultiTierCache:
         managed = self.generate(prompts, sampling_params, metadata)
         return [text_of(output) for output, _ in managed]
 
-    def _decide(self, draft: Draft, made: Generation) -> None:
+    def _decide(self, draft, made):
         """Fill the draft in step by step: a failure leaves what was known before it."""
         metadata, draft.metadata_sources = self._decider.metadata_of(made, draft.time_s)
         draft.metadata, tokens = metadata, made.tokens.tolist()  # step 2

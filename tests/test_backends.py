@@ -30,6 +30,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from redis_fixtures import free_port, redis_server, redis_url, start_redis, stop_redis
 
 import tiered_caching
+from kvttl.storage import sealed
 from tiered_caching import BaseBackend, InMemoryBackend, LocalDiskBackend, RemoteBackend
 
 SECRET = b"a secret shared by these tests.."
@@ -190,7 +191,7 @@ def test_existence_is_told_without_unpickling(case, monkeypatch):
     backend = case.backend
     backend.set("key", 1, SHORT_S)
     backend.set("other", 2, LONG_S)
-    monkeypatch.setattr(tiered_caching, "load", lambda _payload: pytest.fail("was unpickled"))
+    monkeypatch.setattr(sealed, "load", lambda _payload: pytest.fail("was unpickled"))
     assert "other" in backend and "absent" not in backend
     case.let_expire()
     assert "key" not in backend
@@ -441,7 +442,7 @@ def test_memory_refuses_what_can_never_fit():
 
 @pytest.mark.parametrize("max_bytes", [0, -1, 1.5, None, "1"])
 def test_memory_refuses_a_bad_bound(max_bytes):
-    with pytest.raises(ValueError, match="max_bytes must be a whole number > 0, got"):
+    with pytest.raises(ValueError, match="max_bytes must be a whole number >= 1, got"):
         InMemoryBackend(max_bytes)
 
 
@@ -516,7 +517,7 @@ def test_torn_files_are_misses(disk, folder, caplog):
 def test_changed_files_are_misses(disk, folder, monkeypatch):
     disk.set("key", [1, 2, 3], LONG_S)
     whole = file_of(folder, "key").read_bytes()
-    monkeypatch.setattr(tiered_caching, "load", lambda _payload: pytest.fail("was unpickled"))
+    monkeypatch.setattr(sealed, "load", lambda _payload: pytest.fail("was unpickled"))
     for position in range(len(whole)):
         changed = bytearray(whole)
         changed[position] ^= 0x10
@@ -528,7 +529,7 @@ def test_changed_files_are_misses(disk, folder, monkeypatch):
 
 def forgeries(exploit: bytes, genuine: bytes):
     """Yield ways to smuggle a payload in without knowing the secret."""
-    foreign = tiered_caching.Signer(b"another secret, also long", "disk")
+    foreign = sealed.Signer(b"another secret, also long", "disk")
     name = hashlib.sha256(b"key").digest()
     yield exploit
     yield genuine[:80] + exploit  # header and signature of a genuine record

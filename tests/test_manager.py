@@ -1048,7 +1048,7 @@ def test_what_waits_for_a_worker_keeps_facts_within_a_budget(traced):
     assert asked.wait(10)
     assert 4 * LONG <= kept_bytes(cache, range(1, 9)) < 5 * LONG  # token ids: no text, no answer
     kept_bytes(cache, range(20, 25))
-    assert len(cache._decider) == 10 and cache.shed_decisions == 3
+    assert len(cache._decider._jobs) == 10 and cache.shed_decisions == 3
     gate.set()
     cache.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 import threading
 import time
 from collections import deque
@@ -143,9 +144,9 @@ class JobQueue:
 
 def check_whole(name, value):
     """Return a whole number >= 1, or raise a ValueError that names it."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-    return value
+    return int(value)
 
 
 class Repeater:

@@ -12,6 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import requests
@@ -111,6 +112,7 @@ class CircuitBreaker:
             self._retry_at_s = None
 
 
+@dataclass(eq=False)
 class Service:
     """One HTTP service that answers JSON objects.
 
@@ -125,16 +127,14 @@ class Service:
         call tries for itself.
     """
 
-    def __init__(
-        self,
-        url: str,
-        connect_timeout_s: float = 0.5,
-        read_timeout_s: float = 2.0,
-        retry_after_s: float | None = None,
-    ) -> None:
-        self.url = url
-        self._timeout_s = (connect_timeout_s, read_timeout_s)
-        self._breaker = CircuitBreaker(retry_after_s)
+    url: str
+    connect_timeout_s: float = 0.5
+    read_timeout_s: float = 2.0
+    retry_after_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self._timeout_s = (self.connect_timeout_s, self.read_timeout_s)
+        self._breaker = CircuitBreaker(self.retry_after_s)
         self._session = _new_session()
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from caching_heuristics import TIERS
 from kvttl.lmcache.client import LMCacheHTTP
-from kvttl.lmcache.layout import KVLayout, Outcome, check_tokens, unseen
+from kvttl.lmcache.layout import KVLayout, Outcome, check_tokens, outcome_of
 from kvttl.lmcache.tiers import tier_of
 
 _VERIFY_S = 0.5  # a delete shows in the directory within an event flush (0.2 s by default)
@@ -39,7 +39,7 @@ class Directory:
     model: str
     world_size: int = 1
     cache_salt: str = ""
-    _shapes: list[dict] = field(default_factory=list, init=False)  # object keys without the hash
+    _shapes: list[dict] = field(default_factory=list, init=False)  # the object keys of one chunk
 
     # ---- reading -----------------------------------------------------------------
 
@@ -73,19 +73,12 @@ class Directory:
         entries = [entry for entry in self.http.lookup(query) if self._is_ours(entry["key"])]
         layout = read_layout(entries)
         if layout.keys and not self._shapes:
-            self._shapes = [
-                {name: value for name, value in handle.items() if name != "chunk_hash_hex"}
-                for handle in layout.handles[layout.keys[0]]
-            ]
+            self._shapes = list(layout.handles[layout.keys[0]])
         return layout
 
     def _prompt(self, tokens):
-        return {
-            "model_name": self.model,
-            "world_size": self.world_size,
-            "token_ids": tokens,
-            "cache_salt": self.cache_salt,
-        }
+        tenant = {"model_name": self.model, "cache_salt": self.cache_salt}
+        return {**tenant, "world_size": self.world_size, "token_ids": tokens}
 
     def _is_ours(self, key):
         return (key["model_name"], key["cache_salt"]) == (self.model, self.cache_salt)
@@ -96,8 +89,7 @@ class Directory:
         """Delete the hotter copies of each chunk once the directory shows one in `tier`."""
         total = len(layout.keys)
         layout, waiting, shown = self._clear(layout, instance_id, tier, timeout_s)
-        outcome = Outcome(moved=total - len(waiting) - len(shown), layout=layout)
-        outcome.skip(unseen(tier), len(waiting))
+        outcome = outcome_of(tier, total - len(waiting) - len(shown), len(waiting), layout)
         outcome.skip("hotter copy still shown (in use?)", len(shown))
         return outcome
 
@@ -117,9 +109,7 @@ class Directory:
             left = len(layout.keys) - layout.counts(instance_id)["gpu"]
             if not left or time.monotonic() >= deadline_s:
                 break
-        outcome = Outcome(moved=len(layout.keys) - left, layout=layout)
-        outcome.skip(unseen("gpu"), left)
-        return outcome
+        return outcome_of("gpu", len(layout.keys) - left, left, layout)
 
     def _clear(self, layout, instance_id, tier, timeout_s):
         """Delete the copies hotter than `tier` (None: all) of chunks that have one there.
@@ -178,9 +168,8 @@ def read_layout(entries: Iterable[Mapping[str, Any]]) -> KVLayout:
     for entry in entries:
         key = entry["key"]["chunk_hash_hex"]
         handles.setdefault(key, []).append(entry["key"])
-        placements.setdefault(key, []).append(
-            {(place["instance_id"], tier_of(place)) for place in entry["placements"]}
-        )
+        held = {(place["instance_id"], tier_of(place)) for place in entry["placements"]}
+        placements.setdefault(key, []).append(held)
     # With several ranks a chunk is in a tier only if every rank's object is.
     common = {key: set.intersection(*sets) for key, sets in placements.items()}
     instances = sorted({name for held in common.values() for name, tier in held if tier})

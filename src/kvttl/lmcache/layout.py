@@ -79,13 +79,8 @@ class KVLayout:
             return [i for i in chosen if source in held[i] and is_above(target, held[i][0])]
         return [i for i in chosen if (held[i][0] if held[i] else "gpu") == source]
 
-    def complete_tiers(self, instance_id: str) -> list[str]:
-        """Return the tiers that hold every chunk, hottest first."""
-        total = len(self.keys)
-        return [tier for tier, n in self.counts(instance_id).items() if total and n == total]
 
-
-def engine_config(llm: Any) -> Any:
+def vllm_config(llm: Any) -> Any:
     """Return the configuration of a `vllm.LLM` or an `AsyncLLM`; None for a stand-in."""
     return getattr(getattr(llm, "llm_engine", llm), "vllm_config", None)
 
@@ -133,9 +128,11 @@ class BaseController(ABC):
         the prompt, hottest first; ``found`` says that every chunk is somewhere.
         """
         layout = self.layout(tokens)
-        found = {instance: layout.complete_tiers(instance) for instance in layout.tiers}
-        everywhere = [all(tiers) for tiers in layout.tiers.values()]
-        return {"found": bool(layout.keys) and any(everywhere), **found}
+        found = {
+            instance: [tier for tier in TIERS if held and all(tier in tiers for tiers in held)]
+            for instance, held in layout.tiers.items()
+        }
+        return {"found": any(held and all(held) for held in layout.tiers.values()), **found}
 
     def note_generated(self, tokens: Sequence[int]) -> None:
         """Hear that the engine has just processed `tokens` (LMCache stores by itself)."""
@@ -211,22 +208,18 @@ class BaseController(ABC):
         target = check_position("new_position", new_position)
         if keys is not None and (tokens, chunks) != (None, None):
             raise ValueError("give keys, or tokens (and chunks), not both")
-        request = MoveRequest(source, target, tokens, timeout_s)
+        request = MoveRequest(*source, *target, tokens, timeout_s)
         outcome = self._carry_out(request, chunks, keys, layout)
-        return {
-            **outcome.as_dict(self.chunk_size_tokens),
-            "from": source[1],
-            "to": target[1],
-            "latency_s": time.perf_counter() - start_s,
-        }
+        done = outcome.as_dict(self.chunk_size_tokens) | {"from": source[1], "to": target[1]}
+        return {**done, "latency_s": time.perf_counter() - start_s}
 
     def _carry_out(self, request, chunks, keys, layout):
         if refusal := self._refusal(request):
             return Outcome(status="unsupported", reason=refusal)
-        if request.source == request.target:
+        here, source, _, target, *_ = request
+        if source == target:
             return Outcome(status="noop", reason="already there")
         layout = self._look(request, keys) if layout is None else layout
-        (here, source), (_, target) = request.source, request.target
         chosen = layout.indices(chunks, keys)
         due = layout.movable(here, source, target, chosen)
         none_due = Outcome("noop", layout=layout.select(chosen))
@@ -240,12 +233,11 @@ class BaseController(ABC):
 
     def _refusal(self, request: MoveRequest) -> str:
         """Return why this direction cannot be done at all, or an empty string."""
-        here, there = request.source[0], request.target[0]
-        if here == there:
+        if request.here == request.there:
             return ""
         return (
             "no move between instances: an LMCache server writes its own tiers only; generate "
-            f"the prompt on {there} (which stores it), and let {here}'s TTL end"
+            f"the prompt on {request.there} (which stores it), and let {request.here}'s TTL end"
         )
 
     def _look(self, request: MoveRequest, keys: Sequence[str] | None) -> KVLayout:
@@ -301,21 +293,19 @@ class InProcessController(BaseController):
 
     def _keep_from(self, target, source, keys):
         """Delete the copies from `source` down to `target` of chunks that `target` holds."""
-        outcome = Outcome()
-        for key in keys:
-            if key in self.backends[target]:
-                self._delete(key, TIERS[TIER_CODES[source] : TIER_CODES[target]])
-                outcome.moved += 1
-            else:
-                outcome.skip(unseen(target))
-        return outcome
+        there = [key for key in keys if key in self.backends[target]]
+        for key in there:
+            self._delete(key, TIERS[TIER_CODES[source] : TIER_CODES[target]])
+        return outcome_of(target, len(there), len(keys) - len(there), self.layout_of(keys))
 
 
 class MoveRequest(NamedTuple):
-    """What `BaseController.move` was asked for: positions as (instance, tier)."""
+    """What `BaseController.move` was asked for: from a tier of an instance to another."""
 
-    source: tuple[str, str]
-    target: tuple[str, str]
+    here: str
+    source: str
+    there: str
+    target: str
     tokens: Sequence[int] | None
     timeout_s: float | None
 
@@ -330,7 +320,7 @@ class Outcome:
     skipped: dict[str, int] = field(default_factory=dict)
     layout: KVLayout | None = None  # of the chunks in question, as last seen
 
-    def skip(self, reason: str, chunks: int = 1) -> None:
+    def skip(self, reason: str, chunks: int) -> None:
         """Count chunks that did not move."""
         if chunks:
             self.skipped[reason] = self.skipped.get(reason, 0) + chunks
@@ -341,14 +331,16 @@ class Outcome:
             if not self.moved:
                 self.status = "timeout" if self.skipped else "noop"
         reason = self.reason or "; ".join(f"{n} chunks: {why}" for why, n in self.skipped.items())
-        return {
-            "status": self.status,
-            "reason": reason,
-            "moved_tokens": self.moved * chunk_size_tokens,
-            "moved_chunks": self.moved,
-            "skipped": dict(self.skipped),
-            "layout": self.layout,
-        }
+        moved = {"moved_tokens": self.moved * chunk_size_tokens, "moved_chunks": self.moved}
+        said = {"status": self.status, "reason": reason, **moved}
+        return {**said, "skipped": dict(self.skipped), "layout": self.layout}
+
+
+def outcome_of(tier: str, moved: int, left: int, layout: KVLayout) -> Outcome:
+    """Return what a move did after which `left` chunks had no copy in `tier`."""
+    outcome = Outcome(moved=moved, layout=layout)
+    outcome.skip(unseen(tier), left)
+    return outcome
 
 
 def check_position(name, position):

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Sequence
 
 from caching_heuristics import TIERS
-from kvttl.lmcache.layout import InProcessController, Outcome, unseen
+from kvttl.lmcache.layout import InProcessController, outcome_of
 
 # Defaults of `lmcache server` 0.5.6.
 EVICTION_WATERMARK = 0.8
@@ -108,24 +108,20 @@ class LMCacheModel(InProcessController):
             self.held[tier].pop(key, None)
 
     def _refusal(self, request):
-        if (request.source[1], request.target[1]) == ("remote", "disk"):
+        if (request.source, request.target) == ("remote", "disk"):
             return "LMCache has no L2-to-L2 copy"
         return super()._refusal(request)
 
     def _move(self, request, layout, due):
-        source, target = request.source[1], request.target[1]
         keys = [layout.keys[i] for i in due]
-        if target == "gpu":  # a prefetch is of the prefix up to the last chunk that is wanted
-            outcome = self._promote(layout.keys[: due[-1] + 1], keys)
-        else:
-            outcome = self._keep_from(target, source, keys)
-        outcome.layout = self.layout_of(keys)
-        return outcome
+        if (
+            request.target == "gpu"
+        ):  # a prefetch is of the prefix up to the last chunk that is wanted
+            return self._promote(layout.keys[: due[-1] + 1], keys)
+        return self._keep_from(request.target, request.source, keys)
 
     def _promote(self, prefix, wanted):
         self._load(prefix, keep=True)
         self._touch(prefix)
         left = sum(key not in self.held["gpu"] for key in wanted)
-        outcome = Outcome(moved=len(wanted) - left)
-        outcome.skip(unseen("gpu"), left)
-        return outcome
+        return outcome_of("gpu", len(wanted) - left, left, self.layout_of(wanted))

@@ -14,6 +14,7 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
 
@@ -21,8 +22,7 @@ _DIGEST = re.compile("[0-9a-fA-F]{1,16}")
 _FEW_ENTRIES = 1_000  # of the heap, below which stale ones are not worth rebuilding it
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """A claim whose TTL passed: its chunks and where they belong now, as far as it goes.
 
     Parameters

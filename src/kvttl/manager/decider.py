@@ -41,6 +41,7 @@ class _Job:
     future: Future = field(default_factory=Future)
 
 
+@dataclass(eq=False)
 class Decider:
     """Decides about generations and lets their TTLs end, here or on threads of its own.
 
@@ -75,44 +76,36 @@ class Decider:
         Decisions that were given up.
     """
 
-    def __init__(
-        self,
-        decide: Callable[[Draft, Generation], None],
-        controller: BaseController,
-        policy: Policy,
-        measured: RequestMetadata,
-        records: RecordKeeper,
-        clock: Callable[[], float],
-        *,
-        workers: int,
-        max_queue: int,
-        max_queue_bytes: int,
-        sweep_every_s: float | None,
-        keep_prompts: bool,
-    ) -> None:
-        self._decide, self._controller, self._policy = decide, controller, policy
-        self._measured, self._records, self._clock = measured, records, clock
-        self._keep_prompts = keep_prompts
-        motion, self.claims = Motion(controller), ClaimLedger(policy.ladder)
-        self.settler = Settler(controller, self.claims, motion, records.write_ahead)
-        self.placement = KVPlacement(controller, self.settler, motion)
-        limits = {"max_bytes": max_queue_bytes, "size_bytes": lambda job: job.made.size_bytes}
-        queue = JobQueue(self._run, self._shed, max_queue, workers=workers or 1, **limits)
-        self._jobs = queue if workers else None
-        self._sweeper = Repeater(self.sweep, sweep_every_s) if sweep_every_s is not None else None
+    decide: Callable[[Draft, Generation], None]
+    controller: BaseController
+    policy: Policy
+    measured: RequestMetadata
+    records: RecordKeeper
+    clock: Callable[[], float]
+    workers: int
+    max_queue: int
+    max_queue_bytes: int
+    sweep_every_s: float | None
+    keep_prompts: bool
+
+    def __post_init__(self) -> None:
+        motion, self.claims = Motion(self.controller), ClaimLedger(self.policy.ladder)
+        self.settler = Settler(self.claims, motion, self.records.write_ahead)
+        self.placement = KVPlacement(self.settler, motion)
+        limits = {"max_bytes": self.max_queue_bytes, "size_bytes": lambda job: job.made.size_bytes}
+        queue = JobQueue(self._run, self._shed, self.max_queue, workers=self.workers or 1, **limits)
+        self._jobs = queue if self.workers else None
+        every_s = self.sweep_every_s
+        self._sweeper = Repeater(self.sweep, every_s) if every_s is not None else None
         self._lock = threading.Lock()
         self._open: dict[_Job, float] = {}  # decisions that are not made yet -> their access
         self.shed = 0
 
-    def __len__(self) -> int:
-        """Return how many decisions wait for a worker."""
-        return len(self._jobs) if self._jobs is not None else 0
-
     def watch(self, metrics: DecisionMetrics) -> None:
         """Show how many claims live, decisions wait and patterns are tracked."""
         metrics.watch("live_claims", lambda: len(self.claims))
-        metrics.watch("queue_depth", lambda: len(self))
-        metrics.watch("tracked_patterns", lambda: len(self._measured.history or ()))
+        metrics.watch("queue_depth", lambda: len(self._jobs or ()))
+        metrics.watch("tracked_patterns", lambda: len(self.measured.history or ()))
 
     def start(self) -> None:
         """Start sweeping, if that is not under way."""
@@ -125,9 +118,9 @@ class Decider:
     def now(self) -> Callable[[], float]:
         """Return a function that says what time it is now, also later."""
         try:
-            now_s = self._clock()
+            now_s = self.clock()
         except Exception:  # the caller's clock: `submit` will meet and record it again
-            return self._clock
+            return self.clock
         return lambda: now_s
 
     def submit(
@@ -151,42 +144,41 @@ class Decider:
             elif not self._jobs.put(job):
                 raise RuntimeError("the manager is closed")
         except Exception as error:
-            job.draft.error = f"{type(error).__name__}: {error}"
-            self._finish(job, "generation")
+            self._finish(job, f"{type(error).__name__}: {error}")
         return job.future
 
     def _facts(self, prompt, output, metadata):
-        tokens = getattr(output, "prompt_token_ids", None) or self._controller.tokenize(prompt)
+        tokens = getattr(output, "prompt_token_ids", None) or self.controller.tokenize(prompt)
         return Generation(
             compact(tokens),
             getattr(output, "num_cached_tokens", None) or 0,
-            self._measured.of_answer(output),
+            self.measured.of_answer(output),
             dict(metadata) if isinstance(metadata, dict) else metadata,  # it may be used again
-            prompt if self._keep_prompts and isinstance(prompt, str) else None,
+            prompt if self.keep_prompts and isinstance(prompt, str) else None,
         )
 
     def metadata_of(
         self, made: Generation, now_s: float
     ) -> tuple[Mapping[str, float], Mapping[str, str]]:
         """Count the access; see `RequestMetadata.complete`."""
-        if self._measured.history is None:  # the controller may have to ask the server
-            history = PromptHistory(self._controller.chunk_size_tokens)
+        if self.measured.history is None:  # the controller may have to ask the server
+            history = PromptHistory(self.controller.chunk_size_tokens)
             with self._lock:
-                if self._measured.history is None:
-                    self._measured.history = history
+                if self.measured.history is None:
+                    self.measured.history = history
         tokens = made.tokens.tolist()
-        return self._measured.complete(made.metadata, tokens, made.perplexity, now_s)
+        return self.measured.complete(made.metadata, tokens, made.perplexity, now_s)
 
     def sweep(self, now_s: float | None = None) -> list[DecisionRecord]:
         """Take expired claims down the ladder now; returns a record for each."""
         swept: list[DecisionRecord] = []
         while not (self._sweeper and self._sweeper.must_stop):  # `recover` takes the rest up again
-            until_s = self._known_until(self._clock() if now_s is None else now_s)
-            adopt_unclaimed(self.settler, until_s, self._policy.base_ttl)
+            until_s = self._known_until(self.clock() if now_s is None else now_s)
+            adopt_unclaimed(self.settler, until_s, self.policy.base_ttl)
             records = self.settler.sweep(until_s)
             if not records:
                 break
-            swept += [self._records.keep(record) for record in records]
+            swept += [self.records.keep(record) for record in records]
         return swept
 
     def recover(self, log: str | Path | Iterable[DecisionRecord]) -> dict[str, int]:
@@ -194,7 +186,7 @@ class Decider:
         self.start()  # what is claimed again must end without a generation too
         if isinstance(log, (str, Path)):
             log = read_records(log, kinds=None) if Path(log).exists() else ()  # the first start
-        return recover_claims(self.settler, log, self._clock(), self._policy.base_ttl)
+        return recover_claims(self.settler, log, self.clock(), self.policy.base_ttl)
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until every decision submitted so far is made; False if the time was short."""
@@ -213,28 +205,27 @@ class Decider:
             return min([now_s, *self._open.values()])
 
     def _run(self, job):
-        start_s = time.perf_counter()
+        start_s, problem = time.perf_counter(), ""
         try:
-            self._decide(job.draft, job.made)
+            self.decide(job.draft, job.made)
         except Exception as error:  # a bug must not cost the caller the text either
             if not isinstance(error, (LMCacheError, ValueError)):
                 logger.exception("managing a prompt's KV cache failed")
-            job.draft.error = f"{type(error).__name__}: {error}"
+            problem = f"{type(error).__name__}: {error}"
         job.draft.manage_s = time.perf_counter() - start_s
-        self._finish(job, "generation")
+        self._finish(job, problem)
 
     def _shed(self, job):
         with self._lock:
             self.shed += 1
-        job.draft.error = "the queue of decisions was full"
-        self._finish(job, "shed")
+        self._finish(job, "the queue of decisions was full", "shed")
 
-    def _finish(self, job, kind):
+    def _finish(self, job, error, kind="generation"):
         """Let a sweep claim KV that nothing was decided about; keep the record, hand it back."""
         draft = job.draft
         if job.made is not None and not draft.claimed:
-            wish = Wish("gpu", draft.time_s, self._policy.base_ttl)
+            wish = Wish("gpu", draft.time_s, self.policy.base_ttl)
             self.settler.claim_later(draft.prompt_digest, job.made.tokens, wish)
         with self._lock:
             self._open.pop(job, None)
-        job.future.set_result(self._records.keep(draft.record(kind)))
+        job.future.set_result(self.records.keep(draft.record(kind, error)))

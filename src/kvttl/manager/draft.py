@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import NamedTuple
 
 from kvttl.decisions.record import DecisionRecord
 
@@ -28,52 +27,36 @@ class Wish(NamedTuple):
     ttl_s: float
 
 
-@dataclass
-class Draft:
-    """A `DecisionRecord` while it is being made; the fields are filled in this order.
+class Draft(SimpleNamespace):
+    """A `DecisionRecord` while it is being made: each step sets the record's fields that it knows.
 
     A step that fails leaves in it what was known before.
+
+    Parameters
+    ----------
+    time_s, generate_s : float
+        As the record has them, seconds.
     """
 
-    time_s: float
-    generate_s: float = 0.0
-    prompt_digest: str = ""
-    prompt: str | None = None
-    prompt_tokens: int = 0
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    metadata_sources: Mapping[str, str] = field(default_factory=dict)
-    ttl_s: float | None = None
-    wanted_tier: str | None = None
-    chunks: int = 0
-    chunk_keys: tuple[str, ...] = ()
-    tier_before: Mapping[str, int] = field(default_factory=dict)
-    hit_tokens: Mapping[str, int] = field(default_factory=dict)
-    moves: list[dict[str, Any]] = field(default_factory=list)
-    tier_after: Mapping[str, int] = field(default_factory=dict)
-    error: str = ""
-    manage_s: float = 0.0
-    claimed: bool = False  # made, or waiting for LMCache; the one field that no record has
+    claimed = False  # made, or waiting for LMCache; the one field that no record has
+
+    def __init__(self, time_s: float, generate_s: float = 0.0) -> None:
+        super().__init__(time_s=time_s, generate_s=generate_s, prompt_digest="", moves=[])
 
     @property
     def wish(self) -> Wish:
         """What was decided."""
         return Wish(self.wanted_tier, self.time_s, self.ttl_s)
 
-    def record(self, kind: str = "generation") -> DecisionRecord:
+    def record(self, kind: str, error: str) -> DecisionRecord:
         """Return the record of what is known so far."""
         known = {**vars(self), "moves": tuple(self.moves)}
-        del known["claimed"]
-        return DecisionRecord(kind=kind, **known)
+        known.pop("claimed", None)
+        return DecisionRecord(kind=kind, error=error, **known)
 
 
 def claim_record(owner: str, keys: tuple[str, ...], wish: Wish) -> DecisionRecord:
     """Return the record that is written ahead: a claim from which a restart can go on."""
-    return DecisionRecord(
-        wish.accessed_s,
-        owner,
-        kind="claim",
-        chunks=len(keys),
-        chunk_keys=keys,
-        wanted_tier=wish.tier,
-        ttl_s=wish.ttl_s,
-    )
+    chunks = {"chunks": len(keys), "chunk_keys": keys}
+    wanted = {"wanted_tier": wish.tier, "ttl_s": wish.ttl_s}
+    return DecisionRecord(wish.accessed_s, owner, kind="claim", **chunks, **wanted)

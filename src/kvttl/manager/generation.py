@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from kvttl.decisions.record import DecisionRecord
-from kvttl.lmcache.layout import engine_config
+from kvttl.lmcache.layout import vllm_config
 from kvttl.manager.metadata import with_logprobs
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Engine:
         takes_tqdm = "use_tqdm" in inspect.signature(llm.generate).parameters
         self._options = {"use_tqdm": False} if takes_tqdm else {}
         self._is_async = inspect.isasyncgenfunction(llm.generate)
-        model = getattr(engine_config(llm), "model_config", None)
+        model = getattr(vllm_config(llm), "model_config", None)
         self.vocab_size = model.get_vocab_size() if model is not None else None
         most = getattr(model, "max_logprobs", 0)
         self._max_logprobs = math.inf if most < 0 else most  # -1 = no limit

@@ -9,7 +9,6 @@ import copy
 import hashlib
 import logging
 import math
-import numbers
 import threading
 from array import array
 from collections import OrderedDict
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from caching_heuristics import METADATA_FIELDS, check_metadata, check_number
+from kvttl.background import check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +89,8 @@ class PromptHistory:
     """
 
     def __init__(self, chunk_size_tokens: int, max_patterns: int = 200_000) -> None:
-        self.chunk_size_tokens = _check_count("chunk_size_tokens", chunk_size_tokens)
-        self.max_patterns = _check_count("max_patterns", max_patterns)
+        self.chunk_size_tokens = check_whole("chunk_size_tokens", chunk_size_tokens)
+        self.max_patterns = check_whole("max_patterns", max_patterns)
         self._lock = threading.Lock()
         self._patterns: OrderedDict[int, _Pattern] = OrderedDict()  # the oldest first
 
@@ -143,18 +143,16 @@ class PromptHistory:
                 self._patterns[key] = _Pattern(now_s)
                 continue
             self._patterns.move_to_end(key)
+            pattern_gap_s = pattern.access(now_s)
             if longest is None:
-                longest, gap_s = pattern, pattern.access(now_s)
-            else:
-                pattern.access(now_s)
+                longest, gap_s = pattern, pattern_gap_s
             known += 1
         while len(self._patterns) > self.max_patterns:
             self._patterns.popitem(last=False)
         if longest is None:
             return Observation(key=keys[-1])
-        is_new = known < len(keys)
-        count, variance = longest.count - 1, longest.time_variance
-        return Observation(count, gap_s, variance, known, is_new, keys[-1])
+        seen = (longest.count - 1, gap_s, longest.time_variance, known)
+        return Observation(*seen, known < len(keys), keys[-1])
 
 
 def output_perplexity(output: Any, vocab_size: int) -> float | None:
@@ -174,7 +172,7 @@ def output_perplexity(output: Any, vocab_size: int) -> float | None:
     >>> output_perplexity(Made(outputs=[Made(logprobs=[position])]), vocab_size=1000)
     4.0
     """
-    _check_count("vocab_size", vocab_size)
+    check_whole("vocab_size", vocab_size)
     try:
         entropy = _mean_entropy(output.outputs[0].logprobs, vocab_size)
     except Exception:  # an output of any other shape: a measurement must not lose the text
@@ -227,6 +225,7 @@ def with_logprobs(sampling_params: Any, limit: int = MEASURE_LOGPROBS) -> Any:
     return asking
 
 
+@dataclass(eq=False)
 class RequestMetadata:
     """Completes a request's metadata: what the caller did not give is measured.
 
@@ -251,20 +250,19 @@ class RequestMetadata:
     [(3.0, 'caller'), (12.5, 'prompt')]
     """
 
-    def __init__(
-        self,
-        history: PromptHistory | None,
-        perplexity_source: str = "generation",
-        scorer: Callable[[Sequence[int]], float] | None = None,
-        vocab_size: int = 262_144,
-    ) -> None:
-        if perplexity_source not in PERPLEXITY_SOURCES:
+    history: PromptHistory | None
+    perplexity_source: str = "generation"
+    scorer: Callable[[Sequence[int]], float] | None = None
+    vocab_size: int = 262_144
+
+    def __post_init__(self) -> None:
+        source, scorer = self.perplexity_source, self.scorer
+        if source not in PERPLEXITY_SOURCES:
             allowed = ", ".join(map(repr, PERPLEXITY_SOURCES))
-            raise ValueError(f"perplexity_source must be {allowed}, got {perplexity_source!r}")
-        if not callable(scorer) and (scorer is not None or perplexity_source == "prompt"):
+            raise ValueError(f"perplexity_source must be {allowed}, got {source!r}")
+        if not callable(scorer) and (scorer is not None or source == "prompt"):
             raise ValueError(f"scorer must be callable (token ids -> perplexity), got {scorer!r}")
-        self.history, self.perplexity_source, self._scorer = history, perplexity_source, scorer
-        self.vocab_size = _check_count("vocab_size", vocab_size)
+        self.vocab_size = check_whole("vocab_size", self.vocab_size)
         self._scoring = threading.RLock()  # so that no pattern is scored twice at once
 
     @property
@@ -326,7 +324,7 @@ class RequestMetadata:
             if value is not None or key is None:
                 return value
             try:
-                value = _check_perplexity(self._scorer(tokens))
+                value = _check_perplexity(self.scorer(tokens))
                 self.history.note_perplexity(key, value)
             except Exception as error:  # whatever a scorer does, the text is not lost
                 logger.warning("the prompt was not scored: %s: %s", type(error).__name__, error)
@@ -340,12 +338,6 @@ def _as_int64(tokens):
     except (TypeError, OverflowError):
         pass
     raise ValueError(f"tokens must be a sequence of integers within int64, got {tokens!r:.80}")
-
-
-def _check_count(name, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-    return int(value)
 
 
 def _check_perplexity(value):

@@ -21,7 +21,6 @@ moves. What holds all the same:
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence, Set
 from contextlib import contextmanager
 from threading import Lock
@@ -29,6 +28,7 @@ from typing import Any
 
 from caching_heuristics import TIER_CODES
 from kvttl.lmcache.layout import BaseController
+from kvttl.manager.tables import BoundedTable
 
 _MAX_REMEMBERED = 200_000  # chunks; about 150 bytes each
 
@@ -52,7 +52,8 @@ class Motion:
         self.lock = Lock()
         self._moving: set[str] = set()
         self._watchers: list[set[str]] = []
-        self._last_tier: OrderedDict[str, str] = OrderedDict()  # chunk key -> below gpu
+        # Chunk key -> its tier, below gpu.
+        self._last_tier = BoundedTable(_MAX_REMEMBERED, _MAX_REMEMBERED, lambda _tier: 1)
 
     def move(
         self, source: str, target: str, timeout_s: float | None = None, **what: Any
@@ -102,7 +103,7 @@ class Motion:
 
     def _forget(self, keys):
         for key in keys:
-            self._last_tier.pop(key, None)
+            self._last_tier.pop(key)
 
     def as_last_seen(
         self, keys: Sequence[str], held: Sequence[tuple[str, ...]]
@@ -126,8 +127,6 @@ class Motion:
         """Keep where chunks were just seen, for the next look (bounded); not the doubtful ones."""
         with self.lock:
             for key, tiers in zip(keys, held):
-                self._last_tier.pop(key, None)
+                self._last_tier.pop(key)
                 if key not in doubtful and tiers and tiers[0] != "gpu":
-                    self._last_tier[key] = tiers[0]
-            while len(self._last_tier) > _MAX_REMEMBERED:
-                self._last_tier.popitem(last=False)
+                    self._last_tier.put(key, tiers[0])

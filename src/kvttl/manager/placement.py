@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvttl.lmcache.layout import (
-    BaseController,
-    by_hottest,
-    has_nothing_colder,
-    hits_by_tier,
-    reachable,
-)
+from kvttl.lmcache.layout import by_hottest, has_nothing_colder, hits_by_tier, reachable
 from kvttl.manager.draft import Draft, claim_record
 from kvttl.manager.generation import compact
 from kvttl.manager.motion import Motion
@@ -22,16 +16,14 @@ class KVPlacement:
 
     Parameters
     ----------
-    controller : BaseController
-        Says where KV is, and moves it.
     settler : Settler
         Gets what cannot be done at once.
     motion : Motion
-        Keeps moves apart.
+        Keeps moves apart. Its controller says where KV is.
     """
 
-    def __init__(self, controller: BaseController, settler: Settler, motion: Motion) -> None:
-        self._controller, self._settler, self._motion = controller, settler, motion
+    def __init__(self, settler: Settler, motion: Motion) -> None:
+        self._controller, self._settler, self._motion = motion.controller, settler, motion
 
     def place(self, draft: Draft, tokens: Sequence[int], cached_tokens: int) -> None:
         """Claim a prompt's chunks as `draft` has decided, and move them there.
@@ -72,8 +64,8 @@ class KVPlacement:
         finally:
             self._motion.end(_keys_of(plan, layout.keys), layout.keys if promotes else ())
             if not settled:
-                wait = (draft.prompt_digest, layout.keys, draft.wanted_tier, draft.ttl_s)
-                again = Unsettled(*wait, tokens=compact(tokens) if contested else None)
+                hot = compact(tokens) if contested else None
+                again = Unsettled(draft.prompt_digest, draft.wish, layout.keys, tokens=hot)
                 self._settler.try_again(again, draft.time_s)
 
     def _claim(self, draft, keys, held, cached_tokens, others):

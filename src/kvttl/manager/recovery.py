@@ -13,7 +13,7 @@ from dataclasses import replace
 from kvttl.decisions.log import DecisionRecord
 from kvttl.lmcache.client import LMCacheError
 from kvttl.manager.draft import Wish
-from kvttl.manager.settling import Settler
+from kvttl.manager.settling import Settler, Unsettled
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def recover_claims(
     too_hot = settler.too_hot(held, now_s)
     unsettled = [record for record in latest if too_hot.intersection(record.chunk_keys)]
     for record in unsettled:
-        settler.settle_later(record.prompt_digest, record.chunk_keys, _wish(record))
+        settler.settle_later(Unsettled(record.prompt_digest, _wish(record), record.chunk_keys))
     return {"claims": len(latest), "adopted": adopted, "unsettled": len(unsettled)}
 
 

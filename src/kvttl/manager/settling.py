@@ -11,17 +11,12 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from kvttl.decisions.record import DecisionRecord
 from kvttl.lmcache.client import LMCacheUnavailable
-from kvttl.lmcache.layout import (
-    BaseController,
-    by_hottest,
-    has_nothing_colder,
-    is_above,
-    reachable,
-)
+from kvttl.lmcache.layout import by_hottest, has_nothing_colder, is_above, reachable
 from kvttl.manager.claims import ClaimLedger
 from kvttl.manager.draft import Wish, claim_record
 from kvttl.manager.generation import compact
@@ -40,27 +35,14 @@ _LONGEST_RETRY_S = 60.0
 _OTHER_MOVE = "another move of it is under way"
 
 
-class _Late(NamedTuple):
-    """A claim that waits for LMCache to name the prompt's chunks."""
-
-    owner: str
-    tokens: array
-    wish: Wish
-
-    @property
-    def size_bytes(self):
-        return self.tokens.itemsize * len(self.tokens)
-
-
 class Unsettled(NamedTuple):
-    """A claim whose chunks are to be moved to where they are wanted."""
+    """A wish whose chunks are to be moved to where they are wanted, or first to be named."""
 
     owner: str
-    chunks: tuple[str, ...]
-    tier: str | None  # wanted; None = in none
-    ttl_s: float | None
+    wish: Wish  # its tier None = wanted in none
+    chunks: tuple[str, ...] = ()  # none yet: a late one
     ended_in: str | None = None  # the tier whose TTL has just passed
-    tokens: array | None = None  # where a promotion is due: LMCache prefetches by prompt
+    tokens: array | None = None  # where it is late or hot: LMCache names and prefetches by prompt
     tries: int = 0
     not_before_s: float = 0.0
 
@@ -75,12 +57,10 @@ class Settler:
 
     Parameters
     ----------
-    controller : BaseController
-        Says where KV is, and moves it.
     ledger : ClaimLedger
         The claims.
     motion : Motion
-        Keeps moves apart; its lock guards the tables here.
+        Keeps moves apart; its lock guards the tables here. Its controller says where KV is.
     write_ahead : callable
         Gets a record of each claim before its KV moves: the place to write it down.
 
@@ -91,18 +71,14 @@ class Settler:
     """
 
     def __init__(
-        self,
-        controller: BaseController,
-        ledger: ClaimLedger,
-        motion: Motion,
-        write_ahead: Callable[[DecisionRecord], Any],
+        self, ledger: ClaimLedger, motion: Motion, write_ahead: Callable[[DecisionRecord], Any]
     ) -> None:
-        self._controller, self.ledger, self._motion = controller, ledger, motion
-        self.write_ahead = write_ahead
+        self.ledger, self._motion, self.write_ahead = ledger, motion, write_ahead
+        self._controller = motion.controller
         self.has_unclaimed = False
-        limits = _MAX_UNSETTLED, _MAX_UNSETTLED_BYTES
-        self._unsettled = BoundedTable(*limits, lambda item: item.size_bytes)
-        self._late = BoundedTable(_MAX_LATE, _MAX_LATE_BYTES, lambda late: late.size_bytes)
+        size_bytes = attrgetter("size_bytes")
+        self._unsettled = BoundedTable(_MAX_UNSETTLED, _MAX_UNSETTLED_BYTES, size_bytes)
+        self._late = BoundedTable(_MAX_LATE, _MAX_LATE_BYTES, size_bytes)
 
     @property
     def unsettled(self) -> int:
@@ -127,13 +103,14 @@ class Settler:
         """
         self._claim_late(now_s)
         with self._motion.lock:
-            due = [
-                Unsettled(step.owner, step.chunks, step.tier, step.ttl_s, step.from_tier)
-                for step in self.ledger.sweep(now_s, _BATCH_CLAIMS)
-            ]
+            steps = self.ledger.sweep(now_s, _BATCH_CLAIMS)
             again = [item for item in self._unsettled.values() if item.not_before_s <= now_s]
             again = [self._unsettled.pop(item.owner) for item in again[:_BATCH_CLAIMS]]
-        newer = {item.owner for item in due}
+        due = [
+            Unsettled(step.owner, Wish(step.tier, now_s, step.ttl_s), step.chunks, step.from_tier)
+            for step in steps
+        ]
+        newer = {step.owner for step in steps}
         batch = due + [item for item in again if item.owner not in newer]
         return self._settle(batch, now_s) if batch else []
 
@@ -164,9 +141,7 @@ class Settler:
             if error or left:
                 self.try_again(item, now_s)
             if item.tries == 0 or not (error or left):  # not a record for each vain try
-                moves = (*self._done(mine, before, after), *_not_done(before, left))
-                for move in moves:
-                    move["latency_s"] = latency_s
+                moves = tuple(self._moves(mine, before, after, left, latency_s))
                 made = {"moves": moves, "error": error, "manage_s": latency_s / len(batch)}
                 records.append(_record_of(item, before, after, now_s, **made))
         return records
@@ -236,26 +211,31 @@ class Settler:
             self._motion.end(mine, promoted)
         return dict.fromkeys(left, ("gpu", _OTHER_MOVE))
 
-    def _done(self, keys, before, after):
-        """Return what has moved, as the moves of a record."""
-        moved = Counter(
+    def _moves(self, keys, before, after, left, latency_s):
+        """Yield what has moved, and what is `left`, as the moves of a record."""
+        done = Counter(
             (before[key][0], after[key][0] if after.get(key) else "dropped")
             for key in keys
             if before.get(key) and before[key][:1] != after.get(key, ())[:1]
         )
-        size = self._controller.chunk_size_tokens if moved else 0
-        for (source, target), chunks in moved.items():
-            done = {"from": source, "to": target, "status": "done", "reason": "", "skipped": {}}
-            yield {**done, "moved_chunks": chunks, "moved_tokens": chunks * size}
+        vain = Counter((before[key][0], to or "dropped", why) for key, (to, why) in left.items())
+        size = self._controller.chunk_size_tokens if done else 0
+        for (source, target, *why), chunks in (*done.items(), *vain.items()):
+            move = {"from": source, "to": target, "status": "timeout" if why else "done"}
+            moved = 0 if why else chunks
+            move |= {"reason": "".join(why), "skipped": dict.fromkeys(why, chunks)}
+            move |= {"moved_chunks": moved, "moved_tokens": moved * size, "latency_s": latency_s}
+            yield move
 
     # ---- claims that wait -----------------------------------------------------------
 
     def claim_later(self, owner: str, tokens: Sequence[int], wish: Wish) -> None:
         """Let a sweep make a claim, unless one of a later access waits already."""
-        late = _Late(owner, tokens if isinstance(tokens, array) else compact(tokens), wish)
+        tokens = tokens if isinstance(tokens, array) else compact(tokens)
         with self._motion.lock:
             waiting = self._late.get(owner)
             if waiting is None or waiting.wish.accessed_s < wish.accessed_s:
+                late = Unsettled(owner, wish, tokens=tokens)
                 self.has_unclaimed |= self._late.put(owner, late) > 0
 
     def _claim_late(self, now_s):
@@ -278,25 +258,19 @@ class Settler:
             else:
                 self.write_ahead(claim_record(late.owner, keys, late.wish))
                 tokens = late.tokens if contested else None
-                self.settle_later(late.owner, keys, late.wish, tokens)
+                self.settle_later(late._replace(chunks=keys, tokens=tokens))
             with self._motion.lock:
                 if self._late.get(late.owner) is late:  # not one that came meanwhile
                     self._late.pop(late.owner)
-
-    def settle_later(
-        self, owner: str, keys: tuple[str, ...], wish: Wish, tokens: array | None = None
-    ) -> None:
-        """Let the next sweep move a claim's chunks to where they are wanted."""
-        self._put(Unsettled(owner, keys, wish.tier, wish.ttl_s, tokens=tokens))
 
     def try_again(self, item: Unsettled, now_s: float) -> None:
         """Let a sweep try again, after a pause that doubles from try to try."""
         not_before_s = now_s + min(2.0**item.tries, _LONGEST_RETRY_S)
         again = {"tries": item.tries + 1, "not_before_s": not_before_s, "ended_in": None}
-        self._put(item._replace(**again))
+        self.settle_later(item._replace(**again))
 
-    def _put(self, item):
-        """Add what is to be settled; what came for the same prompt meanwhile is newer and stays."""
+    def settle_later(self, item: Unsettled) -> None:
+        """Let the next sweep move chunks; what came for the same prompt meanwhile stays: newer."""
         with self._motion.lock:
             newer = self._unsettled.get(item.owner)
             if newer is not None:
@@ -346,27 +320,10 @@ def _way_down(tiers, wanted):
     return (tiers[0], target) if goes else None
 
 
-def _not_done(before, left):
-    """Return what could not be moved, as the moves of a record."""
-    stays = Counter(
-        (before[key][0], target or "dropped", reason) for key, (target, reason) in left.items()
-    )
-    for (source, target, reason), chunks in stays.items():
-        vain = {"from": source, "to": target, "status": "timeout", "reason": reason}
-        yield {**vain, "moved_chunks": 0, "moved_tokens": 0, "skipped": {reason: chunks}}
-
-
 def _record_of(item, before, after, now_s, **made):
     """Return the record of what became of one claim of a sweep."""
-    return DecisionRecord(
-        now_s,
-        item.owner,
-        kind="expiry" if item.ended_in else "settled",
-        chunks=len(item.chunks),
-        ttl_s=item.ttl_s,
-        from_tier=item.ended_in,
-        wanted_tier=item.tier,
-        tier_before=by_hottest(before.get(key, ()) for key in item.chunks),
-        tier_after=by_hottest(after.get(key, ()) for key in item.chunks),
-        **made,
-    )
+    kind = "expiry" if item.ended_in else "settled"
+    wanted = {"wanted_tier": item.wish.tier, "ttl_s": item.wish.ttl_s, "from_tier": item.ended_in}
+    for name, held in (("tier_before", before), ("tier_after", after)):
+        made[name] = by_hottest(held.get(key, ()) for key in item.chunks)
+    return DecisionRecord(now_s, item.owner, kind=kind, chunks=len(item.chunks), **wanted, **made)

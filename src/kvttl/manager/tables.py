@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 
-class BoundedTable:
+class BoundedTable(OrderedDict):
     """Keeps what was put last; what was put first gives way. Not safe for threads by itself.
 
     Parameters
@@ -26,25 +26,16 @@ class BoundedTable:
     (0, 0, 1, ['45', '6'])
     """
 
-    def __init__(self, max_entries: int, max_bytes: int, size_bytes: Callable[[Any], int]) -> None:
+    def __init__(
+        self, max_entries: int, max_bytes: float, size_bytes: Callable[[Any], int]
+    ) -> None:
+        super().__init__()
         self._max_entries, self._max_bytes = max_entries, max_bytes
         self._size_bytes, self._bytes = size_bytes, 0
-        self._entries: OrderedDict[str, Any] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(self, key: str) -> Any:
-        """Return an entry, None where there is none."""
-        return self._entries.get(key)
-
-    def values(self) -> Iterator[Any]:
-        """Return the entries, the one that was put first first."""
-        return iter(self._entries.values())
 
     def pop(self, key: str) -> Any:
         """Take an entry out and return it, None where there is none."""
-        value = self._entries.pop(key, None)
+        value = super().pop(key, None)
         if value is not None:
             self._bytes -= self._size_bytes(value)
         return value
@@ -52,10 +43,10 @@ class BoundedTable:
     def put(self, key: str, value: Any) -> int:
         """Add an entry, or replace it as the newest; return how many gave way."""
         self.pop(key)
-        self._entries[key] = value
+        self[key] = value
         self._bytes += self._size_bytes(value)
         gone = 0
         while len(self) > 1 and (len(self) > self._max_entries or self._bytes > self._max_bytes):
-            self.pop(next(iter(self._entries)))
+            self.pop(next(iter(self)))
             gone += 1
         return gone

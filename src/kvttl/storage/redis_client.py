@@ -90,14 +90,10 @@ def environment_of(url: str | None, limits: RedisLimits) -> dict[str, str]:
 
 def connect_as_server(host: str, port: int, **options: Any) -> redis.Redis:
     """Return a client of an LMCache server's Redis: ``$KV_REDIS_URL``, else LMCache's login."""
-    user, password = (
-        quote(os.environ.get(f"LMCACHE_RESP_{name}", ""), safe="")
-        for name in ("USERNAME", "PASSWORD")
-    )
+    names = ("LMCACHE_RESP_USERNAME", "LMCACHE_RESP_PASSWORD")
+    user, password = (quote(os.environ.get(name, ""), safe="") for name in names)
     login = f"{user}:{password}@" if password else ""
     url = os.environ.get("KV_REDIS_URL") or f"redis://{login}{host}:{port}"
-    given = (os.environ.get(name) for name in _VARIABLES)
-    limits = (
-        type(default)(value) if value else default for value, default in zip(given, DEFAULT_LIMITS)
-    )
+    given = zip(map(os.environ.get, _VARIABLES), DEFAULT_LIMITS)
+    limits = (type(default)(value or default) for value, default in given)
     return connect(url, RedisLimits(*limits), **options)
