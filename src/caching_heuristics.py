@@ -56,7 +56,8 @@ class KVMetadata(TypedDict, total=False):
     perplexity: Annotated[
         Known, MetadataField("", "how predictable the text is", FINITE, NEUTRAL_PERPLEXITY, True)
     ]
-    time_variance: Annotated[Known, MetadataField("", "its gaps' CV / (1 + CV)", high=1.0)]
+    # CV / (1 + CV) of the seconds between accesses.
+    time_variance: Annotated[Known, MetadataField("", "how irregular its accesses are", high=1.0)]
     access_count: Annotated[Known, MetadataField("accesses", "how often it was used")]
     seconds_since_access: Annotated[Known, MetadataField("s", "since it was last used")]
 

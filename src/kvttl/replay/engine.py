@@ -113,10 +113,8 @@ def replay_without_capacity(
         )
     plan = _plan(trace, policy, config, metadata)
     if plan.key is not None:
-        raise ValueError(
-            f"policy {_name(policy)!r} orders evictions (its plan has a key), which needs"
-            " a capacity: use `replay`"
-        )
+        reason = "orders evictions (its plan has a key), which needs a capacity: use `replay`"
+        raise ValueError(f"policy {_name(policy)!r} {reason}")
     trace, hits = plan.index.trace, _hit_arrays(plan.index.trace)
     tier = _tiers(plan, _NO_LIMITS)
     decided = (_deadlines(plan, tier), tier)

@@ -282,10 +282,8 @@ def _redis_url_problem(url: object) -> str | None:
         parts = urlsplit(url)
         parts.port  # noqa: B018 - reading it validates it
     except ValueError:
-        return (
-            "it is no valid URL: the port must be 0 to 65535 "
-            "(special characters in a password must be percent-encoded)"
-        )
+        hint = "special characters in a password must be percent-encoded"
+        return f"it is no valid URL: the port must be 0 to 65535 ({hint})"
     if parts.scheme not in ("redis", "rediss"):
         return f"scheme {parts.scheme!r}; only {_URL_FORM} works"
     if not parts.hostname:

@@ -186,10 +186,8 @@ def load_state(path: Path) -> tuple[dict[str, Child], dict]:
     except FileNotFoundError:
         return {}, {}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise StackError(
-            f"{path} is damaged: stop what still runs by hand (`ps aux | grep "
-            f"{CHILD_MODULE}`), then delete that file"
-        ) from None
+        advice = f"stop what still runs by hand (`ps aux | grep {CHILD_MODULE}`), then delete it"
+        raise StackError(f"{path} is damaged: {advice}") from None
     return {child.name: child for child in children if child.alive()}, record
 
 
