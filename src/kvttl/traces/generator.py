@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from caching_heuristics import FINITE, check_number
 from kvttl.traces.builder import TraceBuilder
 from kvttl.traces.trace import COLUMNS, Trace
 
@@ -54,9 +53,9 @@ def agent_loops(
     """
     given = dict(locals())
     for name in ("requests", "block_tokens", "agents", "system_blocks", "turn_blocks", "turns"):
-        check_number(name, given[name], 1, FINITE)
+        _check(name, given[name], 1)
     for name in ("pause_s", "sessions_per_hour"):
-        check_number(name, given[name], 0, FINITE, open_low=True)
+        _check(name, given[name], math.nextafter(0.0, 1.0))
     rng = np.random.default_rng(seed)
     builder = TraceBuilder(block_tokens)
     start_s, session, next_key = 0.0, 0, agents * system_blocks
@@ -80,6 +79,12 @@ def _add_turn(builder, rng, keys, time_s, session):
     missing = int(rng.integers(0, size)) if rng.random() < 0.5 else 0
     tokens = len(keys) * size + missing  # half of the prompts have a tail without an id
     builder.add(keys, time_s, tokens, int(rng.integers(1, 4 * size)), session)
+
+
+def _check(name, value, lowest):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not lowest <= value < math.inf:
+        raise ValueError(f"{name} must be >= {lowest:g} and finite, got {value!r}")
 
 
 def tiled(trace: Trace, accesses: int) -> Trace:
