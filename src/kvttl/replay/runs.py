@@ -194,7 +194,7 @@ class SegmentArrays(NamedTuple):
 
 def _segments(offsets, request, length, short, piece_offsets, old, start, piece_length):
     mirror = offsets[request] + offsets[request + 1] - 1 - np.arange(len(request))
-    rest = length - np.bincount(old[old >= 0], piece_length[old >= 0], len(request))
+    rest = length - np.bincount(old + 1, piece_length, len(request) + 1)[1:]  # [0]: never seen
     own, pieces = (offsets, request, length, short), (piece_offsets, old, start, piece_length)
     return SegmentArrays(*own, *pieces, mirror.astype(np.int32), rest.astype(np.int32))
 
