@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL = "bash sh make dirname basename tail rm mktemp cat touch env mkdir cp chmod".split()
 ALL = ("redis-server", "openssl", "chromium", "libnuma1")
 APT = "sudo apt-get update && sudo apt-get install -y --no-install-recommends "
-INSTALL = "apt-get install -y -q --no-install-recommends "
+INSTALL = "apt-get install -y -q -o DPkg::Lock::Timeout=300 --no-install-recommends "
 
 # Each package is a program of its name in bin/; libnuma1 is asked of Python, or of ldconfig.
 FAKES = {
