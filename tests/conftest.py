@@ -58,19 +58,23 @@ def redis_url(real_redis):
     return real_redis.url
 
 
-@pytest.fixture(scope="session")
-def stack(tmp_path_factory, redis_url):
-    """Coordinator and LMCache server on free ports, disk tier in a scratch folder."""
+def new_stack(folder, redis_url=None):
+    """A coordinator and an LMCache server on free ports, disk tier in a scratch folder."""
     from kvttl.stack.lifecycle import LMCacheStack, load_config
 
-    folder = tmp_path_factory.mktemp("stack")
     config = load_config(
         redis_url=redis_url,
         disk_path=str(folder / "disk"),
         run_dir=str(folder / "run"),
         start_timeout_s=250,
     )
-    with LMCacheStack(config, free_ports=True) as running:
+    return LMCacheStack(config, free_ports=True)
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory, redis_url):
+    """The stack that tests share."""
+    with new_stack(tmp_path_factory.mktemp("stack"), redis_url) as running:
         yield running
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import browser_pages
@@ -11,6 +12,7 @@ import pytest
 from browser_pages import ExplorerPage
 from PIL import Image
 from redis_fixtures import free_port
+from waiting import children_of
 
 from caching_heuristics import HeuristicConfig
 from kvttl.bench.sliders import browser, running, scratch_project
@@ -137,15 +139,15 @@ def test_servers_and_kernels_listen_on_this_machine_only(opened, chromium):
     _, project, open_page = opened
     explorer = open_page()
     mine = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "voila" in " ".join(process.cmdline()) or "jupyter" in " ".join(process.cmdline())
+        pid
+        for pid, words in children_of(os.getpid()).items()
+        if "voila" in " ".join(words) or "jupyter" in " ".join(words)
     ]
     assert mine
     listening = [
         connection.laddr.ip
-        for process in mine
-        for connection in process.net_connections("inet")
+        for pid in mine
+        for connection in psutil.Process(pid).net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     ]
     assert set(listening) == {"127.0.0.1"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from abort_storm import all_blocks_free, random_prompts, storm
+from conftest import new_stack
 
 from kvttl.session.demo_model import model_path
 
@@ -17,11 +18,18 @@ def prompts():
 
 
 @pytest.fixture(scope="module")
-def texts(stack, prompts):
+def own_stack(tmp_path_factory):
+    """LMCache keeps the read locks of an aborted look-up for 300 s: others must not wait for it."""
+    with new_stack(tmp_path_factory.mktemp("aborts")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def texts(own_stack, prompts):
     """What an engine without LMCache answers."""
     from vllm import LLM, SamplingParams
 
-    options = stack.engine_kwargs(model_path())
+    options = own_stack.engine_kwargs(model_path())
     del options["kv_transfer_config"]
     engine = LLM(**options)
     sampling = SamplingParams(temperature=0.0, max_tokens=6)
@@ -31,14 +39,14 @@ def texts(stack, prompts):
 
 
 @pytest.fixture(scope="module", params=["engine_driven", "lmcache_driven"])
-def engine(request, stack):
+def engine(request, own_stack):
     """CPU engines copy KV themselves, in order; GPU engines schedule ahead, and LMCache copies."""
     from vllm import LLM
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LMCACHE_MP_TRANSFER_MODE", request.param)
         options = {"async_scheduling": request.param == "lmcache_driven"}
-        made = LLM(**stack.engine_kwargs(model_path(), **options))
+        made = LLM(**own_stack.engine_kwargs(model_path(), **options))
     yield made
     made.llm_engine.engine_core.shutdown()
 
@@ -85,7 +93,8 @@ def test_the_shared_engine_is_started_again_when_it_has_died(shared_engine, gree
     assert shared_engine.get() is before
     process = before.llm_engine.engine_core.resources.engine_manager.processes[0]
     process.kill()
-    process.join(20)
+    process.join(300)  # a loaded machine takes its time
+    assert not process.is_alive()
     with pytest.warns(UserWarning, match="shared engine has died"):
         after = shared_engine.get()
     assert after.generate(prompts[0], greedy, use_tqdm=False)[0].outputs[0].text == texts[0]
