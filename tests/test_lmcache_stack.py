@@ -394,7 +394,7 @@ def test_ctrl_c_stops_everything(owners):
     process, folder = owners[1]
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) != 0
+    assert process.wait(timeout=120) != 0
     assert not any(c.is_running() and c.status() != "zombie" for c in children)
     assert not running_in(folder)
 
@@ -410,7 +410,7 @@ def test_child_of_a_dead_owner_ends_at_once(tmp_path):
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
     )
-    assert orphan.wait(timeout=20) == -signal.SIGTERM
+    assert orphan.wait(timeout=120) == -signal.SIGTERM
 
 
 # ---- command line -----------------------------------------------------------
