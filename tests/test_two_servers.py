@@ -8,7 +8,7 @@ import pytest
 from redis_fixtures import redis_server
 from waiting import wait_for_checkpoint, wait_until
 
-from cache_controller import LMCacheController
+from cache_controller import LMCacheController, LMCacheUnavailable
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.stack.lifecycle import LMCacheStack, StackError, load_config
 from tiered_caching import MultiTierCache
@@ -228,7 +228,14 @@ def test_a_coordinator_that_comes_back_manages_both_again(both, stack, greedy, f
         assert manager.generate_and_manage(fresh_text(), greedy, WARM)
         assert "LMCacheUnavailable" in manager.records[-1].error
     stack.start_one("coordinator")
-    wait_until(lambda: len(both[0].controller.fleet()) == 2)
+
+    def both_know_two_servers():
+        try:
+            return all(len(manager.controller.fleet()) == 2 for manager in both)
+        except LMCacheUnavailable:  # looked for again every second, not at each call
+            return False
+
+    wait_until(both_know_two_servers)
     for manager, text in zip(both, texts):
         assert lookup(manager, text) == {
             "found": True,
