@@ -8,6 +8,7 @@ real bytes in this package's own three backends and needs no server.
 from __future__ import annotations
 
 import itertools
+import socket
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from kvttl.lmcache.client import LMCacheHTTP
 from kvttl.lmcache.client import LMCacheUnavailable as LMCacheUnavailable
 from kvttl.lmcache.directory import Directory
 from kvttl.lmcache.layout import BaseController, InProcessController, KVLayout, unseen, vllm_config
+from kvttl.lmcache.lease import ServerLease
 from tiered_caching import BaseBackend, InMemoryBackend, LocalDiskBackend, RemoteBackend
 
 
@@ -68,6 +70,7 @@ class LMCacheController(BaseController):
         self.instance_id = instance_id
         self.move_timeout_s = move_timeout_s
         self._http = LMCacheHTTP(f"http://{host}:{port}", **limits)
+        self._address = f"{_ip_of(host)}:{port}"
         self._directory = Directory(self._http, model, world_size, cache_salt)
         # Tiers whose last demotion waited in vain (a dead Redis, a full disk):
         # later moves there look once and do not wait, until one succeeds.
@@ -119,6 +122,10 @@ class LMCacheController(BaseController):
         """Raise LMCacheUnavailable if the coordinator or the server is away."""
         self._http.ping(self.instance_id)
 
+    def lease(self) -> ServerLease:
+        """Return a manager's right to this instance's server; see `ServerLease`."""
+        return ServerLease(f"{self.instance_id} at {self._address}")
+
     def fleet(self) -> dict[str, dict[str, int]]:
         """Return how many objects each server under the coordinator holds in each tier.
 
@@ -165,6 +172,14 @@ class LMCacheController(BaseController):
         elif outcome.moved:
             self._stalled_tiers.discard(tier)
         return outcome
+
+
+def _ip_of(host):
+    """Return a host's address, so that its names count as one; the name where none is known."""
+    try:
+        return socket.gethostbyname(host)
+    except OSError:
+        return host
 
 
 MAX_TTL_S = 604_800  # bytes are kept at most this long, as max_ttl does

@@ -295,8 +295,8 @@ class MultiTierCache:
     Parameters
     ----------
     lmcache_controller : BaseController
-        Says where KV is, and moves it. One manager for one LMCache server: a second
-        one would know nothing of this one's claims.
+        Says where KV is, and moves it. One manager for one LMCache server: another
+        process's is an AlreadyManaged error, an earlier one of this process stops managing.
     llm : vllm.LLM, optional
         The engine; `set_llm` gives it later.
     config : Policy, optional

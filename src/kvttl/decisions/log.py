@@ -206,21 +206,25 @@ def read_records(
     OSError
         If the file cannot be read; of a folder's files such a one is reported only.
     """
+    records = each_record(path, kinds)
+    return iter(sorted(records, key=attrgetter("time_s"))) if Path(path).is_dir() else records
+
+
+def each_record(path: str | Path, kinds: Iterable[str] | None) -> Iterator[DecisionRecord]:
+    """Yield records as `read_records` does, one at a time; a folder's file after file."""
     kinds = frozenset(KINDS if kinds is None else kinds)
     if not kinds <= set(KINDS):
         raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {sorted(kinds)}")
     path = Path(path)
-    return iter(_read_folder(path, kinds) if path.is_dir() else _read_file(path, kinds))
+    return _read_folder(path, kinds) if path.is_dir() else _read_file(path, kinds)
 
 
 def _read_folder(folder, kinds):
-    records = []
     for path in sorted(folder.glob("*.jsonl")):
         try:
-            records += _read_file(path, kinds)
+            yield from _read_file(path, kinds)
         except OSError as error:  # deleted by its writer's rotation, say
             logger.warning("%s cannot be read: %s", path, error)
-    return sorted(records, key=attrgetter("time_s"))
 
 
 def _read_file(path, kinds):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from caching_heuristics import TIER_CODES, TIERS
 from kvttl.lmcache.client import LMCacheError
+from kvttl.lmcache.lease import ServerLease
 
 DEFAULT_INSTANCE = "lmcache_default_instance"
 
@@ -139,6 +140,15 @@ class BaseController(ABC):
 
     def check_health(self) -> None:
         """Raise LMCacheUnavailable, with the reason, if KV cannot be managed now."""
+
+    def lease(self) -> ServerLease | None:
+        """Return a manager's right to the server; None where there is no server to share.
+
+        Raises
+        ------
+        AlreadyManaged
+            Another process manages it.
+        """
 
     def close(self) -> None:
         """Release connections."""

@@ -6,6 +6,7 @@ cache about which nothing could be decided is claimed by a default wish all the 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -17,10 +18,11 @@ from typing import Any
 
 from kvttl.background import JobQueue, Repeater
 from kvttl.decisions.keeper import RecordKeeper
-from kvttl.decisions.log import DecisionRecord, read_records
+from kvttl.decisions.log import DecisionRecord, each_record
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheError
 from kvttl.lmcache.layout import BaseController
+from kvttl.lmcache.lease import AlreadyManaged
 from kvttl.manager.claims import ClaimLedger
 from kvttl.manager.draft import Draft, Wish
 from kvttl.manager.generation import Generation, compact, prompt_digest
@@ -28,7 +30,7 @@ from kvttl.manager.metadata import PromptHistory, RequestMetadata
 from kvttl.manager.motion import Motion
 from kvttl.manager.placement import KVPlacement
 from kvttl.manager.policy import Policy
-from kvttl.manager.recovery import adopt_unclaimed, recover_claims
+from kvttl.manager.recovery import adopt_strays, adopt_unclaimed, recover_claims
 from kvttl.manager.settling import Settler
 
 logger = logging.getLogger(__name__)
@@ -96,10 +98,12 @@ class Decider:
         queue = JobQueue(self._run, self._shed, self.max_queue, workers=self.workers or 1, **limits)
         self._jobs = queue if self.workers else None
         every_s = self.sweep_every_s
-        self._sweeper = Repeater(self.sweep, every_s) if every_s is not None else None
+        self._sweeper = Repeater(self._sweep_in_turn, every_s) if every_s is not None else None
         self._lock = threading.Lock()
         self._open: dict[_Job, float] = {}  # decisions that are not made yet -> their access
         self.shed = 0
+        self._lease = self.controller.lease()
+        self._looked_at_s: float | None = None
 
     def watch(self, metrics: DecisionMetrics) -> None:
         """Show how many claims live, decisions wait and patterns are tracked."""
@@ -172,20 +176,34 @@ class Decider:
     def sweep(self, now_s: float | None = None) -> list[DecisionRecord]:
         """Take expired claims down the ladder now; returns a record for each."""
         swept: list[DecisionRecord] = []
+        self.check_lease()
         while not (self._sweeper and self._sweeper.must_stop):  # `recover` takes the rest up again
             until_s = self._known_until(self.clock() if now_s is None else now_s)
             adopt_unclaimed(self.settler, until_s, self.policy.base_ttl)
             records = self.settler.sweep(until_s)
             if not records:
+                self._adopt_strays(until_s)
                 break
             swept += [self.records.keep(record) for record in records]
         return swept
+
+    def _sweep_in_turn(self):
+        with contextlib.suppress(AlreadyManaged):  # each decision's record says it
+            self.sweep()
+
+    def _adopt_strays(self, now_s):
+        """Look for KV without a claim twice a `base_ttl`; not at the first sweep already."""
+        if self._looked_at_s is None:
+            self._looked_at_s = now_s
+        elif abs(now_s - self._looked_at_s) >= self.policy.base_ttl / 2:  # a clock may go back
+            self._looked_at_s = now_s
+            adopt_strays(self.settler, now_s, self.policy.base_ttl)
 
     def recover(self, log: str | Path | Iterable[DecisionRecord]) -> dict[str, int]:
         """Make an earlier process's claims again; see `recover_claims`."""
         self.start()  # what is claimed again must end without a generation too
         if isinstance(log, (str, Path)):
-            log = read_records(log, kinds=None) if Path(log).exists() else ()  # the first start
+            log = each_record(log, kinds=None) if Path(log).exists() else ()  # the first start
         return recover_claims(self.settler, log, self.clock(), self.policy.base_ttl)
 
     def flush(self, timeout_s: float | None = None) -> bool:
@@ -198,6 +216,13 @@ class Decider:
             self._jobs.close()
         if self._sweeper:
             self._sweeper.close()
+        if self._lease is not None:
+            self._lease.release()
+
+    def check_lease(self) -> None:
+        """Raise AlreadyManaged if a later manager has taken the LMCache server over."""
+        if self._lease is not None:
+            self._lease.check()
 
     def _known_until(self, now_s):
         """Return the time up to which all accesses are claimed: one that is not yet renews."""
@@ -207,6 +232,7 @@ class Decider:
     def _run(self, job):
         start_s, problem = time.perf_counter(), ""
         try:
+            self.check_lease()
             self.decide(job.draft, job.made)
         except Exception as error:  # a bug must not cost the caller the text either
             if not isinstance(error, (LMCacheError, ValueError)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
+from operator import attrgetter
 
 from kvttl.decisions.log import DecisionRecord
 from kvttl.lmcache.client import LMCacheError
@@ -28,7 +29,7 @@ def recover_claims(
     settler : Settler
         Gets the claims.
     records : iterable of DecisionRecord
-        All kinds, in time order.
+        All kinds, each writer's in the order in which it wrote them.
     now_s : float
         Claims whose time is up by now step down at the next sweep.
     adopted_ttl_s : float
@@ -83,6 +84,24 @@ def adopt_unclaimed(settler: Settler, now_s: float, ttl_s: float) -> None:
         logger.info("adopting KV without a claim waits: %s", error)
 
 
+def adopt_strays(settler: Settler, now_s: float, ttl_s: float) -> None:
+    """Claim KV that had no claim at the last look either, so that none lives for ever.
+
+    It was stored by others, or its claim was lost. What a decision under way is about
+    has one at the next look.
+    """
+    try:
+        held = settler.held()
+    except LMCacheError as error:
+        logger.info("looking for KV without a claim waits: %s", error)
+        return
+    unclaimed = settler.unclaimed(held, now_s)
+    stray = {key: held[key] for key in unclaimed & settler.strays}
+    if stray:
+        settler.adopt(stray, frozenset(), now_s, ttl_s)
+    settler.strays = unclaimed - stray.keys()
+
+
 def _latest_claims(records):
     """Return the last decision about each prompt whose KV was not dropped since."""
     latest: dict[str, DecisionRecord] = {}
@@ -91,7 +110,6 @@ def _latest_claims(records):
             earlier = latest.get(record.prompt_digest)
             if earlier and earlier.time_s > record.time_s:  # it was only written down later
                 continue
-            latest.pop(record.prompt_digest, None)  # so that they stay in time order
             if earlier and not record.chunk_keys:  # LMCache was away and named no chunks
                 record = replace(record, chunk_keys=earlier.chunk_keys)
             if record.chunk_keys:
@@ -101,7 +119,7 @@ def _latest_claims(records):
             # One that was made meanwhile, of a generation just before, is another claim.
             if claim is not None and claim.time_s + claim.ttl_s <= record.time_s:
                 del latest[record.prompt_digest]
-    return list(latest.values())
+    return sorted(latest.values(), key=attrgetter("time_s"))
 
 
 def _was_dropped(record):

@@ -68,6 +68,8 @@ class Settler:
     ----------
     has_unclaimed : bool
         A bounded table was full: some KV may have no claim until it is adopted.
+    strays : set of str
+        Keys of KV that had no claim at the last look.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class Settler:
     ) -> None:
         self.ledger, self._motion, self.write_ahead = ledger, motion, write_ahead
         self._controller = motion.controller
-        self.has_unclaimed = False
+        self.has_unclaimed, self.strays = False, frozenset()
         size_bytes = attrgetter("size_bytes")
         self._unsettled = BoundedTable(_MAX_UNSETTLED, _MAX_UNSETTLED_BYTES, size_bytes)
         self._late = BoundedTable(_MAX_LATE, _MAX_LATE_BYTES, size_bytes)
@@ -303,6 +305,11 @@ class Settler:
         for record in adopted:
             self.write_ahead(record)
         return len(adopted)
+
+    def unclaimed(self, held: Mapping[str, Sequence[str]], now_s: float) -> set[str]:
+        """Return the chunks that are held and that no claim wants."""
+        wanted = zip(held.items(), self.ledger.wanted(list(held), now_s))
+        return {key for (key, tiers), tier in wanted if tiers and tier is None}
 
     def too_hot(self, held: Mapping[str, Sequence[str]], now_s: float) -> set[str]:
         """Return the chunks that are hotter than any claim wants them."""
