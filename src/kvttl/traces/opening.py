@@ -77,9 +77,9 @@ def head(path: str | Path) -> tuple[list[bytes], bool]:
     try:
         with open_bytes(path) as (file, _):
             start = file.read(HEAD + 1)
-    except (ValueError, *DAMAGE) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}, line 1: damaged: {error}") from error
+    except ValueError as error:
         raise ValueError(f"{path}, line 1: {error}") from error
     return [line for line in start.splitlines() if line.strip()], len(start) <= HEAD
 

@@ -117,11 +117,12 @@ class Source:
             Nobody said the unit, and the value cannot be of the usual one.
         """
         declared = next((record[name] for name in _UNIT_FIELDS if name in record), None)
-        if declared is not None and declared not in _UNIT_NAMES:
+        if declared is not None and f"{declared}" not in _UNIT_NAMES:
             raise ValueError(f"time_unit must be one of {', '.join(TIME_UNITS)}, got {declared!r}")
         first = "time_unit" not in self.known
-        unit = self.agreed("time_unit", _UNIT_NAMES.get(declared), self.time_unit, usual)
-        if declared is self.time_unit is None:
+        unit = self.agreed("time_unit", _UNIT_NAMES.get(f"{declared}"), self.time_unit, usual)
+        told = self.agreed("told", True if declared else None, bool(self.time_unit) or None, None)
+        if not told:
             epoch = usual == "ms" and first and (1e9 <= value < 1e11 or value >= 1e14)
             if epoch or (usual == "ms" and value % 1) or (usual == "s" and value >= 1e11):
                 raise ValueError(f"a time of {value!r} is not in {usual}{ASK_UNIT}")
