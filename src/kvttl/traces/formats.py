@@ -81,7 +81,8 @@ def read_decision_log(files: Sequence[Path], source: Source) -> TraceBuilder:
                 continue
             if not record.get("chunk_keys") and record.get("chunks"):
                 raise ValueError("chunk_keys is missing: an older log cannot be replayed")
-            keys = hash_keys(record, "chunk_keys") if record.get("chunk_keys") else ()
+            scope = source.number(record.get("cache_salt") or "")  # a tenant's KV is its own
+            keys = hash_keys(record, "chunk_keys", scope) if record.get("chunk_keys") else ()
             prompt = source.prompt(record, "prompt_tokens", keys, size)
             builder.add(keys, source.seconds(record, "time_s"), prompt)
     return builder
