@@ -256,7 +256,9 @@ def test_a_process_killed_during_moves_loses_no_claim_and_leaves_no_kv_for_ever(
     texts = [fresh_text() for _ in range(6)]
     prompts = [cache.controller.tokenize(text) for text in texts]
     answers = [llm.generate(text, greedy, use_tqdm=False)[0].outputs[0].text for text in texts]
+    after = cache
     for round_, decisions in enumerate((4, 11, 19)):
+        after.close()  # an LMCache server has one manager
         run_victim(stack, cache.controller, tmp_path / "log", prompts, decisions)
         after = managers(config=config, clock=lambda: now[0], sweep_every_s=None, log=log)
         now[0] = time.time()
