@@ -125,13 +125,13 @@ def changed_json(rng, record):
             del container[key]
         elif kind == 1 and isinstance(container, dict):
             names = ("block_size", "time_unit", "hash_id_scope", "timestamp_us", "kind", "t")
-            container[rng.choice((*names, *container))] = rng.choice(VALUES)
+            container[rng.choice((*names, *container))] = copy.deepcopy(rng.choice(VALUES))
         elif kind == 2:
             other, name = rng.choice(inside)
             if isinstance(other, dict) or name < len(other):
                 container[key] = copy.deepcopy(other.get(name)) if isinstance(other, dict) else 7
         else:
-            container[key] = rng.choice(VALUES)
+            container[key] = copy.deepcopy(rng.choice(VALUES))
     return record
 
 

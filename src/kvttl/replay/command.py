@@ -18,8 +18,7 @@ from kvttl.replay.result import ReplayResult
 from kvttl.settings import settings_from
 from kvttl.traces.formats import FORMATS
 from kvttl.traces.reading import read_trace
-from kvttl.traces.source import ORDER, SESSIONS_PER_HOUR, TIME_UNITS
-from kvttl.traces.weka import TIMES
+from kvttl.traces.source import ORDER, SESSIONS_PER_HOUR, SUBAGENT_TIMES, TIME_UNITS
 
 CACHE_DIR = "data/trace_cache"
 SAMPLE = "data/sample_trace.jsonl.gz"
@@ -79,7 +78,8 @@ def _options(argv):
     parser.add_argument("--block-tokens", type=int, help="where the file does not say")
     units = (*TIME_UNITS, ORDER)
     parser.add_argument("--time-unit", choices=units, help="of a trace that does not say it")
-    parser.add_argument("--subagent-times", choices=TIMES, help="default: found from all sessions")
+    found = "default: found from all sessions"
+    parser.add_argument("--subagent-times", choices=SUBAGENT_TIMES, help=found)
     parser.add_argument("--cache-dir", default=CACHE_DIR, help="compact copies; empty = none")
     return parser.parse_args(argv)
 

@@ -6,14 +6,23 @@ and counted; see `kvttl.traces.reading.read_trace`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kvttl.traces import source as fields
 from kvttl.traces.builder import TraceBuilder
 from kvttl.traces.opening import head
-from kvttl.traces.source import Source, block_keys, hash_keys, records, tokens
+from kvttl.traces.source import (
+    ASK_SIZE,
+    Source,
+    block_keys,
+    hash_keys,
+    number,
+    parsed,
+    records,
+    tokens,
+)
 from kvttl.traces.weka import read_weka
 
 
@@ -29,6 +38,8 @@ def read_mooncake(files: Sequence[Path], source: Source) -> TraceBuilder:
             if not len(builder) and not record.keys() & {"hash_ids", "input_length", "timestamp"}:
                 source.per_second(record, "ms")
                 continue  # declarations for all lines
+            if len(files) > 1 and record.get("hash_id_scope", "global") != "global":
+                raise ValueError("hash_id_scope must be global in a folder; read one file alone")
             keys = block_keys(record, "hash_ids")
             prompt = source.prompt(record, "input_length", keys, size, covered=True)
             arrival_s = source.seconds(record, "timestamp", "ms")
@@ -48,7 +59,7 @@ def read_qwen(files: Sequence[Path], source: Source) -> TraceBuilder:
             prompt = source.prompt(record, "input_length", keys, size, covered=True)
             arrival_s = source.seconds(record, "timestamp")
             output = tokens(record, "output_length", 0)
-            parent = fields.number(record, "parent_chat_id", -fields.math.inf, -1)
+            parent = number(record, "parent_chat_id", -math.inf, -1)
             session = chats.get(parent, source.number(record["chat_id"]))
             builder.add(keys, arrival_s, prompt, output, session)
             builder.block_tokens, chats[record["chat_id"]] = size, session
@@ -110,7 +121,7 @@ def _chunk_tokens(files):
         return power if low <= power else high
     reason = "no one chunk size fits all records" if low > high else "chunk sizes fit"
     found = reason if low > high else f"{low} to {high} tokens as {reason}"
-    raise ValueError(f"{files[0]}, line 1: {found}; give block_tokens{fields.ASK_SIZE}")
+    raise ValueError(f"{files[0]}, line 1: {found}; give block_tokens{ASK_SIZE}")
 
 
 class Format(NamedTuple):
@@ -149,7 +160,7 @@ def format_of(path: Path) -> str | None:
     lines, _ = head(path)
     for line in lines:
         try:
-            keys = fields.parsed(line).keys()
+            keys = parsed(line).keys()
         except (ValueError, RecursionError):
             continue
         if name := next((name for name, format in FORMATS.items() if format.mark in keys), None):

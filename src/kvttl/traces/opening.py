@@ -113,6 +113,11 @@ def text_lines(
                 yield number, line
 
 
+def session_lines(path: Path, source) -> Iterator[tuple[int, bytes]]:
+    """Yield `text_lines` of agentic sessions, which are longer."""
+    yield from text_lines(path, source, limit=SESSION_LIMIT)
+
+
 def _line(file, limit, path, number):
     try:
         return file.readline(limit)

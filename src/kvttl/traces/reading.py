@@ -8,7 +8,6 @@ sessions are a file or a line each. All may be gzipped, whatever their names say
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import warnings
 from pathlib import Path
@@ -16,9 +15,8 @@ from pathlib import Path
 from kvttl import PROJECT
 from kvttl.traces.formats import FORMATS, format_of, in_folder
 from kvttl.traces.opening import head
-from kvttl.traces.source import ORDER, SESSIONS_PER_HOUR, TIME_UNITS, Source, parsed
+from kvttl.traces.source import ORDER, SESSIONS_PER_HOUR, Source, parsed
 from kvttl.traces.trace import CACHE_VERSION, Trace, load_trace, save_trace
-from kvttl.traces.weka import TIMES
 
 READER_VERSION = 3  # of what readers refuse: a copy made by an older one is not used
 
@@ -82,22 +80,9 @@ def read_trace(
     ...     read_trace(file)
     Trace(1 requests, 2 accesses, 2 unique blocks of 512 tokens, 0 s)
     """
-    if not 0 < sessions_per_hour < math.inf:
-        raise ValueError(f"sessions_per_hour must be > 0 and finite, got {sessions_per_hour!r}")
-    counts = {"block_tokens": block_tokens, "max_sessions": max_sessions, "seed": seed}
-    for name, value in counts.items():
-        if value is not None and not (name != "seed") <= value < 2**31:
-            raise ValueError(f"{name} must be {int(name != 'seed')} to 2147483647, got {value!r}")
-    _check_choice("time_unit", time_unit, (*TIME_UNITS, ORDER))
-    _check_choice("subagent_times", subagent_times, TIMES)
-    options = skip_bad, progress, seed, float(sessions_per_hour), max_sessions, block_tokens
+    options = skip_bad, progress, seed, sessions_per_hour, max_sessions, block_tokens
     source = Source(*options, time_unit, subagent_times)
     return _read(Path(path), format, source, cache_dir)
-
-
-def _check_choice(name, value, allowed):
-    if value not in (None, *allowed):
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def _read(path, format, source, cache_dir):

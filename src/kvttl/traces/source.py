@@ -18,11 +18,14 @@ from kvttl.traces.opening import DAMAGE, text_lines
 
 SESSIONS_PER_HOUR = 30.0  # of agentic sessions that are overlaid, unless told otherwise
 TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # -> so many a second
+SUBAGENT_TIMES = ("absolute", "relative")
 ORDER = "order"  # instead of a unit: there are no times, a request a second
 _UNIT_NAMES = {unit: unit for unit in TIME_UNITS}
 for _unit, _word in zip(TIME_UNITS, ("second", "millisecond", "microsecond", "nanosecond")):
     _UNIT_NAMES |= {_word: _unit, f"{_word}s": _unit}
-_UNIT_FIELDS, _SIZE_FIELDS = ("time_unit", "timestamp_unit"), ("block_size", "trace_block_size")
+_UNIT_FIELDS = ("time_unit", "timestamp_unit")
+_SIZE_FIELDS = ("block_size", "trace_block_size", "kv_block_size", "block_tokens", "page_size")
+_SIZE_FIELDS += ("tokens_per_block", "chunk_size")
 _LATEST_S = 1e12  # 31,688 years: what is later is no time
 ASK_SIZE = "; say how many tokens a block has: --block-tokens, BLOCK_TOKENS="
 ASK_UNIT = "; say the unit of time: --time-unit, TIME_UNIT="
@@ -47,6 +50,20 @@ class Source:
     names: dict[Any, int] = field(default_factory=dict)  # sessions and models -> number
     known: dict[str, Any] = field(default_factory=dict)  # what the lines so far have in common
     said: dict[str, Any] = field(default_factory=dict)  # the same of a line that may be bad
+
+    def __post_init__(self):
+        if not 0 < self.sessions_per_hour < math.inf:
+            got = f"{self.sessions_per_hour!r}"
+            raise ValueError(f"sessions_per_hour must be > 0 and finite, got {got}")
+        self.sessions_per_hour = float(self.sessions_per_hour)
+        for name, low in (("seed", 0), ("max_sessions", 1), ("block_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and not low <= value < 2**31:
+                raise ValueError(f"{name} must be {low} to 2147483647, got {value!r}")
+        choices = {"time_unit": (*TIME_UNITS, ORDER), "subagent_times": SUBAGENT_TIMES}
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in (None, *allowed):
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
     def number(self, name: Any) -> int:
         return self.names.setdefault(name, len(self.names))

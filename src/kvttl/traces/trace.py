@@ -192,6 +192,7 @@ def _check_columns(values):
     counts = [values["block_tokens"] - 1, values["skipped_lines"]]
     counts += [values[name].min(initial=0) for name in ("prompt_tokens", "output_tokens")]
     _want(min(counts) >= 0, "block_tokens must be >= 1, tokens and skipped_lines >= 0")
+    _want(max(counts[:2]) < 2**31, "block_tokens and skipped_lines must be < 2147483648")
 
 
 def _want(right, reason):

@@ -9,12 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from kvttl.traces import opening
 from kvttl.traces.builder import DenseIds, TraceBuilder
-from kvttl.traces.opening import head, text_lines, whole
-from kvttl.traces.source import Source, bar, block_keys, in_time, number, parsed, tokens
+from kvttl.traces.opening import head, session_lines, text_lines, whole
+from kvttl.traces.source import (
+    SUBAGENT_TIMES,
+    Source,
+    bar,
+    block_keys,
+    in_time,
+    number,
+    parsed,
+    tokens,
+)
 
-TIMES = ("absolute", "relative")
 SCOPES = ("local", "global")
 
 
@@ -68,7 +75,7 @@ def _contents(file, count, source) -> Iterator[tuple[int, str, bytes | bytearray
         if content is not None:
             yield 0, place, content
         return
-    for row, (line, content) in enumerate(text_lines(file, source, limit=opening.SESSION_LIMIT)):
+    for row, (line, content) in enumerate(session_lines(file, source)):
         yield row, f"{file}, line {line}", content
 
 
@@ -123,7 +130,9 @@ class _Sessions:
         if not told and (len(shown) > 1 or self.found == {"unclear"}):
             problem = "disagree" if shown else "may be from the session's start or from the marker"
             ask = "say which: --subagent-times, SUBAGENT_TIMES="
-            raise ValueError(f"the times (t) of sub-agents {problem}; {ask} {' or '.join(TIMES)}")
+            raise ValueError(
+                f"the times (t) of sub-agents {problem}; {ask} {' or '.join(SUBAGENT_TIMES)}"
+            )
         if "relative" in (told, *(() if told else shown)):
             self.builder.set_arrivals(self.relative_s)
         return self.builder
