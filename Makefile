@@ -20,12 +20,17 @@ N ?= 48
 SEED ?= 0
 
 # make replay TRACE=<file or folder> POLICY=<name> CAPACITY=<blocks, share, or gpu,disk,remote>
-# SET="base_ttl=300 gamma=0" SKIP_BAD=1
+# SET="base_ttl=300 gamma=0" SKIP_BAD=1; what the trace does not say: FORMAT=<name> BLOCK_TOKENS=<tokens>
+# TIME_UNIT=<s|ms|us|ns|order> SUBAGENT_TIMES=<absolute|relative>
 TRACE ?= data/sample_trace.jsonl.gz
 POLICY ?= lru
 CAPACITY ?=
 SET ?=
 SKIP_BAD ?=
+FORMAT ?=
+BLOCK_TOKENS ?=
+TIME_UNIT ?=
+SUBAGENT_TIMES ?=
 
 export PYTHON TORCH_CPU_INDEX
 export LMCACHE_TRACK_USAGE := false
@@ -116,9 +121,12 @@ bench-overhead: $(READY) ## what managing adds to a generation; ends with one li
 bench-gateway: $(READY) ## what the gateway adds to a request; ends with one line of JSON
 	@$(PY) -m kvttl.bench.gateway --config $(CONFIG)
 
-replay: $(READY) ## one policy on a trace; ends with one line of JSON (TRACE= POLICY= CAPACITY= SET=)
+replay: $(READY) ## one policy on a trace; ends with one line of JSON (TRACE= POLICY= CAPACITY= SET= FORMAT= ...)
 	@$(PY) -m kvttl.replay.command --trace '$(TRACE)' --policy '$(POLICY)' --capacity '$(CAPACITY)' \
-		--seed $(SEED) $(if $(SET),--set $(SET)) $(if $(SKIP_BAD),--skip-bad)
+		--seed $(SEED) $(if $(SET),--set $(SET)) $(if $(SKIP_BAD),--skip-bad) \
+		$(if $(FORMAT),--format '$(FORMAT)') $(if $(BLOCK_TOKENS),--block-tokens '$(BLOCK_TOKENS)') \
+		$(if $(TIME_UNIT),--time-unit '$(TIME_UNIT)') \
+		$(if $(SUBAGENT_TIMES),--subagent-times '$(SUBAGENT_TIMES)')
 
 bench-replay: $(READY) ## accesses per second of the replay engines; ends with one line of JSON
 	@$(PY) -m kvttl.bench.replay

@@ -532,6 +532,6 @@ def unknown_name(kind: str, name: Any, known: Iterable[str]) -> str:
     "unknown setting 'speed': known are alpha, gamma"
     """
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1)
+    near = difflib.get_close_matches(str(name)[:80], known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
     return f"unknown {kind} {name!r:.80}: {hint}"

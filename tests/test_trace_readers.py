@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from kvttl.decisions.log import DecisionLog, DecisionRecord, write_records
 from kvttl.replay.command import main
-from kvttl.traces import formats
+from kvttl.traces import opening
 from kvttl.traces.builder import DenseIds, TraceBuilder, make_trace
 from kvttl.traces.formats import FORMATS
 from kvttl.traces.generator import SAMPLE, agent_loops, tiled
 from kvttl.traces.reading import detect_format, read_trace, traces_at_hand
+from kvttl.traces.source import Source
 from kvttl.traces.trace import CACHE_VERSION, load_trace, save_trace
 
 MOONCAKE = {"timestamp": 1500, "input_length": 1100, "output_length": 7, "hash_ids": [4, 5, 9]}
@@ -212,7 +213,7 @@ BAD = {
     "no JSON": ("{not json", "Expecting"),
     "no object": ("[1]", "JSON object"),
     "missing": (json.dumps({k: v for k, v in MOONCAKE.items() if k != "hash_ids"}), "hash_ids"),
-    "text": (json.dumps(MOONCAKE | {"timestamp": "x"}), "timestamp must be a number"),
+    "text": (json.dumps(MOONCAKE | {"timestamp": "x"}), "must be a number or an ISO date"),
     "nan": (json.dumps(MOONCAKE | {"timestamp": float("nan")}), "timestamp must be a number"),
     "negative": (json.dumps(MOONCAKE | {"input_length": -1}), "input_length must be"),
     "fraction": (json.dumps(MOONCAKE | {"input_length": 1100.5}), "input_length must be"),
@@ -229,8 +230,12 @@ BAD = {
         json.dumps(MOONCAKE | {"hash_ids": [70, 71, 9]}),
         "id 9 follows 71 here and 5 before: ids must be prefix-chained",
     ),
-    "first": (json.dumps(MOONCAKE | {"hash_ids": [5]}), "id 5 follows nothing here and 4 before"),
+    "first": (
+        json.dumps(MOONCAKE | {"input_length": 512, "hash_ids": [5]}),
+        "id 5 follows nothing here and 4 before",
+    ),
     "late": (json.dumps(MOONCAKE | {"hash_ids": [6, 4]}), "id 4 follows 6 here and nothing before"),
+    "too few": (json.dumps(MOONCAKE | {"hash_ids": [4]}), "1 blocks of 512 tokens are fewer"),
     "vast time": (json.dumps(MOONCAKE | {"timestamp": 10**400}), "too large"),
     "deep": ("[" * 200_000, "recursion"),
     "too many": (json.dumps(MOONCAKE | {"input_length": 100}), "3 blocks of 512 tokens"),
@@ -270,7 +275,7 @@ def test_ids_must_be_chained_where_a_format_says_so(tmp_path):
         with pytest.raises(ValueError, match=rf"{format}, line 2: id 0x\S+ follows 0x\S+ here"):
             read_trace(path)
         assert read_trace(path, skip_bad=True).requests == 1
-    requests = [SESSION["requests"][0], {**SESSION["requests"][2], "hash_ids": [3, 2]}]
+    requests = [SESSION["requests"][0], {**SESSION["requests"][2], "in": 130, "hash_ids": [3, 2]}]
     path = tmp_path / "s.json"
     path.write_text(json.dumps({**SESSION, "requests": requests}))
     with pytest.raises(ValueError, match="request 2: id 2 follows 3 here and 1 before"):
@@ -340,7 +345,7 @@ def test_a_damaged_gzip_of_lines_is_an_error_also_where_bad_lines_are_skipped(tm
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_lines_have_a_longest_length(tmp_path, monkeypatch, zipped):
-    monkeypatch.setattr(formats, "LINE_LIMIT", 1 << 20)
+    monkeypatch.setattr(opening, "LINE_LIMIT", 1 << 20)
     good, path = json.dumps(MOONCAKE), tmp_path / "a.jsonl"
     fits = good + " " * ((1 << 20) - len(good))
     text = f"{good}\n{fits}\n{fits} \n{fits * 3}\n{good}"
@@ -350,18 +355,21 @@ def test_lines_have_a_longest_length(tmp_path, monkeypatch, zipped):
     trace = read_trace(path, skip_bad=True)
     assert (trace.requests, trace.skipped_lines) == (3, 2)
     path.write_text(fits * 2)
+    assert detect_format(path) == "mooncake"  # from its beginning
     with pytest.raises(ValueError, match="line 1: line longer than 1 MiB"):
-        detect_format(path)
+        read_trace(path)
 
 
 def test_the_longest_line_is_64_mib_and_takes_little_memory(tmp_path):
-    assert (formats.LINE_LIMIT, formats.SESSION_LIMIT) == (64 << 20, 1 << 30)
+    assert (opening.LINE_LIMIT, opening.SESSION_LIMIT) == (64 << 20, 256 << 20)
     path = tmp_path / "a.jsonl.gz"
     with gzip.open(path, "wb", compresslevel=1) as file:
         for _ in range(200):
             file.write(b" " * (1 << 20))
     tracemalloc.start()
     with pytest.raises(ValueError, match="line 1: line longer than 64 MiB"):
+        read_trace(path, "mooncake")
+    with pytest.raises(ValueError, match="no format of"):
         read_trace(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -369,7 +377,7 @@ def test_the_longest_line_is_64_mib_and_takes_little_memory(tmp_path):
 
 
 def test_sessions_have_a_largest_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "SESSION_LIMIT", 4 << 20)
+    monkeypatch.setattr(opening, "SESSION_LIMIT", 4 << 20)
     (tmp_path / "a.json").write_text(json.dumps(SESSION))
     data = json.dumps(SESSION).encode() + b" " * (40 << 20)
     (tmp_path / "b.json.gz").write_bytes(gzip.compress(data, compresslevel=1))
@@ -389,7 +397,7 @@ def test_progress_counts_the_bytes_of_the_file(tmp_path, zipped):
     write_lines(path, *[MOONCAKE | {"x": rng.bytes(50).hex()} for _ in range(9000)])
     if zipped:
         path.write_bytes(gzip.compress(path.read_bytes()))
-    for _ in formats.text_lines(path, formats.Source(), counted.append):
+    for _ in opening.text_lines(path, Source(), counted.append):
         assert sum(counted) <= path.stat().st_size
     assert sum(counted) == path.stat().st_size and max(counted) < sum(counted)
 
@@ -430,11 +438,15 @@ def test_unknown_things_are_refused(tmp_path):
         read_trace(tmp_path / "empty", "weka")
 
 
-def test_an_empty_file_is_refused_and_an_empty_trace_works(tmp_path):
-    (tmp_path / "e.jsonl").write_text("")
-    with pytest.raises(ValueError, match="line 1"):
-        read_trace(tmp_path / "e.jsonl")
-    empty = read_trace(tmp_path / "e.jsonl", format="mooncake")
+def test_a_file_without_a_request_is_refused_and_an_empty_trace_works(tmp_path):
+    (tmp_path / "e.jsonl").write_text("\n")
+    for format in (None, "mooncake", "weka"):
+        with pytest.raises(ValueError, match=r"e\.jsonl.* (the file is empty|not JSON)"):
+            read_trace(tmp_path / "e.jsonl", format)
+    expiries = write_lines(tmp_path / "x.jsonl", decision(["a"], 40, 101.0, kind="expiry"))
+    with pytest.raises(ValueError, match="no request in it"):
+        read_trace(expiries)
+    empty = make_trace([])
     assert (empty.requests, empty.accesses, empty.span_s) == (0, 0, 0.0)
 
 

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 PROJECT = Path(__file__).resolve().parents[2]  # the checkout: `data/` and `config.yaml` lie there
 
@@ -31,3 +31,36 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException:
         os.unlink(scratch)
         raise
+
+
+_YAML_BYTES, _YAML_DEPTH = 1 << 16, 16  # far more than settings need
+
+
+def parse_yaml(path: Path) -> Any:
+    """Return what a small YAML file holds: None, plain values, lists and mappings.
+
+    Raises
+    ------
+    ValueError
+        One line: no YAML, too long, too deep, or with aliases, which a few lines
+        can make as large as they like.
+    """
+    import yaml  # who reads no settings does without
+
+    with open(path, "rb") as file:
+        data = file.read(_YAML_BYTES + 1)
+    depth = 0
+    try:
+        if len(data) > _YAML_BYTES:
+            raise ValueError(f"longer than {_YAML_BYTES} bytes")
+        text = data.decode("utf-8-sig")
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _YAML_DEPTH or isinstance(event, yaml.AliasEvent):
+                raise ValueError(
+                    f"aliases, or more than {_YAML_DEPTH} levels, are not for settings"
+                )
+        return yaml.safe_load(text)
+    except Exception as error:  # PyYAML raises half a dozen kinds at what it does not know
+        raise ValueError(f"not YAML: {' '.join(str(error).split())[:300]}") from error

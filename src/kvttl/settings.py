@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from caching_heuristics import SETTINGS, HeuristicConfig, unknown_name
-from kvttl import whole_file
+from kvttl import parse_yaml, whole_file
 
 FILE_NAME = "heuristics.yaml"
 PATH_VARIABLE = "KV_HEURISTICS_FILE"
@@ -44,13 +44,14 @@ def load_settings(path: str | Path | None = None) -> HeuristicConfig:
     """
     path = default_path() if path is None else Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        values = parse_yaml(path)
+        if not isinstance(values, (dict, type(None))):  # None: an empty file
+            raise ValueError(f"must hold `name: number` lines, got {f'{values}'.strip()[:60]!r}")
+        return settings_from(values or {})
     except FileNotFoundError:
         return HeuristicConfig()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    try:
-        return settings_from(_parse(text))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -104,18 +105,6 @@ def to_yaml(config: HeuristicConfig) -> str:
         comment = ", ".join(filter(None, (SETTINGS[name].unit, SETTINGS[name].text)))
         lines.append(f"{name}: {number}  # {comment}")
     return "\n".join(lines) + "\n"
-
-
-def _parse(text):
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
-    if values is None:  # an empty file
-        return {}
-    if not isinstance(values, dict):
-        raise ValueError(f"must hold `name: number` lines, got {text.strip()[:60]!r}")
-    return values
 
 
 def _number(value):

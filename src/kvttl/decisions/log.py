@@ -229,7 +229,7 @@ def _read_folder(folder, kinds):
 
 def _read_file(path, kinds):
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file), start=1):
             try:
                 record = parse_record(line)
             except (ValueError, TypeError, RecursionError) as error:
@@ -239,6 +239,17 @@ def _read_file(path, kinds):
                     yield record
 
 
+def _lines(file):
+    """Yield the lines of a file; one that no record is as long as is empty."""
+    while line := file.readline(_LONGEST_LINE):
+        part = line
+        while part and not part.endswith(b"\n"):
+            if part := file.readline(_LONGEST_LINE):
+                line = b""
+        yield line
+
+
+_LONGEST_LINE = 32 * 2**20  # bytes
 _COUNTS = ("hit_tokens", "tier_before", "tier_after")
 _FRAME_TIERS = (*TIERS, "none")
 _DTYPES = {  # of the frame's columns, in order; a tuple = the known categories

@@ -124,4 +124,4 @@ def _latest_claims(records):
 
 def _was_dropped(record):
     gone = record.wanted_tier is None and not record.error
-    return gone and all(move["status"] == "done" for move in record.moves)
+    return gone and all(move.get("status") == "done" for move in record.moves)

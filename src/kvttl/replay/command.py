@@ -16,8 +16,9 @@ from kvttl.replay.engine import replay
 from kvttl.replay.policies import POLICIES, ReplayPolicy
 from kvttl.replay.result import ReplayResult
 from kvttl.settings import settings_from
-from kvttl.traces.formats import FORMATS, SESSIONS_PER_HOUR
+from kvttl.traces.formats import FORMATS
 from kvttl.traces.reading import read_trace
+from kvttl.traces.source import ORDER, SESSIONS_PER_HOUR, SUBAGENT_TIMES, TIME_UNITS
 
 CACHE_DIR = "data/trace_cache"
 SAMPLE = "data/sample_trace.jsonl.gz"
@@ -74,12 +75,17 @@ def _options(argv):
     parser.add_argument("--seed", type=int, default=0, help="of overlaid sessions")
     parser.add_argument("--sessions-per-hour", type=float, default=SESSIONS_PER_HOUR)
     parser.add_argument("--max-sessions", type=int)
-    parser.add_argument("--block-tokens", type=int)
+    parser.add_argument("--block-tokens", type=int, help="where the file does not say")
+    units = (*TIME_UNITS, ORDER)
+    parser.add_argument("--time-unit", choices=units, help="of a trace that does not say it")
+    found = "default: found from all sessions"
+    parser.add_argument("--subagent-times", choices=SUBAGENT_TIMES, help=found)
     parser.add_argument("--cache-dir", default=CACHE_DIR, help="compact copies; empty = none")
     return parser.parse_args(argv)
 
 
 _READING = ("skip_bad", "seed", "sessions_per_hour", "max_sessions", "block_tokens")
+_READING += ("time_unit", "subagent_times")
 
 
 def _run(options):
@@ -94,6 +100,8 @@ def _run(options):
     trace = read_trace(options.trace, options.format, cache_dir=copies, progress=True, **reading)
     read_s = time.perf_counter() - start_s
     print(f"{trace.name}: {trace}", file=sys.stderr)
+    if trace.skipped_lines:
+        print(f"{trace.skipped_lines} bad lines skipped", file=sys.stderr)
     policy = POLICIES.get(options.policy, ReplayPolicy(None))
     metadata = {"per": options.per} if options.per and policy.reads_metadata else {}
     if options.policy in BASELINES:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import parse_qsl, urlsplit
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from caching_heuristics import unknown_name
-from kvttl import PROJECT
+from kvttl import PROJECT, parse_yaml
 from kvttl.storage.redis_client import RedisLimits
 
 # read by vLLM itself, so they cannot travel as engine arguments
@@ -237,15 +236,17 @@ def _find_file(path: Path) -> Path:
 
 def _read_section(file: Path) -> dict:
     try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid YAML: {error}") from None
+        document = parse_yaml(file) or {}
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
     sections = document if isinstance(document, dict) else {"stack": document}
     if unknown := [name for name in sections if name != "stack"]:
         raise ValueError(f"{file}: {unknown_name('section', unknown[0], ['stack'])}")
     section = sections.get("stack") or {}
     if not isinstance(section, dict):
         raise ValueError(f"{file} must hold a mapping under stack:, got {type(section).__name__}")
+    if odd := [name for name in section if not isinstance(name, str)]:
+        raise ValueError(f"{file}: {unknown_name('setting', odd[0], StackConfig.model_fields)}")
     return section
 
 
@@ -271,7 +272,7 @@ def _allowed(field: Any) -> str:
 
 
 def _refusal(name: str, value: object, allowed: str) -> ValueError:
-    return ValueError(f"{name} = {value!r} is not allowed: {allowed}")
+    return ValueError(f"{name} = {value!r:.200} is not allowed: {allowed}")
 
 
 def _redis_url_problem(url: object) -> str | None:

@@ -74,6 +74,10 @@ class TraceBuilder:
         for column, value in zip(self._of_requests, values):
             column.append(value)
 
+    def set_arrivals(self, arrival_s: Sequence[float]) -> None:
+        """Give all requests, in order of adding, other arrivals, seconds."""
+        self._of_requests[0] = array("d", arrival_s)
+
     def finish(self, name: str = "", skipped_lines: int = 0) -> Trace:
         """Return the trace, by arrival (equal times in order of adding), from second 0."""
         arrays = self._ids, self._ends, *self._of_requests
@@ -127,6 +131,10 @@ class DenseIds:
 
     def __len__(self) -> int:
         return self._count
+
+    def key(self, number: int) -> int:
+        """Return the key that has a number."""
+        return int(self._keys[number])
 
     def ids(self, keys: np.ndarray) -> np.ndarray:
         """Return the dense ids of keys, shape (n,), int32; unknown keys get the next numbers."""

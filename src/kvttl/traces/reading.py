@@ -2,22 +2,23 @@
 
 Mooncake, Qwen-Bailian, LMCache's lookup-hash logs and this kit's decision logs
 are JSON lines, in one file or in a folder of rotated ones; WEKA's agentic
-sessions are a file each. All may be gzipped.
+sessions are a file or a line each. All may be gzipped, whatever their names say.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import warnings
 from pathlib import Path
 
 from kvttl import PROJECT
-from kvttl.traces.formats import FORMATS, SESSIONS_PER_HOUR, Source, text_lines
+from kvttl.traces.formats import FORMATS, format_of, in_folder
+from kvttl.traces.opening import head
+from kvttl.traces.source import ORDER, SESSIONS_PER_HOUR, Source, parsed
 from kvttl.traces.trace import CACHE_VERSION, Trace, load_trace, save_trace
 
-READER_VERSION = 2  # of what readers refuse: a copy made by an older one is not used
+READER_VERSION = 3  # of what readers refuse: a copy made by an older one is not used
 
 
 def read_trace(
@@ -31,6 +32,8 @@ def read_trace(
     sessions_per_hour: float = SESSIONS_PER_HOUR,
     max_sessions: int | None = None,
     block_tokens: int | None = None,
+    time_unit: str | None = None,
+    subagent_times: str | None = None,
 ) -> Trace:
     """Read a trace file or folder.
 
@@ -53,13 +56,19 @@ def read_trace(
         Agentic sessions only: they are overlaid with exponential gaps between
         their starts, in an order drawn with `seed`, at this rate; at most so many.
     block_tokens : int, optional
-        Tokens a block where the format does not say: Mooncake 512,
+        Tokens a block where the file does not say: Mooncake 512,
         Qwen-Bailian 16, decision log: found from its chunk counts.
+    time_unit : str, optional
+        ``s``, ``ms``, ``us`` or ``ns`` where neither file nor format says (Mooncake: ms,
+        others: s); ``order``: there are no times, take requests a second apart.
+    subagent_times : str, optional
+        Agentic sessions only: a sub-agent's ``t`` is ``absolute`` or ``relative``
+        to its marker; by default found from all sessions.
 
     Raises
     ------
     ValueError
-        Names the file, the line and the reason.
+        Names the file, the line and the reason; also where no request is left.
 
     Examples
     --------
@@ -71,20 +80,23 @@ def read_trace(
     ...     read_trace(file)
     Trace(1 requests, 2 accesses, 2 unique blocks of 512 tokens, 0 s)
     """
-    if not 0 < sessions_per_hour < math.inf:
-        raise ValueError(f"sessions_per_hour must be > 0 and finite, got {sessions_per_hour!r}")
-    options = skip_bad, progress, seed, float(sessions_per_hour), max_sessions, block_tokens
-    return _read(Path(path), format, Source(*options), cache_dir)
+    options = skip_bad, progress, seed, sessions_per_hour, max_sessions, block_tokens
+    source = Source(*options, time_unit, subagent_times)
+    return _read(Path(path), format, source, cache_dir)
 
 
 def _read(path, format, source, cache_dir):
     if not path.exists():
         raise FileNotFoundError(f"there is no trace at {path}")
     if path.suffix == ".npz":
-        return load_trace(path)
+        trace = load_trace(path)
+        source.agreed("block_tokens", trace.block_tokens, source.block_tokens, None)
+        return trace
     name = format or detect_format(path)
     if name not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
+    if name == "weka" and source.time_unit == ORDER:
+        raise ValueError("time_unit must be a unit for agentic sessions, got 'order'")
     files = FORMATS[name].files_of(path)
     if not files:
         pattern = FORMATS[name].files
@@ -96,6 +108,10 @@ def _read(path, format, source, cache_dir):
         except ValueError as error:
             warnings.warn(f"{error}; {path} is read anew", stacklevel=3)
     trace = FORMATS[name].read(files, source).finish(path.name, source.skipped)
+    if not trace.requests:
+        skipped = f": {source.skipped} bad lines skipped, the first: {source.first_bad}"
+        nothing = "the file is empty" if path.is_file() and _is_empty(path) else "no request in it"
+        raise ValueError(f"{path}: {nothing}{skipped if source.skipped else ''}")
     if cached:
         save_trace(trace, cached)
     return trace
@@ -104,17 +120,41 @@ def _read(path, format, source, cache_dir):
 def detect_format(path: str | Path) -> str:
     """Return the name in `FORMATS` that fits a file or folder, from its first record."""
     path = Path(path)
-    if path.is_file() and path.name.removesuffix(".gz").endswith(".json"):
-        return "weka"
-    files = sorted(path.glob("*.jsonl*")) if path.is_dir() else [path]
-    lines = (line for file in files for _, line in text_lines(file, Source()))
-    first = next(lines, b"").decode(errors="replace")
-    for name, format in FORMATS.items():
-        if format.mark and f'"{format.mark}"' in first:
+    files = sorted(path.glob("*.jsonl*")) or in_folder(path, "*.json") if path.is_dir() else [path]
+    for file in files:
+        if name := format_of(file):
             return name
-    if path.is_dir() and FORMATS["weka"].files_of(path):
+        if not _is_empty(file):
+            break
+    if path.is_dir() and in_folder(path, "*.json"):
         return "weka"
-    raise ValueError(f"{path}, line 1: no format of {', '.join(FORMATS)} fits: {first[:80]!r}")
+    what = _what_it_is(file) if files else "no *.jsonl or *.json file in this folder"
+    raise ValueError(f"{path}, line 1: no format of {', '.join(FORMATS)} fits: {what}")
+
+
+def _is_empty(file):
+    return head(file) == ([], True)
+
+
+_NO_IDS = "no block ids in it, so no hits can be counted"
+
+
+def _what_it_is(file):
+    """Say what a file of text is that no format fits, and what is missing."""
+    lines, _ = head(file)
+    if not lines:
+        return "the file is empty"
+    shown = f"{lines[0].decode(errors='replace')[:80]!r}"
+    if lines[0].lstrip().startswith(b"["):
+        return "a JSON array; JSON lines are wanted, one object a line (jq -c '.[]')"
+    try:
+        keys = parsed(lines[0]).keys()
+    except (ValueError, RecursionError):
+        csv = b"," in lines[0] and not lines[0].lstrip().startswith(b"{")
+        return f"CSV, {_NO_IDS}: {shown}" if csv else shown
+    if {"ts", "events"} <= keys:
+        return "KV events of vLLM (what was stored and removed), not requests"
+    return f"{_NO_IDS}; its fields: {', '.join(keys)}"[:200]
 
 
 def _cache_name(path, name, files, source):

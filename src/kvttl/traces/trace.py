@@ -6,6 +6,7 @@ prefixes, so one id always has one parent and one depth. Readers chain what is n
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -146,6 +147,7 @@ def load_trace(path: str | Path) -> Trace:
         with np.load(path, allow_pickle=False) as file:
             if int(file["version"]) != CACHE_VERSION:
                 raise ValueError(f"version {file['version']}, wanted {CACHE_VERSION}")
+            _check_sizes(file.zip)
             values = {f.name: file[f.name] for f in fields(Trace)}
             _check_columns(values)
     except FileNotFoundError:
@@ -154,6 +156,16 @@ def load_trace(path: str | Path) -> Trace:
         raise ValueError(f"{path} is not a trace file of this kit: {error}") from error
     plain = {name: value if name in COLUMNS else value.item() for name, value in values.items()}
     return Trace(**plain)
+
+
+def _check_sizes(archive):
+    """Raise where an array takes more memory than the file says it holds."""
+    for entry in archive.infolist():
+        with archive.open(entry) as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        stored = not entry.compress_type and math.prod(shape) * dtype.itemsize <= entry.file_size
+        _want(stored, f"{entry.filename} must be stored whole, and not compressed")
 
 
 def _check_columns(values):
@@ -180,6 +192,7 @@ def _check_columns(values):
     counts = [values["block_tokens"] - 1, values["skipped_lines"]]
     counts += [values[name].min(initial=0) for name in ("prompt_tokens", "output_tokens")]
     _want(min(counts) >= 0, "block_tokens must be >= 1, tokens and skipped_lines >= 0")
+    _want(max(counts[:2]) < 2**31, "block_tokens and skipped_lines must be < 2147483648")
 
 
 def _want(right, reason):
