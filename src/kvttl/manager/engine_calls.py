@@ -27,7 +27,23 @@ _making = threading.Lock()
 
 
 class EngineDied(RuntimeError):
-    """The engine's process has ended; the message says what to do."""
+    """The engine's process has ended; says how, and what to do.
+
+    Parameters
+    ----------
+    engine_core : object
+        vLLM's client of that process.
+    """
+
+    def __init__(self, engine_core: Any) -> None:
+        manager = getattr(getattr(engine_core, "resources", None), "engine_manager", None)
+        codes = [process.exitcode for process in getattr(manager, "processes", ())]
+        code = next(filter(None, codes), None)  # None or 0 tell nothing
+        how = f" (exit code {code}; -9 = killed)" if code else ""
+        super().__init__(
+            f"vLLM's engine has died{how}; its log says why. Start a new one: a manager takes it "
+            "by set_llm(llm) and keeps its claims"
+        )
 
 
 def is_vllm(llm: Any) -> bool:
@@ -73,7 +89,7 @@ class EngineCalls:
             given_up.set()
             wait([answer], _ABORT_S)
             if type(error).__name__ == "EngineDeadError":
-                raise EngineDied(self._obituary()) from error
+                raise EngineDied(self._engine.engine_core) from error
             raise
 
     def _start(self, job):
@@ -129,17 +145,3 @@ class EngineCalls:
         if left:
             logger.warning("aborting %d requests that %s in the engine", len(left), whose)
             self._engine.abort_request(left, internal=True)
-
-    def _obituary(self):
-        resources = getattr(self._engine.engine_core, "resources", None)
-        return died(getattr(resources, "engine_manager", None))
-
-
-def died(engine_manager: Any) -> str:
-    """Return a sentence about a dead engine: its exit code, and what to do."""
-    ended = [process.exitcode for process in getattr(engine_manager, "processes", ())]
-    code = next((f" (exit code {each})" for each in ended if each), "")
-    return (
-        f"vLLM's engine has died{code}; its log says why. Load the model anew and hand it to "
-        "set_llm: what LMCache holds, and the claims on it, are still there"
-    )

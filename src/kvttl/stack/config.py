@@ -203,6 +203,7 @@ def engine_kwargs(config: StackConfig, model: str, **overrides) -> dict:
         "enable_prefix_caching": False,  # else its hits hide the tiers
         "disable_hybrid_kv_cache_manager": True,  # one KV group; CPU transfer needs it
         "kv_transfer_config": kv_transfer_config(config),
+        "worker_extension_cls": "kvttl.stack.engine_watch.EndsWithOwner",
         **overrides,
     }
 
