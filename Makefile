@@ -67,6 +67,9 @@ install: $(READY) ## create .venv and install the pinned packages
 
 install-agents: $(AGENTS) ## LangChain, LangGraph and AutoGen for notebook 07 and their tests
 
+# A killed `make` takes what it started with it.
+run serve bench bench-gateway bench-overhead: export KV_END_WITH_PARENT := 1
+
 run: $(READY) ## real generations, placed across real tiers (LLM= REDIS_URL= N= SEED= METRICS_PORT=)
 	@$(PY) -m kvttl.session.run --config $(CONFIG) --generations $(N) --seed $(SEED) \
 		--perplexity $(PERPLEXITY) $(if $(LLM),--llm '$(LLM)') \

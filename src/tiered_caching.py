@@ -30,6 +30,7 @@ from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.layout import BaseController
 from kvttl.manager.decider import Decider
+from kvttl.manager.engine_calls import EngineDied
 from kvttl.manager.generation import Engine, ManagedOutput, is_one_prompt, metadata_of_each, text_of
 from kvttl.manager.metadata import RequestMetadata
 from kvttl.manager.policy import Policy
@@ -471,10 +472,12 @@ class MultiTierCache:
         Raises
         ------
         RuntimeError, TypeError, ValueError
-            No engine; an asynchronous one; not as many metadata as prompts.
+            No engine, or it has died (`EngineDied`); an asynchronous one; not as many metadata
+            as prompts.
 
         Notes
         -----
+        A call that is interrupted leaves nothing in the engine: what is under way is aborted.
         A record's ``generate_s`` is the call's time divided by its prompts. Sequences
         beyond a prompt's first one need no KV cache of their own: the prompt's is placed.
         """
@@ -486,8 +489,12 @@ class MultiTierCache:
             return []
         self._decider.start()
         logprobs = self._measured.logprobs_wanted
-        # Step 1:
-        outputs, generate_s = self._ready_engine().generate(asked, sampling_params, logprobs)
+        try:  # step 1
+            outputs, generate_s = self._ready_engine().generate(asked, sampling_params, logprobs)
+        except EngineDied as error:
+            for prompt, given in zip(prompts, each):
+                self._decider.submit(prompt, error, given, 0.0, self._decider.now())
+            raise
         share_s, now = generate_s / len(prompts), self._decider.now()
         return [
             ManagedOutput(output, self._decider.submit(prompt, output, given, share_s, now))

@@ -1,9 +1,21 @@
-"""Requests that are given up at random moments of look-up, load, prefill, decode and store."""
+"""Requests that are given up at random moments of look-up, load, prefill, decode and store.
+
+As a script, for as many aborts as wanted, while the LMCache server is up, slow or killed:
+``python tests/abort_storm.py --aborts 10000 --seed 0``. It ends with one line of JSON.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import random
+import signal
+import sys
+import tempfile
+import threading
 import time
+from contextlib import contextmanager
 
 _PAUSES_S = (0, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08)
 
@@ -59,3 +71,76 @@ def all_blocks_free(llm, limit_s: float = 20.0) -> bool:
             return False
         time.sleep(0.05)
     return True
+
+
+# ---- the long form ---------------------------------------------------------------------------
+
+
+@contextmanager
+def troubled(stack, trouble: str, rng: random.Random):
+    """While the block runs, the LMCache server is as it is ("up"), halts again and again, or dies.
+
+    Afterwards it runs again.
+    """
+    ended, server = threading.Event(), stack.health()["server"]["pid"]
+
+    def halt():
+        while not ended.wait(rng.uniform(0.05, 1.0)):
+            os.kill(server, signal.SIGSTOP)
+            ended.wait(rng.uniform(0.05, 1.0))
+            os.kill(server, signal.SIGCONT)
+
+    def die():
+        ended.wait(rng.uniform(0.0, 3.0))
+        stack.kill("server")
+
+    work = {"up": lambda: None, "slow": halt, "killed": die}[trouble]
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        if trouble == "killed":
+            stack.start_one("server")
+
+
+def main() -> int:
+    """Storm until enough requests were aborted; the exit status says whether all went well."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--aborts", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=60, help="the longest it may take")
+    options = parser.parse_args()
+    from kvttl.session.demo_model import model_path
+    from kvttl.session.launch import be_quiet, engine, greedy
+    from kvttl.stack.lifecycle import LMCacheStack, load_config
+
+    rng, sampling, prompts = random.Random(options.seed), greedy(6), random_prompts(12, seed=7)
+    counts, wrong, leaks, turns = dict.fromkeys(("up", "slow", "killed"), 0), 0, 0, 0
+    until_s = time.monotonic() + options.minutes * 60
+    be_quiet()
+    folder = tempfile.TemporaryDirectory()
+    fast = {"mq_timeout_s": 1.0, "engine_heartbeat_s": 0.5}  # or a killed server takes minutes
+    config = load_config(disk_path=folder.name, **fast)
+    with folder, LMCacheStack(config, free_ports=True) as stack, engine(stack, model_path()) as llm:
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        texts = [output.outputs[0].text for output in outputs]  # nothing was in LMCache
+        while sum(counts.values()) < options.aborts and time.monotonic() < until_s:
+            trouble = rng.choice(["up", "up", "slow", "slow", "killed"])
+            with troubled(stack, trouble, rng):
+                aborted, answers = storm(llm, sampling, prompts, 20, seed=rng.getrandbits(32))
+            counts[trouble] += aborted
+            wrong += sum(text != texts[known] for known, text in answers)
+            leaks += not all_blocks_free(llm, 120.0)
+            turns += 1
+            if turns % 10 == 0:
+                print(turns, counts, "wrong", wrong, "leaks", leaks, flush=True)
+    figures = {"seed": options.seed, "aborts": counts, "wrong_texts": wrong, "leaks": leaks}
+    print(json.dumps(figures))
+    return int(bool(wrong or leaks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from abort_storm import all_blocks_free, random_prompts, storm
 from conftest import new_stack
 
 from kvttl.session.demo_model import model_path
+from kvttl.session.launch import managed
+from tiered_caching import EngineDied
 
 pytestmark = pytest.mark.timeout(900)  # up to four engines are started, on a busy machine too
 ROUNDS = 40  # about 70 aborts an engine
@@ -88,16 +92,35 @@ def test_a_request_that_asks_for_counts_and_is_aborted_unseen(engine, greedy, pr
     assert all_blocks_free(engine)
 
 
-def test_the_shared_engine_is_started_again_when_it_has_died(shared_engine, greedy, prompts, texts):
+def test_an_engine_that_dies_is_said_and_started_again(
+    stack, shared_engine, greedy, texts, prompts
+):
+    from vllm import SamplingParams
+    from vllm.v1.engine.exceptions import EngineDeadError
+
     before = shared_engine.get()
     assert shared_engine.get() is before
     process = before.llm_engine.engine_core.resources.engine_manager.processes[0]
-    process.kill()
-    process.join(300)  # a loaded machine takes its time
-    assert not process.is_alive()
-    with pytest.warns(UserWarning, match="shared engine has died"):
-        after = shared_engine.get()
-    assert after.generate(prompts[0], greedy, use_tqdm=False)[0].outputs[0].text == texts[0]
+    long = SamplingParams(temperature=0.0, max_tokens=1400, ignore_eos=True)
+    with managed(stack, before) as cache:
+        cache.generate(prompts[0], greedy)
+        threading.Timer(0.5, process.kill).start()  # in the middle of the call
+        for asked in ("A prompt under way", "The next one"):
+            with pytest.raises(
+                EngineDied, match=r"engine has died \(exit code -9; .*set_llm"
+            ) as died:
+                cache.generate_and_manage(asked, long)
+            assert isinstance(died.value.__cause__, EngineDeadError)
+        assert [record.error.partition(":")[0] for record in cache.records] == [
+            "",
+            *["EngineDied"] * 2,
+        ]
+        with pytest.warns(UserWarning, match="shared engine has died"):
+            after = shared_engine.get()
+        cache.set_llm(after)  # the manager goes on
+        (managed_output,) = cache.generate(prompts[0], greedy)
+        assert managed_output.output.outputs[0].text == texts[0]
+        assert not managed_output.decision.result().error
 
 
 def test_another_vllm_is_refused_in_words(monkeypatch):

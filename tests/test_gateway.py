@@ -12,10 +12,12 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import openai
+import psutil
 import pytest
 import requests
 import yaml
@@ -668,17 +670,16 @@ def test_manage_never_raises(local_cache):
 # --- the command: LMCache dies in mid-stream, then Ctrl-C ----------------------------------
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory, redis_url):
+@contextlib.contextmanager
+def serving_command(folder, *options):
     """`python -m kvttl.serve.gateway`, with its own stack and its own log."""
-    folder = tmp_path_factory.mktemp("command")
     config = folder / "config.yaml"
     config.write_text(
         f"stack:\n  run_dir: {folder / 'run'}\n  mq_timeout_s: 1\n  engine_heartbeat_s: 0.5\n"
     )
-    arguments = ["--port", "0", "--config", str(config), "--log", str(folder / "log")]
+    arguments = ["--port", "0", "--config", str(config), "--log", str(folder / "log"), *options]
     process = subprocess.Popen(
-        [sys.executable, "-m", "kvttl.serve.gateway", *arguments, "--redis-url", redis_url],
+        [sys.executable, "-m", "kvttl.serve.gateway", *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "KV_API_KEY": KEY},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -694,6 +695,13 @@ def command(tmp_path_factory, redis_url):
     yield SimpleNamespace(process=process, url=url, log=folder / "log")
     process.kill()
     process.wait()
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, redis_url):
+    """The command, for the tests that follow."""
+    with serving_command(tmp_path_factory.mktemp("command"), "--redis-url", redis_url) as running:
+        yield running
 
 
 def test_lmcache_dies_in_mid_stream(command, fresh_text):
@@ -732,6 +740,30 @@ def test_ctrl_c_leaves_nothing_behind(command):
     assert command.process.returncode == 0, err
     assert "Traceback" not in err and KEY not in out + err
     assert "nothing is left running" in err
+    wait_until(lambda: all(map(is_gone, processes)))
+
+
+def test_the_command_ends_with_its_engine(tmp_path):
+    """Open requests get an error in OpenAI's form; whoever watches the command starts it anew."""
+    long = {"model": "demo_model", "prompt": "Hi", "max_tokens": 1900, "ignore_eos": True}
+    with serving_command(tmp_path) as command, ThreadPoolExecutor() as threads:
+        processes = children_of(command.process.pid)
+        (engine,) = [pid for pid in processes if "EngineCore" in psutil.Process(pid).name()]
+        options = {"headers": {"Authorization": f"Bearer {KEY}"}, "timeout": 120}
+        url = f"{command.url}/v1/completions"
+        answer = threads.submit(requests.post, url, json=long, **options)
+        stream = requests.post(url, json={**long, "stream": True}, stream=True, **options)
+        parts = stream.iter_lines()
+        next(parts)
+        os.kill(engine, signal.SIGKILL)
+        last = [json.loads(part[6:]) for part in parts if part.startswith(b'data: {"error"')]
+        for error in (last[-1]["error"], answer.result().json()["error"]):
+            assert error["message"] and error["type"] and error["code"] == 500, error
+        _, err = command.process.communicate(timeout=200)
+    assert command.process.returncode == 1
+    assert re.search(r"^error: vLLM's engine has died \(exit code -9; -9 = killed\)", err, re.M), (
+        err
+    )
     wait_until(lambda: all(map(is_gone, processes)))
 
 

@@ -4,6 +4,7 @@ LangGraph takes the same objects. AutoGen, and whatever speaks OpenAI's protocol
 through the gateway instead (`kvttl.serve.gateway`).
 """
 
+import contextlib
 import copy
 import threading
 from collections import deque
@@ -171,6 +172,15 @@ class _Batches:
         """Return each prompt's `ManagedOutput`, or raise what the engine says of one of them."""
         mine = [(each, Future()) for each in asked]  # (prompt, sampling, kv), and its answer
         self._waiting.extend(mine)
+        try:
+            self._take_turns(mine)
+        finally:  # what an interrupted caller waited for is of no use to anybody
+            for each in mine:
+                with contextlib.suppress(ValueError):
+                    self._waiting.remove(each)
+        return [answer.result() for _, answer in mine]
+
+    def _take_turns(self, mine):
         with self._engine:
             if not all(answer.done() for _, answer in mine):
                 batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
@@ -179,7 +189,6 @@ class _Batches:
                 finally:  # after an interrupt the others are still to be answered
                     left = (each for each in batch if each not in mine and not each[1].done())
                     self._waiting.extend(left)
-        return [answer.result() for _, answer in mine]
 
     def _serve(self, batch):
         asked, answers = zip(*batch)

@@ -32,7 +32,7 @@ from kvttl.serve.app import openai_app, server_arguments
 from kvttl.serve.gateway import Gateway, gateway
 from kvttl.serve.listening import listening, serving
 from kvttl.session.demo_model import model_path
-from kvttl.session.launch import greedy, session_stack
+from kvttl.session.launch import ends_with_parent, greedy, session_stack
 from kvttl.session.texts import random_words
 
 REPORT = Path("data/reports/gateway.json")
@@ -182,6 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--perplexity", choices=("generation", "off"), default="generation")
     options = parser.parse_args(argv)
+    ends_with_parent()
     about = {"seed": options.seed, "perplexity": options.perplexity}
     about |= machine("openai", "fastapi", "uvicorn")
     figures = _measure(options)

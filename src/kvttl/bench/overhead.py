@@ -21,7 +21,7 @@ from caching_heuristics import compute_ttl, select_backend
 from kvttl.bench.figures import machine, percentile_line, percentiles, publish
 from kvttl.decisions.record import DecisionRecord
 from kvttl.session.demo_model import model_path
-from kvttl.session.launch import engine, greedy, session_manager, session_stack
+from kvttl.session.launch import ends_with_parent, engine, greedy, session_manager, session_stack
 from kvttl.session.run import MAX_TOKENS
 from kvttl.session.workload import session_requests
 
@@ -152,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--generations", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
+    ends_with_parent()
     about, figures = machine(), decision_costs()
     with session_stack(options.config) as stack, engine(stack, model_path()) as llm:
         figures |= compare_modes(stack, llm, options.generations, options.seed)

@@ -26,6 +26,7 @@ from kvttl.bench.workloads import CHUNK_TOKENS, Workload, make_workload
 from kvttl.lmcache.model import EVICTION_WATERMARK
 from kvttl.replay.on_lmcache import replay_on_lmcache
 from kvttl.session.demo_model import model_path
+from kvttl.session.launch import ends_with_parent
 from kvttl.settings import default_path, load_settings
 
 REPORTS = Path("data/reports")
@@ -167,6 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, few requests")
     parser.add_argument("--seeds", type=int, default=5, help="at least 5 for the intervals")
     options = parser.parse_args(argv)
+    ends_with_parent()
     plan = QUICK if options.quick else BenchPlan(seeds=tuple(range(options.seeds)))
     about, started_s, model = machine(), time.perf_counter(), model_path()
     settings, source = bench_settings(model)

@@ -132,11 +132,14 @@ class Decider:
     ) -> Future[DecisionRecord]:
         """Decide, now or soon, and return the future record; never raises, never fails.
 
-        `now` is of the moment when the engine had answered, after `generate_s` seconds.
+        `now` is of the moment when the engine had answered, after `generate_s` seconds. An
+        exception in the place of the output is the reason why nothing is decided.
         """
         job = _Job(Draft(time.time(), generate_s))
         job.future.set_running_or_notify_cancel()  # from here on nobody can cancel it
         try:
+            if isinstance(output, Exception):
+                raise output
             job.made = self._facts(prompt, output, metadata)
             job.draft.prompt, job.draft.prompt_tokens = job.made.prompt, len(job.made.tokens)
             job.draft.prompt_digest = prompt_digest(job.made.tokens)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from kvttl.decisions.record import DecisionRecord
 from kvttl.lmcache.layout import vllm_config
+from kvttl.manager.engine_calls import EngineCalls, is_vllm
 from kvttl.manager.metadata import with_logprobs
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,8 @@ class Generation(NamedTuple):
 class Engine:
     """Anything with vLLM's ``generate(prompts, sampling_params)``, asked for log-probabilities.
 
-    ``vllm.LLM.generate`` must not be called by two threads at once: calls from
-    several wait for each other here.
+    It is not called by two threads at once: calls from several wait for each other here.
+    A `vllm.LLM` is called by `EngineCalls`, which interrupts cannot confuse.
 
     Parameters
     ----------
@@ -78,10 +79,11 @@ class Engine:
     """
 
     def __init__(self, llm: Any) -> None:
-        self._llm, self._calling = llm, threading.Lock()
         # vLLM draws a progress bar for every call unless told not to.
         takes_tqdm = "use_tqdm" in inspect.signature(llm.generate).parameters
         self._options = {"use_tqdm": False} if takes_tqdm else {}
+        self._llm, self._calling = llm, threading.Lock()
+        self._calls = EngineCalls(llm, self._options) if is_vllm(llm) else None
         self._is_async = inspect.isasyncgenfunction(llm.generate)
         model = getattr(vllm_config(llm), "model_config", None)
         self.vocab_size = model.get_vocab_size() if model is not None else None
@@ -94,12 +96,19 @@ class Engine:
         """Return the outputs and the seconds they took, with `logprobs` a token if it can."""
         if self._is_async:
             raise TypeError("an asynchronous engine: generate with it, then manage(prompt, output)")
-        asked = self.asking(sampling_params, logprobs)
+        generate = self._calls.generate if self._calls else self._call_stand_in
+        outputs, seconds = generate(prompts, self.asking(sampling_params, logprobs))
+        outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+        expected = 1 if is_one_prompt(prompts) else len(prompts)
+        if len(outputs) != expected:  # whose answers these are cannot be known
+            raise RuntimeError(f"the engine gave {len(outputs)} answers to {expected} prompts")
+        return outputs, seconds
+
+    def _call_stand_in(self, prompts, sampling_params):
         with self._calling:
             start_s = time.perf_counter()
-            outputs = self._llm.generate(prompts, asked, **self._options)
-            seconds = time.perf_counter() - start_s
-        return outputs if isinstance(outputs, (list, tuple)) else [outputs], seconds
+            outputs = self._llm.generate(prompts, sampling_params, **self._options)
+            return outputs, time.perf_counter() - start_s
 
     def asking(self, sampling_params: Any, logprobs: int) -> Any:
         """Return sampling parameters that ask for `logprobs` a token, or as many as it gives."""

@@ -6,10 +6,11 @@ What a client knows about a prompt rides in the request:
 """
 
 import argparse
+import os
 import shlex
-import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,9 +28,19 @@ from kvttl.serve.engine import ManagedEngine
 from kvttl.serve.listening import KEY_VARIABLE, check_exposure, listening, read_key, serving
 from kvttl.serve.vllm_parts import vllm_parts
 from kvttl.session.demo_model import model_path
-from kvttl.session.launch import be_quiet, managed, new_run_folder, progress, session_stack
+from kvttl.session.launch import (
+    be_quiet,
+    ends_with_parent,
+    managed,
+    new_run_folder,
+    progress,
+    session_stack,
+)
 from kvttl.stack.lifecycle import LMCacheStack, load_config
-from tiered_caching import MultiTierCache
+from tiered_caching import EngineDied, MultiTierCache
+
+_LOOK_S = 0.5  # how often the command looks after its engine
+_ENDING_S = 20.0  # the longest that it takes to end after a dead one
 
 
 @dataclass(frozen=True)
@@ -166,7 +177,7 @@ def _shut_down(engine):
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM; returns the exit status."""
     options = _options(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ends_with_parent()
     try:
         _serve(options)
     except KeyboardInterrupt:
@@ -209,7 +220,25 @@ def _serve(options):
         with progress(f"Loading vLLM with {model_name(model)}", about_s=25):
             server = exits.enter_context(gateway(stack, model, **given))
         print(_welcome(server, folder, options.api_key_env if api_key else ""), flush=True)
-        threading.Event().wait()
+        _until_dead(server.engine)
+
+
+def _until_dead(engine):
+    """Wait until the engine has died, and then end the command: whoever watches it starts it anew.
+
+    Raises
+    ------
+    EngineDied
+        Names the engine's exit code.
+    """
+    while not engine.errored:
+        time.sleep(_LOOK_S)
+    # Should ending hang, for the engine is no longer there to help: LMCache ends with this process.
+    last_resort = threading.Timer(_ENDING_S, os._exit, (1,))
+    last_resort.daemon = True
+    last_resort.start()
+    time.sleep(_LOOK_S)  # for the errors that open requests are answered with
+    raise EngineDied(engine.engine_core)
 
 
 def _stack(options):

@@ -3,8 +3,10 @@
 import functools
 import importlib.util
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from datetime import datetime
@@ -70,6 +72,24 @@ def engine(stack, model: str):
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def ends_with_parent() -> None:
+    """Have SIGTERM and SIGHUP end this command as Ctrl-C does, and so the end of its `make`.
+
+    The Makefile sets ``KV_END_WITH_PARENT``: nobody else knows that a killed `make` was the owner.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` ignores one of them
+            signal.signal(number, signal.default_int_handler)
+    if os.environ.pop("KV_END_WITH_PARENT", None):
+        threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch_parent(parent):
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ MAX_TOKENS = 12  # of each answer: the session is about prompts
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the session; returns the exit status."""
     options = _options(argv)
+    launch.ends_with_parent()
     try:
         _run(options)
     except KeyboardInterrupt:

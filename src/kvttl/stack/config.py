@@ -181,10 +181,9 @@ def kv_transfer_config(config: StackConfig):
 def engine_kwargs(config: StackConfig, model: str, **overrides) -> dict:
     """Arguments for ``vllm.LLM(**...)`` on CPU; also sets `ENGINE_ENV` where unset.
 
-    Its ``kv_transfer_config`` names `kvttl.stack.engine_connector` as the connector's module.
-    Who starts vLLM without these arguments adds ``"kv_connector_module_path":
-    "kvttl.stack.engine_connector"`` to its KV transfer settings, or the first unlucky abort
-    ends the engine.
+    Who starts vLLM without these arguments must add two of them, or an unlucky abort ends the
+    engine, and a killed owner leaves it running: ``kv_connector_module_path`` of its KV transfer
+    settings, and ``worker_extension_cls``. See docs/serving.md.
 
     Parameters
     ----------
@@ -202,6 +201,7 @@ def engine_kwargs(config: StackConfig, model: str, **overrides) -> dict:
         "enable_prefix_caching": False,  # else its hits hide the tiers
         "disable_hybrid_kv_cache_manager": True,  # one KV group; CPU transfer needs it
         "kv_transfer_config": kv_transfer_config(config),
+        "worker_extension_cls": "kvttl.stack.engine_watch.EndsWithOwner",
         **overrides,
     }
 

@@ -21,6 +21,8 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1 import lmcache_mp_connector
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from kvttl.stack.engine_watch import watch_owner
+
 
 class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
     """Connects vLLM to an LMCache server; parameters are those of LMCache's own connector.
@@ -33,6 +35,7 @@ class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         _check_versions()
+        watch_owner()
         super().__init__(*args, **options)
         self._loading: set[str] = set()  # scheduler: a load was ordered and not yet reported
         self._aborted_loads: set[str] = set()  # scheduler: finished meanwhile; for the workers
