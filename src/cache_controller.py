@@ -119,6 +119,10 @@ class LMCacheController(BaseController):
         """Raise LMCacheUnavailable if the coordinator or the server is away."""
         self._http.ping(self.instance_id)
 
+    def tier_errors(self) -> dict[str, str]:
+        """Return why tiers take no writes, as a server that this kit has started says it."""
+        return self._http.tier_errors(self.instance_id)
+
     def fleet(self) -> dict[str, dict[str, int]]:
         """Return how many objects each server under the coordinator holds in each tier.
 

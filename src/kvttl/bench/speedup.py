@@ -168,6 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="at least 5 for the intervals")
     options = parser.parse_args(argv)
     plan = QUICK if options.quick else BenchPlan(seeds=tuple(range(options.seeds)))
+    contenders.say_unused_settings(options.config)
     about, started_s, model = machine(), time.perf_counter(), model_path()
     settings, source = bench_settings(model)
     result = run(plan, model, options.config, settings)

@@ -140,6 +140,10 @@ class BaseController(ABC):
     def check_health(self) -> None:
         """Raise LMCacheUnavailable, with the reason, if KV cannot be managed now."""
 
+    def tier_errors(self) -> Mapping[str, str]:
+        """Return why tiers take no writes now, by tier; empty if all do, or nobody knows."""
+        return {}
+
     def close(self) -> None:
         """Release connections."""
 

@@ -207,7 +207,7 @@ class LMCacheStack:
         save_state(self._state_path, {**self._recorded, **self._children}, ports=ports)
 
     def _bring_up(self) -> None:
-        services.check_disk(self.config)
+        services.check_folders(self.config)
         present = services.running_services(self.config) if self._attach else []
         if self._first:
             present.append("coordinator")

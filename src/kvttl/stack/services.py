@@ -213,8 +213,8 @@ def redis_answers(config: StackConfig) -> bool:
     return False
 
 
-def check_disk(config: StackConfig) -> None:
-    """Write, read, list and delete a file in `disk_path`; StackError with the cause."""
+def check_folders(config: StackConfig) -> None:
+    """Write, read, list and delete a file in each folder; StackError with setting and cause."""
     for field in ("disk_path", "run_dir"):
         try:
             probe_folder(getattr(config, field))
