@@ -120,7 +120,8 @@ def port_advice(config: StackConfig, field: str) -> str:
     port = getattr(config, field)
     return (
         f"port {port} ({field}) on {config.host} is in use by {_holder(port)}; run `make down` "
-        f"if it is an old stack, set stack.{field} in config.yaml, or ask for free ports"
+        f"if it is an old stack, attach (`make serve ATTACH=1`), set stack.{field} in config.yaml, "
+        "or ask for free ports"
     )
 
 

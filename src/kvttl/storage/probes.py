@@ -112,6 +112,9 @@ def probe_redis(client: redis.Redis) -> str:
     except (redis.RedisError, OSError) as error:
         if isinstance(error, TierError):
             raise
+        if isinstance(error, redis.ResponseError):
+            with contextlib.suppress(redis.RedisError):
+                client.delete(*names)
         raise TierError(reason_of(error, client)) from error
     return ""
 
