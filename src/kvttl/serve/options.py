@@ -1,6 +1,7 @@
 """Options of `vllm serve`: which reach the engine, which the server, and why others are refused."""
 
 import argparse
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,7 +35,6 @@ _REFUSED = {  # names, as a pattern -> the kit's own way, or why there is none
     "host|uds": "HOST= (--host) says where it listens",
     "port": "PORT= (--port) says where it listens",
     "api_key": "the key comes from $KV_API_KEY or --api-key-file",
-    "config": "write the options out",
     "block_size": "set block_size_tokens in config.yaml",
     "kv_transfer_config|kv_offloading_.*|kv_events_config": "config.yaml's stack keeps KV cache",
     "enable_prefix_caching": "its hits would be counted as LMCache's",
@@ -62,7 +62,7 @@ def read_options(options: Sequence[str]) -> dict[str, Any]:
     Traceback (most recent call last):
     ValueError: --port is not possible here: PORT= (--port) says where it listens
     """
-    parser, unset = _parser(), object()
+    parser, unset = _parser(), []  # a list, since some options append to what is there
     empty = argparse.Namespace(**{action.dest: unset for action in parser._actions})
     given = vars(parser.parse_args(list(options), empty))
     given = {name: value for name, value in given.items() if value is not unset}
@@ -121,6 +121,7 @@ def server_arguments(
     return arguments
 
 
+@functools.cache
 def _parser():
     vllm = vllm_parts()
     parser = vllm.make_arg_parser(vllm.FlexibleArgumentParser(allow_abbrev=False))

@@ -46,7 +46,7 @@ class TierWatch:
             try:
                 TRY_OF[tier](*place)
                 self._errors.pop(tier, None)
-            except TierError as error:
+            except (TierError, ValueError) as error:  # ValueError: a certificate's file is gone
                 self._errors[tier] = str(error)
 
     def errors(self) -> dict[str, str]:
