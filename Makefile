@@ -13,6 +13,13 @@ CONFIG ?= config.yaml
 # make run LLM=<folder or hub id> REDIS_URL=redis://... N=<generations> METRICS_PORT=9464
 LLM ?=
 REDIS_URL ?=
+# make serve HOST=... PORT=8000 LOG=<folder> ATTACH=1 OPTIONS="--max-model-len 4096 --enable-lora"
+HOST ?=
+PORT ?=
+LOG ?=
+ATTACH ?=
+OPTIONS ?=
+QUICK ?=
 METRICS_PORT ?=
 PERPLEXITY ?= prompt
 API_KEY_ENV ?= KV_API_KEY
@@ -31,6 +38,26 @@ FORMAT ?=
 BLOCK_TOKENS ?=
 TIME_UNIT ?=
 SUBAGENT_TIMES ?=
+
+# What each target takes on the command line; anything else is refused by name.
+TAKES_run := CONFIG LLM REDIS_URL N SEED METRICS_PORT PERPLEXITY
+TAKES_serve := CONFIG LLM REDIS_URL HOST PORT LOG ATTACH OPTIONS API_KEY_ENV
+TAKES_up := CONFIG
+TAKES_down := CONFIG
+TAKES_status := CONFIG
+TAKES_bench := CONFIG QUICK
+TAKES_bench-overhead := CONFIG
+TAKES_bench-gateway := CONFIG
+TAKES_replay := TRACE POLICY CAPACITY SET SKIP_BAD SEED
+TAKES_app := PORT
+TAKES_lab := PORT
+TAKES_ALL := PYTHON TORCH_CPU_INDEX KV_CHROMIUM $(foreach goal,$(MAKECMDGOALS),$(TAKES_$(goal)))
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(word 1,$(origin $(name)))),$(name)))
+UNUSED := $(filter-out $(TAKES_ALL) MAKE% -%,$(GIVEN))
+ifneq ($(UNUSED),)
+$(error make $(or $(MAKECMDGOALS),help) does not use $(UNUSED); \
+it takes $(or $(foreach goal,$(MAKECMDGOALS),$(TAKES_$(goal))),no variables))
+endif
 
 export PYTHON TORCH_CPU_INDEX
 export LMCACHE_TRACK_USAGE := false
@@ -79,11 +106,12 @@ run: $(READY) ## real generations, placed across real tiers (LLM= REDIS_URL= N= 
 test: $(AGENTS) ## all tests, on the real stack, notebooks included
 	@$(PY) -m pytest
 
-serve: $(READY) ## OpenAI-compatible server, every request managed (LLM= PORT= API_KEY_ENV=...)
+serve: $(READY) ## OpenAI-compatible server, every request managed (LLM= PORT= OPTIONS="--max-model-len 4096")
 	@$(PY) -m kvttl.serve.gateway --config $(CONFIG) --api-key-env '$(API_KEY_ENV)' \
 		$(if $(PORT),--port $(PORT)) $(if $(HOST),--host '$(HOST)') \
 		$(if $(LLM),--llm '$(LLM)') $(if $(REDIS_URL),--redis-url '$(REDIS_URL)') \
-		$(if $(LOG),--log '$(LOG)')
+		$(if $(LOG),--log '$(LOG)') $(if $(ATTACH),--attach) \
+		$(if $(OPTIONS),--server-options="$$OPTIONS")
 
 up: $(READY) ## start coordinator, LMCache server and Redis, and leave them running
 	@$(PY) -m kvttl.stack.commands up --config $(CONFIG)

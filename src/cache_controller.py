@@ -126,6 +126,10 @@ class LMCacheController(BaseController):
         """Return a manager's right to this instance's server; see `ServerLease`."""
         return ServerLease(f"{self.instance_id} at {self._address}")
 
+    def tier_errors(self) -> dict[str, str]:
+        """Return why tiers take no writes, as a server that this kit has started says it."""
+        return self._http.tier_errors(self.instance_id)
+
     def fleet(self) -> dict[str, dict[str, int]]:
         """Return how many objects each server under the coordinator holds in each tier.
 

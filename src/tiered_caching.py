@@ -35,6 +35,7 @@ from kvttl.manager.generation import Engine, ManagedOutput, is_one_prompt, metad
 from kvttl.manager.metadata import RequestMetadata
 from kvttl.manager.policy import Policy
 from kvttl.storage import redis_client, sealed
+from kvttl.storage.probes import reason_of
 from kvttl.storage.sealed import Record, check_seconds, dump, key_bytes, sha256
 
 
@@ -216,6 +217,8 @@ class RemoteBackend(_RecordBackend):
         Used as it is instead of ``url``, and left open by ``close()``.
     timeout_s : float
         Longest wait in seconds for a connection, and for an answer.
+    limits : RedisLimits, optional
+        All limits, in place of ``timeout_s``: ``load_config().redis_limits`` is config.yaml's.
     **options
         Passed on to ``redis.Redis.from_url``, such as ``ssl_ca_certs``.
 
@@ -243,6 +246,7 @@ class RemoteBackend(_RecordBackend):
         secret: bytes | None = None,
         client: redis.Redis | None = None,
         timeout_s: float = redis_client.DEFAULT_LIMITS.timeout_s,
+        limits: redis_client.RedisLimits | None = None,
         **options: Any,
     ):
         if client is not None and url is not None or options and url is None:
@@ -251,7 +255,7 @@ class RemoteBackend(_RecordBackend):
         self._prefix = key_prefix.encode()
         self._signer = sealed.Signer(secret, self.tier)
         self._owns_client = client is None
-        limits = redis_client.RedisLimits(timeout_s, timeout_s)
+        limits = limits or redis_client.RedisLimits(timeout_s, timeout_s)
         self._client = redis_client.connect(url, limits, **options) if client is None else client
         if self._client.get_encoder().decode_responses:
             raise ValueError("decode_responses must be off: the values are bytes")
@@ -287,7 +291,8 @@ class RemoteBackend(_RecordBackend):
         try:
             yield
         except (redis.RedisError, OSError) as error:
-            raise ConnectionError(f"Redis at {self.address} failed: {error}") from error
+            reason = reason_of(error, self._client)
+            raise ConnectionError(f"Redis at {self.address} failed: {reason}") from error
 
 
 class MultiTierCache:

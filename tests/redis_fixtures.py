@@ -8,7 +8,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import redis
@@ -19,9 +19,12 @@ EC_KEY = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
 
 def free_port() -> int:
     """Return a loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if port < 55_000:  # a Cluster node wants the port 10,000 higher too
+            return port
 
 
 def make_tls(folder: Path) -> Path:
@@ -47,12 +50,16 @@ def redis_url(port: int, password: str | None = None, tls_dir: Path | None = Non
 
 
 def start_redis(
-    port: int, password: str | None = None, tls_dir: Path | None = None, folder: str = "/tmp"
+    port: int,
+    password: str | None = None,
+    tls_dir: Path | None = None,
+    folder: str = "/tmp",
+    options: Sequence[str] = (),
 ) -> subprocess.Popen:
     """Start redis-server on ``port`` and return it once it answers PING."""
     if shutil.which("redis-server") is None:
         raise RuntimeError("these tests need redis-server: apt-get install redis-server")
-    command = ["redis-server", "--bind", "127.0.0.1", "--dir", folder, "--save", ""]
+    command = ["redis-server", "--bind", "127.0.0.1", "--dir", folder, "--save", "", *options]
     if password:
         command += ["--requirepass", password]
     if tls_dir:
@@ -100,7 +107,9 @@ def stop_redis(process: subprocess.Popen) -> None:
 
 
 @contextlib.contextmanager
-def redis_server(password: str | None = None, tls_dir: Path | None = None) -> Iterator[str]:
+def redis_server(
+    password: str | None = None, tls_dir: Path | None = None, options: Sequence[str] = ()
+) -> Iterator[str]:
     """Run a redis-server and give its url; with ``tls_dir``, over TLS.
 
     Certificates are made in ``tls_dir`` where they are missing; clients must be given
@@ -112,7 +121,7 @@ def redis_server(password: str | None = None, tls_dir: Path | None = None) -> It
         for attempt in range(3):  # another process may take the port before redis-server does
             port = free_port()
             try:
-                process = start_redis(port, password, tls_dir, folder)
+                process = start_redis(port, password, tls_dir, folder, options)
                 break
             except RuntimeError as error:
                 if attempt == 2 or "in use" not in str(error):

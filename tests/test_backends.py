@@ -821,7 +821,9 @@ def test_address_masks_the_password():
 def test_untrusted_certificate_is_a_clear_error(redis_tls):
     url, ca = redis_tls
     assert_fails_clearly(RemoteBackend(url), "certificate verify failed")
-    assert_fails_clearly(RemoteBackend(url, ssl_ca_certs=str(ca) + "x"), "No such file")
+    with pytest.raises(ValueError, match="ssl_ca_certs = .*x': this file does not exist"):
+        RemoteBackend(url, ssl_ca_certs=str(ca) + "x")
+    assert_fails_clearly(RemoteBackend(url.replace("rediss:", "redis:")), "write rediss://")
     by_name = RemoteBackend(url.replace("127.0.0.1", "localhost"), ssl_ca_certs=str(ca))
     assert_fails_clearly(by_name, "localhost")
 
@@ -880,9 +882,10 @@ def test_given_client_is_used_and_left_open(redis_login_url, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"url": "http://host"}, "url must look like redis"),
-        ({"url": "redis://:s#cret@host"}, "url must look like redis"),
-        ({"url": 6379}, "url must look like redis"),
+        ({"url": "http://host"}, "url is not allowed: scheme 'http'; only redis"),
+        ({"url": "redis://:s#cret@host"}, "url is not allowed: it is no valid URL"),
+        ({"url": 6379}, "url is not allowed: got a int"),
+        ({"url": "redis://host", "ssl_ca_cert": "c.pem"}, "did you mean 'ssl_ca_certs'"),
         ({"url": "redis://host", "client": redis.Redis()}, "not both"),
         ({"client": redis.Redis(), "ssl": True}, "not both"),
         ({"ssl_ca_certs": "ca.crt"}, "not both"),

@@ -27,7 +27,7 @@ MANAGED = DecisionRecord(
     generate_s=0.5,
     manage_s=0.002,
 )
-GAUGES = ("live_claims", "queue_depth", "tracked_patterns")
+GAUGES = ("live_claims", "queue_depth", "tracked_patterns", "failing_tiers")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,6 +42,8 @@ from kvttl.serve.gateway import gateway, main, model_name
 from kvttl.serve.listening import check_exposure, listening, read_key, serving
 from kvttl.serve.vllm_parts import PARTS, VLLM, vllm_parts
 from kvttl.session.demo_model import model_path
+from kvttl.stack.config import PORT_FIELDS
+from kvttl.stack.services import pick_ports
 from tiered_caching import InMemoryBackend, MultiTierCache
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -459,10 +462,12 @@ def test_health_when_parts_are_away():
     def away():
         raise LMCacheUnavailable("nobody answers")
 
-    controller = SimpleNamespace(check_health=away)
+    controller = SimpleNamespace(check_health=away, tier_errors=dict)
     cache, metrics = SimpleNamespace(controller=controller), DecisionMetrics()
+    metrics.watch("live_claims", lambda: 1 / 0)  # shown as NaN, which is no number of JSON's
     health = health_of(SimpleNamespace(errored=False), cache, metrics)
     assert health["status"] == "degraded" and "nobody answers" in health["lmcache"]
+    assert health["manager"]["live_claims"] is None
     assert health_of(SimpleNamespace(errored=True), cache, metrics)["status"] == "engine dead"
 
 
@@ -674,10 +679,12 @@ def test_manage_never_raises(local_cache):
 def serving_command(folder, *options):
     """`python -m kvttl.serve.gateway`, with its own stack and its own log."""
     config = folder / "config.yaml"
-    config.write_text(
-        f"stack:\n  run_dir: {folder / 'run'}\n  mq_timeout_s: 1\n  engine_heartbeat_s: 0.5\n"
-    )
+    ports = dict(zip(PORT_FIELDS, pick_ports("127.0.0.1", len(PORT_FIELDS))))
+    settings = {"run_dir": "run", "disk_path": "disk", "mq_timeout_s": 1, "engine_heartbeat_s": 0.5}
+    config.write_text(yaml.safe_dump({"stack": settings | ports}))
     arguments = ["--port", "0", "--config", str(config), "--log", str(folder / "log"), *options]
+    more = "--max-model-len 1024 --enable-auto-tool-choice --tool-call-parser hermes --seed=7"
+    arguments += ["--server-options", more]
     process = subprocess.Popen(
         [sys.executable, "-m", "kvttl.serve.gateway", *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "KV_API_KEY": KEY},
@@ -692,7 +699,7 @@ def serving_command(folder, *options):
         lines.append(line)
         url = next(iter(re.findall(r"at (http://\S+)/v1 ", line)), None)
     assert url, "".join(lines) + process.stderr.read()
-    yield SimpleNamespace(process=process, url=url, log=folder / "log")
+    yield SimpleNamespace(process=process, url=url, folder=folder, log=folder / "log", ports=ports)
     process.kill()
     process.wait()
 
@@ -702,6 +709,54 @@ def command(tmp_path_factory, redis_url):
     """The command, for the tests that follow."""
     with serving_command(tmp_path_factory.mktemp("command"), "--redis-url", redis_url) as running:
         yield running
+
+
+def test_the_command_uses_the_settings_and_options_that_it_was_given(command, fresh_text):
+    with openai.OpenAI(base_url=f"{command.url}/v1", api_key=KEY, max_retries=0) as client:
+        (model,) = client.models.list().data
+        assert model.model_extra["max_model_len"] == 1024
+        with pytest.raises(openai.BadRequestError, match="1024"):
+            client.completions.create(model="demo_model", prompt=[300] * 1024, max_tokens=1)
+        tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
+        answer = client.chat.completions.create(  # without the options: a 400
+            model="demo_model",
+            messages=[{"role": "user", "content": fresh_text()}],
+            tools=[tool],
+            tool_choice="auto",
+            max_tokens=2,
+        )
+        assert answer.choices
+    health = requests.get(command.url + "/healthz", timeout=120).json()
+    assert health["tiers"] == {"gpu": "ok", "disk": "ok", "remote": "ok"}
+    wait_until(lambda: list((command.folder / "disk").glob("*.data")))
+    for name in ("coordinator_port", "server_port", "server_http_port"):
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", command.ports[name])) == 0, name
+    assert (command.folder / "run" / "server.log").exists()
+
+
+def test_a_tier_that_takes_no_writes_is_in_health_and_records(command, fresh_text):
+    disk = command.folder / "disk"
+    disk.rename(command.folder / "elsewhere")
+    disk.touch()
+    reason = "it is a file, not a folder"
+
+    def health():
+        return requests.get(command.url + "/healthz", timeout=120).json()
+
+    wait_until(lambda: health()["tiers"]["disk"] == reason)
+    assert health()["status"] == "degraded" and health()["engine"] == "running"
+    with openai.OpenAI(base_url=f"{command.url}/v1", api_key=KEY, max_retries=0) as client:
+        client.completions.create(model="demo_model", prompt=fresh_text(), max_tokens=1)
+    generations = (r for r in read_records(command.log) if r.kind == "generation")
+    wait_until(lambda: any(r.tier_errors == {"disk": reason} for r in read_records(command.log)))
+    assert not any(record.error for record in generations)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    metrics = requests.get(command.url + "/metrics", timeout=120, headers=headers).text
+    assert "kvttl_failing_tiers 1.0" in metrics
+    disk.unlink()
+    (command.folder / "elsewhere").rename(disk)
+    wait_until(lambda: health()["status"] == "ok")
 
 
 def test_lmcache_dies_in_mid_stream(command, fresh_text):

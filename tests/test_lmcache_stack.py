@@ -19,6 +19,7 @@ import pytest
 import redis
 from redis_fixtures import redis_server
 
+from cache_controller import LMCacheController
 from kvttl.stack import services
 from kvttl.stack.lifecycle import LMCacheStack, PortTakenError, StackConfig, StackError, load_config
 from kvttl.stack.process import CHILD_MODULE, load_state
@@ -36,6 +37,7 @@ def settings(folder: Path, **overrides) -> StackConfig:
         "disk_path": str(folder / "disk"),
         "run_dir": str(folder / "run"),
         "registration_heartbeat_s": 0.5,
+        "redis_verify_s": 0.5,
         **overrides,
     }
     return load_config(ROOT / "config.yaml", **values)
@@ -219,6 +221,25 @@ def test_attaching_with_other_settings_is_refused(stack):
         LMCacheStack(other).start()
 
 
+def test_a_running_stack_is_an_error_for_who_does_not_attach(stack):
+    with pytest.raises(PortTakenError, match=f"{stack.port} \\(coordinator_port\\).*ATTACH=1"):
+        LMCacheStack(stack.config, attach=False).start()
+    assert all(state["ready"] for state in stack.health().values())
+
+
+def test_a_tier_that_takes_no_writes_is_said_while_it_does(stack, folder):
+    controller = LMCacheController(stack.host, stack.port, instance_id=stack.instance_id)
+    wait_until(lambda: controller.tier_errors() == {}, 120)
+    disk = folder / "disk"
+    disk.rename(folder / "elsewhere")
+    disk.touch()
+    wait_until(lambda: controller.tier_errors() == {"disk": "it is a file, not a folder"}, 120)
+    disk.unlink()
+    (folder / "elsewhere").rename(disk)
+    wait_until(lambda: controller.tier_errors() == {}, 120)
+    controller.close()
+
+
 def test_unknown_service_is_a_value_error(stack):
     with pytest.raises(ValueError, match="unknown service 'disk'"):
         stack.kill("disk")
@@ -282,8 +303,11 @@ def test_port_taken_between_check_and_bind(tmp_path, monkeypatch):
     assert not running_in(tmp_path)
 
 
-def test_child_that_dies_is_one_error_with_its_log(tmp_path):
-    (tmp_path / "disk").write_text("a file where LMCache wants a folder")
+def test_child_that_dies_is_one_error_with_its_log(tmp_path, monkeypatch):
+    def wrong_folder(config):  # the check at the start sees nothing: it is spoilt afterwards
+        (tmp_path / "disk").write_text("a file where LMCache wants a folder")
+
+    monkeypatch.setattr(services, "check_folders", wrong_folder)
     with pytest.raises(StackError, match=r"server ended at start with exit code \d+") as caught:
         LMCacheStack(settings(tmp_path), free_ports=True).start()
     assert "FileExistsError" in str(caught.value) and "server.log" in str(caught.value)
@@ -299,7 +323,7 @@ def test_too_short_a_timeout_says_so(tmp_path):
 
 def test_missing_redis_is_one_error(tmp_path):
     dead = pick_ports("127.0.0.1", 1)[0]
-    with pytest.raises(StackError, match=f"no Redis answers at 127.0.0.1:{dead}"):
+    with pytest.raises(StackError, match=f"Redis at 127.0.0.1:{dead} cannot be used: no Redis"):
         LMCacheStack(
             settings(tmp_path, redis_url=f"redis://127.0.0.1:{dead}"), free_ports=True
         ).start()
@@ -312,7 +336,9 @@ def test_missing_redis_is_one_error(tmp_path):
 def test_redis_with_password_by_url(tmp_path):
     with redis_server(password="s3cretword") as url:
         wrong = settings(tmp_path, redis_url=url.replace("s3cretword", "wr0ngword"))
-        with pytest.raises(StackError, match="refused the user or password") as caught:
+        with pytest.raises(
+            StackError, match="refused the user or password; see redis_url"
+        ) as caught:
             LMCacheStack(wrong, free_ports=True).start()
         assert "wr0ngword" not in str(caught.value)
         client = redis.Redis.from_url(url)

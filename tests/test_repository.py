@@ -241,7 +241,7 @@ def test_no_two_public_functions_or_classes_have_one_name():
 MAY_IMPORT = {
     "caching_heuristics": "nothing",
     "background": "nothing",
-    "storage": "nothing",
+    "storage": "caching_heuristics",
     "traces": "nothing",
     "settings": "caching_heuristics",
     "lmcache": "caching_heuristics",

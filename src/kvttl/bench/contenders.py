@@ -8,7 +8,6 @@ clock (storing, evicting once a second) is waited for between two requests.
 
 import json
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +25,15 @@ from kvttl.lmcache.layout import hits_by_tier
 from kvttl.manager.clock import SessionClock, ends_on_the_way
 from kvttl.replay.costs import TierCosts
 from kvttl.session.calibrate import calibrate
-from kvttl.session.launch import be_quiet, greedy, managed
-from kvttl.stack.config import StackConfig, engine_kwargs, load_config
+from kvttl.session.launch import be_quiet, greedy, managed, say_unused, session_folder
+from kvttl.stack.config import PORT_FIELDS, StackConfig, engine_kwargs, load_config
 from kvttl.stack.lifecycle import LMCacheStack
 
 MAIN_SHARE = 0.25  # of the working set, in the hot tier
 ANSWER_TOKENS = 4  # a TTFT needs one; a perplexity from the answer some more
+# Settings that are the same for all, whatever config.yaml says: one Redis for several servers
+# would mix them up.
+_OWN = {"redis_url": None, "chunk_size_tokens": CHUNK_TOKENS, "block_size_tokens": CHUNK_TOKENS}
 _QUIET_S = 3.0  # the longest wait for LMCache to have stored and evicted
 _POLL_S = 0.02
 _ENGINE_BLOCKS = 192  # of an engine without a prefix cache: three of the longest prompts
@@ -319,6 +321,12 @@ def running_contenders(
         yield made
 
 
+def say_unused_settings(config_path: str) -> None:
+    """Print which settings of config.yaml the benchmark has its own for."""
+    names = [*PORT_FIELDS, *_OWN, *_MANAGED, "l1_size_gb"]
+    say_unused(load_config(config_path), names, "each contender has its own")
+
+
 def _close(made):
     """End all at once: each engine takes seconds."""
     with ThreadPoolExecutor() as pool:
@@ -329,10 +337,10 @@ def _stack(hot_bytes, config_path, cleanup, row):
     """Return the running stack of a contender, None for one without LMCache."""
     if row.stack is None:
         return None
-    folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kv-bench-"))
-    size = {"disk_path": folder, "l1_size_gb": hot_bytes / 2**30}
-    config = load_config(config_path, **size, **row.stack)
-    return cleanup.enter_context(LMCacheStack(config, free_ports=True))
+    config = load_config(config_path, **_OWN, **row.stack, l1_size_gb=hot_bytes / 2**30)
+    folder = cleanup.enter_context(session_folder(config))
+    stack = LMCacheStack(config.replaced(disk_path=folder), free_ports=True)
+    return cleanup.enter_context(stack)
 
 
 def _runner(row, stack, hot_tokens, model, size):

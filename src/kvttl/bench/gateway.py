@@ -28,9 +28,10 @@ import numpy as np
 import openai
 
 from kvttl.bench.figures import machine, percentile_line, percentiles, publish
-from kvttl.serve.app import openai_app, server_arguments
+from kvttl.serve.app import openai_app
 from kvttl.serve.gateway import Gateway, gateway
 from kvttl.serve.listening import listening, serving
+from kvttl.serve.options import server_arguments
 from kvttl.session.demo_model import model_path
 from kvttl.session.launch import ends_with_parent, greedy, session_stack
 from kvttl.session.texts import random_words

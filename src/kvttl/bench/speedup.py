@@ -170,6 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     ends_with_parent()
     plan = QUICK if options.quick else BenchPlan(seeds=tuple(range(options.seeds)))
+    contenders.say_unused_settings(options.config)
     about, started_s, model = machine(), time.perf_counter(), model_path()
     settings, source = bench_settings(model)
     result = run(plan, model, options.config, settings)

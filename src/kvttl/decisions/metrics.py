@@ -33,9 +33,10 @@ _METRICS = {  # name -> what it says, its labels
     "live_claims": ("Claims whose TTL has not passed.",),
     "queue_depth": ("Decisions that wait to be made.",),
     "tracked_patterns": ("Prompt patterns whose history is kept.",),
+    "failing_tiers": ("Tiers that take no writes now.",),
 }
 METRICS = {_PREFIX + name: text for name, (text, *_) in _METRICS.items()}
-_GAUGES = ("live_claims", "queue_depth", "tracked_patterns")
+_GAUGES = ("live_claims", "queue_depth", "tracked_patterns", "failing_tiers")
 _TTL_S = (1, 4, 15, 60, 240, 900, 3_600, 14_400, 57_600, 172_800, 604_800)  # .. 7 days
 _LATENCY_S = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
@@ -92,8 +93,8 @@ class DecisionMetrics:
         Parameters
         ----------
         name : str
-            ``live_claims``, ``queue_depth`` or ``tracked_patterns``; a gauge
-            that nobody watches is not shown.
+            ``live_claims``, ``queue_depth``, ``tracked_patterns`` or ``failing_tiers``; a
+            gauge that nobody watches is not shown.
         function : callable
             Returns a number; NaN is shown where it fails. It takes the place
             of an earlier one.

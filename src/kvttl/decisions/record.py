@@ -56,6 +56,8 @@ class DecisionRecord:
         Metadata field -> where its value came from; see `SOURCES`.
     from_tier : str
         Of an expiry: the tier whose TTL passed.
+    tier_errors : mapping
+        Tier -> why it took no writes at that time.
     """
 
     time_s: Number
@@ -77,6 +79,7 @@ class DecisionRecord:
     chunk_keys: tuple[str, ...] = ()
     metadata_sources: Mapping[str, str] = field(default_factory=dict)
     from_tier: str | None = None
+    tier_errors: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the record as one line of strict JSON.

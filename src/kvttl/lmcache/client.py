@@ -23,6 +23,7 @@ from kvttl.lmcache.tiers import LMCACHE_TIERS, addresses, pages
 # uvicorn closes connections idle for 5 s, so a first try may meet a dead one.
 _CONNECTION_RETRIES = 2
 _MAX_DELETE_KEYS = 10_000  # the server's own limit (object_service.MAX_DELETE_BATCH)
+TIERS_PATH = "/kvttl/tiers"  # of a server that this kit starts: why tiers take no writes
 _PAGE_KEYS = 10_000  # the directory's own limit of a listing
 
 
@@ -245,6 +246,7 @@ class LMCacheHTTP:
         self._services: dict[str, Service] = {}  # by URL: a breaker outlives a lost server
         self._servers: dict[str, Service] = {}  # by instance id
         self._answered_s: dict[str, float] = {}  # instance id -> when its server last did
+        self._tier_errors: dict[str, tuple[float, dict[str, str]]] = {}  # with when it was asked
 
     def close(self) -> None:
         """Close the connections."""
@@ -306,6 +308,17 @@ class LMCacheHTTP:
         if now_s - self._answered_s.get(instance_id, -math.inf) > self._limits["retry_after_s"]:
             self._call_server(instance_id, "GET", "/healthcheck")
             self._answered_s[instance_id] = now_s
+
+    def tier_errors(self, instance_id: str) -> dict[str, str]:
+        """Return why tiers take no writes, as of the last `retry_after_s`; empty if none says."""
+        now_s, (asked_s, found) = time.monotonic(), self._tier_errors.get(instance_id, (0.0, {}))
+        if not asked_s or now_s - asked_s > self._limits["retry_after_s"]:
+            try:
+                found = dict(self._call_server(instance_id, "GET", TIERS_PATH))
+            except LMCacheError:  # away, which is said elsewhere; or a plain `lmcache server`
+                found = {}
+            self._tier_errors[instance_id] = now_s, found
+        return found
 
     def chunk_size_tokens(self, instance_id: str) -> int:
         """Return the server's chunk size, in tokens."""

@@ -150,6 +150,10 @@ class BaseController(ABC):
             Another process manages it.
         """
 
+    def tier_errors(self) -> Mapping[str, str]:
+        """Return why tiers take no writes now, by tier; empty if all do, or nobody knows."""
+        return {}
+
     def close(self) -> None:
         """Release connections."""
 

@@ -106,10 +106,11 @@ class Decider:
         self._looked_at_s: float | None = None
 
     def watch(self, metrics: DecisionMetrics) -> None:
-        """Show how many claims live, decisions wait and patterns are tracked."""
+        """Show how many claims live, decisions wait, patterns are tracked and tiers fail."""
         metrics.watch("live_claims", lambda: len(self.claims))
         metrics.watch("queue_depth", lambda: len(self._jobs or ()))
         metrics.watch("tracked_patterns", lambda: len(self.measured.history or ()))
+        metrics.watch("failing_tiers", lambda: len(self.controller.tier_errors()))
 
     def start(self) -> None:
         """Start sweeping, if that is not under way."""

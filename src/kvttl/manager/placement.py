@@ -50,6 +50,7 @@ class KVPlacement:
         """Claim, and move what is not where it is wanted; the rest is tried again later."""
         held = self._without_load_buffers(layout, cached_tokens)
         draft.chunks, draft.chunk_keys = len(held), layout.keys
+        draft.tier_errors = self._controller.tier_errors()
         draft.tier_before = draft.tier_after = by_hottest(held)
         draft.hit_tokens = hits_by_tier(held, cached_tokens, self._controller.chunk_size_tokens)
         plan = self._claim(draft, layout.keys, held, cached_tokens, others)

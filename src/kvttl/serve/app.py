@@ -4,11 +4,12 @@ Only the routes named here exist: vLLM's application has more, and some of them
 generate without asking for the API key.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from caching_heuristics import check_metadata
+from caching_heuristics import TIERS, check_metadata
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheError
 from kvttl.serve.engine import KV_METADATA
@@ -20,29 +21,6 @@ _REFUSED = {  # a field of the body -> why it is refused
     "use_beam_search": "every step of every beam would be a generation",
     "kv_transfer_params": "the manager decides which KV cache is kept",
 }
-
-
-def server_arguments(
-    model: str, name: str, api_key: str | None = None, options: Sequence[str] = ()
-) -> Any:
-    """Return vLLM's server settings.
-
-    Parameters
-    ----------
-    model, name : str
-        The model's folder, and its name in requests.
-    api_key : str, optional
-        Without it, no request under ``/v1`` is answered.
-    options : sequence of str
-        Server options of ``vllm serve``, such as ``--enable-auto-tool-choice``.
-    """
-    vllm = vllm_parts()
-    parser = vllm.make_arg_parser(vllm.FlexibleArgumentParser())
-    arguments = parser.parse_args(["--model", model, "--served-model-name", name, *options])
-    arguments.api_key = [api_key] if api_key else None
-    # vLLM's default lets every web page that the user has open ask this server.
-    arguments.allowed_origins = []
-    return arguments
 
 
 async def openai_app(engine: Any, arguments: Any, body_limit: int = BODY_LIMIT) -> Any:
@@ -117,11 +95,14 @@ def health_of(engine: Any, cache: MultiTierCache, metrics: DecisionMetrics) -> d
         lmcache = "running"
     except LMCacheError as error:
         lmcache = f"away: {error}"
-    healthy = "ok" if lmcache == "running" else "degraded"  # generation goes on without it
+    tiers = dict.fromkeys(TIERS, "ok") | dict(cache.controller.tier_errors())
+    whole = lmcache == "running" and set(tiers.values()) == {"ok"}
+    healthy = "ok" if whole else "degraded"  # generation goes on
     return {
         "status": healthy if engine_state == "running" else "engine dead",
         "engine": engine_state,
         "lmcache": lmcache,
+        "tiers": tiers,
         "manager": {
             name.removesuffix("_total"): _sum(metrics, f"kvttl_{name}")
             for name in ("queue_depth", "live_claims", "not_managed_total", "shed_total")
@@ -131,7 +112,8 @@ def health_of(engine: Any, cache: MultiTierCache, metrics: DecisionMetrics) -> d
 
 def _sum(metrics, name):
     families = metrics.registry.collect()
-    return int(sum(s.value for family in families for s in family.samples if s.name == name))
+    value = sum(s.value for family in families for s in family.samples if s.name == name)
+    return int(value) if math.isfinite(value) else None  # a gauge that cannot be read
 
 
 def _with_kv(create):

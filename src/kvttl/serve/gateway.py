@@ -23,9 +23,11 @@ from caching_heuristics import HeuristicConfig
 from kvttl.decisions.log import DecisionLog
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheError
-from kvttl.serve.app import BODY_LIMIT, manage_app, openai_app, server_arguments
+from kvttl.serve.app import BODY_LIMIT, manage_app, openai_app
 from kvttl.serve.engine import ManagedEngine
 from kvttl.serve.listening import KEY_VARIABLE, check_exposure, listening, read_key, serving
+from kvttl.serve.options import engine_options as engine_options_of
+from kvttl.serve.options import read_options, server_arguments
 from kvttl.serve.vllm_parts import vllm_parts
 from kvttl.session.demo_model import model_path
 from kvttl.session.launch import (
@@ -34,7 +36,7 @@ from kvttl.session.launch import (
     managed,
     new_run_folder,
     progress,
-    session_stack,
+    started,
 )
 from kvttl.stack.lifecycle import LMCacheStack, load_config
 from tiered_caching import EngineDied, MultiTierCache
@@ -107,10 +109,12 @@ def gateway(
         Default: the saved settings.
     perplexity : str
         ``"generation"``: measured, unless a client gives it; ``"off"``: only given.
-    body_limit, server_options
-        See `openai_app`, `server_arguments`.
+    body_limit : int
+        See `openai_app`.
+    server_options : sequence of str
+        Options of ``vllm serve``, of server and engine; see `kvttl.serve.options.read_options`.
     engine_options
-        Engine arguments, such as ``max_model_len=4096``.
+        Engine arguments that win over these, such as ``max_model_len=4096``.
 
     Raises
     ------
@@ -119,6 +123,8 @@ def gateway(
     """
     check_exposure(host, api_key)
     name, metrics = model_name(model), DecisionMetrics()
+    engine_options = engine_options_of(server_options) | engine_options
+    arguments = server_arguments(model, name, api_key, server_options, engine_options)
     options = {"log": log, "metrics": metrics, "perplexity_source": perplexity}
     with ExitStack() as exits:
         listener = exits.enter_context(listening(host, port))
@@ -127,7 +133,6 @@ def gateway(
         engine = exits.enter_context(async_engine(stack, model, loop, **engine_options))
         cache = exits.enter_context(managed(stack, None, config, background=True, **options))
         engine = ManagedEngine(engine, cache)
-        arguments = server_arguments(model, name, api_key, server_options)
         if recover_from is not None:
             _recover(cache, recover_from)
         app = loop.call(openai_app, engine, arguments, body_limit)
@@ -201,7 +206,7 @@ def _options(argv):
     parser.add_argument("--log", type=Path, help="folder of the decision log; claims in it count")
     parser.add_argument("--perplexity", choices=("generation", "off"), default="generation")
     parser.add_argument(
-        "--server-options", type=shlex.split, default=(), help="more options of `vllm serve`"
+        "--server-options", type=shlex.split, default=(), help='="options of `vllm serve`"'
     )
     return parser.parse_args(argv)
 
@@ -209,6 +214,8 @@ def _options(argv):
 def _serve(options):
     api_key = read_key(options.api_key_file, options.api_key_env)
     check_exposure(options.host, api_key)
+    be_quiet()
+    read_options(options.server_options)  # before anything is started in vain
     folder = options.log or new_run_folder()
     with ExitStack() as exits:
         stack = exits.enter_context(_stack(options))
@@ -243,11 +250,8 @@ def _until_dead(engine):
 
 def _stack(options):
     """Return a context manager of the stack: one of its own, or the one that runs."""
-    if not options.attach:
-        return session_stack(options.config, options.redis_url)
-    be_quiet()
     overrides = {"redis_url": options.redis_url} if options.redis_url else {}
-    return LMCacheStack(load_config(options.config, **overrides))
+    return started(LMCacheStack(load_config(options.config, **overrides), attach=options.attach))
 
 
 def _recover(cache, folder):

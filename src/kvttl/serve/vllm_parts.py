@@ -14,6 +14,10 @@ PARTS = {
     "AsyncLLM": "vllm.v1.engine.async_llm:AsyncLLM",
     "make_arg_parser": f"{_LAUNCHERS}.cli_args:make_arg_parser"
     " vllm.entrypoints.common.cli_args:make_arg_parser",  # there in 0.33
+    "validate_parsed_serve_args": f"{_LAUNCHERS}.cli_args:validate_parsed_serve_args"
+    " vllm.entrypoints.common.cli_args:validate_parsed_serve_args",
+    "ToolParserManager": "vllm.tool_parsers:ToolParserManager",
+    "ReasoningParserManager": "vllm.reasoning:ReasoningParserManager",
     "FlexibleArgumentParser": "vllm.utils.argparse_utils:FlexibleArgumentParser",
     "init_app_state": f"{_LAUNCHERS}.api_server.app_state:init_app_state",
     "lifespan": f"{_LAUNCHERS}.utils.server_utils:lifespan",

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +19,9 @@ from kvttl.background import Repeater
 from kvttl.manager.clock import SessionClock
 from kvttl.session.demo_model import prompt_perplexity
 from kvttl.settings import load_settings
+from kvttl.stack.config import PORT_FIELDS, StackConfig
 from kvttl.stack.lifecycle import LMCacheStack, StackError, load_config
+from kvttl.stack.services import check_folders
 from tiered_caching import MultiTierCache
 
 RUNS_FOLDER = Path("data/runs")
@@ -42,18 +45,42 @@ def new_run_folder(runs: str | Path = RUNS_FOLDER) -> Path:
 def session_stack(config_path: str | Path = "config.yaml", redis_url: str | None = None):
     """Start a stack of the session's own: free ports, an empty disk tier, gone afterwards.
 
-    KV that an earlier run left on disk would be hits that the directory knows
-    nothing of, and that therefore nobody could manage.
+    Its disk tier is a folder in `disk_path`: KV that an earlier run left there would be hits
+    that nobody manages.
     """
+    overrides = {"redis_url": redis_url} if redis_url else {}
+    config = load_config(config_path, **overrides)
+    say_unused(config, PORT_FIELDS, "a session takes free ports")
+    with session_folder(config) as folder:
+        with started(LMCacheStack(config.replaced(disk_path=folder), free_ports=True)) as stack:
+            yield stack
+
+
+@contextmanager
+def session_folder(config: StackConfig):
+    """Make an empty folder in `disk_path` that is there while the block runs."""
+    check_folders(config)
+    with tempfile.TemporaryDirectory(prefix="session-", dir=config.disk_path) as folder:
+        yield folder
+
+
+def say_unused(config: StackConfig, names: Iterable[str], why: str) -> None:
+    """Print which settings somebody has changed in vain."""
+    default = StackConfig.model_fields
+    changed = [name for name in names if getattr(config, name) != default[name].default]
+    if changed:
+        print(f"config.yaml: {', '.join(changed)} not used here: {why}", file=sys.stderr)
+
+
+@contextmanager
+def started(stack: LMCacheStack):
+    """Start a stack under a progress bar; stop it at the end of the block."""
     _need("lmcache")
     be_quiet()  # here already: vLLM reads these when it is first imported
-    with tempfile.TemporaryDirectory(prefix="kv-session-") as folder:
-        overrides = {"disk_path": folder} | ({"redis_url": redis_url} if redis_url else {})
-        stack = LMCacheStack(load_config(config_path, **overrides), free_ports=True)
-        with progress("Starting coordinator, LMCache server and Redis", about_s=10):
-            stack.start()
-        with stack:
-            yield stack
+    with progress("Starting coordinator, LMCache server and Redis", about_s=10):
+        stack.start()
+    with stack:
+        yield stack
 
 
 @contextmanager

@@ -47,10 +47,12 @@ def _run_lmcache(arguments: list[str]) -> None:
 
     if arguments[0] == "server":
         from kvttl.stack.reconcile import reconcile_for
+        from kvttl.stack.tier_watch import watch_tiers
 
         if os.environ.get("KV_REDIS_CLIENT") != "lmcache":
             install_redis_adapter()
         _drop_env_route()
+        watch_tiers(arguments)
         reconcile_for(arguments)
     sys.argv = ["lmcache", *arguments]
     main(arguments)

@@ -6,13 +6,13 @@ import itertools
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from caching_heuristics import unknown_name
 from kvttl import PROJECT, parse_yaml
-from kvttl.storage.redis_client import RedisLimits
+from kvttl.storage.redis_client import TLS_OPTIONS, URL_FORM, RedisLimits, checked_url
 
 # read by vLLM itself, so they cannot travel as engine arguments
 ENGINE_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -27,7 +27,6 @@ _LOOPBACK_ONLY = (
     "only 127.0.0.1; the services have no login, so on any other address the network could "
     "read and delete the cache"
 )
-_URL_FORM = "redis[s]://[user:password@]host[:port]"
 
 
 class StackConfig(BaseModel):
@@ -109,9 +108,10 @@ class StackConfig(BaseModel):
     @classmethod
     def _check_redis_url(cls, url: Any) -> Any:
         """Refuse what the remote tier cannot do; never echo the URL (password)."""
-        if url is not None and (problem := _redis_url_problem(url)):
-            raise ValueError(f"redis_url is not allowed: {problem}")
-        return url
+        try:
+            return url if url is None else _lmcache_url(checked_url(url))
+        except ValueError as error:
+            raise ValueError(f"redis_url is not allowed: {error}") from None
 
     @model_validator(mode="after")
     def _check_together(self) -> StackConfig:
@@ -275,24 +275,14 @@ def _refusal(name: str, value: object, allowed: str) -> ValueError:
     return ValueError(f"{name} = {value!r:.200} is not allowed: {allowed}")
 
 
-def _redis_url_problem(url: object) -> str | None:
-    """Return what is wrong with a URL, without its user and password."""
-    if not isinstance(url, str):
-        return f"got a {type(url).__name__}; write null or {_URL_FORM}"
-    try:
-        parts = urlsplit(url)
-        parts.port  # noqa: B018 - reading it validates it
-    except ValueError:
-        hint = "special characters in a password must be percent-encoded"
-        return f"it is no valid URL: the port must be 0 to 65535 ({hint})"
-    if parts.scheme not in ("redis", "rediss"):
-        return f"scheme {parts.scheme!r}; only {_URL_FORM} works"
-    if not parts.hostname:
-        return f"the host is missing; write {_URL_FORM}"
+def _lmcache_url(url):
+    """Return a URL that LMCache's adapter can use too; it knows a host and a port."""
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        raise ValueError(f"scheme 'unix'; only {URL_FORM} works")
     if parts.path not in ("", "/", "/0"):
-        return f"host {parts.hostname!r}: only database 0 works; leave the database out"
-    options = parse_qsl(parts.query, keep_blank_values=True)
-    allowed = parts.scheme == "rediss" and all(name.startswith("ssl_") for name, _ in options)
-    if parts.fragment or (parts.query and not (options and allowed)):
-        return "options after '?' or '#' but rediss://'s ssl_..., such as ?ssl_ca_certs=<file>"
-    return None
+        raise ValueError(f"host {parts.hostname!r}: only database 0 works; leave the database out")
+    if parts.fragment or (parts.query and parts.scheme == "redis"):
+        allowed = "options after '?' or '#' but rediss://'s ssl_..., such as ?ssl_ca_certs=<file>"
+        raise ValueError(allowed)
+    return checked_url(url, TLS_OPTIONS)

@@ -38,6 +38,8 @@ class LMCacheStack:
         Start a stack of its own on free ports, attach to nothing but `redis_url`.
     detached : bool
         Leave the services running when this process ends (`make up`).
+    attach : bool
+        False: what already runs on the configured ports is an error.
     coordinator_of : LMCacheStack, optional
         A running stack: start only a server (and its Redis) on free ports, under that one's
         coordinator. It needs an ``instance_id``, a ``disk_path`` and a Redis of its own.
@@ -45,7 +47,8 @@ class LMCacheStack:
     Raises
     ------
     StackError
-        A port is in use, or a service died or was not ready in time.
+        A port is in use, a tier cannot be written, read, listed or deleted from, or a service
+        died or was not ready in time.
     """
 
     def __init__(
@@ -53,13 +56,14 @@ class LMCacheStack:
         config: StackConfig | None = None,
         free_ports: bool = False,
         detached: bool = False,
+        attach: bool = True,
         coordinator_of: LMCacheStack | None = None,
     ) -> None:
         self.config = config or load_config()
         self.instance_id = self.config.instance_id
         self._settings = self.config
         self._free_ports = free_ports or coordinator_of is not None
-        self._detached = detached
+        self._detached, self._attach = detached, attach and not self._free_ports
         self._first = coordinator_of
         self._children: dict[str, Child] = {}
         self._recorded: dict[str, Child] = {}  # of an earlier `up`: kept in the state file
@@ -171,6 +175,8 @@ class LMCacheStack:
     def choose_ports(self) -> None:
         """Take up the ports of a stack that an earlier `up` started, or pick free ones."""
         self._recorded, record = load_state(self._state_path)
+        if self._recorded and not self._free_ports and not self._attach:
+            raise StackError("`make up` runs the stack of these settings: attach, or `make down`")
         if not self._free_ports:
             # `up --free-ports` may have put the stack elsewhere.
             ports = record.get("ports", {}) if self._recorded else {}
@@ -201,11 +207,11 @@ class LMCacheStack:
         save_state(self._state_path, {**self._recorded, **self._children}, ports=ports)
 
     def _bring_up(self) -> None:
-        present = [] if self._free_ports else services.running_services(self.config)
+        services.check_folders(self.config)
+        present = services.running_services(self.config) if self._attach else []
         if self._first:
             present.append("coordinator")
         if self.config.redis_url:
-            services.ping_redis(self.config)
             present.append("redis")
         missing = [name for name in SERVICES if name not in present]
         for name in missing:
@@ -215,6 +221,7 @@ class LMCacheStack:
                 self._spawn(name)
         if "redis" in missing:
             self._wait_ready(["redis"])  # the server connects while it starts
+        services.check_redis(self.config)
         if "server" in missing:
             services.check_shares_nothing(self.config)
             self._spawn("server")

@@ -100,13 +100,18 @@ def reconcile(url: str, instance_id: str, real: dict[str, Contents]) -> dict[str
     return {tier: sum(len(rows) for _, t, rows in batches if t == tier) for tier in real}
 
 
-def reconcile_for(server_arguments: list[str], wait_s: float = 30.0) -> None:
-    """Reconcile on behalf of ``lmcache server <arguments>``; trouble is printed, never fatal."""
+def server_options(server_arguments: list[str]) -> argparse.Namespace:
+    """Return what ``lmcache server <arguments>`` says of coordinator, name and tiers."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for name in ("--coordinator-url", "--instance-id"):
         parser.add_argument(name)
     parser.add_argument("--l2-adapter", action="append", type=json.loads, default=[])
-    options, _ = parser.parse_known_args(server_arguments)
+    return parser.parse_known_args(server_arguments)[0]
+
+
+def reconcile_for(server_arguments: list[str], wait_s: float = 30.0) -> None:
+    """Reconcile on behalf of ``lmcache server <arguments>``; trouble is printed, never fatal."""
+    options = server_options(server_arguments)
     try:
         if not comes_true(lambda: get_json(options.coordinator_url, "/healthz"), wait_s):
             raise LMCacheUnavailable(f"no LMCache coordinator answers at {options.coordinator_url}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import socket
 from pathlib import Path
@@ -16,7 +17,10 @@ from kvttl.lmcache.client import get_json, server_settings
 from kvttl.lmcache.tiers import LMCACHE_TIERS, adapter_settings
 from kvttl.stack.config import StackConfig
 from kvttl.stack.process import StackError
+from kvttl.storage.probes import TierError, probe_folder, probe_redis
 from kvttl.storage.redis_client import connect, environment_of
+
+logger = logging.getLogger(__name__)
 
 PORTS_OF = {"redis": ("redis_port",), "coordinator": ("coordinator_port",)}
 PORTS_OF["server"] = ("server_port", "server_http_port")
@@ -116,7 +120,8 @@ def port_advice(config: StackConfig, field: str) -> str:
     port = getattr(config, field)
     return (
         f"port {port} ({field}) on {config.host} is in use by {_holder(port)}; run `make down` "
-        f"if it is an old stack, set stack.{field} in config.yaml, or ask for free ports"
+        f"if it is an old stack, attach (`make serve ATTACH=1`), set stack.{field} in config.yaml, "
+        "or ask for free ports"
     )
 
 
@@ -204,21 +209,33 @@ def _is_our_server(config: StackConfig) -> bool:
 
 def redis_answers(config: StackConfig) -> bool:
     """Whether Redis answers a PING with the configured credentials."""
-    with contextlib.suppress(StackError):
-        ping_redis(config)
-        return True
+    with contextlib.suppress(OSError, redis.RedisError, ValueError), _redis(config) as client:
+        return client.ping()
     return False
 
 
-def ping_redis(config: StackConfig) -> None:
-    """PING the Redis in use; raise `StackError`, without credentials, if it does not answer."""
+def check_folders(config: StackConfig) -> None:
+    """Write, read, list and delete a file in each folder; StackError with setting and cause."""
+    for field in ("disk_path", "run_dir"):
+        try:
+            probe_folder(getattr(config, field))
+        except TierError as error:
+            raise StackError(f"{field} = {getattr(config, field)!r}: {error}") from None
+
+
+def check_redis(config: StackConfig) -> None:
+    """Write, read, list and delete a value in Redis; StackError with the cause, no password."""
     where = "{}:{}".format(*config.redis_address)
     try:
-        with connect(config.redis_url or f"redis://{where}", config.redis_limits) as client:
-            client.ping()
-    except redis.AuthenticationError:
-        raise StackError(f"Redis at {where} refused the user or password of redis_url") from None
-    except (redis.RedisError, OSError, ValueError) as error:
-        raise StackError(
-            f"no Redis answers at {where} ({type(error).__name__}); start it or correct redis_url"
-        ) from None
+        with _redis(config) as client:
+            risk = probe_redis(client)
+    except (TierError, ValueError) as error:
+        setting = "redis_url" if config.redis_url else "redis_port"
+        raise StackError(f"Redis at {where} cannot be used: {error}; see {setting}") from None
+    if risk:
+        logger.warning("Redis at %s: %s", where, risk)
+
+
+def _redis(config):
+    url = config.redis_url or "redis://{}:{}".format(*config.redis_address)
+    return connect(url, config.redis_limits)

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from caching_heuristics import unknown_name
+
+URL_FORM = "redis[s]://[user:password@]host[:port]"
+_FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
+_TEXTS = (*_FILES, "ssl_ca_data", "ssl_password", "ssl_ciphers")
+_TEXTS += ("ssl_include_verify_flags", "ssl_exclude_verify_flags")
+# A URL's option -> what it may be, as a pattern and in words. The others of redis-py (OCSP)
+# are left out: as the text of a URL they have no effect.
+TLS_OPTIONS = dict.fromkeys(_TEXTS, (".+", "not empty")) | {
+    "ssl_check_hostname": ("(?i)true|yes|1|false|no|0", "true or false"),
+    "ssl_cert_reqs": ("none|optional|required", "none, optional or required"),
+    "ssl_min_version": ("771|772", "771 (TLS 1.2) or 772 (TLS 1.3)"),
+}
 MAX_REDIS_TTL_MS = 2**53  # 285,000 years; Redis refuses what overflows its 64-bit clock
 _VARIABLES = ("KV_REDIS_CONNECT_TIMEOUT_S", "KV_REDIS_TIMEOUT_S", "KV_REDIS_RETRIES")
 
@@ -55,10 +72,100 @@ def connect(url: str | None, limits: RedisLimits = DEFAULT_LIMITS, **options: An
         "socket_timeout": limits.timeout_s,
         "retry": Retry(NoBackoff(), limits.retries, supported_errors=(redis.ConnectionError,)),
     }
+    known = sorted({*TLS_OPTIONS, *_CONNECTION_OPTIONS})
+    try:
+        url = checked_url(url, known)
+    except ValueError as error:
+        raise ValueError(f"url is not allowed: {error}") from None
+    if unknown := options.keys() - set(known):
+        raise ValueError(unknown_name("option", min(unknown), known))
+    given = dict(parse_qsl(urlsplit(url).query)) | options
+    for name in _FILES:
+        if given.get(name) and not os.access(given[name], os.R_OK):
+            problem = "cannot be read" if Path(given[name]).exists() else "does not exist"
+            raise ValueError(f"{name} = {str(given[name])!r}: this file {problem}")
     try:
         return redis.Redis.from_url(url, **(defaults | options))
-    except (ValueError, AttributeError):  # not chained: redis-py shows parts of the password
-        raise ValueError("url must look like redis[s]://[user:password@]host:port/db") from None
+    except (ValueError, AttributeError) as error:  # not chained: it shows parts of the password
+        named = re.search(r"Invalid value for '(\w+)'", str(error))
+        wrong = f"its option {named[1]} has a wrong value; " if named else ""
+        raise ValueError(f"url: {wrong}it must look like {URL_FORM}/db") from None
+
+
+_CONNECTION_OPTIONS = {"max_connections", "ssl_ocsp_context", "ssl_ocsp_expected_cert"} | {
+    name
+    for kind in (redis.connection.AbstractConnection, redis.Connection, redis.SSLConnection)
+    for name in inspect.signature(kind.__init__).parameters
+}
+
+
+def checked_url(url: object, known_options: Iterable[str] | None = None) -> str:
+    """Return a URL as redis-py reads it: no space around it, scheme in small letters.
+
+    Parameters
+    ----------
+    known_options : iterable of str, optional
+        What may follow its ``?``; None = anything.
+
+    Raises
+    ------
+    ValueError
+        It is none of one Redis; says why, and how to write it, without user and password.
+
+    Examples
+    --------
+    >>> checked_url(" REDISS://h?ssl_cert_reqs=CERT_NONE")
+    'rediss://h?ssl_cert_reqs=none'
+    >>> checked_url("redis://s1:26379,s2:26379/mymaster")
+    Traceback (most recent call last):
+    ValueError: a list of hosts: Sentinel and Cluster are not supported; write redis[s]://[user:password@]host[:port]
+    """
+    if not isinstance(url, str):
+        raise ValueError(f"got a {type(url).__name__}; write null or {URL_FORM}")
+    _check_scheme(url.strip())
+    try:
+        parts = urlsplit(url.strip())
+        odd = parts.port == 0 or "@" in parts.query + parts.fragment
+    except ValueError:
+        odd = True
+    if odd:
+        hint = "special characters in a password must be percent-encoded"
+        raise ValueError(f"it is no valid URL: the port must be 1 to 65535 ({hint})")
+    if not (parts.hostname or parts.scheme == "unix" and parts.path):
+        raise ValueError(f"the host is missing; write {URL_FORM}")
+    options = [(name, _plain_value(name, value)) for name, value in _options(parts)]
+    for name, value in options:
+        if known_options is not None and name not in known_options:
+            raise ValueError(unknown_name("option", name, known_options))
+        pattern, allowed = TLS_OPTIONS.get(name, (".+", "not empty"))
+        if not re.fullmatch(pattern, value):
+            shown = "" if name == "ssl_password" else f" = {value!r}"
+            raise ValueError(f"its option {name}{shown} is not allowed: {allowed}")
+    query = urlencode(options) if options != _options(parts) else parts.query
+    return parts._replace(query=query).geturl()
+
+
+def _check_scheme(url):
+    scheme, _, rest = url.partition("://")
+    hosts = re.split("[/?#]", rest)[0].rpartition("@")[2]
+    kinds = re.search("sentinel|cluster", scheme.lower())
+    if kinds or "," in hosts:
+        what = f"{kinds[0].title()} is" if kinds else "a list of hosts: Sentinel and Cluster are"
+        raise ValueError(f"{what} not supported; write {URL_FORM}")
+    if scheme.lower() not in ("redis", "rediss", "unix"):
+        shown = f"scheme {scheme!r}" if rest and scheme.isalnum() else "no scheme"
+        raise ValueError(f"{shown}; only {URL_FORM} works")
+    if re.search(r"\s", url):
+        raise ValueError(f"there is a space in it (in a password: %20); write {URL_FORM}")
+
+
+def _options(parts):
+    return parse_qsl(parts.query, keep_blank_values=True)
+
+
+def _plain_value(name, value):
+    """Return ``none`` for ``CERT_NONE``, as other clients write it."""
+    return value.lower().removeprefix("cert_") if name == "ssl_cert_reqs" else value
 
 
 def address_of(client: redis.Redis) -> str:
