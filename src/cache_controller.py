@@ -23,6 +23,7 @@ from kvttl.lmcache.client import LMCacheUnavailable as LMCacheUnavailable
 from kvttl.lmcache.directory import Directory
 from kvttl.lmcache.layout import BaseController, InProcessController, KVLayout, unseen, vllm_config
 from kvttl.lmcache.lease import ServerLease
+from kvttl.lmcache.salts import check_salt, kept_under
 from tiered_caching import BaseBackend, InMemoryBackend, LocalDiskBackend, RemoteBackend
 
 
@@ -39,7 +40,8 @@ class LMCacheController(BaseController):
     world_size : int
         The engine's tensor-parallel size.
     cache_salt : str
-        Tenant salt of the requests, as given to the engine.
+        Shows one tenant's KV only, and is the salt of requests that bring none; empty = all
+        tenants' KV, and such requests have none.
     instance_id : str
         The LMCache server that the engine is connected to.
     move_timeout_s : float
@@ -71,7 +73,8 @@ class LMCacheController(BaseController):
         self.move_timeout_s = move_timeout_s
         self._http = LMCacheHTTP(f"http://{host}:{port}", **limits)
         self._address = f"{_ip_of(host)}:{port}"
-        self._directory = Directory(self._http, model, world_size, cache_salt)
+        salt = kept_under(check_salt(cache_salt or None))
+        self._directory = Directory(self._http, model, world_size, salt)
         # Tiers whose last demotion waited in vain (a dead Redis, a full disk):
         # later moves there look once and do not wait, until one succeeds.
         self._stalled_tiers: set[str] = set()
@@ -90,8 +93,8 @@ class LMCacheController(BaseController):
         if (config := vllm_config(llm)) is not None:
             self._directory = replace(self._directory, model=config.model_config.model)
 
-    def layout(self, tokens: Sequence[int]) -> KVLayout:
-        """Return where the directory says that each complete chunk is.
+    def layout(self, tokens: Sequence[int], cache_salt: str = "") -> KVLayout:
+        """Return where the directory says that each complete chunk is, under a salt.
 
         Raises
         ------
@@ -100,7 +103,7 @@ class LMCacheController(BaseController):
         LMCacheUnavailable, LMCacheError
             The coordinator does not answer, or refuses.
         """
-        return self._directory.layout(tokens)
+        return self._directory.layout(tokens, cache_salt)
 
     def layout_of(self, keys: Sequence[str] | None = None) -> KVLayout:
         """Return where the directory says that chunks are, by their keys (None: all).
@@ -158,7 +161,8 @@ class LMCacheController(BaseController):
 
     def _look(self, request, keys):
         if keys is None and request.tokens is None:  # everything at the old position
-            return self._directory.listed(request.here, [request.source])
+            listed = self._directory.listed(request.here, [request.source])
+            return listed.under("" if request.cache_salt == self.cache_salt else request.cache_salt)
         return super()._look(request, keys)
 
     def _move(self, request, layout, due):
@@ -243,7 +247,12 @@ class LocalLMCacheController(InProcessController):
             return list(prompt.encode())
         return super().tokenize(prompt)
 
-    def store(self, tokens: Sequence[int], payloads: Sequence[bytes] | None = None) -> int:
+    def store(
+        self,
+        tokens: Sequence[int],
+        payloads: Sequence[bytes] | None = None,
+        cache_salt: str = "",
+    ) -> int:
         """Write a prompt's complete chunks to every tier; returns how many there are.
 
         Parameters
@@ -252,21 +261,23 @@ class LocalLMCacheController(InProcessController):
             The prompt.
         payloads : sequence of bytes, optional
             KV bytes, one item a chunk; default the chunk's token ids.
+        cache_salt : str
+            The tenant's, or a record's.
         """
-        chunks = self._chunks(tokens)
+        chunks = self._chunks(tokens, cache_salt)
         for index, (key, packed) in enumerate(chunks):
             self._store_chunk(key, payloads[index] if payloads else packed)
         return len(chunks)
 
-    def load(self, tokens: Sequence[int]) -> list[bytes]:
+    def load(self, tokens: Sequence[int], cache_salt: str = "") -> list[bytes]:
         """Return the payloads of the longest stored prefix, each from its hottest tier."""
-        found = (self._hottest(key) for key, _ in self._chunks(tokens))
+        found = (self._hottest(key) for key, _ in self._chunks(tokens, cache_salt))
         return list(itertools.takewhile(lambda payload: payload is not None, found))
 
-    def note_generated(self, tokens: Sequence[int]) -> None:
+    def note_generated(self, tokens: Sequence[int], cache_salt: str = "") -> None:
         """Store the chunks that no tier holds yet, as LMCache would."""
         with self._lock:
-            for key, packed in self._chunks(tokens):
+            for key, packed in self._chunks(tokens, cache_salt):
                 if not self._held(key):
                     self._store_chunk(key, packed)
 

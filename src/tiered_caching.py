@@ -29,11 +29,20 @@ from kvttl.decisions.keeper import RecordKeeper
 from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.layout import BaseController
+from kvttl.lmcache.requests import RequestCheck
 from kvttl.manager.decider import Decider
 from kvttl.manager.engine_calls import EngineDied
-from kvttl.manager.generation import Engine, ManagedOutput, is_one_prompt, metadata_of_each, text_of
+from kvttl.manager.generation import (
+    Engine,
+    ManagedOutput,
+    is_one_prompt,
+    metadata_of_each,
+    one_each,
+    text_of,
+)
 from kvttl.manager.metadata import RequestMetadata
 from kvttl.manager.policy import Policy
+from kvttl.manager.settling import under
 from kvttl.storage import redis_client, sealed
 from kvttl.storage.probes import reason_of
 from kvttl.storage.sealed import Record, check_seconds, dump, key_bytes, sha256
@@ -411,6 +420,7 @@ class MultiTierCache:
     def set_llm(self, llm: Any) -> None:
         """Set the engine: anything with vLLM's ``generate(prompt, sampling_params)``."""
         self._llm, self._engine = llm, Engine(llm)
+        self._check = RequestCheck()
         self.controller.attach_engine(llm)
         if self._engine.vocab_size:
             self._measured.vocab_size = self._engine.vocab_size
@@ -418,7 +428,11 @@ class MultiTierCache:
     # ---- the seven steps ---------------------------------------------------------------
 
     def generate_and_manage(
-        self, prompt: str, sampling_params: Any, metadata: Mapping[str, float] | None = None
+        self,
+        prompt: str,
+        sampling_params: Any,
+        metadata: Mapping[str, float] | None = None,
+        **options: Any,
     ) -> str:
         """Generate text, then place the prompt's KV cache.
 
@@ -432,6 +446,8 @@ class MultiTierCache:
         metadata : mapping, optional
             See `KVMetadata`. What is not given, None or NaN is measured; what
             `check_metadata` refuses is the reason in the decision's record.
+        **options
+            ``cache_salt``, ``lora_request``: see `generate`.
 
         Returns
         -------
@@ -443,12 +459,13 @@ class MultiTierCache:
         RuntimeError
             Before an engine was set.
         TypeError
-            For a list of prompts: use `generate_and_manage_batch`. The engine's own
-            errors pass through; nothing else is ever raised.
+            For a list of prompts: use `generate_and_manage_batch`.
+        ValueError
+            See `admit`. The engine's own errors pass through; nothing else is ever raised.
         """
         if not is_one_prompt(prompt):
             raise TypeError("prompt must be one prompt; got a list: use generate_and_manage_batch")
-        (managed,) = self.generate(prompt, sampling_params, [metadata])  # steps 1 to 6
+        (managed,) = self.generate(prompt, sampling_params, [metadata], **options)  # steps 1 to 6
         return text_of(managed.output)  # 7. return the text
 
     def generate(
@@ -456,6 +473,9 @@ class MultiTierCache:
         prompts: Any,
         sampling_params: Any,
         metadata: Mapping[str, float] | Sequence[Mapping[str, float] | None] | None = None,
+        *,
+        cache_salt: str | None = None,
+        lora_request: Any = None,
     ) -> list[ManagedOutput]:
         """Generate in one engine call; return vLLM's own outputs, each with its decision.
 
@@ -467,6 +487,10 @@ class MultiTierCache:
             One for all, or one each.
         metadata : mapping or sequence of mapping, optional
             One for all, or one each (None = all measured), shape (n,).
+        cache_salt : str, optional
+            The tenant; a prompt may name its own: ``{"prompt": text, "cache_salt": "a"}``.
+        lora_request : vllm.lora.request.LoRARequest or sequence of them, optional
+            One for all, or one each; each adapter has KV of its own.
 
         Returns
         -------
@@ -477,8 +501,8 @@ class MultiTierCache:
         Raises
         ------
         RuntimeError, TypeError, ValueError
-            No engine, or it has died (`EngineDied`); an asynchronous one; not as many metadata
-            as prompts.
+            No engine, or it has died (`EngineDied`); an asynchronous one; not as many of a list
+            as prompts; see `admit`.
 
         Notes
         -----
@@ -487,23 +511,28 @@ class MultiTierCache:
         beyond a prompt's first one need no KV cache of their own: the prompt's is placed.
         """
         one = is_one_prompt(prompts)
-        asked = prompts if one else list(prompts)
-        prompts = [asked] if one else asked
-        each = metadata_of_each(prompts, metadata)
+        prompts = [prompts] if one else list(prompts)
+        given = metadata_of_each(prompts, metadata)
         if not prompts:
             return []
         self._decider.start()
-        logprobs = self._measured.logprobs_wanted
+        engine, logprobs = self._ready_engine(), self._measured.logprobs_wanted
+        sampling = one_each("sampling_params", sampling_params, prompts)
+        loras = one_each("lora_request", lora_request, prompts)
+        requests = zip(prompts, sampling, loras)
+        prompts, salts = zip(*(self.admit(*each, cache_salt=cache_salt) for each in requests))
+        options = {} if lora_request is None else {"lora_request": lora_request}
+        asked = prompts[0] if one else list(prompts)
         try:  # step 1
-            outputs, generate_s = self._ready_engine().generate(asked, sampling_params, logprobs)
+            outputs, generate_s = engine.generate(asked, sampling_params, logprobs, **options)
         except EngineDied as error:
-            for prompt, given in zip(prompts, each):
-                self._decider.submit(prompt, error, given, 0.0, self._decider.now())
+            for prompt, known, salt in zip(prompts, given, salts):
+                self._decider.submit(prompt, error, known, 0.0, self._decider.now(), salt)
             raise
         share_s, now = generate_s / len(prompts), self._decider.now()
         return [
-            ManagedOutput(output, self._decider.submit(prompt, output, given, share_s, now))
-            for prompt, output, given in zip(prompts, outputs, each)
+            ManagedOutput(output, self._decider.submit(prompt, output, known, share_s, now, salt))
+            for prompt, output, known, salt in zip(prompts, outputs, given, salts)
         ]
 
     def generate_and_manage_batch(
@@ -511,6 +540,7 @@ class MultiTierCache:
         prompts: Sequence[str],
         sampling_params: Any,
         metadata: Mapping[str, float] | Sequence[Mapping[str, float] | None] | None = None,
+        **options: Any,
     ) -> list[str]:
         """Generate texts in one engine batch, then place each prompt's KV cache.
 
@@ -518,7 +548,7 @@ class MultiTierCache:
         """
         if is_one_prompt(prompts):
             raise TypeError("prompts must be a list of prompts, got one prompt")
-        managed = self.generate(prompts, sampling_params, metadata)
+        managed = self.generate(prompts, sampling_params, metadata, **options)
         return [text_of(output) for output, _ in managed]
 
     def _decide(self, draft, made):
@@ -527,10 +557,32 @@ class MultiTierCache:
         draft.metadata, tokens = metadata, made.tokens.tolist()  # step 2
         draft.ttl_s = float(self.config.ttl(metadata))  # step 4
         draft.wanted_tier = str(self.config.tier(metadata))  # step 5
-        self.controller.note_generated(tokens)
+        self.controller.note_generated(tokens, **under(made.cache_salt))
         self._decider.placement.place(draft, tokens, made.cached_tokens)  # steps 3 and 6
 
     # ---- around them ----------------------------------------------------------------------
+
+    def admit(
+        self,
+        prompt: Any,
+        sampling_params: Any,
+        lora_request: Any = None,
+        *,
+        cache_salt: str | None = None,
+        **options: Any,
+    ) -> tuple[Any, str]:
+        """Return the prompt as the engine is to get it, and the salt that its KV is kept under.
+
+        For a server, before its engine; `generate` asks it too. See `RequestCheck`.
+
+        Raises
+        ------
+        ValueError
+            What would end the engine, or change KV cache unseen: names it.
+        """
+        self._ready_engine()
+        tenant = cache_salt or getattr(self.controller, "cache_salt", "") or cache_salt
+        return self._check(prompt, sampling_params, lora_request, cache_salt=tenant, **options)
 
     def measurable(self, sampling_params: Any) -> Any:
         """Return sampling parameters from whose answer `manage` can measure a perplexity."""
@@ -542,14 +594,17 @@ class MultiTierCache:
         output: Any,
         metadata: Mapping[str, float] | None = None,
         generate_s: float = 0.0,
+        cache_salt: str | None = None,
     ) -> Future[DecisionRecord]:
         """Place the KV cache of a generation that somebody else made; never raises.
 
         For a server. `output` is as vLLM's RequestOutput; it took `generate_s` seconds.
+        `cache_salt` is what `admit` has said; None = as prompt and output say.
         The future comes to the record always: failed, given up or closed, it has the reason.
         """
         self._decider.start()
-        return self._decider.submit(prompt, output, metadata, generate_s, self._decider.now())
+        now = self._decider.now()
+        return self._decider.submit(prompt, output, metadata, generate_s, now, cache_salt)
 
     def sweep(self, now_s: float | None = None) -> list[DecisionRecord]:
         """Take expired claims down the ladder now; returns a record for each."""

@@ -22,6 +22,7 @@ import psutil
 import pytest
 import requests
 import yaml
+from lora_adapters import make_adapter
 from waiting import children_of, is_gone, wait_until
 
 from cache_controller import LocalLMCacheController
@@ -55,9 +56,13 @@ JSON_TYPE = {"Content-Type": "application/json"}
 
 @pytest.fixture(scope="module")
 def server(stack, tmp_path_factory):
-    """A gateway on the session's stack; the log is in a scratch folder."""
+    """A gateway on the session's stack, with two adapters; the log is in a scratch folder."""
+    folder = tmp_path_factory.mktemp("adapters")
+    adapters = [f"{n}={make_adapter(folder / n, seed)}" for seed, n in enumerate("ab", 1)]
+    options = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2, "body_limit": BODY_LIMIT}
+    options["server_options"] = ["--lora-modules", *adapters]
     with DecisionLog(tmp_path_factory.mktemp("log")) as log:
-        with gateway(stack, model_path(), log=log, body_limit=BODY_LIMIT) as running:
+        with gateway(stack, model_path(), log=log, **options) as running:
             yield running
 
 
@@ -107,8 +112,8 @@ def text_of_stream(stream):
 
 
 def test_lists_the_model_by_a_short_name(client, server):
-    (model,) = client.models.list().data
-    assert model.id == server.model == "demo_model"
+    model, *adapters = client.models.list().data
+    assert model.id == server.model == "demo_model" and [a.id for a in adapters] == ["a", "b"]
 
 
 def test_completion(client, server, fresh_text, latest):
@@ -305,6 +310,48 @@ def test_metadata_may_be_absent():
     assert kv_of(SimpleNamespace(kv={"perplexity": None, "access_count": 2})) == {"access_count": 2}
 
 
+# --- tenants and adapters -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["demo_model", "a", "b"])
+def test_adapters_share_no_kv_with_each_other_or_the_base(client, latest, fresh_text, first):
+    """Each answers as it does alone, whoever has come first, cold and warm."""
+    prompt, texts, records = fresh_text(), {}, []
+
+    def ask(model):
+        answer = client.completions.create(
+            model=model, prompt=prompt, max_tokens=8, temperature=0, extra_body=EXACTLY
+        )
+        texts.setdefault(model, set()).add(answer.choices[0].text)
+        records.append(latest())
+        return records[-1].hit_tokens
+
+    for model in [first, *({"demo_model", "a", "b"} - {first})]:
+        assert ask(model) == {}
+        wait_until(lambda model=model: ask(model))  # once it is stored
+    assert all(len(each) == 1 for each in texts.values())
+    assert len(set.union(*texts.values())) == 3
+    assert {bool(r.cache_salt) for r in records} == {True, False}
+    assert len({r.chunk_keys for r in records}) == len({r.cache_salt for r in records}) == 3
+
+
+def test_tenants_share_no_kv(client, server, latest, fresh_text):
+    asked = {"model": server.model, "messages": [{"role": "user", "content": fresh_text()}]}
+
+    def ask(salt):
+        extra = {"kv": {"perplexity": 80.0}, **salt}
+        client.chat.completions.create(**asked, max_tokens=2, extra_body=extra)
+        assert latest().error == ""
+        return latest()
+
+    salts = [{"cache_salt": "tenant-a"}, {"cache_salt": "tenant-b"}, {}]
+    for record, salt in ((ask(salt), salt) for salt in salts):
+        assert record.cache_salt == salt.get("cache_salt", "")
+        assert (record.hit_tokens, record.metadata["access_count"]) == ({}, 0)
+    record = wait_until(lambda: (made := ask(salts[0])).hit_tokens and made)
+    assert record.metadata["access_count"] >= 1 and record.cache_salt == "tenant-a"
+
+
 # --- requests that are refused ------------------------------------------------------------
 
 
@@ -319,7 +366,9 @@ def test_refusals_say_why_and_cost_no_decision(client, server):
         ({"echo": True, "logprobs": 1, "stream": True}, "echo with logprobs .* not possible"),
         ({"use_beam_search": True, "n": 2}, "use_beam_search is not possible"),
         ({"kv_transfer_params": {"lmcache.skip_save": "true"}}, "kv_transfer_params is not"),
-        ({"cache_salt": "mine"}, "cache_salt is not possible"),
+        ({"cache_salt": "not/mine"}, "cache_salt"),
+        ({"vllm_xargs": {"steering": 1}}, "steering is not possible: .* leave KV cache as it is"),
+        ({"prompt_embeds": "AAAA"}, "prompt"),
         ({"max_tokens": -5}, "max_tokens"),
         ({"prompt": "token " * 3000}, "maximum context length is 2048"),
         ({"prompt": "token " * 3000, "stream": True}, "maximum context length is 2048"),

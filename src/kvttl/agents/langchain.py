@@ -25,6 +25,7 @@ from pydantic import Field, PrivateAttr
 from kvttl.agents.chat import chat_tokens, read_tool_calls
 from kvttl.decisions.log import DecisionRecord
 from kvttl.lmcache.layout import by_hottest
+from kvttl.lmcache.salts import kept_under
 from kvttl.manager.generation import ManagedOutput, prompt_digest, text_of
 from tiered_caching import MultiTierCache
 
@@ -50,6 +51,7 @@ class ManagedChatModel(BaseChatModel):
     caller knows; the rest is measured, see `MultiTierCache.generate_and_manage`. What was
     decided stands in the answer's ``response_metadata["kv"]``, unless a manager in
     background mode had not decided yet; ``cache_read`` are the tokens that LMCache served.
+    ``model.bind(cache_salt="tenant-a")`` keeps a tenant's KV cache apart from others'.
 
     Tools work by text: a template without tools gets them in the system prompt, and JSON that
     names one of them is taken as a call. Calls cannot be forced (`tool_choice`), and answers
@@ -121,10 +123,12 @@ class ManagedChatModel(BaseChatModel):
         message = self._message(answers.popleft(), kwargs.get("tools") or ())
         return ChatResult(generations=[ChatGeneration(message=message)])
 
-    def _asked(self, messages, stop, kv=None, tools=(), **sampling):
-        tokens = self.prompt_tokens(messages, tools or ())
+    def _asked(self, messages, stop, kv=None, tools=(), cache_salt=None, **sampling):
+        prompt = self.prompt_tokens(messages, tools or ())
+        if cache_salt is not None:
+            prompt = {"prompt_token_ids": prompt, "cache_salt": cache_salt}
         defaults = {"max_tokens": self.max_tokens, "temperature": self.temperature}
-        return tokens, _sampling({**defaults, **sampling, "stop": stop}), kv
+        return prompt, _sampling({**defaults, **sampling, "stop": stop}), kv
 
     def _message(self, managed, tools):
         output, answer = managed.output, managed.output.outputs[0]
@@ -226,7 +230,11 @@ def decision(record: DecisionRecord) -> dict[str, Any]:
 
 
 def kv_generate_tool(
-    kv_cache: MultiTierCache, max_tokens: int = 64, name: str = "kv_generate", **sampling: Any
+    kv_cache: MultiTierCache,
+    max_tokens: int = 64,
+    name: str = "kv_generate",
+    cache_salt: str | None = None,
+    **sampling: Any,
 ) -> BaseTool:
     """Return a tool that completes a text with the managed engine.
 
@@ -238,6 +246,8 @@ def kv_generate_tool(
         Of each answer.
     name : str
         What an agent calls it.
+    cache_salt : str, optional
+        The tenant that the agent works for.
     **sampling
         Other fields of `vllm.SamplingParams`; temperature 0 unless given.
 
@@ -255,13 +265,15 @@ def kv_generate_tool(
         """Continue a text; perplexity (>= 1) and time_variance (0 to 1) only if you know them."""
         kv = {"perplexity": perplexity, "time_variance": time_variance}  # None = unknown
         tokens = kv_cache.controller.tokenize(prompt)
-        (managed,) = kv_cache.generate([tokens], _sampling(fields), [kv])
+        (managed,) = kv_cache.generate([tokens], _sampling(fields), [kv], cache_salt=cache_salt)
         return text_of(managed.output), _kv(managed).get("kv", {})
 
     return generate
 
 
-def kv_lookup_tool(kv_cache: MultiTierCache, name: str = "kv_lookup") -> BaseTool:
+def kv_lookup_tool(
+    kv_cache: MultiTierCache, name: str = "kv_lookup", cache_salt: str = ""
+) -> BaseTool:
     """Return a tool that says where a text's KV cache is, and how long its TTL still runs.
 
     Parameters
@@ -270,21 +282,25 @@ def kv_lookup_tool(kv_cache: MultiTierCache, name: str = "kv_lookup") -> BaseToo
         Is asked; nothing is generated, and nothing counts as an access.
     name : str
         What an agent calls it.
+    cache_salt : str
+        The tenant whose KV cache is looked for.
     """
 
     @tool(name)
     def look_up(prompt: str) -> dict[str, Any]:
         """Say in which tiers (gpu, disk, remote) a text's KV cache is, and for how many seconds."""
         try:
-            return kv_position(kv_cache, kv_cache.controller.tokenize(prompt))
+            return kv_position(kv_cache, kv_cache.controller.tokenize(prompt), cache_salt)
         except Exception as error:  # LMCache may be away; that must not end an agent's run
             return {"error": f"{type(error).__name__}: {error}"}
 
     return look_up
 
 
-def kv_position(kv_cache: MultiTierCache, tokens: Sequence[int]) -> dict[str, Any]:
-    """Return where a prompt's chunks are, by hottest tier, and when its TTL ends.
+def kv_position(
+    kv_cache: MultiTierCache, tokens: Sequence[int], cache_salt: str = ""
+) -> dict[str, Any]:
+    """Return where a tenant's chunks of a prompt are, by hottest tier, and when its TTL ends.
 
     Returns
     -------
@@ -298,9 +314,10 @@ def kv_position(kv_cache: MultiTierCache, tokens: Sequence[int]) -> dict[str, An
         The coordinator does not answer, or refuses.
     """
     controller = kv_cache.controller
-    held = controller.layout(tokens).of(controller.instance_id)
+    salt = kept_under(cache_salt or controller.cache_salt)
+    held = controller.layout(tokens, *filter(None, [salt])).of(controller.instance_id)
     chunks = dict(by_hottest(held))
-    digest = prompt_digest(tokens)
+    digest = prompt_digest(tokens, salt)
     decided = [r for r in list(kv_cache.records) if r.prompt_digest == digest]
     if not decided or decided[-1].wanted_tier is None:
         return {"chunks": chunks}

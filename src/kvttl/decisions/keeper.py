@@ -49,7 +49,8 @@ class RecentRecords(deque):
 
 
 def _size_bytes(record):
-    return _RECORD_BYTES + _KEY_BYTES * len(record.chunk_keys) + 4 * len(record.prompt or "")
+    key_bytes = _KEY_BYTES + len(record.cache_salt)
+    return _RECORD_BYTES + key_bytes * len(record.chunk_keys) + 4 * len(record.prompt or "")
 
 
 class RecordKeeper:

@@ -255,7 +255,7 @@ _FRAME_TIERS = (*TIERS, "none")
 _DTYPES = {  # of the frame's columns, in order; a tuple = the known categories
     "time": "datetime64[ns, UTC]",
     "kind": KINDS,
-    **dict.fromkeys(("prompt_digest", "prompt"), "str"),
+    **dict.fromkeys(("prompt_digest", "prompt", "cache_salt"), "str"),
     **dict.fromkeys(("prompt_tokens", "chunks"), "int64"),
     **dict.fromkeys(METADATA_FIELDS, "float64"),
     **dict.fromkeys([f"{name}_source" for name in METADATA_FIELDS], SOURCES),

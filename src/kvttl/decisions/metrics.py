@@ -19,6 +19,7 @@ _PREFIX = "kvttl_"
 _PATH = ("source", "target")
 _METRICS = {  # name -> what it says, its labels
     "decisions_total": ("Decisions made, by wanted tier.", "tier"),
+    "salted_decisions_total": ("Decisions about KV under a cache salt: tenants, adapters.",),
     "not_managed_total": ("Generations whose KV cache was not managed, by exception.", "reason"),
     "shed_total": ("Decisions given up because the queue was full.",),
     "prompt_tokens_total": ("Prompt tokens of the generations decided about.",),
@@ -151,6 +152,7 @@ class DecisionMetrics:
             self._add("not_managed_total", 1, _reason(record.error))
         elif record.wanted_tier is not None:
             self._add("decisions_total", 1, record.wanted_tier)
+            self._add("salted_decisions_total", int(bool(record.cache_salt)))
         self._add("prompt_tokens_total", record.prompt_tokens)
         for tier, tokens in record.hit_tokens.items():
             self._add("hit_tokens_total", tokens, tier)

@@ -29,7 +29,7 @@ class DecisionRecord:
     time_s : float
         Unix time of the decision.
     prompt_digest : str
-        Names the prompt without showing it; equal tokens give equal digests.
+        Names the prompt without showing it; equal tokens under one salt give equal digests.
     prompt_tokens, chunks : int
         Length of the prompt, and its complete LMCache chunks.
     metadata : mapping
@@ -58,6 +58,9 @@ class DecisionRecord:
         Of an expiry: the tier whose TTL passed.
     tier_errors : mapping
         Tier -> why it took no writes at that time.
+    cache_salt : str
+        What keeps this KV apart from others' of the same text: the tenant's own, and after
+        ``~`` a digest of the LoRA adapter, embeddings or images. Empty = nothing.
     """
 
     time_s: Number
@@ -80,6 +83,7 @@ class DecisionRecord:
     metadata_sources: Mapping[str, str] = field(default_factory=dict)
     from_tier: str | None = None
     tier_errors: Mapping[str, str] = field(default_factory=dict)
+    cache_salt: str = ""
 
     def to_json(self) -> str:
         """Return the record as one line of strict JSON.

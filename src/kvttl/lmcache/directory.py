@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from caching_heuristics import TIERS
 from kvttl.lmcache.client import LMCacheHTTP
 from kvttl.lmcache.layout import KVLayout, Outcome, check_tokens, outcome_of
+from kvttl.lmcache.salts import chunk_key, kept_under, salt_of
 from kvttl.lmcache.tiers import tier_of
 
 _VERIFY_S = 0.5  # a delete shows in the directory within an event flush (0.2 s by default)
@@ -18,10 +19,10 @@ _VERIFY_S = 0.5  # a delete shows in the directory within an event flush (0.2 s 
 
 @dataclass
 class Directory:
-    """Where LMCache's servers hold the KV of one model and tenant, and how to change it.
+    """Where LMCache's servers hold the KV of one model, and how to change it.
 
-    Other models' and tenants' chunks of equal tokens have equal hashes: what the
-    coordinator lists of them is left out of every answer.
+    Other models' chunks of equal tokens have equal hashes: what the coordinator lists of them
+    is left out of every answer. Tenants' chunks are told apart by their keys.
 
     Parameters
     ----------
@@ -32,7 +33,7 @@ class Directory:
     world_size : int
         The engine's tensor-parallel size.
     cache_salt : str
-        The tenant.
+        The only tenant whose chunks are shown, by their plain hashes; empty = all.
     """
 
     http: LMCacheHTTP
@@ -43,17 +44,17 @@ class Directory:
 
     # ---- reading -----------------------------------------------------------------
 
-    def layout(self, tokens: Sequence[int]) -> KVLayout:
-        """Return where each complete chunk of a prompt is."""
-        tokens = check_tokens(tokens)
-        return self._look_up(self._prompt(tokens)) if tokens else KVLayout((), {})
+    def layout(self, tokens: Sequence[int], cache_salt: str = "") -> KVLayout:
+        """Return where each complete chunk of a prompt is, under a salt."""
+        tokens, salt = check_tokens(tokens), kept_under(cache_salt)
+        return self._look_up(self._prompt(tokens, salt)) if tokens else KVLayout((), {})
 
     def layout_of(self, keys: Sequence[str], instance_id: str) -> KVLayout:
         """Return where chunks are, by their keys; `instance_id` holds some chunk of this model."""
         if keys and not self._shapes:  # a new process that looks at KV of an earlier one
             self.listed(instance_id)
         return self._look_up_keys(
-            {**shape, "chunk_hash_hex": key} for key in keys for shape in self._shapes
+            {**shape, **self._named(key)} for key in keys for shape in self._shapes
         )
 
     def listed(self, instance_id: str, tiers: Iterable[str] = TIERS) -> KVLayout:
@@ -71,17 +72,26 @@ class Directory:
 
     def _look_up(self, query):
         entries = [entry for entry in self.http.lookup(query) if self._is_ours(entry["key"])]
-        layout = read_layout(entries)
+        layout = read_layout(entries, self._key_of)
         if layout.keys and not self._shapes:
             self._shapes = list(layout.handles[layout.keys[0]])
         return layout
 
-    def _prompt(self, tokens):
-        tenant = {"model_name": self.model, "cache_salt": self.cache_salt}
+    def _prompt(self, tokens, salt):
+        tenant = {"model_name": self.model, "cache_salt": salt or self.cache_salt}
         return {**tenant, "world_size": self.world_size, "token_ids": tokens}
 
     def _is_ours(self, key):
-        return (key["model_name"], key["cache_salt"]) == (self.model, self.cache_salt)
+        ours = not self.cache_salt or key["cache_salt"] == self.cache_salt
+        return ours and key["model_name"] == self.model
+
+    def _key_of(self, key):
+        """Return the key of a chunk whose object key is given; `_named` is the way back."""
+        return chunk_key(key["chunk_hash_hex"], "" if self.cache_salt else key["cache_salt"])
+
+    def _named(self, key):
+        chunk_hash = key.partition("@")[0]
+        return {"chunk_hash_hex": chunk_hash, "cache_salt": salt_of(key) or self.cache_salt}
 
     # ---- changing ----------------------------------------------------------------
 
@@ -102,7 +112,8 @@ class Directory:
     ) -> Outcome:
         """Prefetch a prefix of a prompt into gpu; wait until the chunks of `layout` are there."""
         deadline_s = time.monotonic() + timeout_s
-        self.http.prefetch(instance_id, self._prompt(check_tokens(tokens)))
+        prompt = self._prompt(check_tokens(tokens), salt_of(layout.keys[0]))
+        self.http.prefetch(instance_id, prompt)
         for pause_s in _pauses_s():
             time.sleep(pause_s)
             layout = self.again(layout)
@@ -161,12 +172,14 @@ def _may_go(held, target):
     return held[: held.index(target)] if target in held else ()
 
 
-def read_layout(entries: Iterable[Mapping[str, Any]]) -> KVLayout:
-    """Turn directory entries of one model and tenant (one per object key) into a layout."""
+def read_layout(
+    entries: Iterable[Mapping[str, Any]], key_of: Callable[[Mapping[str, Any]], str]
+) -> KVLayout:
+    """Turn directory entries of one model (one per object key) into a layout."""
     handles: dict[str, list] = {}
     placements: dict[str, list] = {}
     for entry in entries:
-        key = entry["key"]["chunk_hash_hex"]
+        key = key_of(entry["key"])
         handles.setdefault(key, []).append(entry["key"])
         held = {(place["instance_id"], tier_of(place)) for place in entry["placements"]}
         placements.setdefault(key, []).append(held)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from caching_heuristics import TIER_CODES, TIERS
 from kvttl.lmcache.client import LMCacheError
 from kvttl.lmcache.lease import ServerLease
+from kvttl.lmcache.salts import chunk_key, kept_under, salt_of
 
 DEFAULT_INSTANCE = "lmcache_default_instance"
 
@@ -30,7 +31,7 @@ class KVLayout:
     Parameters
     ----------
     keys : tuple of str
-        Chunk keys in prefix order, shape (chunks,).
+        Chunk keys in prefix order, shape (chunks,); see `chunk_key`.
     tiers : mapping
         Instance id -> the tiers of each chunk, hottest first, shape (chunks,).
     handles : mapping
@@ -49,6 +50,11 @@ class KVLayout:
         """Return how many chunks each tier of an instance holds."""
         held = self.of(instance_id)
         return {tier: sum(tier in tiers for tiers in held) for tier in TIERS}
+
+    def under(self, salt: str) -> KVLayout:
+        """Return the layout of the chunks under one salt."""
+        salt = kept_under(salt)
+        return self.select(i for i, key in enumerate(self.keys) if salt_of(key) == salt)
 
     def select(self, indices: Iterable[int]) -> KVLayout:
         """Return the layout of some chunks only."""
@@ -94,6 +100,7 @@ class BaseController(ABC):
     """
 
     instance_id: str = DEFAULT_INSTANCE
+    cache_salt: str = ""  # of what is asked for without one
     chunk_size_tokens: int
     _tokenizer: Any = None
 
@@ -122,20 +129,21 @@ class BaseController(ABC):
         """Return the prompt's token ids, as the attached engine's `tokenizer` makes them."""
         return list(self.tokenizer.encode(prompt))
 
-    def lookup(self, tokens: Sequence[int]) -> dict[str, Any]:
+    def lookup(self, tokens: Sequence[int], cache_salt: str = "") -> dict[str, Any]:
         """Return ``{"found": bool, "<instance_id>": ["gpu", ...]}``.
 
         An instance's list names the tiers that hold **all** complete chunks of
         the prompt, hottest first; ``found`` says that every chunk is somewhere.
+        `cache_salt`: the tenant's, or a record's.
         """
-        layout = self.layout(tokens)
+        layout = self.layout(tokens, *filter(None, [cache_salt]))
         found = {
             instance: [tier for tier in TIERS if held and all(tier in tiers for tiers in held)]
             for instance, held in layout.tiers.items()
         }
         return {"found": any(held and all(held) for held in layout.tiers.values()), **found}
 
-    def note_generated(self, tokens: Sequence[int]) -> None:
+    def note_generated(self, tokens: Sequence[int], cache_salt: str = "") -> None:
         """Hear that the engine has just processed `tokens` (LMCache stores by itself)."""
 
     def check_health(self) -> None:
@@ -158,12 +166,12 @@ class BaseController(ABC):
         """Release connections."""
 
     @abstractmethod
-    def layout(self, tokens: Sequence[int]) -> KVLayout:
-        """Return where each complete chunk of `tokens` is."""
+    def layout(self, tokens: Sequence[int], cache_salt: str = "") -> KVLayout:
+        """Return where each complete chunk of `tokens` is, under a salt."""
 
     @abstractmethod
     def layout_of(self, keys: Sequence[str] | None = None) -> KVLayout:
-        """Return where chunks are, by their keys (None: all chunks of this instance)."""
+        """Return where chunks are, by their keys (None: all of this instance and all tenants)."""
 
     @abstractmethod
     def discard(self, keys: Sequence[str]) -> int:
@@ -183,6 +191,7 @@ class BaseController(ABC):
         keys: Sequence[str] | None = None,
         timeout_s: float | None = None,
         layout: KVLayout | None = None,
+        cache_salt: str = "",
     ) -> dict[str, Any]:
         """Move KV from one tier to another; a copy is deleted only when another was seen.
 
@@ -194,7 +203,7 @@ class BaseController(ABC):
         old_position, new_position : sequence of str
             ``[instance_id, tier]``.
         tokens : sequence of int, optional
-            The prompt; None = everything at the old position.
+            The prompt; None = everything at the old position that is under `cache_salt`.
         chunks : iterable of int, optional
             Move only these chunks (indices in prefix order) of `tokens`.
         keys : sequence of str, optional
@@ -203,6 +212,8 @@ class BaseController(ABC):
             How long to wait until the new copy is seen; 0 = look once.
         layout : KVLayout, optional
             Where the chunks are, as just looked up: saves this call's own look-up.
+        cache_salt : str
+            The tenant's, or a record's; empty = this controller's.
 
         Returns
         -------
@@ -222,7 +233,7 @@ class BaseController(ABC):
         target = check_position("new_position", new_position)
         if keys is not None and (tokens, chunks) != (None, None):
             raise ValueError("give keys, or tokens (and chunks), not both")
-        request = MoveRequest(*source, *target, tokens, timeout_s)
+        request = MoveRequest(*source, *target, tokens, timeout_s, cache_salt)
         outcome = self._carry_out(request, chunks, keys, layout)
         done = outcome.as_dict(self.chunk_size_tokens) | {"from": source[1], "to": target[1]}
         return {**done, "latency_s": time.perf_counter() - start_s}
@@ -257,8 +268,9 @@ class BaseController(ABC):
     def _look(self, request: MoveRequest, keys: Sequence[str] | None) -> KVLayout:
         """Return the layout of the chunks that a move is about."""
         if keys is None and request.tokens is not None:
-            return self.layout(request.tokens)
-        return self.layout_of(keys)
+            return self.layout(request.tokens, *filter(None, [request.cache_salt]))
+        layout = self.layout_of(keys)
+        return layout.under(request.cache_salt) if keys is None else layout
 
     @abstractmethod
     def _move(self, request: MoveRequest, layout: KVLayout, due: Sequence[int]) -> Outcome:
@@ -272,9 +284,9 @@ class InProcessController(BaseController):
     backends: Mapping[str, Any]  # tier -> what knows whether a key is in it
     _known: Iterable[str]  # keys of all chunks
 
-    def layout(self, tokens: Sequence[int]) -> KVLayout:
-        """Return where each complete chunk of `tokens` is."""
-        return self.layout_of([key for key, _ in self._chunks(tokens)])
+    def layout(self, tokens: Sequence[int], cache_salt: str = "") -> KVLayout:
+        """Return where each complete chunk of `tokens` is, under a salt."""
+        return self.layout_of([key for key, _ in self._chunks(tokens, cache_salt)])
 
     def layout_of(self, keys: Sequence[str] | None = None) -> KVLayout:
         """Return where chunks are, by their keys (None: all)."""
@@ -295,14 +307,15 @@ class InProcessController(BaseController):
     def _held(self, key):
         return tuple(tier for tier in TIERS if key in self.backends[tier])
 
-    def _chunks(self, tokens):
+    def _chunks(self, tokens, cache_salt=""):
         """Return the complete chunks as (key, packed tokens); keys chain the prefix's hash."""
+        salt = kept_under(cache_salt)
         tokens, size, chunks = check_tokens(tokens), self.chunk_size_tokens, []
         key = hashlib.sha256(self.model.encode()).hexdigest()
         for start in range(0, len(tokens) - size + 1, size):
             packed = array("q", tokens[start : start + size]).tobytes()
             key = hashlib.sha256(key.encode() + packed).hexdigest()
-            chunks.append((key, packed))
+            chunks.append((chunk_key(key, salt), packed))
         return chunks
 
     def _keep_from(self, target, source, keys):
@@ -322,6 +335,7 @@ class MoveRequest(NamedTuple):
     target: str
     tokens: Sequence[int] | None
     timeout_s: float | None
+    cache_salt: str = ""
 
 
 @dataclass

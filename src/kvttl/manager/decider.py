@@ -23,9 +23,10 @@ from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheError
 from kvttl.lmcache.layout import BaseController
 from kvttl.lmcache.lease import AlreadyManaged
+from kvttl.lmcache.requests import salt_of_answer
 from kvttl.manager.claims import ClaimLedger
 from kvttl.manager.draft import Draft, Wish
-from kvttl.manager.generation import Generation, compact, prompt_digest
+from kvttl.manager.generation import Generation, compact, prompt_digest, tokens_of
 from kvttl.manager.metadata import PromptHistory, RequestMetadata
 from kvttl.manager.motion import Motion
 from kvttl.manager.placement import KVPlacement
@@ -129,21 +130,31 @@ class Decider:
         return lambda: now_s
 
     def submit(
-        self, prompt: Any, output: Any, metadata: Any, generate_s: float, now: Callable[[], float]
+        self,
+        prompt: Any,
+        output: Any,
+        metadata: Any,
+        generate_s: float,
+        now: Callable[[], float],
+        cache_salt: str | None = None,
     ) -> Future[DecisionRecord]:
         """Decide, now or soon, and return the future record; never raises, never fails.
 
         `now` is of the moment when the engine had answered, after `generate_s` seconds. An
         exception in the place of the output is the reason why nothing is decided.
+        `cache_salt` is what the KV is under; None = as the prompt and the answer say.
         """
         job = _Job(Draft(time.time(), generate_s))
         job.future.set_running_or_notify_cancel()  # from here on nobody can cancel it
         try:
             if isinstance(output, Exception):
                 raise output
-            job.made = self._facts(prompt, output, metadata)
+            if cache_salt is None:
+                cache_salt = salt_of_answer(prompt, output)
+            job.draft.cache_salt = cache_salt
+            job.made = self._facts(prompt, output, metadata, cache_salt)
             job.draft.prompt, job.draft.prompt_tokens = job.made.prompt, len(job.made.tokens)
-            job.draft.prompt_digest = prompt_digest(job.made.tokens)
+            job.draft.prompt_digest = prompt_digest(job.made.tokens, cache_salt)
             job.draft.time_s = now()
             with self._lock:
                 self._open[job] = job.draft.time_s
@@ -155,14 +166,18 @@ class Decider:
             self._finish(job, f"{type(error).__name__}: {error}")
         return job.future
 
-    def _facts(self, prompt, output, metadata):
-        tokens = getattr(output, "prompt_token_ids", None) or self.controller.tokenize(prompt)
+    def _facts(self, prompt, output, metadata, cache_salt):
+        tokens = getattr(output, "prompt_token_ids", None)
+        tokens = tokens or tokens_of(prompt, self.controller.tokenize)
+        if isinstance(prompt, Mapping):
+            prompt = prompt.get("prompt")
         return Generation(
             compact(tokens),
             getattr(output, "num_cached_tokens", None) or 0,
             self.measured.of_answer(output),
             dict(metadata) if isinstance(metadata, dict) else metadata,  # it may be used again
             prompt if self.keep_prompts and isinstance(prompt, str) else None,
+            cache_salt,
         )
 
     def metadata_of(
@@ -175,7 +190,8 @@ class Decider:
                 if self.measured.history is None:
                     self.measured.history = history
         tokens = made.tokens.tolist()
-        return self.measured.complete(made.metadata, tokens, made.perplexity, now_s)
+        facts = (made.metadata, tokens, made.perplexity, now_s)
+        return self.measured.complete(*facts, *filter(None, [made.cache_salt]))
 
     def sweep(self, now_s: float | None = None) -> list[DecisionRecord]:
         """Take expired claims down the ladder now; returns a record for each."""
@@ -255,7 +271,8 @@ class Decider:
         draft = job.draft
         if job.made is not None and not draft.claimed:
             wish = Wish("gpu", draft.time_s, self.policy.base_ttl)
-            self.settler.claim_later(draft.prompt_digest, job.made.tokens, wish)
+            owner, tokens = draft.prompt_digest, job.made.tokens
+            self.settler.claim_later(owner, tokens, wish, draft.cache_salt)
         with self._lock:
             self._open.pop(job, None)
         job.future.set_result(self.records.keep(draft.record(kind, error)))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from kvttl.decisions.record import DecisionRecord
+from kvttl.lmcache.salts import salt_of
 
 
 class Wish(NamedTuple):
@@ -41,7 +42,8 @@ class Draft(SimpleNamespace):
     claimed = False  # made, or waiting for LMCache; the one field that no record has
 
     def __init__(self, time_s: float, generate_s: float = 0.0) -> None:
-        super().__init__(time_s=time_s, generate_s=generate_s, prompt_digest="", moves=[])
+        known = {"prompt_digest": "", "moves": [], "cache_salt": ""}
+        super().__init__(time_s=time_s, generate_s=generate_s, **known)
 
     @property
     def wish(self) -> Wish:
@@ -57,6 +59,6 @@ class Draft(SimpleNamespace):
 
 def claim_record(owner: str, keys: tuple[str, ...], wish: Wish) -> DecisionRecord:
     """Return the record that is written ahead: a claim from which a restart can go on."""
-    chunks = {"chunks": len(keys), "chunk_keys": keys}
+    chunks = {"chunks": len(keys), "chunk_keys": keys, "cache_salt": salt_of("".join(keys[:1]))}
     wanted = {"wanted_tier": wish.tier, "ttl_s": wish.ttl_s}
     return DecisionRecord(wish.accessed_s, owner, kind="claim", **chunks, **wanted)

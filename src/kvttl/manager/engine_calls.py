@@ -68,16 +68,22 @@ class EngineCalls:
         with _making:
             self._lock = _locks.setdefault(self._engine, threading.Lock())
 
-    def generate(self, prompts: Any, sampling_params: Any) -> tuple[Sequence[Any], float]:
+    def generate(
+        self, prompts: Any, sampling_params: Any, **options: Any
+    ) -> tuple[Sequence[Any], float]:
         """Return vLLM's outputs in the order of the prompts, and the seconds they took.
+
+        `options` are further arguments of vLLM's ``generate``.
 
         Raises
         ------
         EngineDied
-            The engine's process has ended; nothing else of what vLLM raises is changed.
+            The engine's process has ended.
+        ValueError
+            An adapter cannot be loaded. Nothing else of what vLLM raises is changed.
         """
         given_up, answer = threading.Event(), Future()
-        job = (prompts, sampling_params, given_up, answer)
+        job = (prompts, sampling_params, options, given_up, answer)
         try:
             self._start(job)
             while not wait(
@@ -98,23 +104,35 @@ class EngineCalls:
         except RuntimeError:  # no more threads: an answer matters more than an interrupt
             self._serve(*job)
 
-    def _serve(self, prompts, sampling_params, given_up, answer):
+    def _serve(self, prompts, sampling_params, options, given_up, answer):
         try:
             with self._lock:
                 self._abort_unfinished("somebody else's interrupted call has left")
                 start_s = time.perf_counter()
                 try:
-                    outputs = self._outputs(prompts, sampling_params, given_up)
+                    self._load(options.get("lora_request"))
+                    outputs = self._outputs(prompts, sampling_params, options, given_up)
                 finally:
                     self._abort_unfinished("an interrupted call has left")
                 answer.set_result((outputs, time.perf_counter() - start_s))
         except BaseException as error:
             answer.set_exception(error)
 
-    def _outputs(self, prompts, sampling_params, given_up):
+    def _load(self, lora_requests):
+        """Load adapters now: at its first request one that cannot be loaded ends the engine."""
+        several = isinstance(lora_requests, (list, tuple))
+        for lora in filter(None, lora_requests if several else [lora_requests]):
+            try:
+                self._engine.add_lora(lora)
+            except Exception as error:  # vLLM raises a plain Exception, whatever it was
+                if type(error).__name__ == "EngineDeadError":
+                    raise
+                raise ValueError(f"lora_request {lora.lora_name!r}: {error}") from error
+
+    def _outputs(self, prompts, sampling_params, options, given_up):
         if not getattr(self._llm.generate, "__module__", "").startswith("vllm."):
-            return self._llm.generate(prompts, sampling_params, **self._options)  # a wrapper's
-        sent = self._llm.enqueue(prompts, sampling_params, use_tqdm=False)
+            return self._llm.generate(prompts, sampling_params, **self._options, **options)
+        sent = self._llm.enqueue(prompts, sampling_params, use_tqdm=False, **options)
         names = [each.partition("-")[0] for each in sent]  # vLLM appends a random part
         answers: dict[str, Any] = {}
         while not (given_up.is_set() or answers.keys() >= set(names)):

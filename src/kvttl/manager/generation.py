@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -52,6 +52,8 @@ class Generation(NamedTuple):
         As the caller gave it.
     prompt : str or None
         Its text, where records are to show it.
+    cache_salt : str
+        What its KV is kept under.
     """
 
     tokens: array
@@ -59,6 +61,7 @@ class Generation(NamedTuple):
     perplexity: float | None
     metadata: Any
     prompt: str | None
+    cache_salt: str = ""
 
     @property
     def size_bytes(self) -> int:
@@ -91,23 +94,26 @@ class Engine:
         self._max_logprobs = math.inf if most < 0 else most  # -1 = no limit
 
     def generate(
-        self, prompts: Any, sampling_params: Any, logprobs: int
+        self, prompts: Any, sampling_params: Any, logprobs: int, **options: Any
     ) -> tuple[Sequence[Any], float]:
-        """Return the outputs and the seconds they took, with `logprobs` a token if it can."""
+        """Return the outputs and the seconds they took, with `logprobs` a token if it can.
+
+        `options` are further arguments of the engine's ``generate``.
+        """
         if self._is_async:
             raise TypeError("an asynchronous engine: generate with it, then manage(prompt, output)")
         generate = self._calls.generate if self._calls else self._call_stand_in
-        outputs, seconds = generate(prompts, self.asking(sampling_params, logprobs))
+        outputs, seconds = generate(prompts, self.asking(sampling_params, logprobs), **options)
         outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
         expected = 1 if is_one_prompt(prompts) else len(prompts)
         if len(outputs) != expected:  # whose answers these are cannot be known
             raise RuntimeError(f"the engine gave {len(outputs)} answers to {expected} prompts")
         return outputs, seconds
 
-    def _call_stand_in(self, prompts, sampling_params):
+    def _call_stand_in(self, prompts, sampling_params, **options):
         with self._calling:
             start_s = time.perf_counter()
-            outputs = self._llm.generate(prompts, sampling_params, **self._options)
+            outputs = self._llm.generate(prompts, sampling_params, **self._options, **options)
             return outputs, time.perf_counter() - start_s
 
     def asking(self, sampling_params: Any, logprobs: int) -> Any:
@@ -139,10 +145,24 @@ def metadata_of_each(prompts: Sequence[Any], metadata: Any) -> Sequence[Mapping 
     ValueError
         Not as many metadata as prompts.
     """
-    each = metadata if isinstance(metadata, (list, tuple)) else [metadata] * len(prompts)
+    return one_each("metadata", metadata, prompts)
+
+
+def one_each(name: str, value: Any, prompts: Sequence[Any]) -> Sequence[Any]:
+    """Return one value a prompt, of one for all or one each; raises as `metadata_of_each`."""
+    each = value if isinstance(value, (list, tuple)) else [value] * len(prompts)
     if len(each) != len(prompts):
-        raise ValueError(f"metadata must have {len(prompts)} items (one a prompt), got {len(each)}")
+        raise ValueError(f"{name} must have {len(prompts)} items (one a prompt), got {len(each)}")
     return each
+
+
+def tokens_of(prompt: Any, tokenize: Callable[[str], Sequence[int]]) -> Sequence[int]:
+    """Return a prompt's token ids where the answer has none; an embedding's are 0, as in vLLM."""
+    fields = prompt if isinstance(prompt, Mapping) else {}
+    if fields.get("prompt_embeds") is not None:
+        return [0] * fields["prompt_embeds"].shape[-2]
+    prompt = fields.get("prompt_token_ids") or fields.get("prompt", prompt)
+    return tokenize(prompt) if isinstance(prompt, str) else prompt
 
 
 def text_of(output: Any) -> str:
@@ -164,12 +184,13 @@ def compact(tokens: Iterable[int]) -> array:
         return array("q", tokens)
 
 
-def prompt_digest(tokens: Sequence[int]) -> str:
-    """Name a prompt by its tokens without showing them: 16 hexadecimal digits.
+def prompt_digest(tokens: Sequence[int], cache_salt: str = "") -> str:
+    """Name a prompt by its tokens and salt without showing them: 16 hexadecimal digits.
 
     Examples
     --------
     >>> prompt_digest([1, 2, 3])
     'e2e2033ae7e19d68'
     """
-    return hashlib.sha256(array("q", tokens).tobytes()).hexdigest()[:16]
+    salt = hashlib.sha256(cache_salt.encode()).digest() if cache_salt else b""
+    return hashlib.sha256(salt + array("q", tokens).tobytes()).hexdigest()[:16]

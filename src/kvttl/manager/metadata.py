@@ -97,12 +97,13 @@ class PromptHistory:
     def __len__(self) -> int:
         return len(self._patterns)
 
-    def observe(self, tokens: Sequence[int], now_s: float) -> Observation:
+    def observe(self, tokens: Sequence[int], now_s: float, cache_salt: str = "") -> Observation:
         """Count an access, at `now_s` seconds, of each complete-chunk prefix of the token ids.
 
-        A clock that goes backwards gives a gap of 0.
+        A clock that goes backwards gives a gap of 0. What is under another salt is another
+        tenant's: neither counts for the other.
         """
-        keys = self._pattern_keys(tokens)
+        keys = self._pattern_keys(tokens, cache_salt)
         # Within these, squared gaps stay far from the largest float.
         now_s = check_number("now_s", now_s, -1e100, 1e100)
         if not keys:
@@ -123,11 +124,12 @@ class PromptHistory:
             if key in self._patterns:
                 self._patterns[key].perplexity = value
 
-    def _pattern_keys(self, tokens):
+    def _pattern_keys(self, tokens, cache_salt):
         """Return the 64-bit keys of the prefixes of 1, 2, ... complete chunks."""
         data = memoryview(_as_int64(tokens)).cast("B")
         step = 8 * self.chunk_size_tokens  # bytes
-        hasher = hashlib.blake2b(digest_size=8)
+        salt = hashlib.sha256(cache_salt.encode()).digest() if cache_salt else b""
+        hasher = hashlib.blake2b(digest_size=8, key=salt)
         keys = []
         for end in range(step, len(data) + 1, step):
             hasher.update(data[end - step : end])
@@ -281,6 +283,7 @@ class RequestMetadata:
         tokens: Sequence[int],
         perplexity: float | None,
         now_s: float,
+        cache_salt: str = "",
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Count the access; return the metadata, and by heuristic field where it is from.
 
@@ -292,7 +295,7 @@ class RequestMetadata:
         ValueError
             As `check_metadata` of `given`; the access is counted all the same.
         """
-        seen = self.history.observe(tokens, now_s)
+        seen = self.history.observe(tokens, now_s, cache_salt)
         metadata = check_metadata(given)
         sources = dict.fromkeys(METADATA_FIELDS, "caller")
         for name in METADATA_FIELDS:

@@ -8,7 +8,7 @@ from kvttl.lmcache.layout import by_hottest, has_nothing_colder, hits_by_tier, r
 from kvttl.manager.draft import Draft, claim_record
 from kvttl.manager.generation import compact
 from kvttl.manager.motion import Motion
-from kvttl.manager.settling import Settler, Unsettled
+from kvttl.manager.settling import Settler, Unsettled, under
 
 
 class KVPlacement:
@@ -39,9 +39,10 @@ class KVPlacement:
         """
         with self._motion.watch() as others:
             try:
-                layout = self._controller.layout(tokens)
+                layout = self._controller.layout(tokens, **under(draft.cache_salt))
             except Exception:
-                self._settler.claim_later(draft.prompt_digest, tokens, draft.wish)
+                owner, salt = draft.prompt_digest, draft.cache_salt
+                self._settler.claim_later(owner, tokens, draft.wish, salt)
                 draft.claimed = True
                 raise
             self._place(draft, tokens, layout, cached_tokens, others)

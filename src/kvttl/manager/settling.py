@@ -5,6 +5,7 @@ No thread and no clock of its own. How it keeps clear of decisions: see `motion`
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import time
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from kvttl.decisions.record import DecisionRecord
 from kvttl.lmcache.client import LMCacheUnavailable
 from kvttl.lmcache.layout import by_hottest, has_nothing_colder, is_above, reachable
+from kvttl.lmcache.salts import salt_of
 from kvttl.manager.claims import ClaimLedger
 from kvttl.manager.draft import Wish, claim_record
 from kvttl.manager.generation import compact
@@ -45,11 +47,21 @@ class Unsettled(NamedTuple):
     tokens: array | None = None  # where it is late or hot: LMCache names and prefetches by prompt
     tries: int = 0
     not_before_s: float = 0.0
+    cache_salt: str = ""  # of a late one; else its chunks' keys say it
 
     @property
     def size_bytes(self):
         tokens = 0 if self.tokens is None else self.tokens.itemsize * len(self.tokens)
-        return _KEY_BYTES * len(self.chunks) + tokens
+        return sum(_KEY_BYTES + len(salt_of(key)) for key in self.chunks) + tokens
+
+    @property
+    def salt(self):
+        return salt_of(self.chunks[0]) if self.chunks else self.cache_salt
+
+
+def under(cache_salt: str) -> dict[str, str]:
+    """Return the argument that names a salt; a controller that knows none is not asked for one."""
+    return {"cache_salt": cache_salt} if cache_salt else {}
 
 
 class Settler:
@@ -208,7 +220,8 @@ class Settler:
         doubtful.update(promoted)  # a copy may still come
         try:
             for source, chunks in ways.items():
-                self._motion.move(source, "gpu", tokens=item.tokens.tolist(), chunks=chunks)
+                what = {"tokens": item.tokens.tolist(), "chunks": chunks, **under(item.salt)}
+                self._motion.move(source, "gpu", **what)
         finally:
             self._motion.end(mine, promoted)
         return dict.fromkeys(left, ("gpu", _OTHER_MOVE))
@@ -231,13 +244,15 @@ class Settler:
 
     # ---- claims that wait -----------------------------------------------------------
 
-    def claim_later(self, owner: str, tokens: Sequence[int], wish: Wish) -> None:
+    def claim_later(
+        self, owner: str, tokens: Sequence[int], wish: Wish, cache_salt: str = ""
+    ) -> None:
         """Let a sweep make a claim, unless one of a later access waits already."""
         tokens = tokens if isinstance(tokens, array) else compact(tokens)
         with self._motion.lock:
             waiting = self._late.get(owner)
             if waiting is None or waiting.wish.accessed_s < wish.accessed_s:
-                late = Unsettled(owner, wish, tokens=tokens)
+                late = Unsettled(owner, wish, tokens=tokens, cache_salt=cache_salt)
                 self.has_unclaimed |= self._late.put(owner, late) > 0
 
     def _claim_late(self, now_s):
@@ -247,7 +262,8 @@ class Settler:
         for late in batch:
             try:
                 with self._motion.watch() as others:
-                    keys = self._controller.layout(late.tokens.tolist()).keys
+                    tokens, salt = late.tokens.tolist(), under(late.cache_salt)
+                    keys = self._controller.layout(tokens, **salt).keys
                     with self._motion.lock:
                         self.ledger.claim(late.owner, keys, *late.wish)
                         contested = not others.isdisjoint(keys)
@@ -300,8 +316,10 @@ class Settler:
             for (key, tiers), tier in zip(held.items(), wanted):
                 if tiers and tier is None and key not in claimed and key not in others:
                     wish = Wish(tiers[0], now_s, ttl_s)
-                    self.ledger.claim(key[:16], (key,), *wish)
-                    adopted.append(claim_record(key[:16], (key,), wish))
+                    # Equal tokens of two tenants have equal hashes, and two owners.
+                    hashed = hashlib.sha256(key.encode()).hexdigest() if salt_of(key) else key
+                    self.ledger.claim(hashed[:16], (key,), *wish)
+                    adopted.append(claim_record(hashed[:16], (key,), wish))
         for record in adopted:
             self.write_ahead(record)
         return len(adopted)
@@ -331,6 +349,7 @@ def _record_of(item, before, after, now_s, **made):
     """Return the record of what became of one claim of a sweep."""
     kind = "expiry" if item.ended_in else "settled"
     wanted = {"wanted_tier": item.wish.tier, "ttl_s": item.wish.ttl_s, "from_tier": item.ended_in}
+    wanted["cache_salt"] = item.salt
     for name, held in (("tier_before", before), ("tier_after", after)):
         made[name] = by_hottest(held.get(key, ()) for key in item.chunks)
     return DecisionRecord(now_s, item.owner, kind=kind, chunks=len(item.chunks), **wanted, **made)

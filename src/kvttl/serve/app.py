@@ -12,15 +12,12 @@ from typing import Any
 from caching_heuristics import TIERS, check_metadata
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheError
+from kvttl.lmcache.requests import check_fields
 from kvttl.serve.engine import KV_METADATA
 from kvttl.serve.vllm_parts import vllm_parts
 from tiered_caching import MultiTierCache
 
 BODY_LIMIT = 4 * 2**20  # bytes: some million tokens
-_REFUSED = {  # a field of the body -> why it is refused
-    "use_beam_search": "every step of every beam would be a generation",
-    "kv_transfer_params": "the manager decides which KV cache is kept",
-}
 
 
 async def openai_app(engine: Any, arguments: Any, body_limit: int = BODY_LIMIT) -> Any:
@@ -121,9 +118,7 @@ def _with_kv(create):
 
     async def create_managed(request, raw_request=None):
         try:
-            for name, reason in _REFUSED.items():
-                if getattr(request, name, None):
-                    raise ValueError(f"{name} is not possible: {reason}")
+            check_fields(request)
             metadata = kv_of(request)
         except ValueError as error:
             return vllm_parts().create_error_response(str(error), param="kv")

@@ -49,26 +49,14 @@ class ManagedEngine:
         ValueError
             For what would end the engine, or leave KV cache that nobody can manage.
         """
-        self._check(prompt, sampling_params)
+        prompt, salt = self._cache.admit(prompt, sampling_params, **options)
         metadata = KV_METADATA.get()
         if "perplexity" not in (metadata or ()):  # else there is nothing left to measure
             sampling_params = self._cache.measurable(sampling_params)
         outputs = self.unmanaged.generate(prompt, sampling_params, request_id, **options)
-        return self._managed(outputs, prompt, sampling_params, metadata)
+        return self._managed(outputs, prompt, sampling_params, metadata, salt)
 
-    def _check(self, prompt, sampling_params):
-        if getattr(sampling_params, "prompt_logprobs", None) is not None:
-            raise ValueError(
-                "prompt_logprobs (echo with logprobs asks for them too) are not possible: "
-                "prompt tokens that come from LMCache have none, and that ends the engine"
-            )
-        salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
-        if salt is not None and salt != getattr(self._cache.controller, "cache_salt", salt):
-            raise ValueError(
-                "cache_salt is not possible: KV cache under a request's own salt is not managed"
-            )
-
-    async def _managed(self, outputs, prompt, sampling_params, metadata):
+    async def _managed(self, outputs, prompt, sampling_params, metadata, salt):
         start_s = time.perf_counter()
         answer = _Answer(prompt, sampling_params)
         vllm, refused = vllm_parts(), False
@@ -83,7 +71,7 @@ class ManagedEngine:
         finally:
             if not refused:
                 seconds = time.perf_counter() - start_s
-                self._cache.manage(answer.prompt, answer, metadata, seconds)
+                self._cache.manage(prompt, answer, metadata, seconds, salt)
 
 
 class _Answer:
@@ -91,7 +79,6 @@ class _Answer:
 
     def __init__(self, prompt, sampling_params):
         known = prompt if isinstance(prompt, Mapping) else {}
-        self.prompt = known.get("prompt", prompt)
         self.prompt_token_ids = known.get("prompt_token_ids")
         self.num_cached_tokens = None
         self.outputs = [SimpleNamespace(logprobs=[])]

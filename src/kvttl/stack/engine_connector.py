@@ -1,4 +1,4 @@
-"""LMCache's connector for vLLM, with which no aborted request ends the engine.
+"""LMCache's connector for vLLM: no aborted request ends the engine, no other's KV is shared.
 
 vLLM loads it by name: ``KVTransferConfig(kv_connector="LMCacheMPConnector",
 kv_connector_module_path="kvttl.stack.engine_connector", ...)``, as
@@ -11,17 +11,26 @@ also for one that is aborted while it loads: the engine ends at the second repor
 46240, LMCache issue 4938), and where LMCache copies by itself (GPU) the blocks may be free for
 others before the load has ended. Here such a request waits for the report of its load alone,
 and the report of a store waits for the request's last store.
+
+LMCache keys KV by token ids, model and ``cache_salt`` (vLLM issue 44250). Here a LoRA adapter,
+embeddings and images are part of the salt, also of requests that no manager has seen.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any
+from uuid import uuid4
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import lmcache_mp_connector
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from kvttl.stack.engine_watch import watch_owner
+from kvttl.lmcache.salts import adapter_content, kept_under
+from kvttl.stack.cpu_lora import spare_tokens_without_adapter
+
+logger = logging.getLogger(__name__)
 
 
 class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
@@ -33,15 +42,43 @@ class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
         This vLLM or LMCache works in another way than the ones it was written for.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, vllm_config: Any, *args: Any, **options: Any) -> None:
         _check_versions()
         watch_owner()
-        super().__init__(*args, **options)
+        if vllm_config.lora_config is not None:
+            spare_tokens_without_adapter()
+        super().__init__(vllm_config, *args, **options)
         self._loading: set[str] = set()  # scheduler: a load was ordered and not yet reported
         self._aborted_loads: set[str] = set()  # scheduler: finished meanwhile; for the workers
+        self._adapters: dict[int, Any] = {}  # scheduler: an adapter's number -> its content
         self._finished: set[str] = set()  # worker: finished, while a store is under way
 
     # ---- in the scheduler's process -----------------------------------------
+
+    def _get_or_create_request_tracker(self, request):
+        """Return LMCache's notes on a request, under a salt of all that its KV depends on."""
+        tracker = super()._get_or_create_request_tracker(request)
+        if not hasattr(tracker, "has_salt"):
+            tracker.cache_salt, tracker.has_salt = self._salt_of(request), True
+            tracker.mm_adjusted_prompt_ids = []  # LMCache's own way for images: the salt has them
+        return tracker
+
+    def _salt_of(self, request):
+        """Return the manager's salt; of a request that it has not seen, one made here."""
+        images = [feature.identifier for feature in request.mm_features]
+        content = {"images": images or None, "prompt_embeds": request.prompt_embeds}
+        content["prompt_is_token_ids"] = request.prompt_is_token_ids
+        try:
+            if (lora := request.lora_request) is not None:
+                content["adapter"] = weights = adapter_content(lora)
+                loaded = weights if lora.load_inplace else self._adapters.get(lora.adapter_id)
+                self._adapters[lora.adapter_id] = loaded or weights
+                if loaded not in (None, weights):
+                    raise ValueError("the engine has other weights under this adapter's number")
+            return kept_under(request.cache_salt, **content)
+        except Exception:  # nothing may end the engine; this request's KV is not shared
+            logger.exception("no salt for request %s", request.request_id)
+            return kept_under(None, request=uuid4().hex)
 
     def update_state_after_alloc(self, request, blocks, num_external_tokens: int) -> None:
         """Note a request whose KV cache vLLM will wait for."""
@@ -85,7 +122,8 @@ class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
 
 def _check_versions() -> None:
     """Refuse a vLLM or LMCache that would not call, or not heed, the methods above."""
-    hooks = [name for name in vars(LMCacheMPConnector) if not name.startswith("_")]
+    own = ("__", "_abc", "_salt_of")
+    hooks = [name for name in vars(LMCacheMPConnector) if not name.startswith(own)]
     base = lmcache_mp_connector.LMCacheMPConnector
     missing = [name for name in hooks if not hasattr(base, name)]
     if "delay_free_blocks" not in inspect.signature(Scheduler._free_request).parameters:
