@@ -235,7 +235,7 @@ def test_another_protocols_answer_is_no_coordinator(redis_url):
 def test_another_lmcache_is_refused_with_both_versions(monkeypatch):
     monkeypatch.setattr(child, "version", lambda _name: "0.6.0")
     with pytest.raises(RuntimeError, match=r"LMCache 0\.5\.6, but 0\.6\.0 is installed.*lmcache=="):
-        child.install_redis_adapter()
+        child.install_adapters(own_redis_client=True)
 
 
 def test_the_private_parts_of_lmcache_that_this_kit_uses_are_there():
