@@ -19,14 +19,15 @@ from lmcache.v1.distributed.l2_adapters.fs_l2_adapter import FSL2Adapter, FSL2Ad
 from waiting import LIMIT_S, wait_until
 
 from cache_controller import LMCacheController
+from caching_heuristics import TIERS
+from kvttl.lmcache.client import LMCacheHTTP
 from kvttl.lmcache.tiers import ChunkKey, parse_key
 from kvttl.stack.disk_adapter import DiskAdapter
+from kvttl.stack.reconcile import redis_contents
 from kvttl.stack.redis_adapter import RedisClient, RedisL2Adapter
 from kvttl.storage.checksum import CHECKSUM_BYTES
-from tiered_caching import MultiTierCache
 
 SIZE_BYTES = 40_000
-TIERS = {"disk": 35.0, "remote": 80.0}  # and a perplexity that the heuristics send there
 
 
 def flipped(data, _other):
@@ -187,7 +188,7 @@ def disk_tier(folder):
     return Tier(DiskAdapter(FSL2AdapterConfig(str(folder))), DiskPlace(folder))
 
 
-@pytest.fixture(params=TIERS)
+@pytest.fixture(params=["disk", "remote"])
 def tier(request, tmp_path, redis_url):
     if request.param == "disk":
         one = disk_tier(tmp_path)
@@ -260,6 +261,24 @@ def test_lmcaches_own_adapter_serves_what_is_damaged(tmp_path, contents):
         tier.adapter.close()
 
 
+def test_lmcaches_own_client_is_not_given_values_with_checksums(redis_url, contents, monkeypatch):
+    """It would take what stands behind a value for its next answer: see test_production_redis."""
+    client = redis.Redis.from_url(redis_url)
+    tier = Tier(RedisL2Adapter(RedisClient(client, workers=2)), RedisPlace(redis_url))
+    tier.store(contents)
+    plain = f"org/model@01000100@0@{'ab' * 32}"
+    client.set(plain, b"x" * SIZE_BYTES)
+    monkeypatch.setenv("KV_REDIS_URL", redis_url)
+    ours = set(map(chunk_of, contents))
+    assert ours < redis_contents("", 0).keys()
+    monkeypatch.setenv("KV_REDIS_CLIENT", "lmcache")
+    found = redis_contents("", 0)
+    assert parse_key(plain) in found and ours.isdisjoint(found)
+    assert ours.isdisjoint(tier.place.copies())
+    client.delete(plain)
+    tier.adapter.close()
+
+
 # ---- files in particular ---------------------------------------------------------------------
 
 
@@ -319,78 +338,83 @@ def test_what_is_no_file_is_a_miss_and_holds_nothing_up(tmp_path, contents, what
 # ---- the real stack --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def cache(stack, llm):
-    controller = LMCacheController(stack.host, stack.port, instance_id=stack.instance_id)
-    manager = MultiTierCache(controller, llm, notify=None)
-    yield manager
-    manager.close()
-
-
-@pytest.fixture(params=TIERS)
-def place(request, stack, redis_url):
+@pytest.fixture(params=["disk", "remote"])
+def tier_and_place(request, stack, redis_url):
     """A tier's name and where it stores."""
-    one = DiskPlace(stack.config.disk_path) if request.param == "disk" else RedisPlace(redis_url)
-    return request.param, one
+    disk = request.param == "disk"
+    return request.param, DiskPlace(stack.config.disk_path) if disk else RedisPlace(redis_url)
 
 
-def serve(llm, greedy, texts):
-    """Generate all in one batch without a decision: each text, and the tokens not computed."""
-    outputs = llm.generate(texts, greedy, use_tqdm=False)
-    return [one.outputs[0].text for one in outputs], [one.num_cached_tokens for one in outputs]
+class Deployment:
+    """The shared engine and stack, as somebody sees them who only generates."""
+
+    def __init__(self, stack, llm, sampling):
+        self._stack, self._llm, self._sampling = stack, llm, sampling
+        self.http = LMCacheHTTP(stack.coordinator_url, read_timeout_s=LIMIT_S)
+        self.controller = LMCacheController(stack.host, stack.port, instance_id=stack.instance_id)
+        self.controller.attach_engine(llm)
+
+    def serve(self, texts):
+        """Generate all in one batch: each answer, and the tokens that were not computed."""
+        outputs = self._llm.generate(texts, self._sampling, use_tqdm=False)
+        return [one.outputs[0].text for one in outputs], [one.num_cached_tokens for one in outputs]
+
+    def layouts(self, texts):
+        return [self.controller.layout(self.controller.tokenize(text)) for text in texts]
+
+    def keys(self, texts):
+        """Return LMCache's keys of each text's chunks."""
+        layouts = self.layouts(texts)
+        return [[key for name in one.keys for key in one.handles[name]] for one in layouts]
+
+    def held(self, texts):
+        """Return the combinations of tiers in which the directory shows any of their chunks."""
+        name = self._stack.instance_id
+        return {tiers for one in self.layouts(texts) for tiers in one.of(name)}
+
+    def keep_only(self, tier, texts):
+        """Wait until all tiers have all, then delete it from all others."""
+        wait_until(lambda: self.held(texts) == {TIERS})
+        others = [one for one in TIERS if one != tier]
+        keys = [key for of_text in self.keys(texts) for key in of_text]
+        wait_until(lambda: self.http.delete(self._stack.instance_id, others, keys) == 0)
+        wait_until(lambda: self.held(texts) == {(tier,)})
+
+    def damaged_copies(self):
+        """Return how many the server has counted, by its /status."""
+        url = f"{self._stack.config.server_http_url}/status"
+        adapters = requests.get(url, timeout=LIMIT_S).json()["storage_manager"]["l2_adapters"]
+        return sum(adapter["damaged_copies"] for adapter in adapters)
+
+    def close(self):
+        self.http.close()
+        self.controller.close()
 
 
-def chunks_of(cache, texts):
-    """Return each text's chunks, and the tiers that the directory shows of each."""
-    layouts = [cache.controller.layout(cache.controller.tokenize(text)) for text in texts]
-    return [
-        ([ChunkKey(**key) for name in one.keys for key in one.handles[name]],
-         one.of(cache.controller.instance_id))
-        for one in layouts
-    ]  # fmt: skip
+@pytest.fixture
+def deployment(stack, llm, greedy):
+    one = Deployment(stack, llm, greedy)
+    yield one
+    one.close()
 
 
-def only_in(cache, tier, texts):
-    wait_until(lambda: {t for _, tiers in chunks_of(cache, texts) for t in tiers} == {(tier,)})
-
-
-def status_of(stack):
-    """Return the damaged copies that the server has counted, by its /status."""
-    url = f"http://{stack.config.host}:{stack.config.server_http_port}/status"
-    status = requests.get(url, timeout=30).json()
-    return sum(adapter["damaged_copies"] for adapter in status["storage_manager"]["l2_adapters"])
-
-
-def test_a_damaged_copy_is_computed_once_and_stored_again(
-    place, cache, stack, llm, greedy, fresh_text
-):
-    tier, there = place
-    by_damage = {how: fresh_text() for how in DAMAGE}
-    texts = list(by_damage.values())
-    decision = {"perplexity": TIERS[tier], "time_variance": 0.0}
-    answers = [cache.generate_and_manage(text, greedy, decision) for text in texts]
-    only_in(cache, tier, texts)
-    whole = [len(keys) * 32 for keys, _ in chunks_of(cache, texts)]
-    assert serve(llm, greedy, texts) == (answers, whole)
-    only_in(cache, tier, texts)
-    counted = status_of(stack)
+def test_a_damaged_copy_is_computed_once_and_stored_again(tier_and_place, deployment, fresh_text):
+    tier, place = tier_and_place
+    texts = [fresh_text() for _ in DAMAGE]
+    answers, _ = deployment.serve(texts)
+    deployment.keep_only(tier, texts)
+    whole = [32 * len(keys) for keys in deployment.keys(texts)]
+    assert deployment.serve(texts) == (answers, whole)
+    counted = deployment.damaged_copies()
 
     damaged = {}
-    for (keys, _), how in zip(chunks_of(cache, texts), DAMAGE.values()):
-        damaged |= damage(there, keys[1:], how)  # all but the first
-    assert serve(llm, greedy, texts) == (answers, [32] * len(texts))
-    assert status_of(stack) == counted + len(damaged)
-    wait_until(
-        lambda: (
-            {tier, "gpu"}
-            <= set.intersection(
-                *(set(tiers) for _, held in chunks_of(cache, texts) for tiers in held)
-            )
-        )
-    )  # stored again
-    assert not [name for name, data in damaged.items() if there.read(name) == data]
+    for keys, how in zip(deployment.keys(texts), DAMAGE.values()):
+        chunks = [ChunkKey(**key) for key in keys[1:]]  # the first one stays good
+        damaged |= damage(place, chunks, how)
+    assert deployment.serve(texts) == (answers, [32] * len(texts))
+    assert deployment.damaged_copies() == counted + len(damaged)
 
-    again = [cache.generate_and_manage(text, greedy, decision) for text in texts]
-    only_in(cache, tier, texts)
-    assert (again, serve(llm, greedy, texts)) == (answers, (answers, whole))
-    assert status_of(stack) == counted + len(damaged)
+    deployment.keep_only(tier, texts)  # all is there again, in the other tiers, too
+    assert [name for name, data in damaged.items() if place.read(name) == data] == []
+    assert deployment.serve(texts) == (answers, whole)
+    assert deployment.damaged_copies() == counted + len(damaged)

@@ -26,5 +26,5 @@ def checksum(name: str, payload: Any) -> bytes:
 
 
 def has_checksum(end: bytes) -> bool:
-    """Say whether a copy that ends in `end` was written with a checksum, right or wrong."""
-    return end[-CHECKSUM_BYTES:].startswith(_MARK)
+    """Say whether a copy whose last `CHECKSUM_BYTES` are `end` has a checksum, right or wrong."""
+    return end.startswith(_MARK)
