@@ -73,11 +73,12 @@ def install_adapters(own_redis_client: bool) -> None:
             f"this kit's adapters replace parts of LMCache {LMCACHE_VERSION}, but {installed} "
             f"is installed: install lmcache=={LMCACHE_VERSION}, or set redis_client: lmcache"
         )
-    from kvttl.stack import disk_adapter, redis_adapter
+    from kvttl.stack.disk_adapter import install_disk_adapter
+    from kvttl.stack.redis_adapter import install_redis_adapter
 
-    disk_adapter.install()
+    install_disk_adapter()
     if own_redis_client:
-        redis_adapter.install()
+        install_redis_adapter()
 
 
 def _drop_env_route() -> None:

@@ -4,7 +4,7 @@ The adapter of LMCache 0.5.6 serves whatever a file holds: flipped bytes or anot
 become a **wrong text**, also where a file is too long. A file that is too short is neither served
 nor written again, and the directory shows for ever what somebody has deleted. Here such a copy is
 deleted, and the directory told, before the load is reported as failed: vLLM computes the chunk
-anew and LMCache stores it. `install` puts this adapter in the other one's place.
+anew and LMCache stores it. `install_disk_adapter` puts this adapter in the other one's place.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class _WithChecksum:
         return b"".join((payload, checksum(self._name, payload)))
 
 
-def install() -> None:
+def install_disk_adapter() -> None:
     """Let LMCache's servers in this process use `DiskAdapter` where they ask for `fs`."""
     factory.ensure_adapter_loaded("fs")
     factory._L2_ADAPTER_FACTORY_REGISTRY["fs"] = lambda config, _l1=None: DiskAdapter(config)

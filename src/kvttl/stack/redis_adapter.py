@@ -5,7 +5,7 @@ error (Redis full, read-only, cluster redirect) all later answers on that connec
 earlier questions, so a chunk can be served with **another chunk's bytes**; a chunk that was
 evicted since it was looked up, and a Redis that hangs, block a connection, and generations
 with it, for good; and it never connects again. This one uses redis-py: TLS, time limits,
-reconnecting. `install` puts it in the other one's place; LMCache sees no difference.
+reconnecting. `install_redis_adapter` puts it in the other one's place; LMCache sees no difference.
 """
 
 from __future__ import annotations
@@ -289,7 +289,7 @@ def _key_of(name):
     return ObjectKey(bytes.fromhex(chunk), model, rank, group, salt)
 
 
-def install() -> None:
+def install_redis_adapter() -> None:
     """Let LMCache's servers in this process use `RedisL2Adapter` where they ask for `resp`."""
     factory.ensure_adapter_loaded("resp")
     factory._L2_ADAPTER_FACTORY_REGISTRY["resp"] = _create
