@@ -240,7 +240,7 @@ def test_a_batch_that_does_not_fit_is_an_error_and_what_was_written_is_whole(bat
     new = {f"n{number}": 2 for number in range(60)}
     assert not batches.put(**new)
     there = server.admin.keys("n*")
-    assert 0 < len(there) < 60 and {server.admin.strlen(key) for key in there} == {SIZE}
+    assert 0 < len(there) < 60 and set(batches.client.sizes(there)) == {SIZE}
     assert doubtful == list(new) and batches.get("old") == 1
     server.unlimited()
     assert batches.put(**new) and server.admin.dbsize() == 61
@@ -253,6 +253,18 @@ def test_a_replica_refuses_writes_and_serves_reads(batches, server):
     assert batches.get("k") == 1
     server.admin.execute_command("REPLICAOF", "NO", "ONE")
     assert batches.put(new=2) and batches.get("new") == 2
+
+
+def test_a_damaged_value_in_a_replica_is_a_miss_until_it_can_be_deleted(batches, server):
+    assert batches.put(good=1, bad=2)
+    server.admin.setrange("bad", 100, b"?")
+    server.admin.execute_command("REPLICAOF", "127.0.0.1", str(free_port()))
+    buffers = [bytearray(SIZE), bytearray(SIZE)]
+    batches.client.submit_batch_get(["good", "bad"], list(map(memoryview, buffers)))
+    assert batches._answer()[1:] == (True, "", [True, False])
+    server.admin.execute_command("REPLICAOF", "NO", "ONE")
+    assert batches.exists("good", "bad") == [True, True]
+    assert batches.get("bad") is False and batches.exists("good", "bad") == [True, False]
 
 
 def test_a_hung_redis_costs_one_time_out_and_is_found_again(batches, server):

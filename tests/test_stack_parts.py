@@ -18,6 +18,7 @@ import yaml
 from kvttl.lmcache.client import get_json
 from kvttl.lmcache.tiers import ChunkKey, parse_key
 from kvttl.stack import child, reconcile
+from kvttl.stack.disk_adapter import DiskAdapter
 from kvttl.stack.lifecycle import StackConfig, StackError, load_config
 from kvttl.stack.process import Child, load_state, save_state, spawn
 from kvttl.stack.services import SERVICES, arguments_of, child_env, pick_ports
@@ -235,17 +236,33 @@ def test_another_protocols_answer_is_no_coordinator(redis_url):
 def test_another_lmcache_is_refused_with_both_versions(monkeypatch):
     monkeypatch.setattr(child, "version", lambda _name: "0.6.0")
     with pytest.raises(RuntimeError, match=r"LMCache 0\.5\.6, but 0\.6\.0 is installed.*lmcache=="):
-        child.install_redis_adapter()
+        child.install_adapters(own_redis_client=True)
+
+
+def test_with_another_lmcache_and_its_own_redis_client_the_log_says_what_is_lost(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(child, "version", lambda _name: "0.6.0")
+    child.install_adapters(own_redis_client=False)
+    assert capsys.readouterr().out == "damaged files are not found with LMCache 0.6.0\n"
 
 
 def test_the_private_parts_of_lmcache_that_this_kit_uses_are_there():
     from lmcache.v1.distributed.api import ObjectKey
-    from lmcache.v1.distributed.l2_adapters import factory, native_connector_l2_adapter
+    from lmcache.v1.distributed.l2_adapters import (
+        factory,
+        fs_l2_adapter,
+        native_connector_l2_adapter,
+    )
     from lmcache.v1.internal_api_server.common import env_api
 
     assert version("lmcache") == child.LMCACHE_VERSION
-    factory.ensure_adapter_loaded("resp")
-    assert "resp" in factory._L2_ADAPTER_FACTORY_REGISTRY
+    for name in ("resp", "fs"):
+        factory.ensure_adapter_loaded(name)
+        assert name in factory._L2_ADAPTER_FACTORY_REGISTRY
+    overridden = {name for name in vars(DiskAdapter) if not name.startswith("__")}
+    for name in overridden - {"_read_all", "_read", "_delete_damaged", "_report_gone"}:
+        assert hasattr(fs_l2_adapter.FSL2Adapter, name), name
     adapter = native_connector_l2_adapter.NativeConnectorL2Adapter
     assert callable(adapter._notify_keys_stored) and callable(adapter._notify_keys_deleted)
     source = inspect.getsource(adapter)

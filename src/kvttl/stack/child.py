@@ -12,7 +12,7 @@ import threading
 import time
 from importlib.metadata import version
 
-LMCACHE_VERSION = "0.5.6"  # whose private parts `redis_adapter` and `_drop_env_route` use
+LMCACHE_VERSION = "0.5.6"  # whose private parts the adapters and `_drop_env_route` use
 WATCH_INTERVAL_S = 0.5  # a dead owner is noticed within this time
 WATCH_GRACE_S = 4.0  # after that an orphan that ignores SIGTERM is killed
 
@@ -49,8 +49,7 @@ def _run_lmcache(arguments: list[str]) -> None:
         from kvttl.stack.reconcile import reconcile_for
         from kvttl.stack.tier_watch import watch_tiers
 
-        if os.environ.get("KV_REDIS_CLIENT") != "lmcache":
-            install_redis_adapter()
+        install_adapters(own_redis_client=os.environ.get("KV_REDIS_CLIENT") != "lmcache")
         _drop_env_route()
         watch_tiers(arguments)
         reconcile_for(arguments)
@@ -58,22 +57,28 @@ def _run_lmcache(arguments: list[str]) -> None:
     main(arguments)
 
 
-def install_redis_adapter() -> None:
-    """Put this kit's Redis client in the place of LMCache's own.
+def install_adapters(own_redis_client: bool) -> None:
+    """Put this kit's adapters for disk and Redis, which check what they load, in LMCache's place.
 
     Raises
     ------
     RuntimeError
-        Another LMCache is installed than the one whose internals the adapter knows.
+        Another LMCache is installed than the one whose internals the adapters know.
     """
     if (installed := version("lmcache")) != LMCACHE_VERSION:
+        if not own_redis_client:
+            print(f"damaged files are not found with LMCache {installed}", flush=True)
+            return
         raise RuntimeError(
-            f"this kit's Redis client replaces parts of LMCache {LMCACHE_VERSION}, but {installed} "
+            f"this kit's adapters replace parts of LMCache {LMCACHE_VERSION}, but {installed} "
             f"is installed: install lmcache=={LMCACHE_VERSION}, or set redis_client: lmcache"
         )
-    from kvttl.stack.redis_adapter import install
+    from kvttl.stack.disk_adapter import install_disk_adapter
+    from kvttl.stack.redis_adapter import install_redis_adapter
 
-    install()
+    install_disk_adapter()
+    if own_redis_client:
+        install_redis_adapter()
 
 
 def _drop_env_route() -> None:

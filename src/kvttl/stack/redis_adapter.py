@@ -5,7 +5,7 @@ error (Redis full, read-only, cluster redirect) all later answers on that connec
 earlier questions, so a chunk can be served with **another chunk's bytes**; a chunk that was
 evicted since it was looked up, and a Redis that hangs, block a connection, and generations
 with it, for good; and it never connects again. This one uses redis-py: TLS, time limits,
-reconnecting. `install` puts it in the other one's place; LMCache sees no difference.
+reconnecting. `install_redis_adapter` puts it in the other one's place; LMCache sees no difference.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from lmcache.v1.distributed.l2_adapters import factory, native_connector_l2_adap
 from kvttl.background import Repeater
 from kvttl.lmcache.client import CircuitBreaker
 from kvttl.lmcache.tiers import pages, parse_key
+from kvttl.stack.disk_adapter import CountsDamage
 from kvttl.stack.reconcile import chunk_names, sizes_of
+from kvttl.storage.checksum import CHECKSUM_BYTES, checksum
 from kvttl.storage.redis_client import connect_as_server
 
 _object_key_to_string = native_connector_l2_adapter._object_key_to_string
@@ -61,6 +63,7 @@ class RedisClient:
         self._ids = itertools.count(1)
         self.on_absent: Callable[[list[str]], None] = lambda _keys: None
         self.on_doubt: Callable[[list[str]], None] = lambda _keys: None
+        self.on_damaged: Callable[[list[str]], None] = lambda _keys: None
         self.is_known: Callable[[str], bool] = lambda _key: True  # a guess; it saves commands
 
     def event_fd(self) -> int:
@@ -68,7 +71,7 @@ class RedisClient:
         return self._event_fd
 
     def submit_batch_get(self, keys: Sequence[str], views: Sequence[memoryview]) -> int:
-        """Fill each view with its key's value; a key that is absent or of another size is False."""
+        """Fill each view with its key's value; one that is absent or damaged is False, and gone."""
         return self._submit(self._get, list(keys), list(views))
 
     def submit_batch_set(self, keys: Sequence[str], views: Sequence[memoryview]) -> int:
@@ -103,7 +106,7 @@ class RedisClient:
 
     def sizes(self, keys: Sequence[str]) -> list[int]:
         """Return each key's bytes, now, 0 where there is none; raises where Redis fails."""
-        return sizes_of(self._redis, keys)
+        return [max(0, size - CHECKSUM_BYTES) for size in sizes_of(self._redis, keys)]
 
     def close(self) -> None:
         """End the threads, close the connections."""
@@ -139,15 +142,25 @@ class RedisClient:
 
     def _get(self, keys, views):
         values = (value for part in pages(keys, _TILE_KEYS) for value in self._redis.mget(part))
-        return list(map(_fill, views, values))
+        found = list(map(_fill, keys, views, values))
+        if not all(found):
+            self._drop([key for key, good in zip(keys, found) if good is False])
+            self.on_absent([key for key, good in zip(keys, found) if not good])
+        return list(map(bool, found))
+
+    def _drop(self, damaged):
+        try:
+            self.delete(damaged)
+            self.on_damaged(damaged)
+        except redis.ResponseError as error:  # such as a replica's; the others are good
+            print(f"redis: damaged copies cannot be deleted: {error}", flush=True)
 
     def _set(self, keys, views):
         try:
             for part in pages(list(zip(keys, views)), _TILE_KEYS):
                 with self._redis.pipeline(transaction=False) as pipe:
                     for key, view in part:
-                        # A view of bytes: redis-py sends it as it is, without a copy.
-                        pipe.set(key, np.frombuffer(view, np.uint8).data)
+                        pipe.set(key, b"".join((view, checksum(key, view))))
                     pipe.execute()
         except redis.RedisError:
             self.on_doubt(keys)
@@ -169,16 +182,18 @@ class RedisClient:
         return [key for key, size in zip(keys, self.sizes(keys)) if size]
 
 
-def _fill(view, value):
-    """Copy a value into its buffer; False where it does not fit exactly."""
-    buffer = np.frombuffer(view, np.uint8)
-    if value is None or len(value) != len(buffer):
+def _fill(key, view, value):
+    """Copy a value into its buffer: True, or False if it is damaged; None: it is absent."""
+    if value is None:
+        return None
+    payload = memoryview(value)[:-CHECKSUM_BYTES]
+    if len(payload) != len(view) or value[-CHECKSUM_BYTES:] != checksum(key, payload):
         return False
-    buffer[:] = np.frombuffer(value, np.uint8)
+    np.frombuffer(view, np.uint8)[:] = np.frombuffer(payload, np.uint8)
     return True
 
 
-class RedisL2Adapter(native_connector_l2_adapter.NativeConnectorL2Adapter):
+class RedisL2Adapter(CountsDamage, native_connector_l2_adapter.NativeConnectorL2Adapter):
     """LMCache's adapter over `RedisClient`; also tells the directory of chunks that are gone.
 
     LMCache's own reports the deletion of what it has stored in this life of the server, if it
@@ -201,6 +216,7 @@ class RedisL2Adapter(native_connector_l2_adapter.NativeConnectorL2Adapter):
         self._present: dict[str, Any] = {}  # name in Redis -> LMCache's key
         self._doubtful: dict[str, int] = {}  # names of failed stores -> looks that are left
         client.on_absent, client.on_doubt = self._report_absent, self._doubt
+        client.on_damaged = lambda names: self._count_damaged("remote", list(map(_key_of, names)))
         client.is_known = self._present.__contains__
         self._verifier = Repeater(self.verify, verify_every_s)
         self._verifier.start()
@@ -273,7 +289,7 @@ def _key_of(name):
     return ObjectKey(bytes.fromhex(chunk), model, rank, group, salt)
 
 
-def install() -> None:
+def install_redis_adapter() -> None:
     """Let LMCache's servers in this process use `RedisL2Adapter` where they ask for `resp`."""
     factory.ensure_adapter_loaded("resp")
     factory._L2_ADAPTER_FACTORY_REGISTRY["resp"] = _create

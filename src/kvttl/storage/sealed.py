@@ -178,7 +178,7 @@ class SealedFolder:
 
     def _open(self, name: bytes) -> Record | None:
         try:
-            with open(self._path / name.hex(), "rb", opener=_open_plain) as file:
+            with open(self._path / name.hex(), "rb", opener=open_plain) as file:
                 return self._signer.open(name, file.read())
         except FileNotFoundError:
             return None
@@ -222,14 +222,15 @@ class SealedFolder:
             if not os.path.lexists(path):
                 with self._staged(secrets.token_bytes(SECRET_BYTES)) as temp:
                     os.replace(temp, path)
-            with open(path, "rb", opener=_open_plain) as file:
+            with open(path, "rb", opener=open_plain) as file:
                 info, secret = os.fstat(file.fileno()), file.read(SECRET_BYTES + 1)
         if info.st_uid != os.geteuid() or info.st_mode & 0o077 or len(secret) != SECRET_BYTES:
             raise PermissionError(f"{path} must hold {SECRET_BYTES} bytes, be yours and mode 0600")
         return secret
 
 
-def _open_plain(path: str, flags: int) -> int:
+def open_plain(path: str, flags: int) -> int:
+    """Open a file for `open(..., opener=)`: no link, and no waiting pipe."""
     # Follows no link, and does not wait for a writer where someone has put a pipe.
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
