@@ -42,7 +42,7 @@ HOSTILE = {
     **{"axes.prop_cycle": cycler(color=["white"]), "xtick.labelsize": 1, "svg.fonttype": "none"},
     **{"axes.formatter.use_locale": True, "legend.facecolor": "black", "pdf.fonttype": 3},
 }
-STYLES = ["dark_background", "ggplot", "Solarize_Light2", HOSTILE]
+STYLES = ["dark_background", "Solarize_Light2", HOSTILE]
 
 
 @cache
@@ -72,9 +72,9 @@ def pictures(folder):
     }
     found = {}
     for name, figure in made.items():
-        figure.savefig(folder / "saved.png", dpi=40)
-        found[name, "saved"] = (folder / "saved.png").read_bytes()
         found[name, "shown"] = print_figure(figure)
+    made["ttl_curves"].savefig(folder / "saved.png")
+    found["ttl_curves", "saved"] = (folder / "saved.png").read_bytes()
     explorer = Explorer(RECORDS, config, data_folder=folder)
     found["Explorer", "first"] = explorer.image.value
     explorer.update(alpha=0.7, base_ttl=1e6)
