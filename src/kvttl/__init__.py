@@ -6,12 +6,74 @@
 
 import contextlib
 import os
+import re
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 PROJECT = Path(__file__).resolve().parents[2]  # the checkout: `data/` and `config.yaml` lie there
+
+_SAMPLE = "sample_decisions.jsonl"  # in git, so it marks a checkout
+_RESERVED = re.compile(r"(CON|PRN|AUX|NUL|CON(IN|OUT)\$|(COM|LPT)[0-9¹²³]) *(\..*)?", re.I | re.S)
+_JOINERS = "\u200c\u200d"  # which some alphabets and emoji need
+
+
+def data_folder() -> Path:
+    """Return the ``data/`` of the checkout that we stand in, or in a folder of; else the kit's."""
+    folders = (Path("data"), Path("..", "data"))
+    return next((f for f in folders if (f / _SAMPLE).is_file()), PROJECT / "data")
+
+
+def user_path(path: str | Path) -> Path:
+    """Return a path that a person gave, with ``~`` as their home.
+
+    Raises
+    ------
+    ValueError
+        ``~name`` of a user that this machine does not have.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"the path {str(path)!r} names a user without a home here") from error
+
+
+def plain_name(name: str, what: str) -> str:
+    """Return a file's or folder's name, in any alphabet (NFC), that every system can open.
+
+    Raises
+    ------
+    ValueError
+        Says of `what` is named, and what is allowed.
+
+    Examples
+    --------
+    >>> plain_name("Übung 实验1", "the run")
+    'Übung 实验1'
+    >>> plain_name("nul.txt", "the run")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    ValueError: the run's name must be letters, ... and other than CON, NUL ... got 'nul.txt'
+    """
+    name = unicodedata.normalize("NFC", name)
+    ends = name.startswith((".", "-")) or name.endswith(".") or not name.strip() == name > ""
+    too_long = len(name) > 80 or len(name.encode(errors="replace")) > 240
+    if ends or too_long or _RESERVED.fullmatch(name) or any(map(_is_no_letter, name)):
+        raise ValueError(
+            f"{what}'s name must be letters, digits and signs of any alphabet but "
+            '/ \\ : * ? " < > | and invisible ones, with no dot, hyphen or space before and no '
+            "dot or space behind them, 80 characters and 240 bytes at most, and other than "
+            f"CON, NUL and what else Windows reserves, got {name!r}"
+        )
+    return name
+
+
+def _is_no_letter(sign):
+    """Say whether a character separates folders, is not for names on Windows, or is unseen."""
+    unseen = unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+    return sign in '/\\:*?"<>|' or (unseen and sign not in _JOINERS)
 
 
 @contextlib.contextmanager
@@ -20,7 +82,7 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
 
     An error inside the block leaves what was there before.
     """
-    path = Path(path)
+    path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:

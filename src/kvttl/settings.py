@@ -10,18 +10,24 @@ from typing import Any
 import yaml
 
 from caching_heuristics import SETTINGS, HeuristicConfig, unknown_name
-from kvttl import parse_yaml, whole_file
+from kvttl import PROJECT, parse_yaml, user_path, whole_file
 
 FILE_NAME = "heuristics.yaml"
 PATH_VARIABLE = "KV_HEURISTICS_FILE"
 
 
 def default_path() -> Path:
-    """Return where the settings lie: ``KV_HEURISTICS_FILE``, else in ``data/`` here or one up."""
+    """Return where the settings lie: ``KV_HEURISTICS_FILE``, else in a ``data/``.
+
+    That of this folder, of the one above it, or the kit's: the first that has the file, or is
+    there to get it.
+    """
     if named := os.environ.get(PATH_VARIABLE):
-        return Path(named)
-    folders = (Path("data"), Path("..", "data"))
-    return next((f for f in folders if f.is_dir()), folders[0]) / FILE_NAME
+        return user_path(named)
+    folders = (Path("data"), Path("..", "data"), PROJECT / "data")
+    files = [folder / FILE_NAME for folder in folders]
+    there = [file for file in files if file.is_file()] or [f for f in files if f.parent.is_dir()]
+    return next(iter(there), files[0])
 
 
 def load_settings(path: str | Path | None = None) -> HeuristicConfig:
@@ -42,7 +48,7 @@ def load_settings(path: str | Path | None = None) -> HeuristicConfig:
     >>> load_settings("no/such/file.yaml") == HeuristicConfig()
     True
     """
-    path = default_path() if path is None else Path(path)
+    path = default_path() if path is None else user_path(path)
     try:
         values = parse_yaml(path)
         if not isinstance(values, (dict, type(None))):  # None: an empty file
@@ -85,7 +91,7 @@ def save_settings(config: HeuristicConfig, path: str | Path | None = None) -> Pa
     ...     load_settings(path) == HeuristicConfig(alpha=0.5)
     True
     """
-    path = default_path() if path is None else Path(path)
+    path = default_path() if path is None else user_path(path)
     with whole_file(path) as file:
         file.write(to_yaml(config).encode())
     return path

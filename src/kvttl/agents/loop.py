@@ -22,7 +22,7 @@ from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.agents.langchain import ManagedChatModel
 from kvttl.decisions.log import DecisionRecord
 from kvttl.manager.clock import ends_on_the_way
-from kvttl.plots.panels import TIER_COLOURS, open_axes, tier_keys
+from kvttl.plots.panels import TIER_COLOURS, open_axes, own_style, tier_keys
 from kvttl.session.launch import session_manager
 from kvttl.session.texts import CODE_PROMPT, PROSE_PROMPT, house_rules, random_characters
 
@@ -200,6 +200,7 @@ def _group(agents, tickets, _turns):
     return _ROLE if len(set(tickets)) > 1 else f"{tickets[0]}: {agents[0]}"
 
 
+@own_style()
 def plot_chunks(run: LoopRun) -> Figure:
     """Draw where each chunk of KV cache was over time: a row a chunk, in its tier's colour.
 

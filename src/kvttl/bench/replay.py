@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from caching_heuristics import HeuristicConfig
+from kvttl import user_path
 from kvttl.bench.figures import machine, publish
 from kvttl.replay.baselines import BaselineFile
 from kvttl.replay.engine import replay, replay_without_capacity
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--largest", type=int, default=_GROWTH[-1], help="accesses")
-    parser.add_argument("--report", type=Path, default=REPORT)
+    parser.add_argument("--report", type=user_path, default=REPORT)
     options = parser.parse_args(argv)
     about, trace = machine("numba", "libcachesim"), bench_trace()
     figures = engines(trace, options.repeats)

@@ -18,6 +18,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from caching_heuristics import HeuristicConfig
+from kvttl import user_path
 from kvttl.bench import contenders
 from kvttl.bench.contenders import CONTENDERS, KIT, MAIN_SHARE, TUNED, Runner
 from kvttl.bench.figures import machine, rounded_figures
@@ -164,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the benchmark, write the reports, print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="config.yaml")
-    parser.add_argument("--out", type=Path, default=REPORTS)
+    parser.add_argument("--out", type=user_path, default=REPORTS)
     parser.add_argument("--quick", action="store_true", help="one seed, few requests")
     parser.add_argument("--seeds", type=int, default=5, help="at least 5 for the intervals")
     options = parser.parse_args(argv)

@@ -17,10 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from caching_heuristics import HeuristicConfig
+from kvttl import user_path
 from kvttl.bench.contenders import CONTENDERS, KIT, LMCACHE, MAIN_SHARE, ORDER, TUNED
 from kvttl.bench.figures import write_json
 from kvttl.bench.truth import KEYS, replay_truth
 from kvttl.bench.workloads import Workload
+from kvttl.plots.panels import OwnFigure, own_style
 from kvttl.replay.costs import TierCosts
 from kvttl.settings import save_settings
 
@@ -201,13 +203,14 @@ def headline(result: BenchResult) -> dict[str, Any]:
 # ---- figure ----------------------------------------------------------------------
 
 
+@own_style()
 def picture(seeds: pd.DataFrame) -> Figure:
     """Draw TTFT against the memory held in the hot tier; further down and left is better."""
     rows = summary(seeds)
     panels = sorted(rows.groupby(["workload", "hot_share"]), key=lambda panel: panel[0])
     lines = -(-len(panels) // _COLUMNS)
     columns = min(len(panels), _COLUMNS)
-    figure = Figure((3.7 * columns + 0.6, 3.0 * lines + 0.8), layout="constrained")
+    figure = OwnFigure((3.7 * columns + 0.6, 3.0 * lines + 0.8), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, ((workload, share), part) in zip(grid, panels):
         _panel(axes, part)
@@ -287,5 +290,5 @@ def read_report(folder: str | Path = "data/reports") -> tuple[pd.DataFrame, dict
     FileNotFoundError
         Nothing was run or committed there.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     return pd.read_csv(folder / RUNS), json.loads((folder / FIGURES).read_text())

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from caching_heuristics import METADATA_FIELDS, TIERS
+from kvttl import user_path
 from kvttl.background import check_whole
 from kvttl.decisions.record import KINDS, SOURCES, DecisionRecord, parse_record
 
@@ -68,7 +69,7 @@ class DecisionLog(contextlib.AbstractContextManager):
         keep_files: int | None = None,
         prompts: bool = False,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = user_path(folder)
         self._max_bytes = check_whole("max_bytes", max_bytes)
         self._keep_files = None if keep_files is None else check_whole("keep_files", keep_files)
         self._prompts = prompts
@@ -182,7 +183,7 @@ def _write_line(fd, line):
 def write_records(path: str | Path, records: Iterable[DecisionRecord]) -> int:
     """Append records to a JSON-lines file, on lines of their own; returns how many."""
     count = 0
-    with open(path, "a+b", buffering=0) as file:
+    with open(user_path(path), "a+b", buffering=0) as file:
         file.seek(max(file.tell() - 1, 0))
         if file.read(1) not in (b"", b"\n"):  # a writer before us died in mid-line
             _write_line(file.fileno(), b"\n")
@@ -207,7 +208,7 @@ def read_records(
         If the file cannot be read; of a folder's files such a one is reported only.
     """
     records = each_record(path, kinds)
-    return iter(sorted(records, key=attrgetter("time_s"))) if Path(path).is_dir() else records
+    return iter(sorted(records, key=attrgetter("time_s"))) if user_path(path).is_dir() else records
 
 
 def each_record(path: str | Path, kinds: Iterable[str] | None) -> Iterator[DecisionRecord]:
@@ -215,7 +216,7 @@ def each_record(path: str | Path, kinds: Iterable[str] | None) -> Iterator[Decis
     kinds = frozenset(KINDS if kinds is None else kinds)
     if not kinds <= set(KINDS):
         raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {sorted(kinds)}")
-    path = Path(path)
+    path = user_path(path)
     return _read_folder(path, kinds) if path.is_dir() else _read_file(path, kinds)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
+from kvttl import user_path
 from kvttl.decisions.log import DecisionRecord, read_records, write_records
 from kvttl.settings import FILE_NAME as SETTINGS_FILE
 from kvttl.settings import load_settings
@@ -141,15 +142,16 @@ def latest_log(data_folder: str | Path = "data") -> Path:
     'sample_decisions.jsonl'
     """
     newest = {}  # folder -> when it was last written to
-    for log in Path(data_folder).glob("runs/*/*.jsonl"):
+    for log in user_path(data_folder).glob("runs/*/*.jsonl"):
         newest[log.parent] = max(log.stat().st_mtime, newest.get(log.parent, 0.0))
     runs = sorted(newest, key=lambda folder: (newest[folder], folder.name), reverse=True)
-    return next(filter(_has_decisions, runs), Path(data_folder, FILE_NAME))
+    return next(filter(_has_decisions, runs), user_path(data_folder) / FILE_NAME)
 
 
 def settings_of(log: str | Path) -> HeuristicConfig:
     """Return the settings that a run was made with: those in its folder, else the defaults."""
-    return load_settings(Path(log) / SETTINGS_FILE) if Path(log).is_dir() else HeuristicConfig()
+    log = user_path(log)
+    return load_settings(log / SETTINGS_FILE) if log.is_dir() else HeuristicConfig()
 
 
 def _has_decisions(folder):
@@ -161,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=18)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("data", FILE_NAME))
+    parser.add_argument("--out", type=user_path, default=Path("data", FILE_NAME))
     options = parser.parse_args(argv)
     records = sample_records(options.prompts, options.seed)
     options.out.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvttl import user_path
 from kvttl.background import JobQueue, Repeater
 from kvttl.decisions.keeper import RecordKeeper
 from kvttl.decisions.log import DecisionRecord, each_record
@@ -223,7 +224,8 @@ class Decider:
         """Make an earlier process's claims again; see `recover_claims`."""
         self.start()  # what is claimed again must end without a generation too
         if isinstance(log, (str, Path)):
-            log = each_record(log, kinds=None) if Path(log).exists() else ()  # the first start
+            is_there = user_path(log).exists()  # not at the first start
+            log = each_record(log, kinds=None) if is_there else ()
         return recover_claims(self.settler, log, self.clock(), self.policy.base_ttl)
 
     def flush(self, timeout_s: float | None = None) -> bool:

@@ -17,7 +17,16 @@ from matplotlib.ticker import LogFormatter
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.decisions.log import DecisionRecord
 from kvttl.plots import panels
-from kvttl.plots.panels import TIER_COLOURS, TierPanel, TtlPanel, duration, open_axes, tier_keys
+from kvttl.plots.panels import (
+    TIER_COLOURS,
+    OwnFigure,
+    TierPanel,
+    TtlPanel,
+    duration,
+    open_axes,
+    own_style,
+    tier_keys,
+)
 from kvttl.plots.what_if import decisions_of
 
 # (perplexity, time variance, access count) of the worked examples of the requirements.
@@ -28,6 +37,7 @@ _ROW_INCHES = 0.19
 _MAX_ROWS = 200  # of a timeline; more cannot be read on a page
 
 
+@own_style()
 def ttl_curves(
     config: HeuristicConfig,
     perplexities: Sequence[float] = panels.PERPLEXITIES,
@@ -49,18 +59,19 @@ def ttl_curves(
     >>> line.get_label(), round(float(line.get_ydata()[0]), 1)
     ('perplexity 15, variance 0.05', 3693.6)
     """
-    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
+    figure = OwnFigure(figsize=(5.5, 4.2), layout="constrained")
     TtlPanel(figure.subplots(), perplexities, access_counts, variances).update(config)
     return figure
 
 
+@own_style()
 def ttl_surface(config: HeuristicConfig, time_variance: float = 0.05) -> Figure:
     """Draw the TTL over perplexity and access count, with `PINNED_EXAMPLES` marked.
 
     Each mark says the TTL of its own example; the surface is that of
     `time_variance`.
     """
-    figure = Figure(figsize=(6.5, 4.4), layout="constrained")
+    figure = OwnFigure(figsize=(6.5, 4.4), layout="constrained")
     axes = figure.subplots()
     counts, perplexities = np.geomspace(1, 1001, 120) - 1, np.geomspace(1, 1000, 120)
     metadata = {"perplexity": perplexities[:, None], "time_variance": time_variance}
@@ -91,6 +102,7 @@ def _mark_examples(axes, config):
         axes.annotate(text, (1 + count, perplexity), place, **look)
 
 
+@own_style()
 def tier_map(
     config: HeuristicConfig, against: str = "time_variance", records: Iterable[DecisionRecord] = ()
 ) -> Figure:
@@ -110,12 +122,13 @@ def tier_map(
     ValueError
         If `against` is neither of the two.
     """
-    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
+    figure = OwnFigure(figsize=(5.5, 4.2), layout="constrained")
     TierPanel(figure.subplots(), against, decisions_of(records)).update(config)
     figure.legend(handles=tier_keys(), loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
+@own_style()
 def decision_distributions(
     records: Iterable[DecisionRecord], config: HeuristicConfig | None = None
 ) -> Figure:
@@ -158,6 +171,7 @@ def _shares(axes, found):
     axes.set(xlabel="tier", ylabel="decisions")
 
 
+@own_style()
 def plot_timeline(records: Sequence[DecisionRecord], labels: Sequence[str] | None = None) -> Figure:
     """Draw a run over time: a row per prompt, in the colour of the tier it is wanted in.
 
@@ -220,6 +234,7 @@ def _draw_rows(axes, records, rows, start_s, end_s):
     axes.scatter(x, y, 22, list(colours), "^", edgecolors="black", linewidths=0.6, zorder=4)
 
 
+@own_style()
 def plot_session(records: Sequence[DecisionRecord], labels: Sequence[str] | None = None) -> Figure:
     """Draw a session: where each prompt's chunks were served from, and are afterwards.
 

@@ -4,7 +4,6 @@ Equal figures and settings give equal bytes: no file holds a date or a random id
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -14,15 +13,15 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from caching_heuristics import HeuristicConfig
+from kvttl import plain_name, user_path
 from kvttl.decisions.log import DecisionRecord
 from kvttl.plots import decision_plots as plots
+from kvttl.plots.panels import LOOK
 
 SIDECAR = "settings.json"
 DPI = 300
 
 _TITLE = "KV cache TTL kit"
-_STYLE = {"svg.hashsalt": _TITLE, "pdf.fonttype": 42}  # TrueType: journals refuse Type 3
-_NAME = re.compile(r"[A-Za-z0-9][\w. -]{0,79}")
 
 
 def all_figures(config: HeuristicConfig, records: Iterable[DecisionRecord]) -> dict[str, Figure]:
@@ -52,7 +51,7 @@ def export_plots(
     folder : str or Path
         Of all exports; the files go to ``<folder>/<name>/``.
     name : str
-        A plain folder name; what it held under the same names is replaced.
+        A folder's name, in any alphabet; what it held under the same names is replaced.
     figures : mapping
         File name without suffix -> figure.
     config : HeuristicConfig
@@ -68,21 +67,17 @@ def export_plots(
     Raises
     ------
     ValueError
-        If `name` is not a plain folder name.
+        A name that not every system can open, or that leaves the folder.
     """
-    if not _NAME.fullmatch(name):
-        allowed = (
-            "letters, digits, spaces, dots, - or _ and start with a letter or digit (80 at most)"
-        )
-        raise ValueError(f"the export's name must be {allowed}, got {name!r}")
-    target = Path(folder, name)
+    target = user_path(folder) / plain_name(name, "the export")
+    figures = {plain_name(stem, "the figure"): figure for stem, figure in figures.items()}
     target.mkdir(parents=True, exist_ok=True)
     settings = json.dumps(config.to_dict(), sort_keys=True)
     paths = []
     for stem, figure in figures.items():
         for kind, metadata in _metadata(stem, settings).items():
             paths.append(target / f"{stem}.{kind}")
-            with matplotlib.rc_context(_STYLE):
+            with matplotlib.rc_context(LOOK):
                 figure.savefig(paths[-1], dpi=DPI, metadata=metadata)
     sidecar = {
         "settings": config.to_dict(),

@@ -2,15 +2,16 @@
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, PercentFormatter
 
 from caching_heuristics import TIERS
-from kvttl.plots.panels import TIER_COLOURS, open_axes
+from kvttl.plots.panels import TIER_COLOURS, open_axes, own_style, tier_keys
 from kvttl.replay.policies import POLICIES
 from kvttl.replay.result import ReplayResult
 from kvttl.replay.tables import mean_blocks_held
 
 
+@own_style()
 def plot_policies(table: pd.DataFrame, value: str = "token_hit_ratio") -> Figure:
     """Draw a `policy_table`: hits against capacity, a line a policy, named at its end."""
     figure, axes = open_axes(9, 5.2)
@@ -32,6 +33,7 @@ def plot_policies(table: pd.DataFrame, value: str = "token_hit_ratio") -> Figure
     return figure
 
 
+@own_style()
 def plot_trade_off(sweep: pd.DataFrame, result: ReplayResult | None = None) -> Figure:
     """Draw a `trade_off` sweep: hits against the memory that they took.
 
@@ -51,12 +53,16 @@ def plot_trade_off(sweep: pd.DataFrame, result: ReplayResult | None = None) -> F
         share = mean_blocks_held(result) / max(result.trace.unique_blocks, 1)
         axes.plot([share], [result.token_hit_ratio], "*", color="#D55E00", ms=15, label="now")
     axes.set(xscale="log", xlabel="blocks held on average, share of unique blocks")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:.3g}")
+    axes.minorticks_off()
     axes.set(ylim=(0, None), ylabel="token hit ratio")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     return figure
 
 
+@own_style()
 def plot_over_time(result: ReplayResult, step_s: float = 60.0) -> Figure:
     """Draw the share of prompt tokens that each tier served, over time."""
     frame = result.over_time(step_s)
@@ -64,10 +70,10 @@ def plot_over_time(result: ReplayResult, step_s: float = 60.0) -> Figure:
     prompts = frame["prompt_tokens"].clip(lower=1)
     shares = [frame[f"hit_tokens_{tier}"] / prompts for tier in TIERS]
     colours = [TIER_COLOURS[tier] for tier in TIERS]
-    axes.stackplot(frame.index, shares, labels=TIERS, colors=colours)
+    axes.stackplot(frame.index, shares, colors=colours)
     axes.set(xlabel="seconds", ylabel="share of prompt tokens", ylim=(0, 1))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, ncols=3, fontsize=8, loc="upper right")
+    figure.legend(handles=tier_keys(), loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from caching_heuristics import HeuristicConfig
+from kvttl import plain_name, user_path
 from kvttl.replay.baselines import BASELINES, replay_baseline
 from kvttl.replay.costs import TierCosts, result_costs
 from kvttl.replay.engine import replay, replay_without_capacity
@@ -130,7 +131,7 @@ def wide(table: pd.DataFrame, value: str = "token_hit_ratio") -> pd.DataFrame:
 
 def export(folder: str | Path, name: str, frame: pd.DataFrame, figure=None) -> list[Path]:
     """Write a table as CSV and, if given, its figure as PNG; returns the files."""
-    folder = Path(folder)
+    folder, name = user_path(folder), plain_name(name, "the export")
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.csv"]
     frame.to_csv(paths[0], index=False)

@@ -20,6 +20,7 @@ from typing import Any
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from caching_heuristics import HeuristicConfig
+from kvttl import user_path
 from kvttl.decisions.log import DecisionLog
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheError
@@ -202,8 +203,8 @@ def _options(argv):
     parser.add_argument("--redis-url", help="use this Redis instead of the embedded one")
     parser.add_argument("--attach", action="store_true", help="use what `make up` runs")
     parser.add_argument("--api-key-env", default=KEY_VARIABLE, metavar="NAME")
-    parser.add_argument("--api-key-file", type=Path, help="a file whose first line is the key")
-    parser.add_argument("--log", type=Path, help="folder of the decision log; claims in it count")
+    parser.add_argument("--api-key-file", type=user_path, help="file; its first line is the key")
+    parser.add_argument("--log", type=user_path, help="folder of decisions; claims in it count")
     parser.add_argument("--perplexity", choices=("generation", "off"), default="generation")
     parser.add_argument(
         "--server-options", type=shlex.split, default=(), help='="options of `vllm serve`"'

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
+from kvttl import user_path
 from kvttl.background import Repeater
 from kvttl.manager.clock import SessionClock
 from kvttl.session.demo_model import prompt_perplexity
@@ -38,7 +39,7 @@ _QUIET = dict.fromkeys(_LOG_LEVELS, "ERROR") | {
 
 def new_run_folder(runs: str | Path = RUNS_FOLDER) -> Path:
     """Return the folder of a run's log and picture, named by the time (not made yet)."""
-    return Path(runs) / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    return user_path(runs) / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
 
 
 @contextmanager

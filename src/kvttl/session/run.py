@@ -13,9 +13,9 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 from caching_heuristics import TIERS
+from kvttl import user_path
 from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.manager.clock import ends_on_the_way
@@ -53,7 +53,7 @@ def _options(argv):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--perplexity", choices=PERPLEXITY_SOURCES, default="prompt")
     parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics on loopback")
-    parser.add_argument("--out", type=Path, help="folder of the results (data/runs/<time>)")
+    parser.add_argument("--out", type=user_path, help="folder of the results (data/runs/<time>)")
     return parser.parse_args(argv)
 
 

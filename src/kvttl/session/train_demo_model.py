@@ -22,6 +22,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
+from kvttl import user_path
 from kvttl.session.demo_model import MAX_TOKENS, next_token_loss
 
 _PAD, EOS, BOS, _UNK, TURN, END_TURN = range(6)  # first four as in Gemma
@@ -306,7 +307,7 @@ def scaled(phases: tuple[Phase, ...], scale: float) -> tuple[Phase, ...]:
 def main() -> None:
     """Train and save; `--out`, `--seed` and `--scale` as in the options' help."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("data/demo_model"))
+    parser.add_argument("--out", type=user_path, default=Path("data/demo_model"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps")

@@ -9,13 +9,21 @@ from pathlib import Path
 import ipywidgets as widgets
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 
 from caching_heuristics import HeuristicConfig
+from kvttl import user_path
 from kvttl.decisions.log import DecisionRecord
 from kvttl.plots.export import all_figures, export_plots
-from kvttl.plots.panels import AGAINST, TierPanel, TtlPanel, legend_above, tier_keys
+from kvttl.plots.panels import (
+    AGAINST,
+    OwnFigure,
+    TierPanel,
+    TtlPanel,
+    legend_above,
+    own_style,
+    tier_keys,
+)
 from kvttl.plots.what_if import Decisions, changes, decisions_of
 from kvttl.settings import FILE_NAME, load_settings, save_settings
 from kvttl.sliders.panel import SettingsPanel, button
@@ -69,7 +77,7 @@ class Explorer(SettingsPanel):
         run_config: HeuristicConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._records, self._folder, self._source = list(records), Path(data_folder), source
+        self._records, self._folder, self._source = list(records), user_path(data_folder), source
         self.settings_path = self._folder / FILE_NAME
         super().__init__(config or load_settings(self.settings_path))
         self._first, self._run_config, self._clock = self.config, run_config, clock
@@ -212,8 +220,9 @@ class LivePicture:
     (b'PNG', False, True)
     """
 
+    @own_style()
     def __init__(self, decisions: Decisions) -> None:
-        self.figure = Figure(figsize=(12.4, 3.9), dpi=100, layout="constrained")
+        self.figure = OwnFigure(figsize=(12.4, 3.9), dpi=100, layout="constrained")
         self._canvas = FigureCanvasAgg(self.figure)
         curves, *maps = self.figure.subplots(1, 3)
         self.ttl = TtlPanel(curves)
@@ -225,6 +234,7 @@ class LivePicture:
             legend_above(panel.axes, tier_keys(), title=title, title_fontsize=8)
         self._background = None
 
+    @own_style()
     def png(self, config: HeuristicConfig) -> bytes:
         """Return the picture of these settings."""
         moved = [panel.update(config) for panel in self.panels]

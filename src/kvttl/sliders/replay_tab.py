@@ -15,7 +15,8 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from caching_heuristics import TIERS, HeuristicConfig
-from kvttl.plots.panels import TIER_COLOURS, open_axes
+from kvttl import user_path
+from kvttl.plots.panels import TIER_COLOURS, open_axes, own_style
 from kvttl.replay.costs import TierCosts, result_costs
 from kvttl.replay.engine import replay, replay_without_capacity
 from kvttl.replay.policies import POLICIES
@@ -78,6 +79,7 @@ class ReplayPicture:
         The trace; its curves of recency and optimum are replayed once.
     """
 
+    @own_style()
     def __init__(self, index: RunIndex) -> None:
         self.index = index
         self.figure, axes = open_axes(9.5, 3.8, 1, 2, width_ratios=[3, 2])
@@ -160,7 +162,7 @@ class ReplayTab(SettingsPanel):
         if not traces:
             raise ValueError("traces must name at least one trace, got none")
         super().__init__(config or HeuristicConfig())
-        self.costs, self.folder = costs, Path(folder)
+        self.costs, self.folder = costs, user_path(folder)
         self._traces, self._pictures = dict(traces), {}
         self.trace = widgets.Dropdown(options=list(traces), description="trace")
         self.perplexity = widgets.FloatSlider(30.0, min=1.0, max=100.0, description="perplexity")

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from caching_heuristics import unknown_name
-from kvttl import PROJECT, parse_yaml
+from kvttl import PROJECT, parse_yaml, user_path
 from kvttl.storage.redis_client import TLS_OPTIONS, URL_FORM, RedisLimits, checked_url
 
 # read by vLLM itself, so they cannot travel as engine arguments
@@ -219,12 +219,12 @@ def load_config(path: str | Path = "config.yaml", **overrides) -> StackConfig:
     ValueError
         No such file, an unknown key, a wrong type or a value out of range.
     """
-    file = _find_file(Path(path))
+    file = _find_file(user_path(path))
     config = StackConfig(**{**_read_section(file), **overrides})
     # A relative folder means "beside config.yaml", whatever the caller's directory is.
     base = file.parent.resolve()
-    folders = {name: str(base / getattr(config, name)) for name in ("disk_path", "run_dir")}
-    return config.replaced(**folders)
+    folders = {"disk_path": config.disk_path, "run_dir": config.run_dir}
+    return config.replaced(**{name: str(base / user_path(f)) for name, f in folders.items()})
 
 
 def _find_file(path: Path) -> Path:

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvttl import user_path
+
 logger = logging.getLogger(__name__)
 
 SECRET_BYTES = 32  # of a generated secret: HMAC-SHA256 gains nothing from more
@@ -139,7 +141,7 @@ class SealedFolder:
         tier: str,
         timer: Callable[[], float] = time.time,
     ) -> None:
-        self._path = Path(path).absolute()  # a later chdir must not split the cache
+        self._path = user_path(path).absolute()  # a later chdir must not split the cache
         self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._timer = timer
         self._signer = Signer(self._folder_secret() if secret is None else secret, tier)

@@ -12,7 +12,7 @@ import os
 import warnings
 from pathlib import Path
 
-from kvttl import PROJECT
+from kvttl import PROJECT, user_path
 from kvttl.traces.formats import FORMATS, format_of, in_folder
 from kvttl.traces.opening import head
 from kvttl.traces.source import ORDER, SESSIONS_PER_HOUR, Source, parsed
@@ -82,7 +82,7 @@ def read_trace(
     """
     options = skip_bad, progress, seed, sessions_per_hour, max_sessions, block_tokens
     source = Source(*options, time_unit, subagent_times)
-    return _read(Path(path), format, source, cache_dir)
+    return _read(user_path(path), format, source, cache_dir)
 
 
 def _read(path, format, source, cache_dir):
@@ -119,7 +119,7 @@ def _read(path, format, source, cache_dir):
 
 def detect_format(path: str | Path) -> str:
     """Return the name in `FORMATS` that fits a file or folder, from its first record."""
-    path = Path(path)
+    path = user_path(path)
     files = sorted(path.glob("*.jsonl*")) or in_folder(path, "*.json") if path.is_dir() else [path]
     for file in files:
         if name := format_of(file):
