@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -477,7 +478,8 @@ class MultiTierCache:
 
         Notes
         -----
-        A call that is interrupted leaves nothing in the engine: what is under way is aborted.
+        A call that is interrupted leaves nothing in the engine: what is under way is aborted, and
+        its KV cache claimed for ``base_ttl``.
         A record's ``generate_s`` is the call's time divided by its prompts. Sequences
         beyond a prompt's first one need no KV cache of their own: the prompt's is placed.
         """
@@ -489,17 +491,20 @@ class MultiTierCache:
             return []
         self._decider.start()
         logprobs = self._measured.logprobs_wanted
-        try:  # step 1
+        left, managed = deque(zip(prompts, each)), []
+        try:
+            # Step 1:
             outputs, generate_s = self._ready_engine().generate(asked, sampling_params, logprobs)
-        except EngineDied as error:
-            for prompt, given in zip(prompts, each):
-                self._decider.submit(prompt, error, given, 0.0, self._decider.now())
+            share_s, now = generate_s / len(prompts), self._decider.now()
+            for output in outputs:
+                decision = self._decider.submit(left[0][0], output, left.popleft()[1], share_s, now)
+                managed.append(ManagedOutput(output, decision))
+        except BaseException as error:
+            if isinstance(error, (EngineDied, TimeoutError)) or not isinstance(error, Exception):
+                for prompt, given in left:  # what was computed by then may be in LMCache
+                    self._decider.submit(prompt, error, given, 0.0, self._decider.now())
             raise
-        share_s, now = generate_s / len(prompts), self._decider.now()
-        return [
-            ManagedOutput(output, self._decider.submit(prompt, output, given, share_s, now))
-            for prompt, output, given in zip(prompts, outputs, each)
-        ]
+        return managed
 
     def generate_and_manage_batch(
         self,

@@ -134,20 +134,22 @@ class Decider:
         job = _Job(Draft(time.time(), generate_s))
         job.future.set_running_or_notify_cancel()  # from here on nobody can cancel it
         try:
-            if isinstance(output, Exception):
-                raise output
             job.made = self._facts(prompt, output, metadata)
             job.draft.prompt, job.draft.prompt_tokens = job.made.prompt, len(job.made.tokens)
             job.draft.prompt_digest = prompt_digest(job.made.tokens)
             job.draft.time_s = now()
             with self._lock:
                 self._open[job] = job.draft.time_s
+            if isinstance(output, BaseException):
+                raise output
             if self._jobs is None:
                 self._run(job)
             elif not self._jobs.put(job):
                 raise RuntimeError("the manager is closed")
-        except Exception as error:
+        except BaseException as error:
             self._finish(job, f"{type(error).__name__}: {error}")
+            if error is not output and not isinstance(error, Exception):
+                raise  # Ctrl-C: an open decision would keep every TTL from ending
         return job.future
 
     def _facts(self, prompt, output, metadata):
