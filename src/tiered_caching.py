@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -506,7 +507,8 @@ class MultiTierCache:
 
         Notes
         -----
-        A call that is interrupted leaves nothing in the engine: what is under way is aborted.
+        A call that is interrupted leaves nothing in the engine: what is under way is aborted, and
+        its KV cache claimed for ``base_ttl``.
         A record's ``generate_s`` is the call's time divided by its prompts. Sequences
         beyond a prompt's first one need no KV cache of their own: the prompt's is placed.
         """
@@ -523,17 +525,23 @@ class MultiTierCache:
         prompts, salts = zip(*(self.admit(*each, cache_salt=cache_salt) for each in requests))
         options = {} if lora_request is None else {"lora_request": lora_request}
         asked = prompts[0] if one else list(prompts)
-        try:  # step 1
+        left, managed = deque(zip(prompts, given, salts)), []
+        submit, now = self._decider.submit, self._decider.now
+        try:
+            # Step 1:
             outputs, generate_s = engine.generate(asked, sampling_params, logprobs, **options)
-        except EngineDied as error:
-            for prompt, known, salt in zip(prompts, given, salts):
-                self._decider.submit(prompt, error, known, 0.0, self._decider.now(), salt)
+            share_s, at = generate_s / len(prompts), now()
+            for output in outputs:
+                prompt, known, salt = left[0]
+                decision = submit(prompt, output, known, share_s, at, salt)
+                left.popleft()
+                managed.append(ManagedOutput(output, decision))
+        except BaseException as error:
+            if isinstance(error, (EngineDied, TimeoutError)) or not isinstance(error, Exception):
+                for prompt, known, salt in left:  # what was computed by then may be in LMCache
+                    submit(prompt, error, known, 0.0, now(), salt)
             raise
-        share_s, now = generate_s / len(prompts), self._decider.now()
-        return [
-            ManagedOutput(output, self._decider.submit(prompt, output, known, share_s, now, salt))
-            for prompt, output, known, salt in zip(prompts, outputs, given, salts)
-        ]
+        return managed
 
     def generate_and_manage_batch(
         self,

@@ -300,6 +300,43 @@ def test_the_engines_own_error_passes_through_and_no_engine_is_said(cache):
     assert not cache.records
 
 
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, TimeoutError])
+def test_an_interrupted_call_has_records_and_claims(cache, interrupt):
+    def interrupted(_prompts, _sampling_params):
+        raise interrupt
+
+    cache._llm.generate, generate = interrupted, cache._llm.generate
+    prompts = [PROMPT, f"another {PROMPT}"]
+    with pytest.raises(interrupt):
+        cache.generate_and_manage_batch(prompts, None, WARM)
+    assert [(r.prompt, r.error) for r in cache.records] == [
+        (prompt, f"{interrupt.__name__}: ") for prompt in prompts
+    ]
+    cache.controller.note_generated(cache.controller.tokenize(PROMPT))  # it had got that far
+    cache.sweep(cache.clock())
+    assert len(cache.claims) > 0
+    cache._llm.generate = generate
+    assert cache.generate_and_manage(PROMPT, None, WARM) == PROMPT.upper()
+
+
+def test_an_interrupted_decision_keeps_no_ttl_from_ending(cache):
+    place, prompts = cache.controller.note_generated, [f"{n} {PROMPT}" for n in range(3)]
+
+    def interrupted(tokens):
+        if tokens == cache.controller.tokenize(prompts[1]):
+            raise KeyboardInterrupt
+        place(tokens)
+
+    cache.controller.note_generated = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        cache.generate(prompts, None, WARM)
+    errors = [record.error.partition(":")[0] for record in cache.records]
+    assert errors == ["", "KeyboardInterrupt", "KeyboardInterrupt"]
+    assert [record.prompt for record in cache.records] == prompts
+    ended = cache.sweep(cache.clock() + 1e6)
+    assert [record.prompt_digest for record in ended if record.kind == "expiry"]
+
+
 # ---- metadata ------------------------------------------------------------------------
 
 

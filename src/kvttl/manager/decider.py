@@ -148,8 +148,6 @@ class Decider:
         job = _Job(Draft(time.time(), generate_s))
         job.future.set_running_or_notify_cancel()  # from here on nobody can cancel it
         try:
-            if isinstance(output, Exception):
-                raise output
             if cache_salt is None:
                 cache_salt = salt_of_answer(prompt, output)
             job.draft.cache_salt = cache_salt
@@ -159,12 +157,16 @@ class Decider:
             job.draft.time_s = now()
             with self._lock:
                 self._open[job] = job.draft.time_s
+            if isinstance(output, BaseException):
+                raise output
             if self._jobs is None:
                 self._run(job)
             elif not self._jobs.put(job):
                 raise RuntimeError("the manager is closed")
-        except Exception as error:
+        except BaseException as error:
             self._finish(job, f"{type(error).__name__}: {error}")
+            if error is not output and not isinstance(error, Exception):
+                raise  # Ctrl-C: an open decision would keep every TTL from ending
         return job.future
 
     def _facts(self, prompt, output, metadata, cache_salt):

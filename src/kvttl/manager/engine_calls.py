@@ -16,14 +16,11 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
-from weakref import WeakKeyDictionary
 
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.1  # an interrupt, or a dead engine, is noticed within this time
 _ABORT_S = 5.0  # so long an interrupted caller waits for the abort, which then goes on without it
-_locks: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()  # one for each engine
-_making = threading.Lock()
 
 
 class EngineDied(RuntimeError):
@@ -65,8 +62,8 @@ class EngineCalls:
 
     def __init__(self, llm: Any, options: Mapping[str, Any]) -> None:
         self._llm, self._options, self._engine = llm, options, llm.llm_engine
-        with _making:
-            self._lock = _locks.setdefault(self._engine, threading.Lock())
+        # One for all who call this engine.
+        self._lock = vars(self._engine).setdefault("_kvttl_calling", threading.Lock())
 
     def generate(
         self, prompts: Any, sampling_params: Any, **options: Any
@@ -86,10 +83,8 @@ class EngineCalls:
         job = (prompts, sampling_params, options, given_up, answer)
         try:
             self._start(job)
-            while not wait(
-                [answer], _LOOK_S
-            ).done:  # in slices: else a thread's own exceptions wait
-                pass
+            while not answer.done():  # in slices: an exception for this thread waits for their end
+                wait([answer], _LOOK_S)
             return answer.result()
         except BaseException as error:
             given_up.set()

@@ -26,9 +26,9 @@ from uuid import uuid4
 from vllm.distributed.kv_transfer.kv_connector.v1 import lmcache_mp_connector
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from kvttl.stack.engine_watch import watch_owner
 from kvttl.lmcache.salts import adapter_content, kept_under
 from kvttl.stack.cpu_lora import spare_tokens_without_adapter
+from kvttl.stack.engine_watch import watch_owner
 
 logger = logging.getLogger(__name__)
 
