@@ -47,9 +47,8 @@ def read_trace(
         Folder of compact copies: the second read of an unchanged trace takes
         milliseconds. None keeps none.
     skip_bad : bool
-        Skip lines that cannot be used and count them in ``skipped_lines``
-        instead of raising. A damaged ``.gz`` of lines is an error all the same:
-        nothing after the damage can be read.
+        Skip and count lines that cannot be used instead of raising. A damaged
+        ``.gz`` of lines is an error all the same: nothing after it can be read.
     progress : bool
         Show a bar on stderr once reading takes more than a second.
     seed, sessions_per_hour, max_sessions
@@ -62,8 +61,7 @@ def read_trace(
         ``s``, ``ms``, ``us`` or ``ns`` where neither file nor format says (Mooncake: ms,
         others: s); ``order``: there are no times, take requests a second apart.
     subagent_times : str, optional
-        Agentic sessions only: a sub-agent's ``t`` is ``absolute`` or ``relative``
-        to its marker; by default found from all sessions.
+        ``absolute`` or ``relative`` (to the marker); by default found from all sessions.
 
     Raises
     ------
