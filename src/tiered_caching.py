@@ -15,7 +15,6 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -32,7 +31,6 @@ from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.layout import BaseController
 from kvttl.lmcache.requests import RequestCheck
 from kvttl.manager.decider import Decider
-from kvttl.manager.engine_calls import EngineDied
 from kvttl.manager.generation import (
     Engine,
     ManagedOutput,
@@ -525,23 +523,10 @@ class MultiTierCache:
         prompts, salts = zip(*(self.admit(*each, cache_salt=cache_salt) for each in requests))
         options = {} if lora_request is None else {"lora_request": lora_request}
         asked = prompts[0] if one else list(prompts)
-        left, managed = deque(zip(prompts, given, salts)), []
-        submit, now = self._decider.submit, self._decider.now
-        try:
-            # Step 1:
-            outputs, generate_s = engine.generate(asked, sampling_params, logprobs, **options)
-            share_s, at = generate_s / len(prompts), now()
-            for output in outputs:
-                prompt, known, salt = left[0]
-                decision = submit(prompt, output, known, share_s, at, salt)
-                left.popleft()
-                managed.append(ManagedOutput(output, decision))
-        except BaseException as error:
-            if isinstance(error, (EngineDied, TimeoutError)) or not isinstance(error, Exception):
-                for prompt, known, salt in left:  # what was computed by then may be in LMCache
-                    submit(prompt, error, known, 0.0, now(), salt)
-            raise
-        return managed
+        return self._decider.managed_call(
+            lambda: engine.generate(asked, sampling_params, logprobs, **options),  # step 1
+            zip(prompts, given, salts),
+        )
 
     def generate_and_manage_batch(
         self,

@@ -10,7 +10,8 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,8 @@ from kvttl.lmcache.lease import AlreadyManaged
 from kvttl.lmcache.requests import salt_of_answer
 from kvttl.manager.claims import ClaimLedger
 from kvttl.manager.draft import Draft, Wish
-from kvttl.manager.generation import Generation, compact, prompt_digest, tokens_of
+from kvttl.manager.engine_calls import EngineDied
+from kvttl.manager.generation import Generation, ManagedOutput, compact, prompt_digest, tokens_of
 from kvttl.manager.metadata import PromptHistory, RequestMetadata
 from kvttl.manager.motion import Motion
 from kvttl.manager.placement import KVPlacement
@@ -129,6 +131,34 @@ class Decider:
         except Exception:  # the caller's clock: `submit` will meet and record it again
             return self.clock
         return lambda: now_s
+
+    def managed_call(
+        self, generate: Callable[[], tuple[Sequence[Any], float]], requests: Iterable[tuple]
+    ) -> list[ManagedOutput]:
+        """Return a call's outputs, each with its decision.
+
+        Parameters
+        ----------
+        generate : callable
+            Returns the outputs and the seconds they took.
+        requests : iterable of tuple
+            What was asked, in the outputs' order: prompt, metadata and cache_salt.
+        """
+        left, managed = deque(requests), []
+        try:
+            outputs, generate_s = generate()
+            share_s, now = generate_s / len(left), self.now()
+            for output in outputs:
+                prompt, metadata, salt = left[0]
+                decision = self.submit(prompt, output, metadata, share_s, now, salt)
+                left.popleft()
+                managed.append(ManagedOutput(output, decision))
+        except BaseException as error:
+            if isinstance(error, (EngineDied, TimeoutError)) or not isinstance(error, Exception):
+                for prompt, metadata, salt in left:  # what was computed by then may be in LMCache
+                    self.submit(prompt, error, metadata, 0.0, self.now(), salt)
+            raise
+        return managed
 
     def submit(
         self,

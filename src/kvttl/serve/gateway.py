@@ -102,10 +102,8 @@ def gateway(
         A model's folder; see `kvttl.session.demo_model.model_path`.
     port, host, api_key : int, str, str
         0 = any free port. Another host than loopback needs a key, which clients must send.
-    log : DecisionLog, optional
-        Gets every decision.
-    recover_from : str or Path, optional
-        Folder of a log; its claims count again before the first request comes.
+    log, recover_from : DecisionLog, str or Path, optional
+        What gets every decision; a log's folder, whose claims count again before the first request.
     config : HeuristicConfig, optional
         Default: the saved settings.
     perplexity : str
@@ -134,8 +132,7 @@ def gateway(
         engine = exits.enter_context(async_engine(stack, model, loop, **engine_options))
         cache = exits.enter_context(managed(stack, None, config, background=True, **options))
         engine = ManagedEngine(engine, cache)
-        if recover_from is not None:
-            _recover(cache, recover_from)
+        _recover(cache, recover_from)
         app = loop.call(openai_app, engine, arguments, body_limit)
         manage_app(app, cache, metrics)
         url = exits.enter_context(serving(app, listener, loop))
@@ -258,7 +255,7 @@ def _stack(options):
 def _recover(cache, folder):
     """Claim what an earlier process has claimed, and KV that nobody has (of an attached stack)."""
     try:
-        found = cache.recover(folder)
+        found = {} if folder is None else cache.recover(folder)
     except LMCacheError as error:
         print(f"KV without a claim was not looked for: {error}", file=sys.stderr)
     else:
