@@ -149,9 +149,8 @@ class Decider:
             outputs, generate_s = generate()
             share_s, now = generate_s / len(left), self.now()
             for output in outputs:
-                prompt, metadata, salt = left[0]
+                prompt, metadata, salt = left.popleft()
                 decision = self.submit(prompt, output, metadata, share_s, now, salt)
-                left.popleft()
                 managed.append(ManagedOutput(output, decision))
         except BaseException as error:
             if isinstance(error, (EngineDied, TimeoutError)) or not isinstance(error, Exception):
