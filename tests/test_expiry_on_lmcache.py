@@ -18,6 +18,7 @@ from caching_heuristics import HeuristicConfig
 from kvttl.decisions.log import DecisionLog, read_records
 from kvttl.session.demo_model import prompt_perplexity
 from kvttl.session.texts import example_prompts
+from kvttl.stack.services import checkpoint_path
 from tiered_caching import MultiTierCache
 
 ROOT = Path(__file__).parents[1]
@@ -149,6 +150,39 @@ def test_expiry_while_lmcache_is_away_is_made_up_for(managers, stack, greedy, fr
 
     wait_until(settled)
     assert cache.records[-1].kind == "settled" and not cache.records[-1].error
+
+
+def test_kv_that_a_restarted_coordinator_has_forgotten_still_expires(
+    managers, stack, greedy, fresh_text
+):
+    now = [1000.0]
+    config = HeuristicConfig(base_ttl=2, min_ttl=0.1, disk_ttl_factor=1, remote_ttl_factor=1)
+    cache = managers(config=config, clock=lambda: now[0], sweep_every_s=None)
+    text = fresh_text()
+    cache.generate_and_manage(text, greedy, HOT)
+    tokens, here = cache.controller.tokenize(text), cache.controller.instance_id
+    wait_until(lambda: cache.controller.lookup(tokens).get(here) == ["gpu", "disk", "remote"])
+    files = files_of(stack, cache, text)
+    assert files
+    stack.kill("coordinator")
+    checkpoint_path(stack.config).unlink()
+    stack.start_one("coordinator")
+
+    def gone():
+        now[0] += 1.0
+        cache.sweep()
+        return not any(path.exists() for path in files)
+
+    wait_until(gone)
+    assert cache.generate(text, greedy)[0].output.num_cached_tokens == 0  # not in memory either
+
+
+def files_of(stack, cache, text):
+    """Return the disk tier's files of a prompt's chunks."""
+    keys = cache.controller.layout(cache.controller.tokenize(text)).keys
+    return [
+        path for path in Path(stack.config.disk_path).iterdir() if any(k in path.name for k in keys)
+    ]
 
 
 def _tiers_or_none(cache, text):

@@ -104,7 +104,14 @@ class Directory:
         return outcome
 
     def discard(self, layout: KVLayout, instance_id: str) -> int:
-        """Delete every copy of some chunks on one instance; returns how many keep one."""
+        """Delete every copy of some chunks on one instance; returns how many keep one.
+
+        Those that the directory does not show too: it may have forgotten them.
+        """
+        unseen = [key for key, held in zip(layout.keys, layout.of(instance_id)) if not held]
+        handles = [handle for key in unseen for handle in layout.handles[key]]
+        if handles:
+            self.http.delete(instance_id, TIERS, handles)
         return len(self._clear(layout, instance_id, None, 0.0)[2])
 
     def promote(

@@ -338,11 +338,13 @@ class Settler:
 def _way_down(tiers, wanted):
     """Return the move of a chunk that is hotter than it is wanted, as (source, target).
 
-    The target None = dropped; the answer None = it stays.
+    The target None = dropped, also where the directory shows no copy: it may have forgotten
+    one, as a coordinator does that was killed. The answer None = it stays.
     """
-    target = reachable(tiers, wanted) if tiers else None
-    goes = bool(tiers) and (target is None or is_above(tiers[0], target))
-    return (tiers[0], target) if goes else None
+    if not tiers:
+        return None if wanted else ("nowhere", None)
+    target = reachable(tiers, wanted)
+    return (tiers[0], target) if target is None or is_above(tiers[0], target) else None
 
 
 def _record_of(item, before, after, now_s, **made):
