@@ -166,7 +166,7 @@ def test_threads_and_managers_take_turns_at_one_engine(stack, llm, cache, greedy
             for number, each in zip(numbers, [cache, other] * 20)
         ]
         assert [call.result() for call in calls] == [truths[number] for number in numbers]
-    assert not [thread for thread in threading.enumerate() if thread.name == "kv-engine"]
+    wait_until(lambda: "kv-engine" not in {thread.name for thread in threading.enumerate()})
 
 
 def test_a_wrapper_of_vllms_generate_is_called_itself(llm, greedy, truths):
