@@ -31,6 +31,7 @@ from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.layout import BaseController
 from kvttl.lmcache.requests import RequestCheck
 from kvttl.manager.decider import Decider
+from kvttl.manager.engine_calls import EngineDied as EngineDied  # for callers, to catch
 from kvttl.manager.generation import (
     Engine,
     ManagedOutput,

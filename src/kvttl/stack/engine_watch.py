@@ -1,16 +1,22 @@
-"""Loaded into vLLM's processes, which then end when the one that started the engine has ended.
+"""Loaded into vLLM's processes, so that they end when the one that started the engine has ended.
 
 vLLM ends its processes as long as it can run code itself; when its owner is killed, they stay,
 with all their memory. `engine_kwargs` names `EndsWithOwner` as vLLM's ``worker_extension_cls``,
 and `engine_connector` watches too, for who takes over only the connector.
+
+They also get the kernel's permission for AMX: the attention of vLLM 0.30 on CPU uses it without
+asking, and where no longer prompt came before, whose products oneDNN asks for, a prompt of a few
+tokens ends the engine by SIGILL.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import multiprocessing
 import os
+import platform
 import threading
 import time
 
@@ -53,8 +59,14 @@ def _is_orphan(process, parent_pid):
         return True
 
 
+def _ask_for_amx():
+    if platform.machine() == "x86_64":  # arch_prctl(ARCH_REQ_XCOMP_PERM, tile data); may be refused
+        ctypes.CDLL(None).syscall(158, 0x1023, 18)
+
+
 class EndsWithOwner:
     """Adds nothing to vLLM's worker: loading this module in its process was the purpose."""
 
 
 watch_owner()
+_ask_for_amx()
