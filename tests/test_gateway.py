@@ -31,16 +31,11 @@ from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheUnavailable
 from kvttl.manager.metadata import output_perplexity, with_logprobs
 from kvttl.serve import gateway as agent_gateway
-from kvttl.serve.app import (
-    health_of,
-    kv_of,
-    manage_app,
-    openai_app,
-    server_arguments,
-)
+from kvttl.serve.app import health_of, kv_of, manage_app, openai_app
 from kvttl.serve.engine import KV_METADATA, ManagedEngine
 from kvttl.serve.gateway import gateway, main, model_name
 from kvttl.serve.listening import check_exposure, listening, read_key, serving
+from kvttl.serve.options import server_arguments
 from kvttl.serve.vllm_parts import PARTS, VLLM, vllm_parts
 from kvttl.session.demo_model import model_path
 from kvttl.stack.config import PORT_FIELDS

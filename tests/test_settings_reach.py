@@ -365,7 +365,7 @@ def test_wrong_options_end_the_command_before_a_stack_starts(stacks, capsys):
 
 def test_engine_and_server_get_theirs():
     given = shlex.split("--max-model-len 512 --enable-lora --lora-modules a=x --max-loras=2")
-    assert options.engine_options(given) == {
+    assert options.options_of_engine(given) == {
         "max_model_len": 512, "enable_lora": True, "max_loras": 2,
     }  # fmt: skip
     more = ["--reasoning-parser", "deepseek_r1", "--tool-call-parser", "hermes"]
