@@ -56,6 +56,7 @@ FULL = replace(
     chunk_keys=tuple(f"{number:064x}" for number in range(16)),
     metadata_sources={"perplexity": "prompt", "time_variance": "history"},
     cache_salt="tenant-a",
+    tier_errors={"remote": "it is full"},
     moves=(MOVE | {"reason": "", "moved_tokens": 512, "skipped": 0, "latency_s": 0.25},) * 2,
 )
 CLAIM = DecisionRecord(1_760_000_002.0, "ab12", kind="claim", wanted_tier="gpu", ttl_s=9.0)
