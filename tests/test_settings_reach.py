@@ -12,9 +12,11 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -365,7 +367,7 @@ def test_wrong_options_end_the_command_before_a_stack_starts(stacks, capsys):
 
 def test_engine_and_server_get_theirs():
     given = shlex.split("--max-model-len 512 --enable-lora --lora-modules a=x --max-loras=2")
-    assert options.engine_options(given) == {
+    assert options.options_of_engine(given) == {
         "max_model_len": 512, "enable_lora": True, "max_loras": 2,
     }  # fmt: skip
     more = ["--reasoning-parser", "deepseek_r1", "--tool-call-parser", "hermes"]
@@ -377,6 +379,16 @@ def test_engine_and_server_get_theirs():
         "data/demo_model", "demo", options=["--lora-modules", "a=x"], engine={"enable_lora": True}
     )
     assert by_python.enable_lora and by_python.lora_modules
+
+
+@pytest.mark.parametrize("module", ["speedup", "overhead", "gateway"])
+def test_a_benchmark_with_wrong_settings_is_one_line(module, tmp_path):
+    (tmp_path / "c.yaml").write_text("stack: {redis_url: 'redis://a,b'}")
+    command = [sys.executable, "-m", f"kvttl.bench.{module}", "--config", str(tmp_path / "c.yaml")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 1 and done.stderr.startswith("error: redis_url is not allowed")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_contenders_override_what_is_said():

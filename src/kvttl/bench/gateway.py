@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import openai
 
-from kvttl.bench.figures import machine, percentile_line, percentiles, publish
+from kvttl.bench.figures import machine, percentile_line, percentiles, publish, run_benchmark
 from kvttl.serve.app import openai_app
 from kvttl.serve.gateway import Gateway, gateway
 from kvttl.serve.listening import listening, serving
@@ -217,4 +217,4 @@ def _lines(figures):
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

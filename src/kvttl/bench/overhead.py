@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from caching_heuristics import compute_ttl, select_backend
-from kvttl.bench.figures import machine, percentile_line, percentiles, publish
+from kvttl.bench.figures import machine, percentile_line, percentiles, publish, run_benchmark
 from kvttl.decisions.record import DecisionRecord
 from kvttl.session.demo_model import model_path
 from kvttl.session.launch import ends_with_parent, engine, greedy, session_manager, session_stack
@@ -171,4 +171,4 @@ def _lines(figures):
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -21,7 +21,7 @@ from caching_heuristics import HeuristicConfig
 from kvttl import user_path
 from kvttl.bench import contenders
 from kvttl.bench.contenders import CONTENDERS, KIT, MAIN_SHARE, TUNED, Runner
-from kvttl.bench.figures import machine, rounded_figures
+from kvttl.bench.figures import machine, rounded_figures, run_benchmark
 from kvttl.bench.speedup_report import BenchResult, headline, t_quantile, write_report
 from kvttl.bench.workloads import CHUNK_TOKENS, Workload, make_workload
 from kvttl.lmcache.model import EVICTION_WATERMARK
@@ -191,4 +191,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

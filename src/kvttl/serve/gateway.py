@@ -27,8 +27,7 @@ from kvttl.lmcache.client import LMCacheError
 from kvttl.serve.app import BODY_LIMIT, manage_app, openai_app
 from kvttl.serve.engine import ManagedEngine
 from kvttl.serve.listening import KEY_VARIABLE, check_exposure, listening, read_key, serving
-from kvttl.serve.options import engine_options as engine_options_of
-from kvttl.serve.options import read_options, server_arguments
+from kvttl.serve.options import options_of_engine, read_options, server_arguments
 from kvttl.serve.vllm_parts import vllm_parts
 from kvttl.session.demo_model import model_path
 from kvttl.session.launch import (
@@ -108,10 +107,8 @@ def gateway(
         Default: the saved settings.
     perplexity : str
         ``"generation"``: measured, unless a client gives it; ``"off"``: only given.
-    body_limit : int
-        See `openai_app`.
-    server_options : sequence of str
-        Options of ``vllm serve``, of server and engine; see `kvttl.serve.options.read_options`.
+    body_limit, server_options
+        See `openai_app`; `read_options`, which also tells of engine options among them.
     engine_options
         Engine arguments that win over these, such as ``max_model_len=4096``.
 
@@ -122,7 +119,7 @@ def gateway(
     """
     check_exposure(host, api_key)
     name, metrics = model_name(model), DecisionMetrics()
-    engine_options = engine_options_of(server_options) | engine_options
+    engine_options = options_of_engine(server_options) | engine_options
     arguments = server_arguments(model, name, api_key, server_options, engine_options)
     options = {"log": log, "metrics": metrics, "perplexity_source": perplexity}
     with ExitStack() as exits:

@@ -44,6 +44,7 @@ _REFUSED = {  # names, as a pattern -> the kit's own way, or why there is none
     "dtype|kv_cache_dtype.*|quantization.*|hf_overrides|revision|load_format|model_impl"
     "|disable_sliding_window|speculative_config": "KV cache would differ under the same key",
 }
+_UNKNOWN = "nobody has looked yet whether it leaves KV cache and its management as they are"
 
 
 def read_options(options: Sequence[str]) -> dict[str, Any]:
@@ -70,12 +71,17 @@ def read_options(options: Sequence[str]) -> dict[str, Any]:
         given.pop("model_tag", None)
     for name in given:
         if name not in _ENGINE | _SERVER:
-            raise ValueError(f"{_option(name)} is not possible here: {_reason(name)}")
-    _check_parsers(given)
+            reasons = (why for names, why in _REFUSED.items() if re.fullmatch(names, name))
+            raise ValueError(f"{_option(name)} is not possible here: {next(reasons, _UNKNOWN)}")
+    vllm = vllm_parts()
+    managers = (vllm.ToolParserManager, vllm.ReasoningParserManager)
+    for name, manager in zip(("tool_call_parser", "reasoning_parser"), managers):
+        if given.get(name) and given[name] not in manager.list_registered():
+            raise ValueError(unknown_name(_option(name), given[name], manager.list_registered()))
     return given
 
 
-def engine_options(options: Sequence[str]) -> dict[str, Any]:
+def options_of_engine(options: Sequence[str]) -> dict[str, Any]:
     """Return those of `read_options` that the engine takes."""
     return {name: value for name, value in read_options(options).items() if name in _ENGINE}
 
@@ -138,20 +144,3 @@ def _refuse(message):
 
 def _option(name):
     return "--" + name.replace("_", "-")
-
-
-def _reason(name):
-    for pattern, reason in _REFUSED.items():
-        if re.fullmatch(pattern, name):
-            return reason
-    return "nobody has looked yet whether it leaves KV cache and its management as they are"
-
-
-def _check_parsers(given):
-    vllm = vllm_parts()
-    managers = {"tool_call_parser": vllm.ToolParserManager}
-    managers["reasoning_parser"] = vllm.ReasoningParserManager
-    for name, manager in managers.items():
-        known = manager.list_registered()
-        if given.get(name) and given[name] not in known:
-            raise ValueError(unknown_name(_option(name), given[name], known))

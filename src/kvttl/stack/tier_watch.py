@@ -6,7 +6,7 @@ LMCache reports a store that failed to nobody but its log.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from kvttl.background import Repeater
 from kvttl.lmcache.client import TIERS_PATH
@@ -27,38 +27,20 @@ def _try_redis(host, port):
 TRY_OF: dict[str, Callable[..., None]] = {"disk": probe_folder, "remote": _try_redis}
 
 
-class TierWatch:
-    """Knows which tiers took a write the last time, and why the others did not.
-
-    Parameters
-    ----------
-    places : mapping
-        Tier -> its address.
-    """
-
-    def __init__(self, places: Mapping[str, tuple]) -> None:
-        self._places = {tier: place for tier, place in places.items() if tier in TRY_OF}
-        self._errors: dict[str, str] = {}
-
-    def look(self) -> None:
-        """Try every tier once."""
-        for tier, place in self._places.items():
-            try:
-                TRY_OF[tier](*place)
-                self._errors.pop(tier, None)
-            except (TierError, ValueError) as error:  # ValueError: a certificate's file is gone
-                self._errors[tier] = str(error)
-
-    def errors(self) -> dict[str, str]:
-        """Return why tiers take no writes, by tier."""
-        return dict(self._errors)
-
-
 def watch_tiers(server_arguments: list[str]) -> None:
     """Watch the tiers of ``lmcache server <arguments>`` from its process, and add `TIERS_PATH`."""
     from lmcache.v1.internal_api_server.common import env_api  # one of the routers it takes up
 
-    watch = TierWatch(addresses(server_options(server_arguments).l2_adapter))
+    places, errors = addresses(server_options(server_arguments).l2_adapter), dict[str, str]()
+
+    def look():
+        for tier in TRY_OF.keys() & places.keys():
+            try:
+                TRY_OF[tier](*places[tier])
+                errors.pop(tier, None)
+            except (TierError, ValueError) as error:  # ValueError: a certificate's file is gone
+                errors[tier] = str(error)
+
+    env_api.router.add_api_route(TIERS_PATH, lambda: dict(errors))
     every_s = min(LOOK_EVERY_S, float(os.environ.get("KV_REDIS_VERIFY_S", LOOK_EVERY_S)))
-    env_api.router.add_api_route(TIERS_PATH, watch.errors)
-    Repeater(watch.look, every_s).start()
+    Repeater(look, every_s).start()

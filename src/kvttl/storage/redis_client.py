@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -72,18 +72,17 @@ def connect(url: str | None, limits: RedisLimits = DEFAULT_LIMITS, **options: An
         "socket_timeout": limits.timeout_s,
         "retry": Retry(NoBackoff(), limits.retries, supported_errors=(redis.ConnectionError,)),
     }
-    known = sorted({*TLS_OPTIONS, *_CONNECTION_OPTIONS})
     try:
-        url = checked_url(url, known)
+        url = checked_url(url, _CONNECTION_OPTIONS)
     except ValueError as error:
         raise ValueError(f"url is not allowed: {error}") from None
-    if unknown := options.keys() - set(known):
-        raise ValueError(unknown_name("option", min(unknown), known))
     given = dict(parse_qsl(urlsplit(url).query)) | options
-    for name in _FILES:
-        if given.get(name) and not os.access(given[name], os.R_OK):
-            problem = "cannot be read" if Path(given[name]).exists() else "does not exist"
-            raise ValueError(f"{name} = {str(given[name])!r}: this file {problem}")
+    for name, value in given.items():
+        if name not in _CONNECTION_OPTIONS:
+            raise ValueError(unknown_name("option", name, _CONNECTION_OPTIONS))
+        if value and name in _FILES and not os.access(value, os.R_OK):
+            problem = "cannot be read" if Path(value).exists() else "does not exist"
+            raise ValueError(f"{name} = {str(value)!r}: this file {problem}")
     try:
         return redis.Redis.from_url(url, **(defaults | options))
     except (ValueError, AttributeError) as error:  # not chained: it shows parts of the password
@@ -92,11 +91,9 @@ def connect(url: str | None, limits: RedisLimits = DEFAULT_LIMITS, **options: An
         raise ValueError(f"url: {wrong}it must look like {URL_FORM}/db") from None
 
 
-_CONNECTION_OPTIONS = {"max_connections", "ssl_ocsp_context", "ssl_ocsp_expected_cert"} | {
-    name
-    for kind in (redis.connection.AbstractConnection, redis.Connection, redis.SSLConnection)
-    for name in inspect.signature(kind.__init__).parameters
-}
+_CLASSES = (redis.connection.AbstractConnection, redis.Connection, redis.SSLConnection)
+_PARAMETERS = (name for kind in _CLASSES for name in inspect.signature(kind.__init__).parameters)
+_CONNECTION_OPTIONS = sorted({"max_connections", *_PARAMETERS})
 
 
 def checked_url(url: object, known_options: Iterable[str] | None = None) -> str:
@@ -122,9 +119,10 @@ def checked_url(url: object, known_options: Iterable[str] | None = None) -> str:
     """
     if not isinstance(url, str):
         raise ValueError(f"got a {type(url).__name__}; write null or {URL_FORM}")
-    _check_scheme(url.strip())
+    url = re.sub(r"(ssl_cert_reqs=)(?:CERT_)?(\w+)", lambda m: m[1] + m[2].lower(), url.strip())
+    _check_scheme(url)  # CERT_NONE is how other clients write none
     try:
-        parts = urlsplit(url.strip())
+        parts = urlsplit(url)
         odd = parts.port == 0 or "@" in parts.query + parts.fragment
     except ValueError:
         odd = True
@@ -133,16 +131,14 @@ def checked_url(url: object, known_options: Iterable[str] | None = None) -> str:
         raise ValueError(f"it is no valid URL: the port must be 1 to 65535 ({hint})")
     if not (parts.hostname or parts.scheme == "unix" and parts.path):
         raise ValueError(f"the host is missing; write {URL_FORM}")
-    options = [(name, _plain_value(name, value)) for name, value in _options(parts)]
-    for name, value in options:
+    for name, value in parse_qsl(parts.query, keep_blank_values=True):
         if known_options is not None and name not in known_options:
             raise ValueError(unknown_name("option", name, known_options))
         pattern, allowed = TLS_OPTIONS.get(name, (".+", "not empty"))
         if not re.fullmatch(pattern, value):
             shown = "" if name == "ssl_password" else f" = {value!r}"
             raise ValueError(f"its option {name}{shown} is not allowed: {allowed}")
-    query = urlencode(options) if options != _options(parts) else parts.query
-    return parts._replace(query=query).geturl()
+    return parts.geturl()
 
 
 def _check_scheme(url):
@@ -157,15 +153,6 @@ def _check_scheme(url):
         raise ValueError(f"{shown}; only {URL_FORM} works")
     if re.search(r"\s", url):
         raise ValueError(f"there is a space in it (in a password: %20); write {URL_FORM}")
-
-
-def _options(parts):
-    return parse_qsl(parts.query, keep_blank_values=True)
-
-
-def _plain_value(name, value):
-    """Return ``none`` for ``CERT_NONE``, as other clients write it."""
-    return value.lower().removeprefix("cert_") if name == "ssl_cert_reqs" else value
 
 
 def address_of(client: redis.Redis) -> str:
