@@ -62,9 +62,11 @@ def _openai_errors(app):
 
         try:
             await app(scope, receive, send_shaped)
-        except UnicodeEncodeError as error:  # an answer that quotes it cannot be sent
+        except Exception as error:  # vLLM's checks stumble over some bodies
+            if scope.get("kv_accepted") or scope.get("method") != "POST":
+                raise
+            said = f"the request cannot be understood: {error}".encode(errors="backslashreplace")
             start = {"status": 400, "headers": []}
-            said = json.dumps(f"the request holds half of a surrogate pair: {error}").encode()
             await _as_openai(scope, start, said)(scope, receive, send)
 
     return shaped
@@ -184,6 +186,8 @@ def _with_kv(create):
     """Wrap one of vLLM's ``create_...`` so that the engine knows the request's metadata."""
 
     async def create_managed(request, raw_request=None):
+        if raw_request is not None:  # from here on an exception is not the client's fault
+            raw_request.scope["kv_accepted"] = True
         try:
             check_fields(request)
             metadata = kv_of(request)
