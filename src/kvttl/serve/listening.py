@@ -58,11 +58,7 @@ def _protocol():
     class JsonErrors(HttpToolsProtocol):
         def send_400_response(self, msg: str) -> None:
             error = {"message": msg, "type": "Bad Request", "param": None, "code": 400}
-            body = json.dumps({"error": error}).encode()
-            head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
-            head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            self.transport.write(head.encode() + body)
-            self.transport.close()
+            super().send_400_response(json.dumps({"error": error}))
 
     return JsonErrors
 
