@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Annotated, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 import pytest
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+    trim_messages,
+)
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableParallel
 from langchain_core.tools import tool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.message import add_messages
 from langgraph.prebuilt import ToolNode, tools_condition
@@ -136,6 +144,61 @@ def test_stop_words_end_the_answer(model, fresh_text):
     word = whole[len(whole) // 2 :][:3]
     assert model.invoke(text, max_tokens=12, stop=[word]).content == whole[: whole.index(word)]
     assert model.bind(stop=[word]).invoke(text, max_tokens=12).content == whole.split(word)[0]
+
+
+def test_several_answers_are_generations_and_count_once_each(model, cache, fresh_text):
+    text = fresh_text()
+    asked = {"n": 3, "temperature": 1.0, "max_tokens": 5, "ignore_eos": True, "seed": 1}
+    result = model.generate([[HumanMessage(text)], [HumanMessage(text + " And?")]], **asked)
+    assert [len(generations) for generations in result.generations] == [3, 3]
+    for generations, record in zip(result.generations, cache.records):
+        usage = [generation.message.usage_metadata for generation in generations]
+        assert [each["input_tokens"] for each in usage] == [record.prompt_tokens, 0, 0]
+        assert [each["output_tokens"] for each in usage] == [5, 5, 5]
+        assert sum(each["total_tokens"] for each in usage) == record.prompt_tokens + 15
+        cached = [each["input_token_details"]["cache_read"] for each in usage]
+        assert cached == [sum(record.hit_tokens.values()), 0, 0]
+        assert len({generation.text for generation in generations}) > 1
+    assert len(cache.records) == 2  # a decision a prompt
+    assert isinstance(model.invoke(text, **asked).content, str)
+    later = asyncio.run(model.agenerate([[HumanMessage(text)]], **asked))
+    assert len(later.generations[0]) == 3
+
+
+def test_tokens_are_counted_by_the_engines_tokenizer_without_a_network(model, llm, monkeypatch):
+    def connecting(*_args):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", connecting)
+    text, tokenizer = "hello world, this is a text", llm.get_tokenizer()
+    assert model.get_token_ids(text) == tokenizer.encode(text)
+    assert model.get_num_tokens(text) == 12
+    assert model.bind(max_tokens=2).get_num_tokens(text) == 12
+    kinds = ("question", "answer")
+    talk = [f"{kind} {i} " * 20 for i in range(40) for kind in kinds]
+    talk = [(AIMessage if i % 2 else HumanMessage)(text) for i, text in enumerate(talk)]
+    counted = model.get_num_tokens_from_messages(talk)
+    assert counted == len(model.prompt_tokens(talk)) > 5_000
+    offered = model.get_num_tokens_from_messages(talk[:1], tools=[add])
+    assert offered == len(model.prompt_tokens(talk[:1], [convert_to_openai_tool(add)]))
+    assert model.get_num_tokens_from_messages([]) == 0
+    kept = trim_messages(talk, max_tokens=500, token_counter=model)
+    assert 0 < len(kept) < 10 and kept == talk[-len(kept) :]
+    assert len(model.prompt_tokens(kept)) <= 500 < len(model.prompt_tokens(talk[-len(kept) - 1 :]))
+    mine = model.model_copy(update={"custom_get_token_ids": lambda text: [0] * len(text)})
+    assert mine.get_num_tokens(text) == len(text)
+
+
+def test_every_way_of_asking_gives_the_same_answer(model, fresh_text):
+    text = fresh_text(40)
+
+    async def ask():
+        return [
+            (await model.ainvoke(text)).content,
+            *[m.content for m in await model.abatch([text])],
+        ]
+
+    assert {model.invoke(text).content, model.batch([text])[0].content} == set(asyncio.run(ask()))
 
 
 def test_sampling_of_a_call_and_of_the_model(model, fresh_text):
@@ -432,9 +495,70 @@ def test_a_graph_calls_tools(scripted):
     assert '"b": 40' in second and second.index('"b": 40') < second.rindex("42")
 
 
-def test_a_call_cannot_be_forced(model):
-    with pytest.raises(NotImplementedError, match="forced"):
-        model.bind_tools([add], tool_choice="any")
+CALL = '{"name": "add", "arguments": {"a": 1, "b": 2}}'
+THE_WAY = r"in this process: use the served endpoint \(`make serve`\) with .*ChatOpenAI\(base_url="
+
+
+@pytest.mark.parametrize("choice", ["any", "required", "add", True, {"type": "function"}])
+def test_a_call_cannot_be_forced_and_it_says_who_can(scripted, choice):
+    model, engine = scripted("Done.")
+    with pytest.raises(NotImplementedError, match=rf"cannot be forced .*{THE_WAY}"):
+        model.bind_tools([add], tool_choice=choice)
+    offered = model.bind_tools([add])
+    for ask in (offered.invoke, lambda *a, **k: asyncio.run(offered.ainvoke(*a, **k))):
+        with pytest.raises(NotImplementedError, match=rf"cannot be forced .*{THE_WAY}"):
+            ask("Hi", tool_choice=choice)
+    assert engine.prompts == []
+
+
+@pytest.mark.parametrize("choice", [None, "auto", False])
+def test_a_choice_that_forces_nothing_is_none(scripted, choice):
+    model, _ = scripted(CALL, CALL)
+    assert model.bind_tools([add], tool_choice=choice).invoke("Hi").tool_calls
+    assert model.bind_tools([add]).invoke("Hi", tool_choice=choice).tool_calls
+
+
+def test_the_choice_none_offers_no_tool(scripted):
+    model, engine = scripted(CALL, CALL, CALL)
+    answers = [
+        model.bind_tools([add], tool_choice="none").invoke("Hi"),
+        model.bind_tools([add]).invoke("Hi", tool_choice="none"),
+        asyncio.run(model.bind_tools([add]).ainvoke("Hi", tool_choice="none")),
+    ]
+    assert [(answer.content, answer.tool_calls) for answer in answers] == [(CALL, [])] * 3
+    assert not any("add" in prompt for prompt in engine.prompts)
+
+
+def test_what_only_the_served_endpoint_can_says_so(scripted):
+    model, engine = scripted("Done.", "Done.")
+    schema = {"title": "answer", "type": "object", "properties": {}}
+
+    async def streamed():
+        return [part async for part in model.astream("Hi")]
+
+    refused = [
+        ("structured output", lambda: model.with_structured_output(schema)),
+        ("structured output", lambda: model.with_structured_output(schema, method="json_mode")),
+        ("structured output", lambda: model.invoke("Hi", response_format={"type": "json_object"})),
+        ("structured output", lambda: model.bind_tools([add], strict=True).invoke("Hi")),
+        ("tokens cannot be streamed", lambda: list(model.stream("Hi"))),
+        ("tokens cannot be streamed", lambda: asyncio.run(streamed())),
+        ("tokens cannot be streamed", lambda: model.invoke("Hi", stream=True)),
+        ("tokens cannot be streamed", lambda: list((model | StrOutputParser()).stream("Hi"))),
+    ]
+    for what, ask in refused:
+        with pytest.raises(NotImplementedError, match=rf"{what}.* {THE_WAY}"):
+            ask()
+    assert engine.prompts == []
+    nothing = {"stream": False, "response_format": {"type": "text"}, "strict": None}
+    assert model.invoke("Hi", **nothing).content == "Done."
+    # Who only watches a graph's messages gets whole ones.
+    graph = StateGraph(Talk)
+    graph.add_node("agent", lambda state: {"messages": [model.invoke(state["messages"])]})
+    graph.add_edge(START, "agent")
+    talk = {"messages": [HumanMessage("Hi")], "turns": 0}
+    parts = graph.compile().stream(talk, stream_mode="messages")
+    assert [message.content for message, _ in parts] == ["Done."]
 
 
 def test_tool_calls_have_their_own_ids(scripted):
@@ -539,7 +663,8 @@ def server(stack):
     from kvttl.serve.gateway import gateway
     from kvttl.session.demo_model import model_path
 
-    with gateway(stack, model_path()) as running:
+    options = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    with gateway(stack, model_path(), server_options=options) as running:
         yield running
 
 
@@ -611,6 +736,55 @@ def test_autogen_says_what_it_knows_about_the_kv(server, autogen_client, fresh_t
     (record,) = recorded(server, before)
     assert record.wanted_tier == "remote" and record.metadata["perplexity"] == 80.0
     assert record.metadata_sources["perplexity"] == "caller"
+
+
+# ---- what LangChain asks and the process has not: ChatOpenAI, through the gateway -----------
+
+
+@pytest.fixture
+def chat_openai(server):
+    """LangChain's own client of the gateway, as `ManagedChatModel` says in its refusals."""
+    from langchain_openai import ChatOpenAI
+
+    options = {"max_tokens": 40, "temperature": 0.0, "max_retries": 0, "timeout": 240}
+    return ChatOpenAI(base_url=server.base_url, api_key="none", model=server.model, **options)
+
+
+def test_a_call_is_forced_through_the_gateway(server, chat_openai, fresh_text):
+    before = len(server.cache.records)
+    for choice in ("add", "required"):
+        answer = chat_openai.bind_tools([add], tool_choice=choice).invoke(fresh_text(40))
+        (call,) = answer.tool_calls[:1]
+        assert call["name"] == "add" and {type(value) for value in call["args"].values()} <= {int}
+    records = recorded(server, before)
+    assert len(records) == 2 and not any(record.error for record in records)
+
+
+def test_structured_output_through_the_gateway(chat_openai, fresh_text):
+    from pydantic import BaseModel
+
+    class Verdict(BaseModel):
+        good: bool
+        kind: Literal["code", "prose"]
+
+    verdict = chat_openai.with_structured_output(Verdict, method="json_schema").invoke(
+        fresh_text(40)
+    )
+    assert isinstance(verdict, Verdict)
+
+
+def test_tokens_are_streamed_through_the_gateway(server, chat_openai, fresh_text):
+    text, before = fresh_text(40), len(server.cache.records)
+    asked = {"extra_body": {"ignore_eos": True, "kv": COLD}, "max_tokens": 12}
+
+    async def astreamed():
+        return [part.content async for part in chat_openai.astream(text, **asked)]
+
+    parts = [part.content for part in chat_openai.stream(text, **asked)]
+    assert len([part for part in parts if part]) > 4
+    assert "".join(parts) == "".join(asyncio.run(astreamed()))
+    assert "".join(parts) == chat_openai.invoke(text, **asked).content
+    assert [record.wanted_tier for record in recorded(server, before)] == ["remote"] * 3
 
 
 # ---- without the extra -------------------------------------------------------------------

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import http.client
 import json
+import logging
 import os
 import re
 import signal
@@ -16,12 +18,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import openai
 import psutil
 import pytest
 import requests
 import yaml
+from http_bodies import hostile_request
 from lora_adapters import make_adapter
 from waiting import children_of, is_gone, wait_until
 
@@ -524,6 +528,158 @@ def test_metrics_of_engine_and_manager_in_one_answer(server):
     assert any(line.startswith('kvttl_decisions_total{tier="gpu"}') for line in lines)
     families = [line for line in lines if line.startswith("# TYPE ")]
     assert len(families) == len(set(families))
+
+
+# --- every error is OpenAI's --------------------------------------------------------------
+
+
+def is_openai_error(answer):
+    """Its body has OpenAI's form, and the status that it says."""
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}, answer.text
+    assert error["code"] == answer.status_code and error["type"] and error["message"]
+    return error["message"]
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/embeddings", "/kv/lookup", "/v1/modelz", "/é"])
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+def test_a_route_that_does_not_exist_names_those_that_do(server, method, path):
+    answer = requests.request(method, server.url + path, timeout=120)
+    assert answer.status_code == 404
+    said = is_openai_error(answer)
+    assert said.startswith(f"there is no route {method} {path}; this server has ")
+    assert "POST /v1/chat/completions, " in said and "GET /healthz" in said
+
+
+@pytest.mark.parametrize(
+    "method, path", [("GET", "/v1/completions"), ("PUT", "/v1/models"), ("POST", "/healthz")]
+)
+def test_a_wrong_method_names_the_right_one(server, method, path):
+    answer = requests.request(method, server.url + path, timeout=120)
+    assert answer.status_code == 405 and answer.headers["allow"]
+    assert f"there is no route {method} {path}" in is_openai_error(answer)
+
+
+def test_without_the_key_the_error_says_how_to_send_it(server):
+    with guarded(server) as url:
+        for path in ("/v1/models", "/v1/completions", "/v1/nonsense"):
+            answer = requests.get(url + path, timeout=120)
+            assert answer.status_code == 401
+            assert "Authorization: Bearer" in is_openai_error(answer)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"):
+                client.models.list()
+
+
+TEXT = {"Content-Type": "text/plain"}
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+
+
+@pytest.mark.parametrize(
+    "body, headers, said",
+    [
+        (b"{not json", JSON_TYPE, "JSON"),
+        (b"", JSON_TYPE, "missing"),
+        (b'{"model": "demo_model", "prompt": "\xff"}', JSON_TYPE, "body"),
+        (b'{"model": "demo_model", "prompt": "\\ud800"}', JSON_TYPE, "surrogate|utf-8|str"),
+        (b'{"model": "\\ud800", "prompt": "Hi"}', JSON_TYPE, "surrogate|utf-8"),
+        (b'{"model": "demo_model", "prompt": "Hi", "n": "\\ud800"}', JSON_TYPE, "surrogate"),
+        (b"[" * 50_000, JSON_TYPE, "body"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", JSON_TYPE, "body"),
+        (b'{"model": "demo_model", "prompt": "Hi"}', TEXT, "application/json"),
+        (b'{"model": "demo_model", "prompt": "Hi", "temperature": NaN}', JSON_TYPE, "temperature"),
+        (b"prompt=Hi", FORM, "application/json"),
+    ],
+)
+def test_bodies_that_cannot_be_read(server, body, headers, said):
+    answer = post(server, None, json=None, data=body, headers=headers)
+    assert answer.status_code == 400, answer.text
+    assert re.search(said, is_openai_error(answer))
+
+
+def test_what_is_no_http_is_answered_in_kind(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    for raw in (b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\nx\r\n\r\n"):
+        with socket.create_connection((host, int(port)), timeout=120) as connection:
+            connection.sendall(raw)
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(body)["error"]["code"] == 400
+
+
+class Tracebacks(logging.Handler):
+    """Keeps what a server's log would show with a traceback."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def emit(self, record):
+        text = record.getMessage()
+        if record.exc_info or "Traceback" in text:
+            self.seen.append(f"{record.name}: {text} {record.exc_info}")
+
+
+@pytest.fixture
+def tracebacks():
+    handler = Tracebacks()
+    loggers = [
+        logging.getLogger(name) for name in ("", "uvicorn.error", "asyncio", "vllm", "kvttl")
+    ]
+    for each in loggers:
+        each.addHandler(handler)
+    yield handler.seen
+    for each in loggers:
+        each.removeHandler(handler)
+
+
+def send(server, request):
+    """The status of an answer, and what is wrong with the answer, if anything is."""
+    address = server.url.removeprefix("http://")
+    connection = http.client.HTTPConnection(address, timeout=240)
+    try:
+        path = quote(request.path, safe="/%?=")
+        connection.request(request.method, path, request.body, request.headers)
+        answer = connection.getresponse()
+        body = answer.read()
+    finally:
+        connection.close()
+    problem = ""
+    if answer.status >= 500 and answer.status != 501:
+        problem = f"{answer.status} {body[:300]}"
+    elif answer.status >= 400 and request.method != "HEAD":
+        error = json.loads(body)["error"]
+        if error.keys() != {"message", "type", "param", "code"} or error["code"] != answer.status:
+            problem = f"{answer.status} {body[:300]}"
+    return answer.status, problem
+
+
+@pytest.mark.timeout(7_200)
+def test_hostile_requests_get_an_error_or_an_answer(server, tracebacks):
+    """KV_FUZZ_REQUESTS=10000 KV_FUZZ_SEED=1 for a long run."""
+    count = int(os.environ.get("KV_FUZZ_REQUESTS", "300"))
+    seed = int(os.environ.get("KV_FUZZ_SEED", "0"))
+    wrong, statuses = [], collections.Counter()
+
+    def ask(number):
+        request = hostile_request(seed, number, server.model)
+        try:
+            status, problem = send(server, request)
+        except Exception as error:  # it hung, or sent what is no answer
+            status, problem = "none", repr(error)
+        statuses[status] += 1
+        if problem:
+            wrong.append((number, problem, request.method, request.path[:80], request.body[:200]))
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(ask, range(count)))
+    print(f"seed {seed}: {dict(statuses)}")
+    assert (wrong[:5], len(wrong), tracebacks[:3]) == ([], 0, [])
+    assert statuses[200] > count / 20 and statuses[400] > count / 5
+    assert server.engine.get_num_unfinished_requests() == 0
+    health = requests.get(server.url + "/healthz", timeout=120).json()
+    assert health["engine"] == "running" and health["lmcache"] == "running"
 
 
 # --- many clients, clients that leave -----------------------------------------------------

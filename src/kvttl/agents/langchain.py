@@ -54,8 +54,8 @@ class ManagedChatModel(BaseChatModel):
     ``model.bind(cache_salt="tenant-a")`` keeps a tenant's KV cache apart from others'.
 
     Tools work by text: a template without tools gets them in the system prompt, and JSON that
-    names one of them is taken as a call. Calls cannot be forced (`tool_choice`), and answers
-    are not streamed.
+    names one of them is taken as a call. Forced calls (`tool_choice`), structured output and
+    streams of tokens are the served endpoint's: `kvttl.serve.gateway`, with ``ChatOpenAI``.
 
     Examples
     --------
@@ -120,33 +120,48 @@ class ManagedChatModel(BaseChatModel):
             answers = deque(self._batches.answers(asked))
             if self._conversations:  # else other threads use this model too
                 self._answers = answers
-        message = self._message(answers.popleft(), kwargs.get("tools") or ())
-        return ChatResult(generations=[ChatGeneration(message=message)])
+        tools = _offered(kwargs.get("tools"), kwargs.get("tool_choice"))
+        return self._result(answers.popleft(), [tool["function"]["name"] for tool in tools])
 
-    def _asked(self, messages, stop, kv=None, tools=(), cache_salt=None, **sampling):
-        prompt = self.prompt_tokens(messages, tools or ())
+    def _asked(self, messages, stop, kv=None, tools=(), cache_salt=None, **options):
+        sampling = _without_openais(options)
+        prompt = self.prompt_tokens(messages, _offered(tools, options.get("tool_choice")))
         if cache_salt is not None:
             prompt = {"prompt_token_ids": prompt, "cache_salt": cache_salt}
         defaults = {"max_tokens": self.max_tokens, "temperature": self.temperature}
         return prompt, _sampling({**defaults, **sampling, "stop": stop}), kv
 
-    def _message(self, managed, tools):
-        output, answer = managed.output, managed.output.outputs[0]
-        text, calls = read_tool_calls(answer.text, [each["function"]["name"] for each in tools])
-        prompt, answered = len(output.prompt_token_ids), len(answer.token_ids)
-        return AIMessage(
-            text,
-            tool_calls=[{**call, "id": f"call_{uuid4().hex}"} for call in calls],
-            response_metadata={"model_name": self._identifying_params["model"], **_kv(managed)},
-            usage_metadata={
-                "input_tokens": prompt,
-                "output_tokens": answered,
-                "total_tokens": prompt + answered,
-                "input_token_details": {"cache_read": output.num_cached_tokens or 0},
-            },
-        )
+    def _result(self, managed, tool_names):
+        """Return a generation a sequence; the prompt's tokens count at the first, as in vLLM."""
+        output, generations = managed.output, []
+        prompt, cached = len(output.prompt_token_ids), output.num_cached_tokens or 0
+        for answer in output.outputs:
+            text, calls = read_tool_calls(answer.text, tool_names)
+            usage = _usage(0 if generations else prompt, len(answer.token_ids))
+            usage["input_token_details"] = {"cache_read": 0 if generations else cached}
+            message = AIMessage(
+                text,
+                tool_calls=[{**call, "id": f"call_{uuid4().hex}"} for call in calls],
+                response_metadata={"model_name": self._identifying_params["model"], **_kv(managed)},
+                usage_metadata=usage,
+            )
+            generations.append(ChatGeneration(message=message))
+        return ChatResult(generations=generations)
 
-    def bind_tools(self, tools: Sequence, *, tool_choice: str | None = None, **kwargs) -> Any:
+    def get_token_ids(self, text: str) -> list[int]:
+        """Return a text's token ids, of the engine's tokenizer."""
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        return (self.tokenizer or self.kv_cache.controller.tokenizer).encode(text)
+
+    def get_num_tokens_from_messages(
+        self, messages: Sequence[BaseMessage], tools: Sequence | None = None
+    ) -> int:
+        """Return how many tokens the prompt has that a conversation becomes, tools included."""
+        offered = [convert_to_openai_tool(tool) for tool in tools or ()]
+        return len(self.prompt_tokens(messages, offered)) if messages else 0
+
+    def bind_tools(self, tools: Sequence, *, tool_choice: Any = None, **kwargs) -> Any:
         """Return the model with tools that it may call: all that `convert_to_openai_tool` takes.
 
         Raises
@@ -154,9 +169,46 @@ class ManagedChatModel(BaseChatModel):
         NotImplementedError
             For a `tool_choice` that forces a call.
         """
-        if tool_choice not in (None, "auto"):
-            raise NotImplementedError(f"a tool call cannot be forced: tool_choice={tool_choice!r}")
-        return self.bind(tools=[convert_to_openai_tool(tool) for tool in tools], **kwargs)
+        offered = _offered([convert_to_openai_tool(tool) for tool in tools], tool_choice)
+        return self.bind(tools=offered, **kwargs)
+
+    def with_structured_output(self, schema: Any, **_options: Any) -> Any:
+        """Raise NotImplementedError: the served endpoint has it."""
+        raise _elsewhere("structured output is not possible")
+
+    def stream(self, *_args: Any, **_options: Any) -> Any:
+        """Raise NotImplementedError: the served endpoint has it."""
+        raise _elsewhere("tokens cannot be streamed")
+
+    astream = stream
+
+
+def _elsewhere(what):
+    return NotImplementedError(
+        f"{what} by a model in this process: use the served endpoint (`make serve`) with "
+        "langchain_openai.ChatOpenAI(base_url='http://127.0.0.1:8000/v1', ...)"
+    )
+
+
+def _offered(tools, choice):
+    """Return the tools that an answer may call; a `choice` that forces one is refused."""
+    if choice not in (None, False, "auto", "none"):
+        raise _elsewhere(f"a tool call cannot be forced (tool_choice={choice!r})")
+    return [] if choice == "none" else tools or []
+
+
+def _without_openais(options):
+    """Return options without those of OpenAI's that ask for nothing; what asks is refused."""
+    if options.get("response_format") not in (None, {"type": "text"}) or options.get("strict"):
+        raise _elsewhere("structured output is not possible")
+    if options.get("stream"):
+        raise _elsewhere("tokens cannot be streamed")
+    ours = ("tool_choice", "response_format", "strict", "stream")
+    return {name: value for name, value in options.items() if name not in ours}
+
+
+def _usage(prompt, answered):
+    return {"input_tokens": prompt, "output_tokens": answered, "total_tokens": prompt + answered}
 
 
 def _sampling(fields):

@@ -4,8 +4,10 @@ Only the routes named here exist: vLLM's application has more, and some of them
 generate without asking for the API key.
 """
 
+import json
 import math
 from collections.abc import Mapping
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +33,7 @@ async def openai_app(engine: Any, arguments: Any, body_limit: int = BODY_LIMIT) 
         attach(app)
     vllm.init_exception_handler(app)
     vllm.init_entrypoints_middleware(arguments, app, ("generate",))
+    app.user_middleware.insert(0, Middleware(_openai_errors))
     # Innermost, so that a body is read only after the API key has been checked.
     app.user_middleware.append(Middleware(_limit_bodies, limit_bytes=body_limit))
     await vllm.init_app_state(engine, app.state, arguments, ("generate",))
@@ -38,6 +41,70 @@ async def openai_app(engine: Any, arguments: Any, body_limit: int = BODY_LIMIT) 
     # vLLM's server ends itself after the engine; this one stays, to say what happened.
     app.state.server = SimpleNamespace(should_exit=False)
     return app
+
+
+def _openai_errors(app):
+    """Wrap an ASGI application: the body of every error is OpenAI's, whoever it comes from."""
+
+    async def shaped(scope, receive, send):
+        start, body = None, bytearray()
+
+        async def send_shaped(message):
+            nonlocal start
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                start = message
+            elif start is None:
+                await send(message)
+            else:
+                body.extend(message.get("body", b""))
+                if not message.get("more_body"):
+                    await _as_openai(scope, start, bytes(body))(scope, receive, send)
+
+        try:
+            await app(scope, receive, send_shaped)
+        except Exception as error:  # vLLM's checks stumble over some bodies
+            if scope.get("kv_accepted") or scope.get("method") != "POST":
+                raise
+            said = f"the request cannot be understood: {error}".encode(errors="backslashreplace")
+            start = {"status": 400, "headers": []}
+            await _as_openai(scope, start, said)(scope, receive, send)
+
+    return shaped
+
+
+def _as_openai(scope, start, body):
+    """Return an error as a response, its body as it is if it is OpenAI's already."""
+    from starlette.responses import JSONResponse
+
+    status = HTTPStatus(start["status"])
+    try:
+        said = json.loads(body)
+    except ValueError:
+        said = body.decode(errors="replace")
+    if not (isinstance(said, dict) and isinstance(said.get("error"), dict)):
+        text = _in_words(scope, status) or (said if isinstance(said, str) else None)
+        said = error_body(text or status.phrase, status)
+    response = JSONResponse(said, status)
+    named = (b"content-length", b"content-type")
+    response.raw_headers += [each for each in start["headers"] if each[0].lower() not in named]
+    return response
+
+
+def _in_words(scope, status):
+    """Return what a client should know about an error that has no words of its own."""
+    if status == HTTPStatus.UNAUTHORIZED:
+        return "the API key is missing or wrong: send `Authorization: Bearer <key>`"
+    if status not in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+        return None
+    routes = (f"{'/'.join(sorted(r.methods))} {r.path}" for r in scope["app"].routes)
+    here = ", ".join(route for route in routes if not route.endswith("/batch"))
+    return f"there is no route {scope['method']} {scope['path'][:200]}; this server has {here}"
+
+
+def error_body(message: str, status: HTTPStatus) -> dict[str, Any]:
+    """Return an error as OpenAI words it."""
+    error = vllm_parts().create_error_response(message, status.phrase, status)
+    return error.model_dump()
 
 
 def _limit_bodies(app, limit_bytes):
@@ -73,7 +140,9 @@ def manage_app(app: Any, cache: MultiTierCache, metrics: DecisionMetrics) -> Non
 
     def healthz():  # not async: asking LMCache must not hold the event loop up
         health = health_of(state.engine_client, cache, metrics)
-        return JSONResponse(health, 200 if health["engine"] == "running" else 503)
+        if health["engine"] == "running":
+            return JSONResponse(health)
+        return JSONResponse(health | error_body(health["status"], HTTPStatus(503)), 503)
 
     def show_metrics():  # vLLM's and this kit's
         registries = (vllm_parts().get_prometheus_registry(), metrics.registry)
@@ -117,6 +186,8 @@ def _with_kv(create):
     """Wrap one of vLLM's ``create_...`` so that the engine knows the request's metadata."""
 
     async def create_managed(request, raw_request=None):
+        if raw_request is not None:  # from here on an exception is not the client's fault
+            raw_request.scope["kv_accepted"] = True
         try:
             check_fields(request)
             metadata = kv_of(request)

@@ -1,6 +1,7 @@
 """A socket, its HTTP server, and who may connect: nothing here knows a KV cache."""
 
 import gc
+import json
 import os
 import socket
 import time
@@ -32,6 +33,7 @@ def serving(app: Any, listener: socket.socket, loop: BlockingPortal) -> Iterator
     import uvicorn
 
     options = {"log_config": None, "access_log": False, "backlog": _STREAMS}
+    options |= {"http": _protocol(), "ws": "none"}
     settings = uvicorn.Config(app, timeout_graceful_shutdown=_STOP_S, **options)
     server = uvicorn.Server(settings)  # outside the main thread it leaves signals alone
     ended = loop.start_task_soon(server.serve, [listener])
@@ -47,6 +49,18 @@ def serving(app: Any, listener: socket.socket, loop: BlockingPortal) -> Iterator
         server.should_exit = True
         ended.result()
         gc.unfreeze()  # vLLM froze it for speed; what stays frozen is reported as a leak at exit
+
+
+def _protocol():
+    """Return uvicorn's HTTP, whose answer to what is no HTTP is OpenAI's error too."""
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    class JsonErrors(HttpToolsProtocol):
+        def send_400_response(self, msg: str) -> None:
+            error = {"message": msg, "type": "Bad Request", "param": None, "code": 400}
+            super().send_400_response(json.dumps({"error": error}))
+
+    return JsonErrors
 
 
 @contextmanager
