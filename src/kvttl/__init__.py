@@ -125,4 +125,4 @@ def parse_yaml(path: Path) -> Any:
                 )
         return yaml.safe_load(text)
     except Exception as error:  # PyYAML raises half a dozen kinds at what it does not know
-        raise ValueError(f"not YAML: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())[:300]}") from error

@@ -153,7 +153,7 @@ def load_trace(path: str | Path) -> Trace:
     except FileNotFoundError:
         raise
     except Exception as error:  # NumPy raises a dozen kinds at files that it did not write
-        raise ValueError(f"{path} is not a trace file of this kit: {error}") from error
+        raise ValueError(f"{path} is not a trace file of this kit: {error!s:.300}") from error
     plain = {name: value if name in COLUMNS else value.item() for name, value in values.items()}
     return Trace(**plain)
 
