@@ -23,7 +23,7 @@ from kvttl.lmcache.client import LMCacheUnavailable as LMCacheUnavailable
 from kvttl.lmcache.directory import Directory
 from kvttl.lmcache.layout import BaseController, InProcessController, KVLayout, unseen, vllm_config
 from kvttl.lmcache.lease import ServerLease
-from kvttl.lmcache.salts import check_salt, kept_under
+from kvttl.lmcache.salts import check_salt, salted
 from tiered_caching import BaseBackend, InMemoryBackend, LocalDiskBackend, RemoteBackend
 
 
@@ -73,7 +73,10 @@ class LMCacheController(BaseController):
         self.move_timeout_s = move_timeout_s
         self._http = LMCacheHTTP(f"http://{host}:{port}", **limits)
         self._address = f"{_ip_of(host)}:{port}"
-        salt = kept_under(check_salt(cache_salt or None))
+        salt = salted(check_salt(cache_salt or None))
+        if salt != cache_salt:  # a request's is hashed: the two would not be the same
+            allowed = "1 to 64 letters, digits and . _ -"
+            raise ValueError(f"cache_salt of a controller must be {allowed}, got {cache_salt!r}")
         self._directory = Directory(self._http, model, world_size, salt)
         # Tiers whose last demotion waited in vain (a dead Redis, a full disk):
         # later moves there look once and do not wait, until one succeeds.

@@ -18,6 +18,7 @@ from local_managers import (
     local_manager,
 )
 
+from cache_controller import LMCacheController
 from caching_heuristics import TIERS
 from kvttl.decisions.log import DecisionLog, read_records, to_frame
 from kvttl.decisions.metrics import DecisionMetrics
@@ -197,6 +198,18 @@ def test_a_log_without_the_field_is_read():
     from kvttl.decisions.record import parse_record
 
     assert parse_record(line.replace(",}", "}")).cache_salt == ""
+
+
+def test_a_controller_of_one_tenant_takes_its_requests_only():
+    with pytest.raises(ValueError, match="of a controller must be 1 to 64 letters.* got 'ü'"):
+        LMCacheController(cache_salt="ü")
+    tenant = local_controller()
+    tenant.cache_salt = "tenant-a"
+    cache = manager(tenant)
+    assert cache.admit(PROMPT, None) == (A, "tenant-a")
+    assert cache.admit(A, None) == (A, "tenant-a")
+    with pytest.raises(ValueError, match="'tenant-b' of the prompt is not possible: 'tenant-a'"):
+        cache.admit(B, None)
 
 
 def test_refused_requests_reach_neither_engine_nor_records():
