@@ -38,17 +38,14 @@ _ANSWERS = (  # a kind of error, what its text has, and what to say; the first o
     (_ERRORS.NoPermissionError, "", "{0}; it needs " + _RIGHTS),
     (_ERRORS.ReadOnlyError, "", _REPLICA),
     (_ERRORS.OutOfMemoryError, "", "it is full: {0}"),
-    (_ERRORS.ClusterError, "", _NO_CLUSTER),
-    (_ERRORS.ClusterCrossSlotError, "", _NO_CLUSTER),
-    (_ERRORS.MovedError, "", _NO_CLUSTER),
-    (_ERRORS.AskError, "", _NO_CLUSTER),
+    ((_ERRORS.ClusterError, _ERRORS.ClusterCrossSlotError, _ERRORS.AskError), "", _NO_CLUSTER),
     (redis.ResponseError, "protected mode", "it is in protected mode: set a password there"),
     (redis.ResponseError, "unknown command", "it lacks commands of Redis: a Sentinel, or a proxy"),
     (redis.InvalidResponse, "", "what answers there is no Redis: {0}"),
 )
 
 
-class TierError(ConnectionError):
+class TierError(RuntimeError):
     """A tier cannot be used; the message has the cause in one line."""
 
 
@@ -73,8 +70,6 @@ def probe_folder(folder: str | os.PathLike) -> None:
         free_bytes = shutil.disk_usage(folder).free
     except FileExistsError:
         raise TierError("it is a file, not a folder") from None
-    except TierError:
-        raise
     except OSError as error:
         raise TierError(error.strerror or str(error)) from error
     if free_bytes < LEAST_FREE_BYTES:
@@ -110,8 +105,6 @@ def probe_redis(client: redis.Redis) -> str:
         with contextlib.suppress(redis.ResponseError):  # without the right to ask
             return _risk(client.info())
     except (redis.RedisError, OSError) as error:
-        if isinstance(error, TierError):
-            raise
         if isinstance(error, redis.ResponseError):
             with contextlib.suppress(redis.RedisError):
                 client.delete(*names)
