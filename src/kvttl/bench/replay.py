@@ -37,7 +37,7 @@ _GROWTH = (1_000_000, 10_000_000, 100_000_000)  # accesses
 def bench_trace():
     """Return the conversation trace, or a generated one of the same size."""
     home = os.environ.get("KV_TRACE_DIR")
-    path = Path(home or "") / "mooncake" / "conversation_trace.jsonl"
+    path = user_path(home or "") / "mooncake" / "conversation_trace.jsonl"
     if home and path.exists():
         return read_trace(path)
     return agent_loops(6_000, seed=0, block_tokens=512, system_blocks=12, turn_blocks=3.0)

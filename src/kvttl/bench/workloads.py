@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
+from kvttl import user_path
 from kvttl.session.demo_model import load_tokenizer
 from kvttl.session.texts import CODE_PROMPT, TEMPLATE_LINE, random_characters, shuffled_prose
 from kvttl.traces.builder import TraceBuilder, make_trace
@@ -121,7 +121,7 @@ def make_workload(name: str, seed: int, requests: int, model: str) -> Workload:
 
 def _agentic(seed, requests):
     """Return sessions of real agents where a trace is there, with their real think times."""
-    folder = Path(os.environ.get("KV_TRACE_DIR") or ".") / "weka-agentic"
+    folder = user_path(os.environ.get("KV_TRACE_DIR") or ".") / "weka-agentic"
     if not folder.is_dir():
         shape = {"system_blocks": 80, "turn_blocks": 5.0, "turns": 6.0}
         trace = agent_loops(requests, seed, block_tokens=64, **shape)

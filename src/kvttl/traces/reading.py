@@ -99,7 +99,7 @@ def _read(path, format, source, cache_dir):
     if not files:
         pattern = FORMATS[name].files
         raise ValueError(f"{path}: no {pattern} or {pattern}.gz file in this folder")
-    cached = cache_dir and Path(cache_dir) / _cache_name(path, name, files, source)
+    cached = cache_dir and user_path(cache_dir) / _cache_name(path, name, files, source)
     if cached and cached.exists():
         try:
             return load_trace(cached)
@@ -178,8 +178,8 @@ def traces_at_hand(sessions: int = 40, cache_dir: str | Path | None = None) -> d
     """
     home, found = os.environ.get("KV_TRACE_DIR"), {}
     options = {"cache_dir": cache_dir or _DATA / "trace_cache"}
-    conversation = Path(home or "") / "mooncake" / "conversation_trace.jsonl"
-    agentic = Path(home or "") / "weka-agentic"
+    conversation = user_path(home or "") / "mooncake" / "conversation_trace.jsonl"
+    agentic = user_path(home or "") / "weka-agentic"
     if home and conversation.exists():
         found["conversation"] = read_trace(conversation, **options)
     if home and agentic.is_dir():
