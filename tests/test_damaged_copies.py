@@ -467,8 +467,8 @@ class Deployment:
         return {tiers for one in self.layouts(texts) for tiers in one.of(name)}
 
     def keep_only(self, tier, texts):
-        """Wait until all tiers have all, then delete it from all others."""
-        wait_until(lambda: self.held(texts) == {TIERS})
+        """Wait until all tiers have what `tier` has not alone, then delete it from the others."""
+        wait_until(lambda: self.held(texts) - {(tier,)} == {TIERS})
         others = [one for one in TIERS if one != tier]
         keys = [key for of_text in self.keys(texts) for key in of_text]
         wait_until(lambda: self.http.delete(self._stack.instance_id, others, keys) == 0)
