@@ -5,23 +5,34 @@ The adapters first, as LMCache's server calls them, then the real stack.
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import select
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import redis
 import requests
-from lmcache.v1.distributed.api import ObjectKey
+import torch
+from lmcache.v1.distributed.api import (
+    GroupedObjectKeys,
+    MemoryLayoutDesc,
+    ObjectKey,
+    PrefetchTaskSpec,
+)
+from lmcache.v1.distributed.config import parse_args
 from lmcache.v1.distributed.internal_api import L2AdapterListener
 from lmcache.v1.distributed.l2_adapters.fs_l2_adapter import FSL2Adapter, FSL2AdapterConfig
+from lmcache.v1.distributed.storage_manager import StorageManager
 from waiting import LIMIT_S, wait_until
 
 from cache_controller import LMCacheController
 from caching_heuristics import TIERS
 from kvttl.lmcache.client import LMCacheHTTP
 from kvttl.lmcache.tiers import ChunkKey, parse_key
+from kvttl.stack.child import install_adapters
 from kvttl.stack.disk_adapter import DiskAdapter
 from kvttl.stack.reconcile import redis_contents
 from kvttl.stack.redis_adapter import RedisClient, RedisL2Adapter
@@ -335,6 +346,89 @@ def test_what_is_no_file_is_a_miss_and_holds_nothing_up(tmp_path, contents, what
         one.adapter.close()
 
 
+# ---- LMCache's own storage manager over both adapters ----------------------------------------
+
+LAYOUT = MemoryLayoutDesc(shapes=[torch.Size([2, 4, 32, 64])], dtypes=[torch.bfloat16])
+
+
+class Storage:
+    """All of an LMCache server but its sockets: memory, store and prefetch controllers, adapters.
+
+    Chunk number n holds the value n + 1 everywhere.
+    """
+
+    def __init__(self, folder, redis_url):
+        adapters = [
+            {"type": "fs", "base_path": str(folder)},
+            {"type": "resp", "host": "127.0.0.1", "port": urlsplit(redis_url).port},
+        ]
+        arguments = ["--l1-size-gb", "0.1", "--eviction-policy", "LRU"]
+        for adapter in adapters:
+            arguments += ["--l2-adapter", json.dumps(adapter)]
+        self.manager = StorageManager(parse_args(arguments))
+        self.places = {"disk": DiskPlace(folder), "remote": RedisPlace(redis_url)}
+        self.keys = [ObjectKey(os.urandom(32), "org/m", 0x01000100, 0, "") for _ in range(6)]
+        self.chunks = list(map(chunk_of, self.keys))
+
+    def compute(self):
+        """Write what memory lacks, as an engine does, and wait for the copies on disk and Redis."""
+        reserved = self.manager.reserve_write(self.keys, LAYOUT)
+        for key, memory in reserved.items():
+            memory.tensor.fill_(self.keys.index(key) + 1)
+        self.manager.finish_write(list(reserved))
+        for place in self.places.values():
+            wait_until(lambda place=place: set(self.chunks) <= place.copies().keys())
+
+    def keep_only(self, tier):
+        self.manager.clear(force=True)
+        for other, place in self.places.items():
+            for chunk, name in place.copies().items() if other != tier else ():
+                if chunk in self.chunks:  # Redis is the whole session's
+                    place.remove(name)
+
+    def load(self):
+        """Return the values of the chunks that a prompt of all of them would be served."""
+        prompt = PrefetchTaskSpec([GroupedObjectKeys(self.keys, 0, LAYOUT)])
+        handle = self.manager.submit_prefetch_task(prompt)
+        answer = wait_until(lambda: self.manager.query_prefetch_status(handle))
+        hits = self.keys[: answer.hit_cells[0].popcount()]
+        if not hits:
+            return []
+        with self.manager.read_prefetched_results(hits) as objects:
+            values = [set(memory.tensor.flatten().tolist()) for memory in objects]
+        self.manager.finish_read_prefetched(hits)
+        return [value for one in values for value in one]
+
+    def close(self):
+        self.keep_only(None)
+        self.manager.close()
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory, redis_url):
+    """The registry keeps the kit's adapters: nothing else in this process asks for any."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KV_REDIS_URL", redis_url)
+        install_adapters(own_redis_client=True)
+        one = Storage(tmp_path_factory.mktemp("storage"), redis_url)
+        yield one
+        one.close()
+
+
+@pytest.mark.parametrize("tier", ["disk", "remote"])
+@pytest.mark.parametrize("how", DAMAGE)
+def test_lmcache_serves_what_stands_before_the_damage_and_stores_the_rest_again(storage, tier, how):
+    storage.compute()
+    storage.keep_only(tier)
+    damaged = damage(storage.places[tier], storage.chunks[2:4], DAMAGE[how])
+    assert storage.load() == [1.0, 2.0]
+    storage.compute()
+    storage.keep_only(tier)
+    assert storage.load() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    place = storage.places[tier]
+    assert [name for name, data in damaged.items() if place.read(name) == data] == []
+
+
 # ---- the real stack --------------------------------------------------------------------------
 
 
@@ -355,9 +449,17 @@ class Deployment:
         self.controller.attach_engine(llm)
 
     def serve(self, texts):
-        """Generate all in one batch: each answer, and the tokens that were not computed."""
-        outputs = self._llm.generate(texts, self._sampling, use_tqdm=False)
-        return [one.outputs[0].text for one in outputs], [one.num_cached_tokens for one in outputs]
+        """Return each answer, and how many complete chunks of each prompt were not computed.
+
+        One after the other: what shares a batch can change a greedy answer's last bits.
+        """
+        answers, hits = [], []
+        for text in texts:
+            (output,) = self._llm.generate(text, self._sampling, use_tqdm=False)
+            answers.append(output.outputs[0].text)
+            # A prompt that is all chunks is computed from its last token on.
+            hits.append(-(-output.num_cached_tokens // 32))
+        return answers, hits
 
     def layouts(self, texts):
         return [self.controller.layout(self.controller.tokenize(text)) for text in texts]
@@ -373,8 +475,8 @@ class Deployment:
         return {tiers for one in self.layouts(texts) for tiers in one.of(name)}
 
     def keep_only(self, tier, texts):
-        """Wait until all tiers have all, then delete it from all others."""
-        wait_until(lambda: self.held(texts) == {TIERS})
+        """Wait until all tiers have what `tier` has not alone, then delete it from the others."""
+        wait_until(lambda: self.held(texts) - {(tier,)} == {TIERS})
         others = [one for one in TIERS if one != tier]
         keys = [key for of_text in self.keys(texts) for key in of_text]
         wait_until(lambda: self.http.delete(self._stack.instance_id, others, keys) == 0)
@@ -403,7 +505,7 @@ def test_a_damaged_copy_is_computed_once_and_stored_again(tier_and_place, deploy
     texts = [fresh_text() for _ in DAMAGE]
     answers, _ = deployment.serve(texts)
     deployment.keep_only(tier, texts)
-    whole = [32 * len(keys) for keys in deployment.keys(texts)]
+    whole = list(map(len, deployment.keys(texts)))
     assert deployment.serve(texts) == (answers, whole)
     counted = deployment.damaged_copies()
 
@@ -411,7 +513,7 @@ def test_a_damaged_copy_is_computed_once_and_stored_again(tier_and_place, deploy
     for keys, how in zip(deployment.keys(texts), DAMAGE.values()):
         chunks = [ChunkKey(**key) for key in keys[1:]]  # the first one stays good
         damaged |= damage(place, chunks, how)
-    assert deployment.serve(texts) == (answers, [32] * len(texts))
+    assert deployment.serve(texts) == (answers, [1] * len(texts))
     assert deployment.damaged_copies() == counted + len(damaged)
 
     deployment.keep_only(tier, texts)  # all is there again, in the other tiers, too
