@@ -128,6 +128,10 @@ class LMCacheController(BaseController):
         """Raise LMCacheUnavailable if the coordinator or the server is away."""
         self._http.ping(self.instance_id)
 
+    def has_forgotten(self) -> bool:
+        """Return whether the coordinator or the server was restarted since this began."""
+        return self._http.signed_up_again(self.instance_id)
+
     def lease(self) -> ServerLease:
         """Return a manager's right to this instance's server; see `ServerLease`."""
         return ServerLease(f"{self.instance_id} at {self._address}")

@@ -246,6 +246,9 @@ class LMCacheHTTP:
         self._services: dict[str, Service] = {}  # by URL: a breaker outlives a lost server
         self._servers: dict[str, Service] = {}  # by instance id
         self._answered_s: dict[str, float] = {}  # instance id -> when its server last did
+        self._registered_s: dict[
+            str, float | None
+        ] = {}  # instance id -> its first sign-up seen here
         self._tier_errors: dict[str, tuple[float, dict[str, str]]] = {}  # with when it was asked
 
     def close(self) -> None:
@@ -320,6 +323,17 @@ class LMCacheHTTP:
             self._tier_errors[instance_id] = now_s, found
         return found
 
+    def signed_up_again(self, instance_id: str) -> bool:
+        """Return whether a server's sign-up is not the first one seen here.
+
+        It, or the coordinator, was restarted: the directory may not know all that it holds.
+        """
+        self._find_server(instance_id)
+        times = {
+            entry["instance_id"]: entry.get("registration_time") for entry in self._instances()
+        }
+        return times.get(instance_id) != self._registered_s[instance_id]
+
     def chunk_size_tokens(self, instance_id: str) -> int:
         """Return the server's chunk size, in tokens."""
         return int(self._call_server(instance_id, "GET", "/status")["chunk_size"])
@@ -348,6 +362,7 @@ class LMCacheHTTP:
             if url not in self._services:
                 self._services[url] = Service(url, **self._limits)
             self._servers[entry["instance_id"]] = self._services[url]
+            self._registered_s.setdefault(entry["instance_id"], entry.get("registration_time"))
         if instance_id not in self._servers:
             known = ", ".join(sorted(self._servers)) or "none"
             raise LMCacheUnavailable(

@@ -149,6 +149,10 @@ class BaseController(ABC):
     def check_health(self) -> None:
         """Raise LMCacheUnavailable, with the reason, if KV cannot be managed now."""
 
+    def has_forgotten(self) -> bool:
+        """Return whether KV may be somewhere where `layout_of` does not show it."""
+        return False
+
     def lease(self) -> ServerLease | None:
         """Return a manager's right to the server; None where there is no server to share.
 

@@ -137,6 +137,7 @@ class Settler:
                 before = after = self._motion.tiers_of(keys)
                 if not all(before.values()):
                     self._controller.check_health()  # gone, or is only the directory empty?
+                    self._drop_forgotten(before, now_s, others)
                 failures = self._lower(before, now_s, others)
                 doubtful = set()
                 for item in batch:
@@ -159,6 +160,20 @@ class Settler:
                 made = {"moves": moves, "error": error, "manage_s": latency_s / len(batch)}
                 records.append(_record_of(item, before, after, now_s, **made))
         return records
+
+    def _drop_forgotten(self, held, now_s, others):
+        """Delete copies that no claim wants and that a restarted coordinator does not show."""
+        if not self._controller.has_forgotten():
+            return
+        unseen = [key for key, tiers in held.items() if not tiers and key not in others]
+        with self._motion.lock:
+            wanted = self.ledger.wanted(unseen, now_s)
+            mine = [key for key, tier in zip(unseen, wanted) if tier is None]
+            self._motion.begin(mine, others)
+        try:
+            self._controller.discard(mine)
+        finally:
+            self._motion.end(mine)
 
     def _lower(self, held, now_s, others):
         """Move chunks down to where they are wanted; returns those that stay, with the reason."""
@@ -338,13 +353,11 @@ class Settler:
 def _way_down(tiers, wanted):
     """Return the move of a chunk that is hotter than it is wanted, as (source, target).
 
-    The target None = dropped, also where the directory shows no copy: it may have forgotten
-    one, as a coordinator does that was killed. The answer None = it stays.
+    The target None = dropped; the answer None = it stays.
     """
-    if not tiers:
-        return None if wanted else ("nowhere", None)
-    target = reachable(tiers, wanted)
-    return (tiers[0], target) if target is None or is_above(tiers[0], target) else None
+    target = reachable(tiers, wanted) if tiers else None
+    goes = bool(tiers) and (target is None or is_above(tiers[0], target))
+    return (tiers[0], target) if goes else None
 
 
 def _record_of(item, before, after, now_s, **made):
