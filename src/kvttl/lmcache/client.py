@@ -246,9 +246,7 @@ class LMCacheHTTP:
         self._services: dict[str, Service] = {}  # by URL: a breaker outlives a lost server
         self._servers: dict[str, Service] = {}  # by instance id
         self._answered_s: dict[str, float] = {}  # instance id -> when its server last did
-        self._registered_s: dict[
-            str, float | None
-        ] = {}  # instance id -> its first sign-up seen here
+        self._registered_s: dict[str, float | None] = {}  # its first sign-up
         self._tier_errors: dict[str, tuple[float, dict[str, str]]] = {}  # with when it was asked
 
     def close(self) -> None:
