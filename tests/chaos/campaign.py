@@ -18,14 +18,14 @@ import psutil
 
 from caching_heuristics import HeuristicConfig
 from chaos.faults import ALL_DOORS, KINDS, Kind, Scene
-from chaos.machine import LIMIT_S, MAX_TOKENS, Door, Ended, Key, Machine, comes, read_log
+from chaos.machine import LIMIT_S, MAX_TOKENS, Door, Ended, Key, LogReader, Machine, comes
 
 HOT = {"perplexity": 12.0, "time_variance": 0.0}
 WARM = {"perplexity": 35.0, "time_variance": 0.1}
 COLD = {"perplexity": 80.0, "time_variance": 0.0}
 TENANTS = ("", "", "tenant-a", "tenant-b")
 AUDIT_EVERY = 20  # faults
-MARGIN = 0.25  # of each token over the next best: a different order of sums changes no text
+MARGIN = 0.2  # of each token over the next best: a different order of sums changes no text
 POOL_PROMPTS, SYSTEMS, PROBES_A_FAULT = 48, 6, 3
 EXTRA_FILES = 40  # open files that a process may have more than at its start
 LADDER_TOP_S = 60 * 86_400.0  # beyond the longest TTL on all rungs
@@ -55,20 +55,29 @@ class Prompt:
 
 
 def candidates(seed: int, count: int) -> list[str]:
-    """Return texts: the first share long beginnings, as agents' system prompts do."""
+    """Return texts: the first share long beginnings, as agents' system prompts do.
+
+    Each ends in a phrase of its own, said several times and broken off: the model goes on
+    with it, so that the text depends on the KV cache of the whole prompt.
+    """
     rng = random.Random(f"prompts {seed}")
-    systems = [_prose(rng, 90) for _ in range(SYSTEMS)]
-    shared = [f"{rng.choice(systems)}\n{_prose(rng, rng.randrange(10, 120))}" for _ in range(160)]
-    return shared + [f"# {rng.getrandbits(64):x}\n{_prose(rng, 50)}" for _ in range(count)]
+    systems = [_prose(rng, rng.randrange(40, 90)) for _ in range(SYSTEMS)]
+    shared = [f"{rng.choice(systems)}\n{_phrases(rng, 4)}" for _ in range(3 * POOL_PROMPTS)]
+    return shared + [f"# {rng.getrandbits(64):x}\n{_phrases(rng, 4)}" for _ in range(count)]
 
 
 def _prose(rng, words):
     return " ".join(rng.choice(_WORDS) for _ in range(words))
 
 
+def _phrases(rng, times):
+    words = rng.sample(_WORDS, 9)
+    return " ".join(words * times + words[: rng.randrange(2, 7)])
+
+
 def texts(machine: Machine, seed: int, faults: int) -> list[dict]:
     """Return prompts with the texts of an engine without LMCache, the doubtful ones left out."""
-    prompts = candidates(seed, 40 + faults * PROBES_A_FAULT * 2)
+    prompts = candidates(seed, 2 * (20 + faults * PROBES_A_FAULT))
     source, answers = machine.folder / "prompts.json", machine.folder / "answers.json"
     source.write_text(json.dumps(prompts))
     pid = machine.nursery.start(
@@ -105,7 +114,7 @@ class Traffic:
         self._door, self._step, self._kind, self._choose = door, step, kind, choose
         self._ending = threading.Event()
         self._lock = threading.Lock()
-        self.spans: list[tuple[float, float]] = []  # of answered calls, monotonic seconds
+        self.spans: list[tuple] = []  # of answered calls: from, to (monotonic seconds), prompts
         count = 1 if door.role == "library" else 2
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(count)]
 
@@ -127,7 +136,7 @@ class Traffic:
                 prompts, metadata = self._choose()
             begun_s = time.monotonic()
             if self.call(prompts, metadata):
-                self.spans.append((begun_s, time.monotonic()))
+                self.spans.append((begun_s, time.monotonic(), len(prompts)))
             elif self._kind.deadly:
                 return
 
@@ -197,12 +206,16 @@ class Part:
         self.steps: list[Step] = []
         self._rng = random.Random(f"part {seed}")
         self._baseline: dict[str, int] = {}
+        self._log = LogReader(folder / "log")
 
     def run(self, cards: Sequence[tuple[str, str]], known: list[dict] | None = None) -> list[Step]:
         """Start everything, go through the deck, and end everything."""
         try:
             self.machine.start()
+            self.door = Door(self.machine, cards[0][0])
+            self.door.begin()
             self.known = known or texts(self.machine, 0, len(cards))
+            self.door.wait()
             self._share_out(self.known)
             for number, (role, name) in enumerate(cards, start=1):
                 self._through(role)
@@ -315,8 +328,7 @@ class Part:
                     calls.call([prompt], [WARM])
 
     def _hashes(self, prompt):
-        digest = prompt_digest(prompt.tokens)
-        return self._chunks_of.get(digest, ())
+        return self._log.chunks_of.get(prompt_digest(prompt.tokens), ())
 
     # ---- the questions -----------------------------------------------------------------------
 
@@ -348,28 +360,22 @@ class Part:
         digest = prompt_digest(probe.tokens)
 
         def clean():
-            rows = self._rows()[known:]
+            rows = self._log.update()[known:]
             return any(r["prompt_digest"] == digest and not r["error"] for r in rows)
 
         return comes(clean, 2.0)
 
-    def _rows(self):
-        """Return the records of generations, as the log has them."""
-        rows = [r for r in read_log(self.machine.folder / "log")]
-        self._chunks_of = {r["prompt_digest"]: r["chunk_keys"] for r in rows if r["chunk_keys"]}
-        return [row for row in rows if row["kind"] in ("generation", "shed")]
-
     def _logged(self):
-        return len(self._rows())
+        return len(self._log.update())
 
     def _check_records(self, step, kind, traffic, logged, away):
         """Every call has its record, and each failure its reason."""
         if not self.door.ask("flush", LIMIT_S):
             step.violations.append("decisions are not made")
-        answered = len(traffic.spans)
-        rows = self._rows()[logged:]
+        answered = sum(prompts for *_, prompts in traffic.spans)
+        rows = self._log.update()[logged:]
         if len(rows) < answered:
-            step.violations.append(f"{answered} calls were answered, {len(rows)} are recorded")
+            step.violations.append(f"{answered} prompts were answered, {len(rows)} are recorded")
         for row in rows:
             mute = [
                 m for m in row["moves"] if m["status"] not in ("done", "noop") and not m["reason"]

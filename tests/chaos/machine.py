@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -33,7 +33,7 @@ from kvttl.stack.lifecycle import LMCacheStack, load_config
 MARK = "KV_CHAOS_RUN"  # in the environment of all that a campaign starts
 LIMIT_S = 120.0  # of whatever must come by itself
 DISK_MB = 192
-MAX_TOKENS = 8
+MAX_TOKENS = 6
 # Shorter waits than the defaults: a campaign meets each of them some hundred times.
 SETTINGS = {
     "l1_size_gb": 0.25,
@@ -340,12 +340,23 @@ class Door:
         self.http_port = free_port()
 
     def start(self) -> None:
-        """Start a manager, which takes up the claims in the log."""
+        """Start a manager, which takes up the claims in the log, and wait until it is there."""
+        self.begin()
+        self.wait()
+
+    def begin(self) -> None:
+        """Start a manager."""
         port = self._machine.coordinator_proxy.port
         self._spec = self._machine.spec(self.role, port=port, http_port=self.http_port)
         self.pid = self._machine.nursery.start(self._spec)
+
+    def wait(self) -> None:
+        """Wait until it takes requests."""
         if not comes(lambda: self._is_ready() or not self.alive(), 3 * LIMIT_S) or not self.alive():
             raise Ended(f"the {self.role} did not start: {self.output()}")
+        for _ in range(2):  # so that all threads that come with use are there
+            self.generate([{"prompt": "first words"}] * 2, [None] * 2)
+            self.ask("flush", LIMIT_S)
         self.baseline = self.ask("status")
 
     def _is_ready(self):
@@ -418,13 +429,11 @@ class Door:
             self._complete(p, m).json()["choices"][0]["text"] for p, m in zip(prompts, metadata)
         ]
 
-    def _complete(self, prompt, metadata, **options):
+    def _complete(self, prompt, metadata):
         body = {"model": Path(self._machine.model).name, **prompt, "max_tokens": MAX_TOKENS}
-        body |= {"temperature": 0.0, "kv": metadata, "stream": bool(options)}
+        body |= {"temperature": 0.0} | ({"kv": metadata} if metadata else {})
         try:
-            answer = requests.post(
-                f"{self.url}/v1/completions", json=body, timeout=LIMIT_S, **options
-            )
+            answer = requests.post(f"{self.url}/v1/completions", json=body, timeout=LIMIT_S)
         except requests.Timeout as error:
             raise TimeoutError(f"no completion in {LIMIT_S:g} s") from error
         except requests.RequestException as error:
@@ -465,9 +474,29 @@ class Door:
             return ""
 
 
-def read_log(folder: Path) -> Iterable[dict]:
-    """Yield every whole line of a decision log, as JSON."""
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_bytes().splitlines():
-            with suppress(ValueError):
-                yield json.loads(line)
+class LogReader:
+    """Reads what is new in a decision log: whole lines that are JSON, each once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._read_bytes = folder, {}
+        self.rows: list[dict] = []  # of generations, and of those that were given up
+        self.chunks_of: dict[str, list[str]] = {}  # prompt's digest -> hashes
+
+    def update(self) -> list[dict]:
+        """Return all records of generations so far."""
+        for path in sorted(self._folder.glob("*.jsonl")):
+            with path.open("rb") as file:
+                file.seek(self._read_bytes.get(path, 0))
+                data = file.read()
+            whole = data[: data.rfind(b"\n") + 1]
+            self._read_bytes[path] = self._read_bytes.get(path, 0) + len(whole)
+            for line in whole.splitlines():
+                with suppress(ValueError):
+                    self._take(json.loads(line))
+        return self.rows
+
+    def _take(self, row):
+        if row["chunk_keys"]:
+            self.chunks_of[row["prompt_digest"]] = row["chunk_keys"]
+        if row["kind"] in ("generation", "shed"):
+            self.rows.append(row)

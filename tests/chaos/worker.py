@@ -115,7 +115,8 @@ class Control:
     def wanted(self, keys):
         """Return the tier that live claims want each chunk in."""
         now_s = self.clock()
-        return dict(zip(keys, self.cache.claims.wanted(list(keys), now_s)))
+        hashes = [chunk for chunk, _salt in keys]
+        return dict(zip(keys, self.cache.claims.wanted(hashes, now_s)))
 
     def flush(self, limit_s):
         return self.cache.flush(limit_s)
