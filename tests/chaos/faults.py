@@ -58,8 +58,8 @@ class Kind:
         Which managers it can happen to.
     loses : str
         Tiers whose copies are lost by the fault itself, with spaces between.
-    silent : bool
-        LMCache is not told of the loss: a demotion may trust a copy that is gone.
+    silent : str
+        Tiers of whose losses LMCache is not told: a demotion may trust a copy that is gone.
     deadly : bool
         Ends the engine: calls may fail, and the manager is started again.
     interrupts : bool
@@ -68,6 +68,10 @@ class Kind:
         Decisions that were made meanwhile must say that LMCache was away.
     dear : bool
         Takes tens of seconds.
+    unlogged : bool
+        Records cannot be written meanwhile.
+    sabotage : bool
+        Breaks a rule on purpose.
     """
 
     name: str
@@ -75,11 +79,12 @@ class Kind:
     hold_s: tuple[float, float] = (0.3, 1.5)
     doors: tuple[str, ...] = ALL_DOORS
     loses: str = ""
-    silent: bool = False
+    silent: str = ""
     deadly: bool = False
     interrupts: bool = False
     shows: bool = False
     dear: bool = False
+    unlogged: bool = False
     sabotage: bool = False
 
 
@@ -165,14 +170,14 @@ class stopped:
 # ---- Redis -----------------------------------------------------------------------------------
 
 
-@fault(loses="remote", silent=True)
+@fault(loses="remote", silent="remote")
 def redis_killed(scene):
     scene.machine.redis.stop()
     yield
     scene.machine.redis.start()
 
 
-@fault(silent=True)
+@fault(silent="remote")
 def redis_restarted(scene):
     scene.machine.redis.admin.save()
     scene.machine.redis.stop(signal.SIGTERM)
@@ -180,7 +185,7 @@ def redis_restarted(scene):
     scene.machine.redis.start()
 
 
-@fault(loses="remote", silent=True)
+@fault(loses="remote", silent="remote")
 def redis_flushed(scene):
     scene.machine.redis.admin.flushall()
     yield
@@ -221,7 +226,7 @@ def redis_read_only(scene):
     scene.machine.redis.admin.execute_command("REPLICAOF", "NO", "ONE")
 
 
-@fault(silent=True)
+@fault(silent="remote")
 def redis_evicting(scene):
     used = scene.machine.redis.admin.info("memory")["used_memory"]
     share = scene.rng.uniform(0.6, 0.95)
@@ -235,30 +240,37 @@ def redis_evicting(scene):
 
 @fault(hold_s=(0.5, 1.5))
 def disk_full(scene):
+    yield from filled(scene, scene.machine.disk, group_of(scene, "server"))
+
+
+@fault(hold_s=(0.5, 1.5), unlogged=True)
+def log_full(scene):
+    yield from filled(scene, scene.machine.folder / "log", scene.door.pid)
+
+
+def filled(scene, folder, writer):
+    """Fill a file system to its last byte; where it is not our own, refuse its writer's files."""
     if not scene.machine.has_own_disk:
-        yield from _files_refused(scene)
+        yield from _files_refused(writer)
         return
-    filler = scene.machine.disk / "filler"
-    with suppress(OSError), filler.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(2**18))
-    with suppress(OSError), filler.open("ab", buffering=0) as file:
-        while True:
-            file.write(bytes(2**9))
+    filler = folder / "filler"
+    for size in (2**18, 2**9):
+        with suppress(OSError), filler.open("ab", buffering=0) as file:
+            while True:
+                file.write(bytes(size))
     yield
     filler.unlink()
 
 
-def _files_refused(scene):
-    """Without a file system of our own: the server may not write files over a limit."""
-    server = psutil.Process(group_of(scene, "server"))
-    soft, hard = server.rlimit(psutil.RLIMIT_FSIZE)
-    server.rlimit(psutil.RLIMIT_FSIZE, (1024, hard))
+def _files_refused(pid):
+    process = psutil.Process(pid)
+    soft, hard = process.rlimit(psutil.RLIMIT_FSIZE)
+    process.rlimit(psutil.RLIMIT_FSIZE, (1024, hard))
     yield
-    server.rlimit(psutil.RLIMIT_FSIZE, (soft, hard))
+    process.rlimit(psutil.RLIMIT_FSIZE, (soft, hard))
 
 
-@fault(loses="disk", silent=True)
+@fault(loses="disk", silent="disk")
 def disk_emptied(scene):
     for files in scene.machine.files().values():
         for file in files:
@@ -484,6 +496,31 @@ def engine_killed(scene):
         if "ngine" not in str(error):
             scene.said.append(f"a call on a dead engine says: {error}")
     scene.door.kill()
+
+
+@fault(loses="gpu remote", silent="remote")
+def all_services_killed(scene):
+    for name in ("coordinator", "server"):
+        scene.machine.stack.kill(name)
+    scene.machine.redis.stop()
+    yield
+    bring_back(scene)
+
+
+@fault(loses="gpu remote", silent="remote", deadly=True, dear=True, hold_s=(0.0, 0.2))
+def machine_rebooted(scene):
+    scene.door.kill()
+    for name in ("coordinator", "server"):
+        scene.machine.stack.kill(name)
+    scene.machine.redis.stop()
+    yield
+    bring_back(scene)
+
+
+def bring_back(scene):
+    scene.machine.redis.start()
+    for name in ("coordinator", "server"):
+        scene.machine.stack.start_one(name)
 
 
 @fault(doors=("library",), interrupts=True, hold_s=(0.3, 0.8))

@@ -32,7 +32,7 @@ from kvttl.stack.lifecycle import LMCacheStack, load_config
 
 MARK = "KV_CHAOS_RUN"  # in the environment of all that a campaign starts
 LIMIT_S = 120.0  # of whatever must come by itself
-DISK_MB = 192
+_FILE_SYSTEMS_MB = {"disk": 192, "log": 32}
 MAX_TOKENS = 6
 # Shorter waits than the defaults: a campaign meets each of them some hundred times.
 SETTINGS = {
@@ -168,7 +168,8 @@ class Machine:
         for name in ("disk", "redis", "tmp", "out", "log"):
             (folder / name).mkdir(parents=True)
         self.sockets = Path(tempfile.mkdtemp(prefix="kvc-"))  # a path of a socket must be short
-        self.has_own_disk = _mount(folder / "disk", DISK_MB)
+        mounted = [_mount(folder / name, size) for name, size in _FILE_SYSTEMS_MB.items()]
+        self.has_own_disk = all(mounted)  # both or none
         os.environ[MARK] = self.run_id
         os.environ["VLLM_LOGGING_LEVEL"] = os.environ["LMCACHE_LOG_LEVEL"] = "WARNING"
         os.environ["TMPDIR"] = str(folder / "tmp")
@@ -311,8 +312,8 @@ class Machine:
         for pid in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        if self.has_own_disk:
-            subprocess.run(["umount", "-l", str(self.disk)], check=False)
+        for name in _FILE_SYSTEMS_MB if self.has_own_disk else ():
+            subprocess.run(["umount", "-l", str(self.folder / name)], check=False)
         shutil.rmtree(self.sockets, ignore_errors=True)
 
 
