@@ -33,16 +33,11 @@ def main(argv: list[str] | None = None) -> int:
             cards = options.cards or deck(seed, count, options.kinds)
             try:
                 part.run(cards[: options.until], known)
-            finally:
+            finally:  # what is known by now is worth keeping, however it ended
+                report = add(options.out, part.as_dict())
                 if options.keep:
-                    shutil.copytree(
-                        folder,
-                        options.keep,
-                        dirs_exist_ok=True,
-                        ignore=shutil.ignore_patterns("disk", "tmp"),
-                    )
+                    _keep(Path(folder), options.keep)
             known = part.known
-        report = add(options.out, part.as_dict())
         broken += sum(len(step.violations) for step in part.steps)
         print(
             f"part of seed {seed}: {len(part.steps)} faults; {options.out} has "
@@ -50,6 +45,11 @@ def main(argv: list[str] | None = None) -> int:
         )
     print(json.dumps({"faults": options.faults, "seed": options.seed, "violations": broken}))
     return 1 if broken else 0
+
+
+def _keep(folder, kept):
+    without = shutil.ignore_patterns("disk", "tmp", "dump.rdb")
+    shutil.copytree(folder, kept, dirs_exist_ok=True, ignore=without)
 
 
 def _options(argv):

@@ -30,7 +30,7 @@ class Proxy:
         self.troubled = 0  # calls that the trouble has hit
         self._random = random.Random(0)
         handler = type("Handler", (_Handler,), {"proxy": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = _Server(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, daemon=True, name="proxy").start()
@@ -52,6 +52,11 @@ class Proxy:
         """Stop listening."""
         self._server.shutdown()
         self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """Say nothing of a manager that was killed."""
 
 
 class _Handler(BaseHTTPRequestHandler):
