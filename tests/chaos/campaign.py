@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import random
 import threading
@@ -19,6 +18,8 @@ import psutil
 from caching_heuristics import HeuristicConfig
 from chaos.faults import ALL_DOORS, KINDS, Kind, Scene
 from chaos.machine import LIMIT_S, MAX_TOKENS, Door, Ended, Key, LogReader, Machine, comes
+from kvttl.lmcache.salts import chunk_key
+from kvttl.manager.generation import prompt_digest
 
 HOT = {"perplexity": 12.0, "time_variance": 0.0}
 WARM = {"perplexity": 35.0, "time_variance": 0.1}
@@ -52,6 +53,11 @@ class Prompt:
     def request(self) -> dict[str, str]:
         """It, as vLLM and the gateway take it."""
         return {"prompt": self.text} | ({"cache_salt": self.salt} if self.salt else {})
+
+    @property
+    def digest(self) -> str:
+        """Its name in records."""
+        return prompt_digest(self.tokens, self.salt)
 
 
 def candidates(seed: int, count: int) -> list[str]:
@@ -330,13 +336,10 @@ class Part:
         """Ask for the prompts whose chunks were damaged."""
         if scene.visit:
             calls = Traffic(self.door, step, kind, None)
-            hashes = {chunk for chunk, _salt in scene.visit}
+            names = {chunk_key(*key) for key in scene.visit}
             for prompt in self.pool:
-                if hashes.intersection(self._hashes(prompt)):
+                if names.intersection(self._log.chunks_of.get(prompt.digest, ())):
                     calls.call([prompt], [WARM])
-
-    def _hashes(self, prompt):
-        return self._log.chunks_of.get(prompt_digest(prompt.tokens), ())
 
     # ---- the questions -----------------------------------------------------------------------
 
@@ -366,11 +369,9 @@ class Part:
         return bool(placed) and all(tiers == {"disk", "remote"} for tiers in placed)
 
     def _recorded(self, probe, known):
-        digest = prompt_digest(probe.tokens)
-
         def clean():
             rows = self._log.update()[known:]
-            return any(r["prompt_digest"] == digest and not r["error"] for r in rows)
+            return any(r["prompt_digest"] == probe.digest and not r["error"] for r in rows)
 
         return comes(clean, 2.0)
 
@@ -518,13 +519,6 @@ def count_of(state: str, name: str) -> int:
     import re
 
     return sum(map(int, re.findall(rf'"{name}": (\d+)', state)))
-
-
-def prompt_digest(tokens: Sequence[int]) -> str:
-    """Return the name that records give a prompt."""
-    from array import array
-
-    return hashlib.sha256(array("q", tokens).tobytes()).hexdigest()[:16]
 
 
 __all__ = ["MAX_TOKENS", "Key", "Part", "Step", "deck", "texts"]

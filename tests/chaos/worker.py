@@ -114,9 +114,10 @@ class Control:
 
     def wanted(self, keys):
         """Return the tier that live claims want each chunk in."""
-        now_s = self.clock()
-        hashes = [chunk for chunk, _salt in keys]
-        return dict(zip(keys, self.cache.claims.wanted(hashes, now_s)))
+        from kvttl.lmcache.salts import chunk_key
+
+        names = [chunk_key(*key) for key in keys]
+        return dict(zip(keys, self.cache.claims.wanted(names, self.clock())))
 
     def flush(self, limit_s):
         return self.cache.flush(limit_s)
