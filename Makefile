@@ -67,15 +67,15 @@ export PYTHONPATH := $(CURDIR)/src
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-agents run test up down status notebooks clean-notebooks check-notebooks lint \
-	serve bench bench-gateway bench-overhead bench-sliders replay bench-replay app lab demo-model clean
+	serve bench bench-gateway bench-overhead bench-sliders replay bench-replay app lab demo-model chaos clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 # What the wanted targets need of the machine: vLLM's CPU build links libnuma.
-NEEDS := $(sort $(if $(filter test notebooks lab run serve bench bench-gateway bench-overhead,\
+NEEDS := $(sort $(if $(filter test notebooks lab run serve bench bench-gateway bench-overhead chaos,\
 	$(MAKECMDGOALS)),libnuma1) $(if $(filter test bench-sliders,$(MAKECMDGOALS)),chromium) \
-	$(if $(filter test,$(MAKECMDGOALS)),redis-server openssl))
+	$(if $(filter test chaos,$(MAKECMDGOALS)),redis-server) $(if $(filter test,$(MAKECMDGOALS)),openssl))
 
 # No file: looked at each time, and before anything is installed.
 .machine:
@@ -167,6 +167,9 @@ bench-sliders: $(READY) ## from a slider's step to the new picture in the browse
 
 demo-model: $(READY) ## train data/demo_model again (about half an hour)
 	@$(PY) -m kvttl.session.train_demo_model
+
+chaos: $(READY) ## seeded faults on a real stack, and what held (N=1000: hours; SEED= of the first 100)
+	@PYTHONPATH=src:tests $(PY) -m chaos --faults $(if $(filter file,$(origin N)),100,$(N)) --seed $(SEED)
 
 lint: $(READY) ## ruff
 	@$(VENV)/bin/ruff check src tests && $(VENV)/bin/ruff format --check src tests

@@ -1,0 +1,6 @@
+"""The fault campaign: a real stack under a stream of generations, while seeded faults hit it.
+
+`make chaos`; what it checks after each fault, and what it found: docs/chaos.md. From the part
+that touches the machine to the part that judges: `proxy`, `worker` (engine and manager, in
+processes that can be killed), `machine` (services, disk, Redis), `faults`, `campaign`, `report`.
+"""

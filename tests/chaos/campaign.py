@@ -1,0 +1,524 @@
+"""One part of a campaign: a seed, a deck of faults, and after each the same questions."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import psutil
+
+from caching_heuristics import HeuristicConfig
+from chaos.faults import ALL_DOORS, KINDS, Kind, Scene
+from chaos.machine import LIMIT_S, MAX_TOKENS, Door, Ended, Key, LogReader, Machine, comes
+from kvttl.lmcache.salts import chunk_key
+from kvttl.manager.generation import prompt_digest
+
+HOT = {"perplexity": 12.0, "time_variance": 0.0}
+WARM = {"perplexity": 35.0, "time_variance": 0.1}
+COLD = {"perplexity": 80.0, "time_variance": 0.0}
+TENANTS = ("", "", "tenant-a", "tenant-b")
+AUDIT_EVERY = 20  # faults
+MARGIN = 0.2  # of each token over the next best: a different order of sums changes no text
+POOL_PROMPTS, SYSTEMS, PROBES_A_FAULT = 48, 6, 3
+EXTRA_FILES = 40  # open files that a process may have more than at its start
+LADDER_TOP_S = 60 * 86_400.0  # beyond the longest TTL on all rungs
+_WORDS = (
+    "cache tensor prefix token block chunk tier model agent server queue worker river stone "
+    "window garden letter bridge market winter summer doctor engine signal paper silver copper "
+    "planet forest island harbor castle violin painter teacher kitchen pepper orange lemon sugar"
+).split()
+
+
+# ---- prompts and their texts ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, its tenant, and its text without any cache."""
+
+    text: str
+    salt: str
+    expected: str
+    tokens: tuple[int, ...]
+
+    @property
+    def request(self) -> dict[str, str]:
+        """It, as vLLM and the gateway take it."""
+        return {"prompt": self.text} | ({"cache_salt": self.salt} if self.salt else {})
+
+    @property
+    def digest(self) -> str:
+        """Its name in records."""
+        return prompt_digest(self.tokens, self.salt)
+
+
+def candidates(seed: int, count: int) -> list[str]:
+    """Return texts: the first share long beginnings, as agents' system prompts do.
+
+    Each ends in a phrase of its own, said several times and broken off: the model goes on
+    with it, so that the text depends on the KV cache of the whole prompt.
+    """
+    rng = random.Random(f"prompts {seed}")
+    systems = [_prose(rng, rng.randrange(40, 90)) for _ in range(SYSTEMS)]
+    shared = [f"{rng.choice(systems)}\n{_phrases(rng, 4)}" for _ in range(3 * POOL_PROMPTS)]
+    return shared + [f"# {rng.getrandbits(64):x}\n{_phrases(rng, 4)}" for _ in range(count)]
+
+
+def _prose(rng, words):
+    return " ".join(rng.choice(_WORDS) for _ in range(words))
+
+
+def _phrases(rng, times):
+    words = rng.sample(_WORDS, 9)
+    return " ".join(words * times + words[: rng.randrange(2, 7)])
+
+
+def texts(machine: Machine, seed: int, faults: int) -> list[dict]:
+    """Return prompts with the texts of an engine without LMCache, the doubtful ones left out."""
+    prompts = candidates(seed, 2 * (20 + faults * PROBES_A_FAULT))
+    source, answers = machine.folder / "prompts.json", machine.folder / "answers.json"
+    source.write_text(json.dumps(prompts))
+    pid = machine.nursery.start(
+        machine.spec("reference", prompts=str(source), answers=str(answers))
+    )
+    if not comes(lambda: pid in machine.nursery.codes, 10 * LIMIT_S) or not answers.exists():
+        raise RuntimeError("the reference engine failed; see out/ in the folder of the part")
+    rows = json.loads(answers.read_text())
+    rows = [{"prompt": prompt, **row} for prompt, row in zip(prompts, rows)]
+    return [row for row in rows if row["margin"] >= MARGIN]
+
+
+# ---- what is seen ---------------------------------------------------------------------------
+
+
+@dataclass
+class Step:
+    """One fault and what came of it."""
+
+    number: int
+    kind: str
+    door: str
+    calls: int = 0
+    failed: int = 0  # with an error, where that is allowed
+    recover_s: float | None = None
+    took_s: float = 0.0
+    violations: list[str] = field(default_factory=list)
+
+
+class Traffic:
+    """Calls that go on while a fault comes and goes; each answer is compared."""
+
+    def __init__(self, door: Door, step: Step, kind: Kind, choose) -> None:
+        self._door, self._step, self._kind, self._choose = door, step, kind, choose
+        self._ending = threading.Event()
+        self._lock = threading.Lock()
+        self.spans: list[tuple] = []  # of answered calls: from, to (monotonic seconds), prompts
+        count = 1 if door.role == "library" else 2
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(count)]
+
+    def __enter__(self) -> Traffic:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self._ending.set()
+        for thread in self._threads:
+            thread.join(2 * LIMIT_S)
+            if thread.is_alive():
+                self._step.violations.append("a call never came back")
+
+    def _run(self):
+        while not self._ending.is_set():
+            with self._lock:
+                prompts, metadata = self._choose()
+            begun_s = time.monotonic()
+            if self.call(prompts, metadata):
+                self.spans.append((begun_s, time.monotonic(), len(prompts)))
+            elif self._kind.deadly:
+                return
+
+    def call(self, prompts: Sequence[Prompt], metadata: Sequence[dict]) -> bool:
+        """Make one call and judge it; say whether it was answered."""
+        self._step.calls += 1
+        try:
+            answers = self._door.generate([p.request for p in prompts], list(metadata))
+        except (Ended, OSError, EOFError, TimeoutError) as error:
+            self._judge(error)
+            return False
+        if self._kind.name == "sabotage_text":
+            answers = [f"{answer}?" for answer in answers]
+        for prompt, answer in zip(prompts, answers, strict=True):
+            if answer != prompt.expected:
+                self._step.violations.append(
+                    f"wrong text {answer!r}, expected {prompt.expected!r} (tenant {prompt.salt!r})"
+                )
+        return True
+
+    def _judge(self, error):
+        interrupted = self._kind.interrupts and "KeyboardInterrupt" in str(error)
+        if isinstance(error, TimeoutError) or not (self._kind.deadly or interrupted):
+            self._step.violations.append(f"a call failed: {type(error).__name__}: {error}")
+        self._step.failed += 1
+
+
+# ---- the part -------------------------------------------------------------------------------
+
+
+def deck(seed: int, count: int, kinds: Iterable[str] | None = None) -> list[tuple[str, str]]:
+    """Return (door, kind) of each fault: every kind as often as every other, in seeded order.
+
+    One door after the other, as engines are dear: the second takes up what the first has logged.
+    """
+    rng = random.Random(f"deck {seed}")
+    chosen = sorted(kinds or [name for name, kind in KINDS.items() if not kind.sabotage])
+    dealt = (chosen * (count // len(chosen) + 1))[: count // len(chosen) * len(chosen)]
+    rest = [name for name in chosen if not KINDS[name].dear] or chosen
+    dealt += [rng.choice(rest) for _ in range(count - len(dealt))]
+    rng.shuffle(dealt)
+    by_door: dict[str, list[str]] = {door: [] for door in ALL_DOORS}
+    turns: Counter[str] = Counter()
+    for name in dealt:
+        doors, turns[name] = KINDS[name].doors, turns[name] + 1
+        second = turns[name] % (2 if KINDS[name].dear else 3) == 0
+        by_door[doors[0] if len(doors) == 1 else ALL_DOORS[second]].append(name)
+    return [(door, name) for door in ALL_DOORS for name in by_door[door]]
+
+
+class Part:
+    """A stack, a manager and a deck of faults.
+
+    Parameters
+    ----------
+    folder : Path
+        Scratch.
+    seed : int
+        Of all that is random.
+    tenants : bool
+        Whether prompts have salts.
+    say : callable
+        Gets one line about each fault.
+    """
+
+    def __init__(self, folder: Path, seed: int, tenants: bool = True, say=print) -> None:
+        self.seed, self._say, self._tenants = seed, say, tenants
+        self.machine, self.door = Machine(folder), None
+        self.steps: list[Step] = []
+        self._rng = random.Random(f"part {seed}")
+        self._baseline: dict[str, int] = {}
+        self._log = LogReader(folder / "log")
+
+    def run(self, cards: Sequence[tuple[str, str]], known: list[dict] | None = None) -> list[Step]:
+        """Start everything, go through the deck, and end everything."""
+        try:
+            self.machine.start()
+            self.door = Door(self.machine, cards[0][0])
+            self.door.begin()
+            self.known = known or texts(self.machine, 0, len(cards))
+            self.door.wait()
+            self._share_out(self.known)
+            try:
+                self._go_through(cards)
+            except (Ended, RuntimeError, OSError) as error:
+                self._blame(f"the part cannot go on: {type(error).__name__}: {error}")
+        finally:
+            self.machine.close()
+        return self.steps
+
+    def _go_through(self, cards):
+        for number, (role, name) in enumerate(cards, start=1):
+            self._through(role)
+            self._step(number, KINDS[name])
+            if number % AUDIT_EVERY == 0:
+                self._audit(number)
+        self._audit(len(cards), drop_all=True)
+        self._end_door()
+
+    def _share_out(self, rows):
+        """Give each prompt a tenant; some are traffic's, the others are used once, as probes."""
+        salts = TENANTS if self._tenants else ("",)
+        prompts = [
+            Prompt(row["prompt"], self._rng.choice(salts), row["text"], tuple(row["tokens"]))
+            for row in rows
+        ]
+        self.pool = [p for p in prompts if not p.text.startswith("#")][:POOL_PROMPTS]
+        self._probes = [p for p in prompts if p.text.startswith("#")]
+        self._say(f"{len(self.pool)} prompts, {len(self._probes)} probes")
+
+    def _through(self, role):
+        if self.door is not None and self.door.role == role:
+            return
+        self._end_door()
+        self.door = Door(self.machine, role)
+        self.door.start()
+
+    def _end_door(self):
+        if self.door is None:
+            return
+        pids = self.door.family()
+        if not self.door.stop():
+            self._blame(f"the {self.door.role} ended with {self.door.code}: {self.door.output(3)}")
+        if left := comes_empty(lambda: [pid for pid in pids if psutil.pid_exists(pid)], 30):
+            self._blame(f"processes {left} outlive the {self.door.role}")
+        self.door = None
+
+    def _blame(self, what):
+        if self.steps:
+            self.steps[-1].violations.append(what)
+        self._say(f"  ! {what}")
+
+    # ---- one fault ---------------------------------------------------------------------------
+
+    def _step(self, number, kind):
+        rng = random.Random(f"fault {self.seed} {number}")
+        step = Step(number, kind.name, self.door.role)
+        self.steps.append(step)
+        started_s, family = time.monotonic(), self.door.family()
+        copies = self.machine.copies()
+        scene = Scene(self.machine, self.door, rng, self._wanted(copies), copies)
+        logged = self._logged()
+        with Traffic(self.door, step, kind, lambda: self._choice(rng)) as traffic:
+            time.sleep(rng.uniform(0.0, 0.4))
+            running = kind.run(scene)
+            next(running)
+            away_s = time.monotonic()
+            time.sleep(rng.uniform(*kind.hold_s))
+            back_s = time.monotonic()
+            next(running, None)
+            healed_s = time.monotonic()
+        step.violations += scene.said
+        self._restart(step, kind, family)
+        self._visit(step, kind, scene)
+        step.recover_s = self._recover(step, kind, healed_s)
+        if not kind.deadly:
+            self._check_records(step, kind, traffic, logged, (away_s, back_s))
+        self._check_copies(step, kind, scene)
+        self._check_leftovers(step)
+        step.took_s = time.monotonic() - started_s
+        said = "".join(f"\n  ! {text}" for text in step.violations)
+        self._say(
+            f"{number:4d} {self.door.role:7} {kind.name:22} {step.calls:3d} calls"
+            f" recovered {step.recover_s or -1:5.1f} s, took {step.took_s:5.1f} s{said}"
+        )
+
+    def _choice(self, rng):
+        """Return the prompts of one call, and what the caller knows about them."""
+        count = rng.choice((1, 1, 2, 3))
+        return rng.sample(self.pool, count), [rng.choice((HOT, WARM, COLD)) for _ in range(count)]
+
+    def _wanted(self, copies):
+        return self.door.ask("wanted", list(copies)) if copies else {}
+
+    def _restart(self, step, kind, family):
+        """Start the manager again after a fault that ends it; nothing of the old one may stay."""
+        if not kind.deadly:
+            if not self.door.alive():
+                step.violations.append(f"the {self.door.role} ended: {self.door.output(3)}")
+                self.door.start()
+            return
+        comes(lambda: not self.door.alive())
+        if left := comes_empty(lambda: [p for p in family if psutil.pid_exists(p)], 30):
+            step.violations.append(f"processes {left} outlive the {self.door.role}")
+            for pid in left:
+                with suppress(psutil.Error):
+                    psutil.Process(pid).kill()
+        self.door.start()
+
+    def _visit(self, step, kind, scene):
+        """Ask for the prompts whose chunks were damaged."""
+        if scene.visit:
+            calls = Traffic(self.door, step, kind, None)
+            names = {chunk_key(*key) for key in scene.visit}
+            for prompt in self.pool:
+                if names.intersection(self._log.chunks_of.get(prompt.digest, ())):
+                    calls.call([prompt], [WARM])
+
+    # ---- the questions -----------------------------------------------------------------------
+
+    def _recover(self, step, kind, since_s):
+        """Return after how long new KV is generated, decided, placed and recorded again."""
+        calls = Traffic(self.door, step, kind, None)
+        limit_s = 3 * LIMIT_S if kind.deadly else LIMIT_S  # an engine's start is part of it
+        while time.monotonic() - since_s < limit_s:
+            probe = self._probes.pop() if self._probes else self._rng.choice(self.pool)
+            known = self._logged()
+            if not calls.call([probe], [WARM]):
+                time.sleep(0.2)
+                continue
+            if comes(functools.partial(self._is_placed, probe), 2.0):
+                took_s = time.monotonic() - since_s
+                if self._recorded(probe, known):
+                    return took_s
+        step.violations.append(f"not managed again within {limit_s:g} s")
+        return None
+
+    def _is_placed(self, probe):
+        """Say whether a prompt is on disk and in Redis, and no longer in gpu."""
+        try:
+            placed = self.machine.placed(list(probe.tokens), probe.salt)
+        except (OSError, ValueError, KeyError):
+            return False
+        return bool(placed) and all(tiers == {"disk", "remote"} for tiers in placed)
+
+    def _recorded(self, probe, known):
+        def clean():
+            rows = self._log.update()[known:]
+            return any(r["prompt_digest"] == probe.digest and not r["error"] for r in rows)
+
+        return comes(clean, 2.0)
+
+    def _logged(self):
+        return len(self._log.update())
+
+    def _check_records(self, step, kind, traffic, logged, away):
+        """Every call has its record, and each failure its reason."""
+        if not self.door.ask("flush", LIMIT_S):
+            step.violations.append("decisions are not made")
+        answered = sum(prompts for *_, prompts in traffic.spans)
+        rows = self._log.update()[logged:]
+        if len(rows) < answered and not kind.unlogged:
+            step.violations.append(f"{answered} prompts were answered, {len(rows)} are recorded")
+        for row in rows:
+            mute = [
+                m for m in row["moves"] if m["status"] not in ("done", "noop") and not m["reason"]
+            ]
+            if mute or (row["kind"] == "shed" and not row["error"]):
+                step.violations.append(f"a failure without a reason: {mute or row}")
+        inside = [span for span in traffic.spans if away[0] <= span[0] and span[1] <= away[1]]
+        if kind.shows and inside and not any(row["error"] for row in rows):
+            step.violations.append(f"{len(inside)} calls while LMCache was away, and no error")
+
+    def _check_copies(self, step, kind, scene):
+        """No chunk that a live claim wants has lost its last copy."""
+
+        def lost():
+            copies = self.machine.copies()
+            return [key for key in due if not copies.get(key)]
+
+        due = [
+            key
+            for key, tiers in scene.copies.items()
+            if key not in scene.damaged
+            and scene.wanted.get(key)
+            and tiers - set(kind.loses.split())
+            and not tiers & set(kind.silent.split())
+        ]
+        gone = comes_empty(lost, 3.0) if due and lost() else []
+        if gone:
+            wanted = self._wanted(gone)
+            live = [key for key in gone if wanted.get(key)]
+            for key in live[:3]:
+                step.violations.append(
+                    f"last copy of {key[0][:12]} lost: was in {sorted(scene.copies[key])}, "
+                    f"wanted in {wanted[key]} ({len(live)} of {len(due)} chunks)"
+                )
+
+    def _check_leftovers(self, step):
+        """No process too many, and none too few; the manager's threads are those of its start."""
+
+        def others():
+            expected = self.machine.services() | self.door.family()
+            return {p: n for p, n in self.machine.processes().items() if p not in expected}
+
+        if left := comes_empty(others, 20):
+            step.violations.append(f"processes left over: {left}")
+            for pid in left:
+                with suppress(psutil.Error):
+                    psutil.Process(pid).kill()
+
+        def threads():
+            now = Counter(self.door.ask("status")["threads"])
+            return now - Counter(self.door.baseline["threads"])
+
+        if left := comes_empty(lambda: unexpected(threads()), 30):
+            step.violations.append(f"threads left over: {dict(left)}")
+
+    def _audit(self, number, drop_all=False):
+        """Once the dust has settled: claims end, KV goes, nothing is locked or piles up."""
+        say = self._blame
+        base_s = HeuristicConfig().base_ttl
+        self.door.ask("flush", LIMIT_S)
+        self._jump(LADDER_TOP_S if drop_all else 2 * base_s)
+
+        def left():
+            copies = self.machine.copies()
+            wanted = self._wanted(copies)
+            return {k: t for k, t in copies.items() if drop_all or not wanted[k]}
+
+        if orphans := comes_empty(left, LIMIT_S, every_s=0.5):
+            some = [f"{key[0][:12]}{key[1]} in {sorted(t)}" for key, t in list(orphans.items())[:3]]
+            what = "stay after all TTLs" if drop_all else "have no claim"
+            say(f"{len(orphans)} chunks {what}: {', '.join(some)}")
+            self._sweep_up(orphans)
+
+        def locked():
+            state = json.dumps(self.machine.server_status())
+            return [n for n in ("read_locked_count", "write_locked_count") if count_of(state, n)]
+
+        if names := comes_empty(locked, 40, every_s=0.5):
+            say(f"locks left in the LMCache server: {names}")
+        strangers = [p.name for p in self.machine.disk.iterdir() if not p.name.endswith(".data")]
+        if strangers:
+            say(f"files left in the disk tier: {strangers[:3]}")
+        for name, count in self._open_files().items():
+            if count > self._baseline.setdefault(name, count) + EXTRA_FILES:
+                say(f"{name} has {count} open files, {self._baseline[name]} at its start")
+        self._say(f"     audit after {number}: {self.door.ask('status')['claims']} claims live")
+
+    def _sweep_up(self, orphans):
+        """Take orphans away, so that the next audit speaks of the next faults."""
+        files, values = self.machine.files(), self.machine.values()
+        for key in orphans:
+            for file in files.get(key, ()):
+                file.unlink(missing_ok=True)
+            if key in values:
+                self.machine.redis.admin.delete(*values[key])
+
+    def _jump(self, seconds):
+        self.machine.offset_s += seconds
+        self.door.ask("jump", self.machine.offset_s)
+
+    def _open_files(self):
+        pids = {"manager": self.door.pid}
+        pids |= {name: child.pid for name, child in self.machine.stack._children.items()}
+        return {f"{name} {pid}": psutil.Process(pid).num_fds() for name, pid in pids.items()}
+
+    def as_dict(self) -> dict:
+        """Return the part for a report."""
+        return {"seed": self.seed, "steps": [asdict(step) for step in self.steps]}
+
+
+def comes_empty(look, limit_s, every_s=0.1):
+    """Return what is still there after `limit_s`; empty as soon as nothing is."""
+    found = {"it": None}
+
+    def empty():
+        found["it"] = look()
+        return not found["it"]
+
+    comes(empty, limit_s, every_s)
+    return found["it"]
+
+
+def unexpected(threads: Counter) -> dict:
+    """Leave out pools that grow to a bound and stay."""
+    bounded = ("asyncio_", "ThreadPoolExecutor", "AnyIO worker")
+    return {name: n for name, n in threads.items() if not name.startswith(bounded)}
+
+
+def count_of(state: str, name: str) -> int:
+    """Return the sum of a number's values in a JSON text."""
+    import re
+
+    return sum(map(int, re.findall(rf'"{name}": (\d+)', state)))
+
+
+__all__ = ["MAX_TOKENS", "Key", "Part", "Step", "deck", "texts"]

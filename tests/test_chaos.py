@@ -1,0 +1,173 @@
+"""The fault campaign in its short form, the machinery that judges, and what it must notice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import requests
+from chaos.campaign import deck
+from chaos.faults import KINDS
+from chaos.proxy import Proxy
+from chaos.report import add, merged, percentiles, shortened
+
+ROOT = Path(__file__).resolve().parents[1]
+DEALT = [name for name, kind in KINDS.items() if not kind.sabotage]
+
+# Cheap faults of every family, a manager that dies, then what the campaign must notice.
+SHORT = (
+    "coordinator_stopped server_stopped redis_killed redis_slow redis_full redis_read_only "
+    "redis_evicting disk_full disk_emptied files_flipped files_truncated values_flipped "
+    "values_swapped clock_forward clock_back clock_broken http_dropped http_answers_lost "
+    "http_delayed calls_interrupted coordinator_killed log_torn"
+).split()
+SABOTAGE = {
+    "sabotage_text": "wrong text",
+    "sabotage_process": "processes left over",
+    "sabotage_copies": "last copy of",
+    "sabotage_orphan": "have no claim|stay after all TTLs",
+}
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """The report and the output of a short campaign with sabotage at its end."""
+    folder = tmp_path_factory.mktemp("chaos")
+    cards = [f"library:{name}" for name in (*SHORT, *SABOTAGE)]
+    command = [sys.executable, "-m", "chaos", "--seed", "1", "--cards", ",".join(cards)]
+    command += ["--out", str(folder / "chaos.json"), "--keep", str(folder / "kept")]
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    print(done.stdout, done.stderr)
+    assert done.returncode == 1, "sabotage went unnoticed, or the campaign failed"
+    return json.loads((folder / "chaos.json").read_text())
+
+
+@pytest.mark.timeout(900)
+def test_a_short_campaign_ends_without_a_violation_but_those_of_the_sabotage(short):
+    assert [v for v in short["violations"] if v["kind"] not in SABOTAGE] == []
+    assert short["faults"] == len(SHORT) + len(SABOTAGE)
+    assert {name: short["kinds"][name]["faults"] for name in SHORT} == dict.fromkeys(SHORT, 1)
+    assert all(short["kinds"][name]["recover_s"]["max"] is not None for name in SHORT)
+    assert sum(row["calls"] for row in short["kinds"].values()) > 2 * len(SHORT)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", SABOTAGE)
+def test_what_breaks_a_rule_is_reported_with_seed_and_step(short, kind):
+    found = [v for v in short["violations"] if v["kind"] == kind]
+    parts = SABOTAGE[kind].split("|")
+    assert any(part in v["what"] for v in found for part in parts), found
+    assert {(v["seed"], v["door"]) for v in found} == {(1, "library")}
+    assert {v["step"] for v in found} <= set(range(len(SHORT) + 1, short["faults"] + 1))
+
+
+# ---- dealing ---------------------------------------------------------------------------------
+
+
+def test_a_thousand_faults_have_each_kind_at_least_twenty_times():
+    cards = [card for seed in range(10) for card in deck(seed, 100)]
+    assert len(cards) == 1000
+    counts = Counter(name for _, name in cards)
+    assert set(counts) == set(DEALT) and min(counts.values()) >= 20
+
+
+def test_a_seed_deals_the_same_deck_again_and_one_door_after_the_other():
+    cards = deck(7, 100)
+    assert cards == deck(7, 100) != deck(8, 100)
+    doors = [door for door, _ in cards]
+    assert doors == sorted(doors, key=("library", "gateway").index) and set(doors) == {
+        "library",
+        "gateway",
+    }
+    assert all(door in KINDS[name].doors for door, name in cards)
+
+
+# ---- the report ------------------------------------------------------------------------------
+
+
+def part(seed, *rows):
+    steps = [
+        {
+            "number": number,
+            "kind": kind,
+            "door": "library",
+            "calls": 2,
+            "failed": 0,
+            "recover_s": recover_s,
+            "took_s": 3.0,
+            "violations": violations,
+        }
+        for number, (kind, recover_s, violations) in enumerate(rows, start=1)
+    ]
+    return {"seed": seed, "steps": steps}
+
+
+def test_parts_merge_by_seed_and_a_later_one_replaces_the_earlier(tmp_path):
+    path = tmp_path / "reports" / "chaos.json"
+    add(path, part(1, ("redis_slow", 1.0, ["wrong text"]), ("redis_full", None, [])))
+    add(path, part(2, ("redis_slow", 3.0, [])))
+    report = add(path, part(1, ("redis_slow", 2.0, []), ("disk_full", 4.0, ["lost"])))
+    assert report == json.loads(path.read_text())
+    assert (report["seeds"], report["faults"]) == ([1, 2], 3)
+    assert report["kinds"]["redis_slow"]["faults"] == 2
+    assert report["kinds"]["redis_slow"]["recover_s"] == {"p50": 2.0, "p90": 3.0, "max": 3.0}
+    (violation,) = report["violations"]
+    assert violation == {
+        "seed": 1,
+        "step": 2,
+        "kind": "disk_full",
+        "door": "library",
+        "what": "lost",
+    }
+    assert merged(report["parts"]) == report
+
+
+def test_percentiles_are_of_those_that_recovered():
+    assert percentiles([None]) == {"p50": None, "p90": None, "max": None}
+    assert percentiles([None, *range(1, 11)]) == {"p50": 5, "p90": 9, "max": 10}
+    assert shortened(part(3, ("redis_slow", None, ["never"])))["kinds"]["redis_slow"]["clean"] == 0
+
+
+# ---- the proxy -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxied():
+    behind = Proxy(1)  # nothing listens there: it closes connections unanswered
+    front = Proxy(behind.port)
+    yield front
+    front.close()
+    behind.close()
+
+
+def test_a_proxy_before_a_dead_service_answers_nothing(proxied):
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"http://127.0.0.1:{proxied.port}/healthz", timeout=10)
+
+
+def test_a_proxy_passes_on_replaces_and_makes_trouble(stack):
+    port = stack.config.server_http_port
+    proxy = Proxy(stack.port, {f'"http_port":{port}': '"http_port":4242'})
+    try:
+        url = f"http://127.0.0.1:{proxy.port}/instances"
+        assert requests.get(url, timeout=10).json()["instances"][0]["http_port"] == 4242
+        for trouble in ("drop", "lose", "cut"):
+            proxy.make_trouble(trouble)
+            with pytest.raises(requests.RequestException):
+                requests.get(url, timeout=10).json()
+            assert proxy.troubled >= 1
+        proxy.make_trouble("delay", delay_s=1.0)
+        with pytest.raises(requests.ReadTimeout):
+            requests.get(url, timeout=0.2)
+        proxy.trouble = ""
+        assert requests.get(url, timeout=10).ok
+    finally:
+        proxy.close()
