@@ -29,6 +29,7 @@ AUDIT_EVERY = 20  # faults
 MARGIN = 0.2  # of each token over the next best: a different order of sums changes no text
 POOL_PROMPTS, SYSTEMS, PROBES_A_FAULT = 48, 6, 3
 EXTRA_FILES = 40  # open files that a process may have more than at its start
+_STANDSTILL_S = 20.0  # without any progress: what is there then stays
 LADDER_TOP_S = 60 * 86_400.0  # beyond the longest TTL on all rungs
 _WORDS = (
     "cache tensor prefix token block chunk tier model agent server queue worker river stone "
@@ -453,7 +454,7 @@ class Part:
             wanted = self._wanted(copies)
             return {k: t for k, t in copies.items() if drop_all or not wanted[k]}
 
-        if orphans := comes_empty(left, LIMIT_S, every_s=0.5):
+        if orphans := comes_empty_or_stays(left, _STANDSTILL_S):
             some = [f"{key[0][:12]}{key[1]} in {sorted(t)}" for key, t in list(orphans.items())[:3]]
             what = "stay after all TTLs" if drop_all else "have no claim"
             say(f"{len(orphans)} chunks {what}: {', '.join(some)}")
@@ -494,6 +495,17 @@ class Part:
     def as_dict(self) -> dict:
         """Return the part for a report."""
         return {"seed": self.seed, "steps": [asdict(step) for step in self.steps]}
+
+
+def comes_empty_or_stays(look, standstill_s):
+    """Return what is still there once nothing has gone for `standstill_s`."""
+    found = look()
+    while found:
+        fewer = functools.partial(lambda least: len(look()) < least, len(found))
+        if not comes(fewer, standstill_s, 0.5):
+            return look()
+        found = look()
+    return found
 
 
 def comes_empty(look, limit_s, every_s=0.1):
