@@ -82,7 +82,8 @@ def _as_openai(scope, start, body):
     except ValueError:
         said = body.decode(errors="replace")
     if not (isinstance(said, dict) and isinstance(said.get("error"), dict)):
-        text = _in_words(scope, status) or (said if isinstance(said, str) else None)
+        said = said.get("detail") if isinstance(said, dict) else said
+        text = _in_words(scope, status) or (said if isinstance(said, str) else "")
         said = error_body(text or status.phrase, status)
     response = JSONResponse(said, status)
     named = (b"content-length", b"content-type")

@@ -7,6 +7,8 @@ from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
+
 from kvttl.serve.vllm_parts import vllm_parts
 from tiered_caching import MultiTierCache
 
@@ -53,6 +55,10 @@ class ManagedEngine:
         metadata = KV_METADATA.get()
         if "perplexity" not in (metadata or ()):  # else there is nothing left to measure
             sampling_params = self._cache.measurable(sampling_params)
+        try:  # vLLM would fail later, without a word
+            msgspec.msgpack.encode(sampling_params, enc_hook=repr)
+        except OverflowError:
+            raise ValueError("a whole number has more than 64 bits: too large for vLLM") from None
         outputs = self.unmanaged.generate(prompt, sampling_params, request_id, **options)
         return self._managed(outputs, prompt, sampling_params, metadata, salt)
 
