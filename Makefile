@@ -52,7 +52,7 @@ TAKES_replay := TRACE POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME
 TAKES_chaos := N SEED
 TAKES_app := PORT
 TAKES_lab := PORT
-TAKES_ALL := PYTHON TORCH_CPU_INDEX KV_CHROMIUM $(foreach goal,$(MAKECMDGOALS),$(TAKES_$(goal)))
+TAKES_ALL := PY PYTHON TORCH_CPU_INDEX KV_CHROMIUM $(foreach goal,$(MAKECMDGOALS),$(TAKES_$(goal)))
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(word 1,$(origin $(name)))),$(name)))
 UNUSED := $(filter-out $(TAKES_ALL) MAKE% -%,$(GIVEN))
 ifneq ($(UNUSED),)

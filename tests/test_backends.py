@@ -804,7 +804,7 @@ def assert_fails_clearly(remote: RemoteBackend, reason: str) -> None:
 def test_wrong_password_is_a_clear_error(redis_login_url):
     assert_fails_clearly(RemoteBackend(redis_login_url.replace("pass", "pas")), "password")
     without = RemoteBackend(redis_login_url.replace(f":{PASSWORD}@", ""))
-    assert_fails_clearly(without, "authenticated")
+    assert_fails_clearly(without, "asks for a password")
 
 
 def test_address_masks_the_password():
