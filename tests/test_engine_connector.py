@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import threading
 
 import pytest
+import requests
 from abort_storm import all_blocks_free, random_prompts, storm
 from conftest import new_stack
+from waiting import wait_until
 
 from kvttl.session.demo_model import model_path
 from kvttl.session.launch import managed
@@ -55,13 +58,20 @@ def engine(request, own_stack):
     made.llm_engine.engine_core.shutdown()
 
 
-def test_aborts_at_random_moments(engine, greedy, prompts, texts):
+def read_locks(stack):
+    """Return how many chunks in LMCache's memory are locked by look-ups and loads."""
+    state = requests.get(f"{stack.server_http_url}/status", timeout=60).text
+    return sum(map(int, re.findall(r'"read_locked_count": *(\d+)', state)))
+
+
+def test_aborts_at_random_moments(engine, own_stack, greedy, prompts, texts):
     engine.generate(prompts, greedy, use_tqdm=False)
     assert all_blocks_free(engine)
     aborted, answers = storm(engine, greedy, prompts, ROUNDS, seed=0)
     assert aborted > ROUNDS and len(answers) > 10
     assert [(known, texts[known]) for known, _ in answers] == answers
     assert all_blocks_free(engine)
+    wait_until(lambda: read_locks(own_stack) == 0)  # LMCache itself keeps them for 300 s
     outputs = engine.generate(prompts, greedy, use_tqdm=False)
     assert [output.outputs[0].text for output in outputs] == texts
     assert sum(output.num_cached_tokens for output in outputs) > 5000, "nothing came from LMCache"

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from typing import Any
 from uuid import uuid4
 
@@ -31,6 +32,8 @@ from kvttl.stack.cpu_lora import spare_tokens_without_adapter
 from kvttl.stack.engine_watch import watch_owner
 
 logger = logging.getLogger(__name__)
+
+_LOOK_UP_S = 0.2  # the longest that an abort waits for a look-up that is under way
 
 
 class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
@@ -93,14 +96,31 @@ class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
 
     def request_finished(self, request, block_ids) -> tuple[bool, dict[str, Any] | None]:
         """Return whether the blocks wait for the report of a store."""
-        if request.request_id not in self.request_trackers:
+        tracker = self.request_trackers.get(request.request_id)
+        if tracker is None:
             request.kv_transfer_params = None  # aborted unseen: LMCache has nothing to tell of it
+        elif tracker.state.name == "PREFETCHING":
+            self._unlock(request.request_id, tracker)
         waits_for_store, parameters = super().request_finished(request, block_ids)
         if request.request_id in self._loading:  # then vLLM waits for the load by itself
             self._loading.remove(request.request_id)
             self._aborted_loads.add(request.request_id)
             waits_for_store = False
         return waits_for_store, parameters
+
+    def _unlock(self, request_id, tracker):
+        """Free what the look-up of a request has locked that is aborted before its load.
+
+        LMCache would keep it locked, and in its tier, for five minutes.
+        """
+        adapter, ends_s = self.scheduler_adapter, time.monotonic() + _LOOK_UP_S
+        while (hit_tokens := adapter.check_lookup_result(request_id)) is None:
+            if time.monotonic() > ends_s:
+                return
+            time.sleep(0.001)
+        if hit_tokens:
+            salt = {"cache_salt": tracker.cache_salt, "request_configs": tracker.request_configs}
+            adapter.free_lookup_locks(tracker.get_token_ids(), 0, hit_tokens, request_id, **salt)
 
     def build_connector_meta(self, scheduler_output):
         """Tell the workers which of the finished requests are not to be reported as stored."""
@@ -122,7 +142,7 @@ class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
 
 def _check_versions() -> None:
     """Refuse a vLLM or LMCache that would not call, or not heed, the methods above."""
-    own = ("__", "_abc", "_salt_of")
+    own = ("__", "_abc", "_salt_of", "_unlock")
     hooks = [name for name in vars(LMCacheMPConnector) if not name.startswith(own)]
     base = lmcache_mp_connector.LMCacheMPConnector
     missing = [name for name in hooks if not hasattr(base, name)]
