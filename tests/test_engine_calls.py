@@ -81,7 +81,7 @@ def test_calls_that_are_interrupted_at_random_moments(
     kind, cache, llm, greedy, endless, truths, interrupted_after
 ):
     rng, several = random.Random(kind), endless.clone()
-    several.n = 3
+    several.n, several.temperature = 3, 1.0  # vLLM takes n = 1 alone where it is greedy
     model = ManagedChatModel(kv_cache=cache)
     work = {
         "single": lambda: cache.generate_and_manage(OF_NO_INTEREST, endless),
@@ -103,6 +103,7 @@ def test_calls_that_are_interrupted_at_random_moments(
 
 
 def test_a_stop_button(cache, llm, greedy, endless, truths):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     timer = threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
