@@ -154,7 +154,8 @@ class EngineCalls:
 
     def _abort_unfinished(self, whose):
         processor = self._engine.output_processor
-        left = [*processor.parent_requests, *processor.request_states]
-        if left:
-            logger.warning("aborting %d requests that %s in the engine", len(left), whose)
-            self._engine.abort_request(left, internal=True)
+        # Two calls: vLLM trips over a sequence that it is told to abort beside its own request.
+        for requests in (processor.request_states, processor.parent_requests):
+            if left := list(requests):
+                logger.warning("aborting %d requests that %s in the engine", len(left), whose)
+                self._engine.abort_request(left, internal=True)
