@@ -884,6 +884,11 @@ def test_manage_never_raises(local_cache):
 # --- the command: LMCache dies in mid-stream, then Ctrl-C ----------------------------------
 
 
+def take_ctrl_c():
+    """In the child: Ctrl-C works even where the tests run as a shell's background job."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def serving_command(folder, *options):
     """`python -m kvttl.serve.gateway`, with its own stack and its own log."""
@@ -901,6 +906,7 @@ def serving_command(folder, *options):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # as a shell does: Ctrl-C reaches all of its processes
+        preexec_fn=take_ctrl_c,
     )
     url = None
     lines = []
