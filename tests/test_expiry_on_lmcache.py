@@ -152,12 +152,14 @@ def test_expiry_while_lmcache_is_away_is_made_up_for(managers, stack, greedy, fr
     assert cache.records[-1].kind == "settled" and not cache.records[-1].error
 
 
+@pytest.mark.parametrize("restarted", [False, True])
 def test_kv_that_a_restarted_coordinator_has_forgotten_still_expires(
-    managers, stack, greedy, fresh_text
+    managers, stack, greedy, fresh_text, tmp_path, restarted
 ):
     now = [1000.0]
     config = HeuristicConfig(base_ttl=2, min_ttl=0.1, disk_ttl_factor=1, remote_ttl_factor=1)
-    cache = managers(config=config, clock=lambda: now[0], sweep_every_s=None)
+    options = {"config": config, "clock": lambda: now[0], "sweep_every_s": None}
+    cache = managers(**options, log=DecisionLog(tmp_path))
     text = fresh_text()
     cache.generate_and_manage(text, greedy, HOT)
     tokens, here = cache.controller.tokenize(text), cache.controller.instance_id
@@ -167,6 +169,12 @@ def test_kv_that_a_restarted_coordinator_has_forgotten_still_expires(
     stack.kill("coordinator")
     checkpoint_path(stack.config).unlink()
     stack.start_one("coordinator")
+    if restarted:  # the manager, too: it has never seen the earlier coordinator
+        cache.close()
+        cache = managers(**options)
+        wait_until(lambda: cache.controller.fleet().get(here))
+        cache.generate_and_manage(fresh_text(), greedy, HOT)  # shows what LMCache's keys look like
+        assert cache.recover(tmp_path)["claims"] == 1
 
     def gone():
         now[0] += 1.0

@@ -48,6 +48,7 @@ def recover_claims(
         The directory cannot be read; the log's claims are made all the same.
     """
     latest = [r for r in _latest_claims(records) if _claim_again(settler, r)]
+    settler.may_be_unseen |= bool(latest)
     held = settler.held()
     known = {key for record in latest for key in record.chunk_keys}
     adopted = settler.adopt(held, known, now_s, adopted_ttl_s)

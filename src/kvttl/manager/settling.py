@@ -80,6 +80,8 @@ class Settler:
     ----------
     has_unclaimed : bool
         A bounded table was full: some KV may have no claim until it is adopted.
+    may_be_unseen : bool
+        The directory may not show all KV that is claimed: claims are older than this process.
     strays : set of str
         Keys of KV that had no claim at the last look.
     """
@@ -89,7 +91,7 @@ class Settler:
     ) -> None:
         self.ledger, self._motion, self.write_ahead = ledger, motion, write_ahead
         self._controller = motion.controller
-        self.has_unclaimed, self.strays = False, frozenset()
+        self.has_unclaimed, self.may_be_unseen, self.strays = False, False, frozenset()
         size_bytes = attrgetter("size_bytes")
         self._unsettled = BoundedTable(_MAX_UNSETTLED, _MAX_UNSETTLED_BYTES, size_bytes)
         self._late = BoundedTable(_MAX_LATE, _MAX_LATE_BYTES, size_bytes)
@@ -163,7 +165,7 @@ class Settler:
 
     def _drop_forgotten(self, held, now_s, others):
         """Delete copies that no claim wants and that a restarted coordinator does not show."""
-        if not self._controller.has_forgotten():
+        if not (self.may_be_unseen or self._controller.has_forgotten()):
             return
         unseen = [key for key, tiers in held.items() if not tiers and key not in others]
         with self._motion.lock:
