@@ -320,7 +320,8 @@ def test_no_copy_is_taken_for_damaged_because_the_process_lacks_descriptors(tmp_
     try:
         one.store(contents)
         assert one.load(contents) == list(contents.values())  # its threads have been started
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) // 2, hard))
+        os.close(lowest_free := os.dup(0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
         assert one.load(contents) == [None] * 4
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert one.load(contents) == list(contents.values()) and one.damaged_copies() == 0

@@ -935,7 +935,7 @@ def test_the_command_uses_the_settings_and_options_that_it_was_given(command, fr
         tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
         answer = client.chat.completions.create(  # without the options: a 400
             model="demo_model",
-            messages=[{"role": "user", "content": fresh_text()}],
+            messages=[{"role": "user", "content": 4 * fresh_text()}],
             tools=[tool],
             tool_choice="auto",
             max_tokens=2,
@@ -1017,7 +1017,7 @@ def test_ctrl_c_leaves_nothing_behind(command):
 
 def test_the_command_ends_with_its_engine(tmp_path):
     """Open requests get an error in OpenAI's form; whoever watches the command starts it anew."""
-    long = {"model": "demo_model", "prompt": "Hi", "max_tokens": 1900, "ignore_eos": True}
+    long = {"model": "demo_model", "prompt": "Hi", "max_tokens": 900, "ignore_eos": True}
     with serving_command(tmp_path) as command, ThreadPoolExecutor() as threads:
         processes = children_of(command.process.pid)
         (engine,) = [pid for pid in processes if "EngineCore" in psutil.Process(pid).name()]

@@ -215,8 +215,8 @@ def test_lmcaches_own_client_confuses_chunks_after_an_error(tmp_path):
         served = values_after_an_error(Batches(own), server)
         assert served[:6] == [False] * 6 and served[6:] == [1, 2, 3]  # as 7, 8 and 9
         own = Batches(LMCacheRedisClient("127.0.0.1", server.port, 1, "", PASSWORD))
-        assert own.get("absent", limit_s=2.0) is None  # nor does anything else come back
-        assert own.get("k1", limit_s=2.0) is None
+        for key in ("absent", "k1"):  # nor does anything else come back, or only a miss
+            assert own.get(key, limit_s=2.0) in (None, False)
     finally:
         server.close()
 

@@ -109,7 +109,7 @@ def test_relative_folders_lie_beside_the_file(tmp_path):
         ("stakc: {redis_port: 3}", "c.yaml: unknown section 'stakc': did you mean 'stack'"),
         ("stack: [1]", "mapping under stack"),
         ("- 1", "mapping under stack"),
-        ("stack: {a: ", "not YAML"),
+        ("stack: {a: ", "not valid YAML"),
     ],
 )
 def test_bad_file_is_one_clear_error(tmp_path, text, message):

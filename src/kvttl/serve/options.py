@@ -48,20 +48,12 @@ _UNKNOWN = "nobody has looked yet whether it leaves KV cache and its management 
 
 
 def read_options(options: Sequence[str]) -> dict[str, Any]:
-    """Return what options of ``vllm serve`` say, by name.
+    """Return what options of ``vllm serve`` say, by name: ``["--seed=7"]`` is ``{"seed": 7}``.
 
     Raises
     ------
     ValueError
         Names an option that cannot be had here, and the kit's own way or the nearest option.
-
-    Examples
-    --------
-    >>> read_options(["--max-model-len", "512", "--seed=7"])
-    {'max_model_len': 512, 'seed': 7}
-    >>> read_options(["--port", "1"])
-    Traceback (most recent call last):
-    ValueError: --port is not possible here: PORT= (--port) says where it listens
     """
     parser, unset = _parser(), []  # a list, since some options append to what is there
     empty = argparse.Namespace(**{action.dest: unset for action in parser._actions})

@@ -8,6 +8,7 @@ import fcntl
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from kvttl.stack.lifecycle import LMCacheStack, StackConfig, StackError, load_config
@@ -73,6 +74,7 @@ def _end_well() -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # handles what has come already
     if signal.sigpending().intersection(STOP_SIGNALS):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the handler raises here
+    time.sleep(0.2)  # or here, where a library's thread has got the signal
     os._exit(0)
 
 
