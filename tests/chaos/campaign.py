@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import random
 import threading
 import time
@@ -215,6 +216,7 @@ class Part:
         self.steps: list[Step] = []
         self._rng = random.Random(f"part {seed}")
         self._baseline: dict[str, int] = {}
+        self._engine_ended_s = -math.inf
         self._log = LogReader(folder / "log")
 
     def run(self, cards: Sequence[tuple[str, str]], known: list[dict] | None = None) -> list[Step]:
@@ -326,6 +328,7 @@ class Part:
                 self.door.start()
             return
         comes(lambda: not self.door.alive())
+        self._engine_ended_s = time.monotonic()
         if left := comes_empty(lambda: [p for p in family if psutil.pid_exists(p)], 30):
             step.violations.append(f"processes {left} outlive the {self.door.role}")
             for pid in left:
@@ -464,7 +467,9 @@ class Part:
             state = json.dumps(self.machine.server_status())
             return [n for n in ("read_locked_count", "write_locked_count") if count_of(state, n)]
 
-        if names := comes_empty(locked, 40, every_s=0.5):
+        # LMCache keeps for 300 s what a killed engine has locked.
+        engine_lives = time.monotonic() - self._engine_ended_s > 300
+        if engine_lives and (names := comes_empty(locked, 40, every_s=0.5)):
             say(f"locks left in the LMCache server: {names}")
         strangers = [p.name for p in self.machine.disk.iterdir() if not p.name.endswith(".data")]
         if strangers:

@@ -33,7 +33,7 @@ from kvttl.stack.engine_watch import watch_owner
 
 logger = logging.getLogger(__name__)
 
-_LOOK_UP_S = 0.2  # the longest that an abort waits for a look-up that is under way
+_LOOK_UP_S = 1.0  # the longest that an abort waits for a look-up that is under way
 
 
 class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
