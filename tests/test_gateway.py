@@ -27,7 +27,7 @@ import requests
 import yaml
 from http_bodies import hostile_request
 from lora_adapters import make_adapter
-from waiting import children_of, is_gone, wait_until
+from waiting import children_of, is_gone, take_ctrl_c, wait_until
 
 from cache_controller import LocalLMCacheController
 from kvttl.decisions.log import DecisionLog, read_records
@@ -882,11 +882,6 @@ def test_manage_never_raises(local_cache):
 
 
 # --- the command: LMCache dies in mid-stream, then Ctrl-C ----------------------------------
-
-
-def take_ctrl_c():
-    """In the child: Ctrl-C works even where the tests run as a shell's background job."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

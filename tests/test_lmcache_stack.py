@@ -18,6 +18,7 @@ import psutil
 import pytest
 import redis
 from redis_fixtures import redis_server
+from waiting import take_ctrl_c
 
 from cache_controller import LMCacheController
 from kvttl.stack import services
@@ -375,11 +376,6 @@ with LMCacheStack(config, free_ports=True) as stack:
     print("ready", flush=True)
     time.sleep(120)
 """
-
-
-def take_ctrl_c() -> None:
-    """In the child: Ctrl-C works even where the tests run as a shell's background job."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def owner(folder: Path) -> subprocess.Popen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -48,3 +49,8 @@ def is_gone(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def take_ctrl_c() -> None:
+    """In the child: Ctrl-C works even where the tests run as a shell's background job."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

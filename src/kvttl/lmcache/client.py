@@ -326,7 +326,8 @@ class LMCacheHTTP:
 
         It, or the coordinator, was restarted: the directory may not know all that it holds.
         """
-        self._find_server(instance_id)
+        if instance_id not in self._registered_s:
+            self._find_server(instance_id)
         times = {
             entry["instance_id"]: entry.get("registration_time") for entry in self._instances()
         }
