@@ -8,12 +8,15 @@ Both count a prompt's longest resident prefix as its hit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 
 from caching_heuristics import HeuristicConfig, unknown_name
+from kvttl.policies import OnlinePolicy
 from kvttl.replay.block_kernel import block_rows, replay_blocks
+from kvttl.replay.online import Sweep, replay_online
 from kvttl.replay.policies import POLICIES, UNLIMITED, Plan, capacities
 from kvttl.replay.result import ReplayResult
 from kvttl.replay.runs import RunIndex, index_runs
@@ -32,6 +35,8 @@ def replay(
     config: HeuristicConfig | None = None,
     *,
     progress: bool = False,
+    sweep: Sweep | None = None,
+    ends: str = "told",
     **metadata,
 ) -> ReplayResult:
     """Replay a trace under a policy, with a capacity for each tier.
@@ -40,8 +45,9 @@ def replay(
     ----------
     trace : Trace or RunIndex
         An index (`index_runs`) saves grouping the trace again in each call.
-    policy : str or callable
-        One of `POLICIES`, or a function (index, config) -> Plan.
+    policy : str, callable or type
+        One of `POLICIES`, or a function (index, config) -> Plan, or a class of online policies
+        such as `kvttl.policies.template.Template`.
         ``"lru"`` and ``"fifo"`` touch blocks in the prompt's order and evict at
         once, as a cache without prefixes does; all others evict after the
         request, and of equals a prompt's end first.
@@ -54,6 +60,8 @@ def replay(
         Settings of the TTL policies.
     progress : bool
         Show a bar on stderr once it takes more than a second.
+    sweep, ends
+        See `kvttl.replay.online.replay_online`; only for policies that decide as they go.
     **metadata
         ``per`` and ``perplexity`` of `kvttl.replay.policies.decisions`.
 
@@ -72,6 +80,13 @@ def replay(
     """
     flat = trace.trace if isinstance(trace, RunIndex) else trace
     blocks = capacities(capacity, flat)
+    make = _online(policy, config)
+    if make is not None:
+        online = _made(make, flat, blocks, sweep)
+        steps = functools.partial(_with_bar, progress=progress, name=_name(policy))
+        return replay_online(flat, online, _name(policy), sweep, ends, steps)
+    if sweep is not None or ends != "told":
+        raise ValueError(f"sweep and ends are for policies that decide as they go, not {policy!r}")
     if policy in [name for name, row in POLICIES.items() if row.plan is None]:
         return _replay_blocks(flat, policy, blocks, progress)
     if policy == "infinite":
@@ -120,6 +135,25 @@ def replay_without_capacity(
     decided = (_deadlines(plan, tier), tier)
     area, moved = replay_ttl(plan.segments, trace.arrival_s, *decided, trace.block_tokens, *hits)
     return ReplayResult(trace, _name(policy), _NO_LIMITS, *hits, *area, moved)
+
+
+def _online(policy, config):
+    """Return what makes a policy that decides as it goes, or None where it is not one."""
+    row = POLICIES.get(policy) if isinstance(policy, str) else None
+    if row is not None and row.online is not None:
+        given = {"config": config or HeuristicConfig()} if row.reads_config else {}
+        return functools.partial(row.online, **given)
+    return policy if isinstance(policy, type) and issubclass(policy, OnlinePolicy) else None
+
+
+def _made(make, trace, blocks, sweep):
+    """Make a policy for a trace; without limits it forgets nothing."""
+    there = [None if c == UNLIMITED else c for c in blocks]
+    while len(there) > 1 and there[-1] == 0:
+        there.pop()
+    options = {"remember": trace.unique_blocks} if None in there else {}
+    fit = 0 if sweep is None else 2 if sweep.whole else 1
+    return make(there, trace.block_tokens, fit=fit, **options)
 
 
 def _name(policy):
@@ -185,8 +219,12 @@ def _chunks(trace, blocks, progress, name):
     """Yield (first, last) requests of each step, with a bar; none if there is no tier at all."""
     requests = trace.requests if any(blocks) else 0
     steps = [(at, min(at + _CHUNK, requests)) for at in range(0, requests, _CHUNK)]
-    if progress:
-        from tqdm.auto import tqdm
+    yield from _with_bar(steps, progress, name)
 
-        steps = tqdm(steps, desc=name, unit="step", delay=1)
-    yield from steps
+
+def _with_bar(steps, progress, name):
+    if not progress:
+        return steps
+    from tqdm.auto import tqdm
+
+    return tqdm(steps, desc=name, unit="step", delay=1)
