@@ -6,8 +6,8 @@ import numpy as np
 
 from caching_heuristics import TIERS
 from kvttl.policies.hazard import Learning
-from kvttl.policies.kernel import INDEX, INDEX_SHADOW, REAL
 from kvttl.policies.online import OnlinePolicy
+from kvttl.policies.state import INDEX, INDEX_SHADOW, REAL
 
 
 class Adaptive(OnlinePolicy):

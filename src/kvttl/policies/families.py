@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from caching_heuristics import METADATA_FIELDS, TIER_CODES, HeuristicConfig, check_metadata
-from kvttl.policies.kernel import EXPIRY
 from kvttl.policies.online import OnlinePolicy
+from kvttl.policies.state import EXPIRY
 
 
 class Recency(OnlinePolicy):

@@ -14,9 +14,8 @@ import numpy as np
 from numba import njit
 
 from caching_heuristics import TIERS
-from kvttl.policies import kernel, signals
+from kvttl.policies import eviction, kernel, requests, signals
 from kvttl.policies.hazard import Hazard, Learning
-from kvttl.policies.kernel import ABSENT, FOLLOWED, LRU_SHADOW, REAL, RECENCY, Now, Rules
 from kvttl.policies.runs import (
     LEVELS,
     N_KEYS,
@@ -27,6 +26,17 @@ from kvttl.policies.runs import (
     new_runs,
     walk,
     with_room,
+)
+from kvttl.policies.state import (
+    ABSENT,
+    FOLLOWED,
+    INDEX,
+    LRU_SHADOW,
+    REAL,
+    RECENCY,
+    Now,
+    Rules,
+    new_now,
 )
 
 MAX_TTL_S = 604_800.0
@@ -118,13 +128,13 @@ class OnlinePolicy:
         self.remember = max(4 * total, 1 << 18) if remember is None else remember
         bounds = np.full(LEVELS, ABSENT)
         sums = np.cumsum([c or 0 for c in limits])
-        for level, limit in enumerate(limits):
+        for level in range(len(limits)):
             unlimited = None in limits[: level + 1]
             bounds[REAL + level] = FOLLOWED if unlimited else sums[level]
-        if self.ORDER == kernel.INDEX:
+        if self.ORDER == INDEX:
             bounds[LRU_SHADOW:REAL] = bounds[REAL]
         self.rules = Rules(bounds, int(chunk_tokens), self.ORDER, *self._settings(), fit)
-        self.runs, self.now = new_runs(), kernel.new_now()
+        self.runs, self.now = new_runs(), new_now()
         self.hits = np.zeros(LEVELS, np.int64)  # of the last request, chunks by level
         self.path, self._from, self._last = np.empty(64, np.int32), None, 0.0
 
@@ -138,8 +148,8 @@ class OnlinePolicy:
         tokens = tokens if prompt_tokens is None else max(int(prompt_tokens), 0)
         now_s = self._time(now_s)
         state = self.runs, self.now, self.rules
-        runs, known = kernel.begin(*state, keys, now_s, tokens, self.path, self.hits)
-        kernel.room_in_shadows(*state, now_s)
+        runs, known = requests.begin(*state, keys, now_s, tokens, self.path, self.hits)
+        eviction.room_in_shadows(*state, now_s)
         self.decide(self.path[:runs], known, now_s, hints or {})
         return int(self.runs.counter[SEEN]) - 1
 
@@ -154,9 +164,9 @@ class OnlinePolicy:
 
     def end(self, number, now_s, finish_reason=None, output_tokens=0) -> None:
         finish = signals.FINISH_REASONS.get(finish_reason, signals.UNKNOWN)
-        kernel.advance(self.runs, self.now, self.rules, self._time(now_s))
+        requests.advance(self.runs, self.now, self.rules, self._time(now_s))
         told = finish, max(int(output_tokens), 0)
-        kernel.end(self.runs, self.now, self.rules, number, self._last, *told)
+        requests.end(self.runs, self.now, self.rules, number, self._last, *told)
 
     def ask(self, keys, now_s, prices=None) -> Answer:
         keys = np.ascontiguousarray(keys, np.int64)
@@ -173,14 +183,14 @@ class OnlinePolicy:
     def make_room(self, chunks, now_s) -> np.ndarray:
         held = int(self.runs.counter[REAL])
         state = self.runs, self.now, self.rules
-        recent = kernel.by_recency(self.now, self.rules, REAL)
+        recent = eviction.by_recency(self.now, self.rules, REAL)
         target = max(held - max(int(chunks), 0), 0)
-        gone = kernel.make_room(*state, REAL, target, recent, self._time(now_s))
+        gone = eviction.make_room(*state, REAL, target, recent, self._time(now_s))
         return _keys_after(self.runs, *gone)
 
     def sweep(self, now_s, rules=(0.0, 1.0, 0.0)) -> None:
-        """Make room in all tiers and shadows; see `kvttl.policies.kernel.sweep_due`."""
-        kernel.sweep_due(self.runs, self.now, self.rules, rules, self._time(now_s))
+        """Make room in all tiers and shadows; see `kvttl.policies.eviction.sweep_due`."""
+        eviction.sweep_due(self.runs, self.now, self.rules, rules, self._time(now_s))
 
     def held_at(self, now_s: float) -> tuple[np.ndarray, np.ndarray]:
         """Return what each level holds, chunks, and has held, chunk-seconds, on its own clock."""
@@ -221,7 +231,7 @@ class OnlinePolicy:
             opened = self.now.open_run >= 0
             self.now.open_run[opened] = moved[self.now.open_run[opened]]
             self.now.head[:] = 0
-        kernel.tidy(self.runs, self.now)
+        eviction.tidy(self.runs, self.now)
         self.runs = with_room(self.runs, requests, chunks, chunks + 2 * requests)
         if len(self.path) < chunks + 2:
             self.path = np.empty(chunks + 2, np.int32)

@@ -20,19 +20,19 @@ LEVELS = 5  # caches that are followed at once: two shadows, and up to three nes
 RUN = np.dtype(
     [
         ("end_s", "f8"),  # end of the generation that used it last; infinite while that runs
+        ("best", "f8"),  # of a sweep: highest value among the runs after it
         ("place", "i4"),  # in `Runs.order`
         ("parent", "i4"),
-        ("best", "f4"),  # of a sweep: highest value among the runs after it
         ("length", "i4"),  # chunks
         ("held", "i4", LEVELS),  # its first chunks that each cache holds
         ("depth", "i4"),  # chunks before it
+        ("branches", "i4"),  # runs that follow it
         ("expires_s", "f8"),
         ("start", "i8"),  # of its keys in `Runs.keys`
         ("touch", "i8"),  # number of the request that used it last
         ("begin_s", "f8"),  # when that came
         ("count", "i4"),  # uses
         ("prompt_chunks", "i4"),  # of that request
-        ("branches", "i4"),  # runs that follow it
         ("think_log", "f4"),  # that session's mean log(1 + think time), < 0: first turn
         ("codes", "u1", SIGNALS),
         ("tier", "i1"),  # wanted, where that was decided at its last use
@@ -59,6 +59,7 @@ class Runs(NamedTuple):
     counter: np.ndarray  # (LEVELS + 1,) int64: chunks held by level; requests so far
 
 
+_LOG = ["log_run", "log_touch", "log_end_s"]
 N_RUNS, N_KEYS, N_ORDER, N_LOG, N_LIVE = 0, 1, 2, 3, 4
 SEEN = LEVELS  # in `counter`
 
@@ -75,9 +76,7 @@ def with_room(s: Runs, requests: int, chunks: int, uses: int) -> Runs:
     """Return the tree with room for more: two runs a request, so many chunks and uses."""
     more = (2 * requests, chunks, uses, uses)
     grown = s._asdict()
-    for which, names in enumerate(
-        (["run"], ["keys"], ["order"], ["log_run", "log_touch", "log_end_s"])
-    ):
+    for which, names in enumerate((["run"], ["keys"], ["order"], _LOG)):
         need = int(s.size[which]) + more[which]
         for name in names:
             old = grown[name]
@@ -206,39 +205,37 @@ def tidy_order(s):
 
 
 @njit(cache=True)
-def _moved(s, newest, keep, to):
-    """Move the kept runs to new numbers, in place of the old; `to` is -1 where a run goes."""
-    runs = keys = 0
+def _numbered(s, newest, keep, to):
+    """Give the kept runs, and all before them, new numbers in their order; -1: it goes."""
     for at in range(len(newest) - 1, -1, -1):
         if keep[newest[at]] and s.run[newest[at]].parent >= 0:
             keep[s.run[newest[at]].parent] = True
-    for run in range(s.size[N_RUNS]):
-        to[run] = -1
-        if keep[run]:
-            to[run] = runs
-            runs += 1
-    fresh = np.empty(s.size[N_KEYS], np.int64)
-    for run in range(s.size[N_RUNS]):
+    runs = 0
+    for run in range(len(to)):
+        to[run] = runs if keep[run] else -1
+        runs += keep[run]
+    return runs
+
+
+@njit(cache=True)
+def _moved(s, runs, to):
+    """Move the runs to their new numbers, their keys to the front."""
+    keys, fresh = 0, np.empty(s.size[N_KEYS], np.int64)
+    for run in range(len(to)):
         if to[run] < 0:
             continue
         s.run[to[run]] = s.run[run]
         new = s.run[to[run]]
         fresh[keys : keys + new.length] = s.keys[new.start : new.start + new.length]
-        new.start = keys
+        new.start, new.branches = keys, 0
         keys += new.length
-        new.branches = 0
         if new.parent >= 0:
             new.parent = to[new.parent]
+    s.keys[:keys] = fresh[:keys]
+    s.size[N_RUNS], s.size[N_KEYS] = runs, keys
     for run in range(runs):
         if s.run[run].parent >= 0:
             s.run[s.run[run].parent].branches += 1
-    s.keys[:keys] = fresh[:keys]
-    for at in range(s.size[N_ORDER]):
-        s.order[at] = to[s.order[at]] if to[s.order[at]] >= 0 else 0  # place 0 is another's
-    for at in range(s.size[N_LOG]):
-        if s.log_run[at] >= 0:
-            s.log_run[at] = to[s.log_run[at]]
-    s.size[N_RUNS], s.size[N_KEYS] = runs, keys
     s.slot[:] = -1
     fill_slots(s)
 
@@ -257,6 +254,8 @@ def forget(s: Runs, limit: int, pinned) -> np.ndarray:
     keep |= (runs["held"][:, pinned] > 0).any(axis=1) | (runs["end_s"] == np.inf)
     tidy_order(s)
     to = np.empty(len(runs), np.int32)
-    _moved(s, newest, keep, to)
+    _moved(s, _numbered(s, newest, keep, to), to)
+    for places in (s.order[: s.size[N_ORDER]], s.log_run[: s.size[N_LOG]]):
+        places[:] = np.where(places >= 0, to[places], -1)
     s.counter[:LEVELS] = s.run["held"][: s.size[N_RUNS]].sum(axis=0)
     return to

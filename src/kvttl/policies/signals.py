@@ -2,7 +2,8 @@
 
 0 uses of the run, 1 how the generation ended, 2 output tokens, 3 the session's mean think time,
 4 its last one, 5 prompt tokens, 6 what the prompt is to the one before and new tokens, 7 seconds
-since the use before, 8 tokens after the run, 9 runs that follow it. 1 and 2 are known at the end of the generation.
+since the use before, 8 tokens after the run, 9 runs that follow it. 1 and 2
+are known at the end of the generation.
 """
 
 from __future__ import annotations

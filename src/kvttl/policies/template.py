@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvttl.policies.kernel import EXPIRY
 from kvttl.policies.online import OnlinePolicy
+from kvttl.policies.state import EXPIRY
 
 
 class Template(OnlinePolicy):

@@ -9,11 +9,12 @@ import numpy as np
 from kvttl.policies import kernel
 from kvttl.policies.online import CachePolicy, OnlinePolicy
 from kvttl.policies.runs import LEVELS
+from kvttl.policies.state import REAL
 from kvttl.replay.result import ReplayResult
 from kvttl.traces.trace import Trace
 
 _STEP = 1024  # events between two steps of the progress bar
-_LEVELS = slice(kernel.REAL, kernel.REAL + 3)
+_LEVELS = slice(REAL, REAL + 3)
 _REASONS = (None, "tool_calls", "stop")  # of FINISH
 
 
@@ -83,7 +84,7 @@ def _play(policy, work, first, last, rules, hits):
 
 def _one_by_one(policy, work, first, last, rules, hits):
     """Replay events as a live caller tells them."""
-    for at, event in enumerate(work.events[first:last].tolist(), start=first):
+    for event in work.events[first:last].tolist():
         request, is_end = event >> 1, event & 1
         if is_end:
             told = _REASONS[work.finish[request]], work.output_tokens[request]
@@ -99,7 +100,7 @@ def _one_by_one(policy, work, first, last, rules, hits):
 
 def _result(trace, policy, name, hits):
     by_level = np.zeros((trace.requests, 3), np.int64)
-    by_level[:, : policy.levels] = hits[:, kernel.REAL : kernel.REAL + policy.levels]
+    by_level[:, : policy.levels] = hits[:, REAL : REAL + policy.levels]
     deepest = np.maximum.accumulate(by_level, axis=1)
     blocks = np.diff(deepest, axis=1, prepend=0)
     size, now_s = trace.block_tokens, trace.span_s
@@ -112,7 +113,7 @@ def _result(trace, policy, name, hits):
     moved[3, 0] = came[policy.levels - 1]
     for level in range(policy.levels):
         below = level + 1 if level + 1 < policy.levels else 3
-        moved[level, below] = came[level] - held[kernel.REAL + level]
+        moved[level, below] = came[level] - held[REAL + level]
         moved[below, 0] += 0 if below == 3 else came[level] - came[below]
     limits = policy.limits + (0,) * (3 - policy.levels)
     return ReplayResult(trace, name, limits, blocks, tokens, area, area * size, moved * size)
@@ -128,10 +129,8 @@ def replay_any(trace: Trace, policy: CachePolicy, capacity: int, name: str = "")
         hits[request, 0] = missing[0] if missing else len(keys)
         now_s = float(trace.arrival_s[request])
         number = policy.begin(keys, now_s, int(trace.prompt_tokens[request]))
-        reason = _REASONS[trace.finish[request]]
-        policy.end(
-            number, now_s + trace.generation_s[request], reason, int(trace.output_tokens[request])
-        )
+        told = _REASONS[trace.finish[request]], int(trace.output_tokens[request])
+        policy.end(number, now_s + trace.generation_s[request], *told)
         held |= set(keys.tolist())
         if len(held) > capacity:
             held -= set(policy.make_room(len(held) - capacity, now_s).tolist())
