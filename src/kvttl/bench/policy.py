@@ -51,7 +51,7 @@ def traces(sessions: int = 120, seed: int = 0) -> Iterator[Trace]:
     if chat:
         yield chat
     files = sorted(folder.glob("*.json.gz"))
-    singles = [read_trace(file) for file in files[: 2 * sessions]]
+    singles = [read_trace(f, subagent_times="relative") for f in files[: 2 * sessions]]
     for name, first in (("agentic A", 0), ("agentic B", sessions)):
         if some := singles[first : first + sessions]:
             yield _spread(some, 4 * _HOUR_S, 8 * _HOUR_S, seed, name)
@@ -79,7 +79,7 @@ def _mix(chat, agentic):
 
 
 def table(trace: Trace, shares: Sequence[float] = SHARES, policies=POLICIES) -> list[dict]:
-    """Return a row a policy and share: token hits in the second half, gain over recency, gap closed."""
+    """Return a row a policy and share: token hits, gain over recency, share of the gap closed."""
     index, rows = index_runs(trace), []
     for share in shares:
         results = {name: replay(index, name, share) for name in policies}

@@ -5,16 +5,19 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from kvttl.policies.hazard import BINS, LEAST, index_at
+from kvttl.policies.hazard import BINS, LEAST, index_at, index_row
 from kvttl.policies.runs import LEVELS, N_LIVE, N_LOG, N_ORDER, tidy_order
 from kvttl.policies.state import EXPIRY, GONE, INDEX, LRU_SHADOW, REAL, RECENCY, SWEEP
 
 
 @njit(cache=True, inline="always")
-def value_of(r, use, now_s):
+def value_of(x, r, use, now_s):
     """Return what a run is worth now, for the order in force."""
     if r.order == EXPIRY:
         return use.touch - (1e15 if now_s > use.expires_s else 0.0)
+    if not use.fresh:
+        index_row(x.hazard.mean, use.codes, use.row)
+        use.fresh = 1
     value = index_at(use.row, max(now_s - use.end_s, 0.0))
     return value * (1.0 + r.deeper * use.depth * r.chunk_tokens)
 
@@ -77,7 +80,7 @@ def _lowest(s, x, r, level, need, now_s):
         use = s.run[run]
         if use.place != at or use.held[level] == 0:
             continue
-        value = max(value_of(r, use, now_s), use.best)
+        value = max(value_of(x, r, use, now_s), use.best)
         use.best = -np.inf
         if use.parent >= 0 and s.run[use.parent].best < value:
             s.run[use.parent].best = value

@@ -81,7 +81,7 @@ def ask(s, x, r, keys, now_s, prices, longest_s, answers):
 def _judge(x, r, use, now_s, prices):
     """Return a run's value, seconds to stay in the wanted tier, and that (len(prices) = none)."""
     if r.order != INDEX:
-        return value_of(r, use, now_s), max(use.expires_s - now_s, 0.0), np.int64(use.tier)
+        return value_of(x, r, use, now_s), max(use.expires_s - now_s, 0.0), np.int64(use.tier)
     age_s = max(now_s - use.end_s, 0.0)
     if x.duel[2] == 0:  # recency is in force: as long as it kept what went last
         idle_s, wanted = now_s - use.begin_s, len(prices)
@@ -91,7 +91,7 @@ def _judge(x, r, use, now_s, prices):
                 wanted, left_s = level, x.last_age[REAL + level] - idle_s
         return np.float64(use.touch), left_s, wanted
     cost = 1.0 + r.deeper * use.depth * r.chunk_tokens
-    value, wanted, left_s = value_of(r, use, now_s), len(prices), 0.0
+    value, wanted, left_s = value_of(x, r, use, now_s), len(prices), 0.0
     for level in range(len(prices) - 1, -1, -1):
         if value > prices[level]:
             wanted, left_s = level, seconds_above(use.row, age_s, prices[level] / cost)

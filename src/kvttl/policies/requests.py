@@ -8,7 +8,17 @@ from numba import njit
 from kvttl.policies import hazard as hz
 from kvttl.policies import signals
 from kvttl.policies.runs import LEVELS, N_LOG, N_ORDER, SEEN, SIGNALS, add, append_use, cut, walk
-from kvttl.policies.state import ABSENT, CLOCK, GONE, INDEX, INDEX_SHADOW, LRU_SHADOW, OPEN, REFRESH
+from kvttl.policies.state import (
+    ABSENT,
+    CLOCK,
+    CURSOR,
+    GONE,
+    INDEX,
+    INDEX_SHADOW,
+    LRU_SHADOW,
+    OPEN,
+    REFRESH,
+)
 
 
 @njit(cache=True)
@@ -108,13 +118,11 @@ def _use(s, x, r, run, number, now_s, prompt_tokens, think_log, prompt_chunks):
             use.held[level] = 0
     use.count += 1
     use.touch, use.begin_s, use.end_s, use.expires_s = number, now_s, np.inf, np.inf
-    use.think_log, use.prompt_chunks, use.open = think_log, prompt_chunks, 0
+    use.think_log, use.prompt_chunks, use.open, use.fresh = think_log, prompt_chunks, 0, 0
     after = max(prompt_tokens - (use.depth + use.length) * r.chunk_tokens, 0)
     signals.of_run(x.codes, use.count, gap_s, after, use.branches)
     for k in range(SIGNALS):
         use.codes[k] = x.codes[k]
-    if r.order == INDEX:
-        hz.index_row(x.hazard.mean, use.codes, use.row)
     append_use(s, run)
 
 
@@ -160,24 +168,17 @@ def end(s, x, r, number, end_s, finish, output_tokens):
     slot = number & (OPEN - 1)
     if x.open_touch[slot] != number or x.open_run[slot] < 0:
         return
-    run, before = x.open_run[slot], np.int32(-1)
+    run = x.open_run[slot]
     x.open_run[slot] = -1
     while run >= 0 and s.run[run].touch == number:
         use = s.run[run]
-        use.end_s, use.open = end_s, 1
+        use.end_s, use.open, use.fresh = end_s, 1, 0
         if r.order == INDEX:
             signals.of_end(use.codes, finish, output_tokens)
-            same = before >= 0
-            for k in range(SIGNALS if same else 0):
-                same = same and s.run[before].codes[k] == use.codes[k]
-            if same:
-                use.row[:] = s.run[before].row
-            else:
-                hz.index_row(x.hazard.mean, use.codes, use.row)
             at = s.size[N_LOG]
             s.log_run[at], s.log_touch[at], s.log_end_s[at] = run, number, end_s
             s.size[N_LOG] += 1
-        run, before = use.parent, run
+        run = use.parent
 
 
 @njit(cache=True)
@@ -196,12 +197,20 @@ def advance(s, x, r, now_s):
             for level in range(LEVELS):
                 x.price[level] = max(x.price[level] * 0.5 ** (steps * every_s / 60), hz.LEAST)
         x.clock[GONE] = 0
-    if now_s >= x.clock[REFRESH]:
-        x.clock[REFRESH] = (np.floor(now_s / r.refresh_s) + 1) * r.refresh_s
-        for at in range(s.size[N_ORDER]):
-            run = s.order[at]
-            if s.run[run].place == at:
-                hz.index_row(x.hazard.mean, s.run[run].codes, s.run[run].row)
+    _refresh(s, x, r, now_s)
+
+
+@njit(cache=True)
+def _refresh(s, x, r, now_s):
+    """Let some rows be made anew from newer weights: all of them once every `refresh_s`."""
+    places = s.size[N_ORDER]
+    due = places * min((now_s - x.clock[REFRESH]) / r.refresh_s, 1.0)
+    if due < 1 and places:
+        return
+    x.clock[REFRESH] = now_s
+    for _ in range(int(due)):
+        x.clock[CURSOR] = (x.clock[CURSOR] + 1) % places
+        s.run[s.order[int(x.clock[CURSOR])]].fresh = 0
 
 
 @njit(cache=True)

@@ -36,6 +36,7 @@ RUN = np.dtype(
         ("think_log", "f4"),  # that session's mean log(1 + think time), < 0: first turn
         ("codes", "u1", SIGNALS),
         ("tier", "i1"),  # wanted, where that was decided at its last use
+        ("fresh", "u1"),  # whether its row is that of its codes
         ("open", "u1"),  # whether its last use still waits for an outcome to learn from
         ("gap_s", "f8"),  # since the use before the last, 0: there was none
         ("mean", "f8"),  # seconds between uses, and the sum of squares around it

@@ -23,7 +23,7 @@ class Rules(NamedTuple):
     chunk_tokens: int
     order: int  # RECENCY, INDEX or EXPIRY
     learning: Learning
-    refresh_s: float  # after it, rows are made anew
+    refresh_s: float  # every row is made anew within it
     turnovers: float  # half life of the duel, in times the cache was filled
     lead: float  # share of tokens by which the index must lead to come into force
     price_memory: float  # share of the capacity over which a price is averaged
@@ -40,20 +40,22 @@ class Now(NamedTuple):
     price: np.ndarray  # (LEVELS,): index of what goes last, a second
     last_age: np.ndarray  # (LEVELS,): seconds since its use, of what went last by recency
     duel: np.ndarray  # (3,): lead and tokens, halved; 1 = the index is in force
-    clock: np.ndarray  # (4,): now; next refresh; sweeps with victims since a step; next sweep
+    clock: (
+        np.ndarray
+    )  # (5,): now; last refresh, its place; sweeps with victims since a step; next sweep
     head: np.ndarray  # (LEVELS,) int64: places in order below which a cache holds nothing
     area: np.ndarray  # (LEVELS,): chunks x seconds
     stored: np.ndarray  # (LEVELS,) int64: chunks that came in
     codes: np.ndarray  # (SIGNALS,) uint8, scratch
 
 
-CLOCK, REFRESH, GONE, SWEEP = 0, 1, 2, 3
+CLOCK, REFRESH, CURSOR, GONE, SWEEP = 0, 1, 2, 3, 4
 
 
 def new_now() -> Now:
     """Return what holds before the first request."""
     generations = np.full(OPEN, -1, np.int32), np.full(OPEN, -1, np.int64)
     prices = np.full(LEVELS, LEAST), np.full(LEVELS, np.inf)
-    counts = np.zeros(3), np.zeros(4), np.zeros(LEVELS, np.int64), np.zeros(LEVELS)
+    counts = np.zeros(3), np.zeros(5), np.zeros(LEVELS, np.int64), np.zeros(LEVELS)
     scratch = np.zeros(SIGNALS, np.uint8)
     return Now(new_hazard(), *generations, *prices, *counts, np.zeros(LEVELS, np.int64), scratch)
