@@ -21,8 +21,7 @@ from kvttl.policies import FAMILIES
 from kvttl.policies.adaptive import Adaptive
 from kvttl.policies.runs import N_KEYS, N_RUNS
 from kvttl.policies.state import REAL
-from kvttl.replay.engine import replay
-from kvttl.replay.online import Sweep
+from kvttl.replay.engine import Sweep, replay
 from kvttl.replay.result import ReplayResult
 from kvttl.replay.runs import index_runs
 from kvttl.traces.generator import agent_loops
@@ -78,7 +77,7 @@ def _mix(chat, agentic):
     return overlaid([chat, picked(chunks, hour)], [0.0, float(since_s[hour[0]])], "mix")
 
 
-def table(trace: Trace, shares: Sequence[float] = SHARES, policies=POLICIES) -> list[dict]:
+def hit_table(trace: Trace, shares: Sequence[float] = SHARES, policies=POLICIES) -> list[dict]:
     """Return a row a policy and share: token hits, gain over recency, share of the gap closed."""
     index, rows = index_runs(trace), []
     for share in shares:
@@ -178,17 +177,19 @@ def main(argv: list[str] | None = None) -> int:
     rows, lazy, rates = [], [], []
     for trace in traces(options.sessions):
         print(f"{trace.name}: {trace}", file=sys.stderr)
-        rows += table(trace, options.shares)
+        rows += hit_table(trace, options.shares)
         lazy += in_lmcache(trace, options.shares)
         start_s = time.perf_counter()
         replay(trace, "adaptive", options.shares[0])
         rates.append(trace.accesses / (time.perf_counter() - start_s))
-    figures = summary(rows) | speeds(options.chunks) | {"accesses_per_s": max(rates)}
-    publish(options.report, about, figures | {"rows": rows, "lmcache": lazy}, lines(rows, lazy))
+    figures = gap_summary(rows) | speeds(options.chunks) | {"accesses_per_s": max(rates)}
+    publish(
+        options.report, about, figures | {"rows": rows, "lmcache": lazy}, policy_lines(rows, lazy)
+    )
     return 0
 
 
-def summary(rows: Sequence[dict]) -> dict:
+def gap_summary(rows: Sequence[dict]) -> dict:
     """Return the gap that `adaptive` closes by trace and share, and its worst loss to recency."""
     closed, worst = {}, 0.0
     hits = {(r["trace"], r["share"], r["policy"]): r["token_hits"] for r in rows}
@@ -198,7 +199,7 @@ def summary(rows: Sequence[dict]) -> dict:
     return {"gap_closed": closed, "worst_below_lru": worst}
 
 
-def lines(rows: Sequence[dict], lazy: Sequence[dict]) -> list[str]:
+def policy_lines(rows: Sequence[dict], lazy: Sequence[dict]) -> list[str]:
     """Return the tables for a reader."""
     out = []
     for row in rows:

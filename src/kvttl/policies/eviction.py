@@ -7,13 +7,13 @@ from numba import njit
 
 from kvttl.policies.hazard import BINS, LEAST, index_at, index_row
 from kvttl.policies.runs import LEVELS, N_LIVE, N_LOG, N_ORDER, tidy_order
-from kvttl.policies.state import EXPIRY, GONE, INDEX, LRU_SHADOW, REAL, RECENCY, SWEEP
+from kvttl.policies.state import GONE, INDEX, LRU_SHADOW, REAL, RECENCY, SWEEP
 
 
 @njit(cache=True, inline="always")
 def value_of(x, r, use, now_s):
     """Return what a run is worth now, for the order in force."""
-    if r.order == EXPIRY:
+    if r.order != INDEX:
         return use.touch - (1e15 if now_s > use.expires_s else 0.0)
     if not use.fresh:
         index_row(x.hazard.mean, use.codes, use.row)

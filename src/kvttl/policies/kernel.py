@@ -14,7 +14,7 @@ from kvttl.policies.runs import walk
 from kvttl.policies.state import CLOCK, INDEX, REAL
 
 
-class Work(NamedTuple):
+class Requests(NamedTuple):
     """Requests to replay; see `kvttl.traces.trace.Trace`. An event is 2 x request, + 1: its end."""
 
     keys: np.ndarray  # (chunks,) int64

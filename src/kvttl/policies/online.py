@@ -14,8 +14,10 @@ import numpy as np
 from numba import njit
 
 from caching_heuristics import TIERS
-from kvttl.policies import eviction, kernel, requests, signals
+from kvttl.policies.eviction import by_recency, make_room, room_in_shadows, sweep_due, tidy
 from kvttl.policies.hazard import Hazard, Learning
+from kvttl.policies.kernel import ask
+from kvttl.policies.requests import advance, begin, end
 from kvttl.policies.runs import (
     LEVELS,
     N_KEYS,
@@ -27,6 +29,7 @@ from kvttl.policies.runs import (
     walk,
     with_room,
 )
+from kvttl.policies.signals import FINISH_REASONS, UNKNOWN
 from kvttl.policies.state import (
     ABSENT,
     FOLLOWED,
@@ -148,8 +151,8 @@ class OnlinePolicy:
         tokens = tokens if prompt_tokens is None else max(int(prompt_tokens), 0)
         now_s = self._time(now_s)
         state = self.runs, self.now, self.rules
-        runs, known = requests.begin(*state, keys, now_s, tokens, self.path, self.hits)
-        eviction.room_in_shadows(*state, now_s)
+        room_in_shadows(*state, now_s)
+        runs, known = begin(*state, keys, now_s, tokens, self.path, self.hits)
         self.decide(self.path[:runs], known, now_s, hints or {})
         return int(self.runs.counter[SEEN]) - 1
 
@@ -163,17 +166,17 @@ class OnlinePolicy:
         """
 
     def end(self, number, now_s, finish_reason=None, output_tokens=0) -> None:
-        finish = signals.FINISH_REASONS.get(finish_reason, signals.UNKNOWN)
-        requests.advance(self.runs, self.now, self.rules, self._time(now_s))
-        told = finish, max(int(output_tokens), 0)
-        requests.end(self.runs, self.now, self.rules, number, self._last, *told)
+        finish = FINISH_REASONS.get(finish_reason, UNKNOWN)
+        advance(self.runs, self.now, self.rules, self._time(now_s))
+        told = finish, max(int(output_tokens or 0), 0)
+        end(self.runs, self.now, self.rules, number, self._last, *told)
 
     def ask(self, keys, now_s, prices=None) -> Answer:
         keys = np.ascontiguousarray(keys, np.int64)
         value, ttl_s, tier = np.empty(len(keys)), np.empty(len(keys)), np.empty(len(keys), np.int8)
         levels = self.prices() if prices is None else np.asarray(prices, np.float64)
         state = self.runs, self.now, self.rules, keys, self._time(now_s)
-        kernel.ask(*state, levels, MAX_TTL_S, (value, ttl_s, tier))
+        ask(*state, levels, MAX_TTL_S, (value, ttl_s, tier))
         return Answer(value, ttl_s, tier < len(levels), np.minimum(tier, len(levels) - 1))
 
     def prices(self) -> np.ndarray:
@@ -183,14 +186,16 @@ class OnlinePolicy:
     def make_room(self, chunks, now_s) -> np.ndarray:
         held = int(self.runs.counter[REAL])
         state = self.runs, self.now, self.rules
-        recent = eviction.by_recency(self.now, self.rules, REAL)
+        recent = by_recency(self.now, self.rules, REAL)
         target = max(held - max(int(chunks), 0), 0)
-        gone = eviction.make_room(*state, REAL, target, recent, self._time(now_s))
+        now_s = self._time(now_s)
+        room_in_shadows(*state, now_s)
+        gone = make_room(*state, REAL, target, recent, now_s)
         return _keys_after(self.runs, *gone)
 
     def sweep(self, now_s, rules=(0.0, 1.0, 0.0)) -> None:
         """Make room in all tiers and shadows; see `kvttl.policies.eviction.sweep_due`."""
-        eviction.sweep_due(self.runs, self.now, self.rules, rules, self._time(now_s))
+        sweep_due(self.runs, self.now, self.rules, rules, self._time(now_s))
 
     def held_at(self, now_s: float) -> tuple[np.ndarray, np.ndarray]:
         """Return what each level holds, chunks, and has held, chunk-seconds, on its own clock."""
@@ -231,7 +236,7 @@ class OnlinePolicy:
             opened = self.now.open_run >= 0
             self.now.open_run[opened] = moved[self.now.open_run[opened]]
             self.now.head[:] = 0
-        eviction.tidy(self.runs, self.now)
+        tidy(self.runs, self.now)
         self.runs = with_room(self.runs, requests, chunks, chunks + 2 * requests)
         if len(self.path) < chunks + 2:
             self.path = np.empty(chunks + 2, np.int32)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from kvttl.policies import hazard as hz
-from kvttl.policies import signals
+from kvttl.policies.hazard import BINS, EDGES_S, LEAST, TERMS, average, bin_of, learn, places
 from kvttl.policies.runs import LEVELS, N_LOG, N_ORDER, SEEN, SIGNALS, add, append_use, cut, walk
+from kvttl.policies.signals import of_end, of_request, of_run
 from kvttl.policies.state import (
     ABSENT,
     CLOCK,
@@ -68,7 +68,7 @@ def _session(s, x, r, path, runs, known, now_s, prompt_tokens):
                 think_log = 0.6 * last.think_log + 0.4 * think_log
             mean_s = np.expm1(think_log)
     tokens = prompt_tokens - known * r.chunk_tokens
-    signals.of_request(x.codes, prompt_tokens, tokens, kind, think_s, mean_s)
+    of_request(x.codes, prompt_tokens, tokens, kind, think_s, mean_s)
     return think_log
 
 
@@ -79,13 +79,13 @@ def _outcome(s, x, r, run, now_s):
     if r.order != INDEX or not use.open:
         return
     age_s = max(now_s - use.end_s, 0.0)
-    at = np.empty(hz.TERMS, np.int64)
-    hz.places(use.codes, at)
-    j, size, rate = hz.bin_of(age_s), np.sqrt(use.length), r.learning.rate
+    at = np.empty(TERMS, np.int64)
+    places(use.codes, at)
+    j, size, rate = bin_of(age_s), np.sqrt(use.length), r.learning.rate
     for i in range(j):
-        if use.end_s + hz.EDGES_S[i + 1] > x.hazard.steps[1]:  # else it was learned then
-            hz.learn(x.hazard, at, i, 0.0, size, rate)
-    hz.learn(x.hazard, at, j, 1.0, size, rate)
+        if use.end_s + EDGES_S[i + 1] > x.hazard.steps[1]:  # else it was learned then
+            learn(x.hazard, at, i, 0.0, size, rate)
+    learn(x.hazard, at, j, 1.0, size, rate)
     use.open = 0
 
 
@@ -120,7 +120,7 @@ def _use(s, x, r, run, number, now_s, prompt_tokens, think_log, prompt_chunks):
     use.touch, use.begin_s, use.end_s, use.expires_s = number, now_s, np.inf, np.inf
     use.think_log, use.prompt_chunks, use.open, use.fresh = think_log, prompt_chunks, 0, 0
     after = max(prompt_tokens - (use.depth + use.length) * r.chunk_tokens, 0)
-    signals.of_run(x.codes, use.count, gap_s, after, use.branches)
+    of_run(x.codes, use.count, gap_s, after, use.branches)
     for k in range(SIGNALS):
         use.codes[k] = x.codes[k]
     append_use(s, run)
@@ -174,7 +174,7 @@ def end(s, x, r, number, end_s, finish, output_tokens):
         use = s.run[run]
         use.end_s, use.open, use.fresh = end_s, 1, 0
         if r.order == INDEX:
-            signals.of_end(use.codes, finish, output_tokens)
+            of_end(use.codes, finish, output_tokens)
             at = s.size[N_LOG]
             s.log_run[at], s.log_touch[at], s.log_end_s[at] = run, number, end_s
             s.size[N_LOG] += 1
@@ -192,10 +192,10 @@ def advance(s, x, r, now_s):
     if steps >= 1:
         x.hazard.steps[1] += steps * every_s
         _outlived(s, x, r, x.hazard.steps[1])
-        hz.average(x.hazard, steps, r.learning)
+        average(x.hazard, steps, r.learning)
         if x.clock[GONE] == 0:  # nothing is short of room: prices fall
             for level in range(LEVELS):
-                x.price[level] = max(x.price[level] * 0.5 ** (steps * every_s / 60), hz.LEAST)
+                x.price[level] = max(x.price[level] * 0.5 ** (steps * every_s / 60), LEAST)
         x.clock[GONE] = 0
     _refresh(s, x, r, now_s)
 
@@ -216,13 +216,13 @@ def _refresh(s, x, r, now_s):
 @njit(cache=True)
 def _outlived(s, x, r, until_s):
     """Learn from all runs that outlived a bin since the last step."""
-    at = np.empty(hz.TERMS, np.int64)
-    for j in range(hz.BINS - 1):
+    at = np.empty(TERMS, np.int64)
+    for j in range(BINS - 1):
         i = x.hazard.bin_at[j]
-        while i < s.size[N_LOG] and s.log_end_s[i] + hz.EDGES_S[j + 1] <= until_s:
+        while i < s.size[N_LOG] and s.log_end_s[i] + EDGES_S[j + 1] <= until_s:
             run = s.log_run[i]
             if run >= 0 and s.run[run].touch == s.log_touch[i] and s.run[run].open:
-                hz.places(s.run[run].codes, at)
-                hz.learn(x.hazard, at, j, 0.0, np.sqrt(s.run[run].length), r.learning.rate)
+                places(s.run[run].codes, at)
+                learn(x.hazard, at, j, 0.0, np.sqrt(s.run[run].length), r.learning.rate)
             i += 1
         x.hazard.bin_at[j] = i
