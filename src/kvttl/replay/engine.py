@@ -62,13 +62,12 @@ def replay(
     Parameters
     ----------
     trace : Trace or RunIndex
-        An index (`index_runs`) saves grouping the trace again in each call.
+        An index saves grouping the trace again in each call.
     policy : str, callable or type
         One of `POLICIES`, a function (index, config) -> Plan, or a class such as
         `kvttl.policies.template.Template`.
-        ``"lru"`` and ``"fifo"`` touch blocks in the prompt's order and evict at
-        once, as a cache without prefixes does; all others evict after the
-        request, and of equals a prompt's end first.
+        ``"lru"`` and ``"fifo"`` touch blocks in the prompt's order and evict at once; all
+        others evict after the request, and of equals a prompt's end first.
     capacity : None, int, float or sequence of three
         Blocks of gpu, or of (gpu, disk, remote): an int is blocks, a float in
         ]0, 1] a share of the trace's unique blocks, None unlimited. With one
@@ -89,19 +88,17 @@ def replay(
     Examples
     --------
     >>> from kvttl.traces.generator import agent_loops
-    >>> trace = agent_loops(200, seed=1)
-    >>> results = [replay(trace, name, capacity=0.2) for name in ("lru", "optimal")]
-    >>> results[0].block_hit_ratio < results[1].block_hit_ratio
+    >>> lru, best = (replay(agent_loops(200), name, capacity=0.2) for name in ("lru", "optimal"))
+    >>> lru.block_hit_ratio < best.block_hit_ratio
     True
     """
     flat = trace.trace if isinstance(trace, RunIndex) else trace
     blocks = capacities(capacity, flat)
     if (make := _online(policy, config)) is not None:
-        steps = functools.partial(_with_bar, progress=progress, name=_name(policy))
-        return replay_online(
-            flat, _made(make, flat, blocks, sweep), _name(policy), sweep, ends, steps
-        )
-    if sweep is not None or ends != "told":
+        shown = functools.partial(_with_bar, progress=progress, name=_name(policy))
+        made = _made(make, flat, blocks, sweep)
+        return replay_online(flat, made, _name(policy), sweep, ends, shown)
+    if sweep or ends != "told":
         raise ValueError(f"sweep and ends are for policies that decide as they go, not {policy!r}")
     if policy in [name for name, row in POLICIES.items() if row.plan is None]:
         return _replay_blocks(flat, policy, blocks, progress)
