@@ -184,10 +184,12 @@ def end(s, x, r, number, end_s, finish, output_tokens):
 @njit(cache=True)
 def advance(s, x, r, now_s):
     """Let time pass: learn from what was not used meanwhile, make rows anew."""
-    x.clock[CLOCK] = max(x.clock[CLOCK], now_s)
+    if now_s <= x.clock[CLOCK]:
+        return
+    x.clock[CLOCK] = now_s
     if r.order != INDEX:
         return
-    now_s, every_s = x.clock[CLOCK], r.learning.every_s
+    every_s = r.learning.every_s
     steps = np.floor((now_s - x.hazard.steps[1]) / every_s)
     if steps >= 1:
         x.hazard.steps[1] += steps * every_s
