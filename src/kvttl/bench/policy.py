@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,14 @@ from kvttl.policies import FAMILIES
 from kvttl.policies.adaptive import Adaptive
 from kvttl.policies.runs import N_KEYS, N_RUNS
 from kvttl.policies.state import REAL
-from kvttl.replay.engine import Sweep, replay
+from kvttl.replay.engine import Sweep, replay, replay_online
 from kvttl.replay.result import ReplayResult
 from kvttl.replay.runs import index_runs
+from kvttl.traces.builder import make_trace
 from kvttl.traces.generator import agent_loops
 from kvttl.traces.overlay import in_chunks_of, overlaid, picked
 from kvttl.traces.reading import read_trace
-from kvttl.traces.trace import Trace
+from kvttl.traces.trace import COLUMNS, Trace
 
 REPORT = Path("data/reports/policy.json")
 GOALS = {"sweep_ms_1m": 20.0, "sweep_ms_1m_separate": 60.0, "state_bytes_per_chunk": 64.0}
@@ -124,33 +126,31 @@ def bootstrap(
 
 def speeds(chunks: int = 1_000_000, repeats: int = 9) -> dict[str, float]:
     """Measure sweeps over so many resident chunks, state, and what a request costs."""
-    trace = agent_loops(12_000, seed=1, block_tokens=64, system_blocks=64, turn_blocks=60.0)
-    agentic, seconds = _filled(trace, chunks)
-    held = int(agentic.runs.counter[REAL])
-    known = agentic.runs.run[: agentic.runs.size[N_RUNS]].nbytes + 8 * int(
-        agentic.runs.size[N_KEYS]
-    )
-    figures = {"learn_us_per_request": seconds * 1e6, "state_bytes_per_chunk": known / held}
+    loops = agent_loops(chunks // 70, seed=1, block_tokens=64, system_blocks=64, turn_blocks=60.0)
+    _filled(loops.head(100))  # compiles
+    start_s = time.perf_counter()
+    agentic = _filled(loops)
+    figures = {"learn_us_per_request": 1e6 * (time.perf_counter() - start_s) / loops.requests}
+    held, known = int(agentic.runs.counter[REAL]), agentic.runs.size
+    state_bytes = int(known[N_RUNS]) * agentic.runs.run.itemsize + 8 * int(known[N_KEYS])
+    figures["state_bytes_per_chunk"] = state_bytes / held
     figures["sweep_ms_1m"] = _sweep_ms(agentic, repeats) * chunks / held
-    separate = Adaptive(2 * chunks, 64)
-    for first in range(0, chunks, 1000):
-        separate.reserve(1000, 1000)
-        for key in range(first, first + 1000):
-            separate.end(separate.begin([key], key / 1000), key / 1000)
-    return figures | {"sweep_ms_1m_separate": _sweep_ms(separate, repeats)}
+    return figures | {"sweep_ms_1m_separate": _sweep_ms(_filled(_separate(chunks)), repeats)}
 
 
-def _filled(trace, chunks):
-    """Return a policy that holds about so many chunks of a trace, and seconds a request."""
-    policy, requests = Adaptive(2 * chunks, trace.block_tokens), 0
-    start_s = None
-    while policy.runs.counter[REAL] < chunks and requests < trace.requests:
-        now_s = float(trace.arrival_s[requests])
-        policy.end(policy.begin(trace.request(requests), now_s), now_s + 1.0, "tool_calls", 50)
-        requests += 1
-        if requests == 100:  # compiled
-            start_s = time.perf_counter()
-    return policy, (time.perf_counter() - start_s) / (requests - 100)
+def _filled(trace):
+    """Return a policy that was told of a trace, and holds all of it."""
+    policy = Adaptive(2 * trace.unique_blocks, trace.block_tokens)
+    replay_online(trace, policy)
+    return policy
+
+
+def _separate(chunks):
+    """Return a trace of requests of one chunk each, all different."""
+    one, ids = make_trace([[0]], block_tokens=64), np.arange(chunks, dtype=np.int32)
+    columns = {name: np.repeat(getattr(one, name), chunks) for name in tuple(COLUMNS)[2:]}
+    columns |= {"arrival_s": ids / 1000.0, "offsets": np.arange(chunks + 1), "block_ids": ids}
+    return replace(one, **columns, unique_blocks=chunks)
 
 
 def _sweep_ms(policy, repeats):
