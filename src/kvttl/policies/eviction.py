@@ -5,20 +5,20 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from kvttl.policies.hazard import BINS, LEAST, index_at, index_row
+from kvttl.policies.hazard import BINS, LEAST, bin_near, index_in, index_row
 from kvttl.policies.runs import LEVELS, N_LIVE, N_LOG, N_ORDER, tidy_order
 from kvttl.policies.state import GONE, INDEX, LRU_SHADOW, REAL, RECENCY, SWEEP
 
 
 @njit(cache=True, inline="always")
-def value_of(x, r, use, now_s):
-    """Return what a run is worth now, for the order in force."""
+def value_of(x, r, use, now_s, j):
+    """Return what a run, whose age is in bin j, is worth now."""
     if r.order != INDEX:
         return use.touch - (1e15 if now_s > use.expires_s else 0.0)
     if not use.fresh:
         index_row(x.hazard.mean, use.codes, use.row)
         use.fresh = 1
-    value = index_at(use.row, max(now_s - use.end_s, 0.0))
+    value = index_in(use.row, j, max(now_s - use.end_s, 0.0))
     return value * (1.0 + r.deeper * use.depth * r.chunk_tokens)
 
 
@@ -74,14 +74,16 @@ def _lowest(s, x, r, level, need, now_s):
 
     A run is worth no less than those after it. Returns also how many they are, and their chunks.
     """
-    heap, key, size, weight = np.empty(64, np.int32), np.empty(64), 0, 0
+    heap, key, size, weight, j = np.empty(64, np.int32), np.empty(64), 0, 0, 0
     for at in range(s.size[N_ORDER]):
         run = s.order[at]
         use = s.run[run]
         if use.place != at or use.held[level] == 0:
             continue
-        value = max(value_of(x, r, use, now_s), use.best)
-        use.best = -np.inf
+        j = bin_near(j, max(now_s - use.end_s, 0.0))
+        value = max(value_of(x, r, use, now_s, j), use.best)
+        if use.best > -np.inf:
+            use.best = -np.inf
         if use.parent >= 0 and s.run[use.parent].best < value:
             s.run[use.parent].best = value
         if weight >= need and value >= key[0]:

@@ -83,6 +83,16 @@ def bin_of(age_s):
     return low
 
 
+@njit(cache=True, inline="always")
+def bin_near(j, age_s):
+    """Return the bin of an age, looked for from another bin on."""
+    while EDGES_S[j] > age_s:
+        j -= 1
+    while j < BINS - 1 and EDGES_S[j + 1] <= age_s:
+        j += 1
+    return j
+
+
 @njit(cache=True)
 def learn(h, at, j, used, size, rate):
     """One step: runs with weights at `at` were used in bin j (1.0) or outlived it (0.0)."""
@@ -152,7 +162,12 @@ def index_row(weight, codes, row):
 @njit(cache=True, inline="always")
 def index_at(row, age_s):
     """Return the index at an age: linear between the bins' starts, ~ 1 / age after the last."""
-    j = bin_of(age_s)
+    return index_in(row, bin_of(age_s), age_s)
+
+
+@njit(cache=True, inline="always")
+def index_in(row, j, age_s):
+    """Return the index at an age in bin j."""
     if j == BINS - 1:
         return row[j] * EDGES_S[j] / max(age_s, EDGES_S[j])
     share = (age_s - EDGES_S[j]) / (EDGES_S[j + 1] - EDGES_S[j])

@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from kvttl.policies.eviction import room_in_all, sweep_due, value_of
-from kvttl.policies.hazard import seconds_above
+from kvttl.policies.hazard import bin_of, seconds_above
 from kvttl.policies.requests import begin, end
 from kvttl.policies.runs import walk
 from kvttl.policies.state import CLOCK, INDEX, REAL
@@ -80,9 +80,10 @@ def ask(s, x, r, keys, now_s, prices, longest_s, answers):
 @njit(cache=True)
 def _judge(x, r, use, now_s, prices):
     """Return a run's value, seconds to stay in the wanted tier, and that (len(prices) = none)."""
-    if r.order != INDEX:
-        return value_of(x, r, use, now_s), max(use.expires_s - now_s, 0.0), np.int64(use.tier)
     age_s = max(now_s - use.end_s, 0.0)
+    own = value_of(x, r, use, now_s, bin_of(age_s))
+    if r.order != INDEX:
+        return own, max(use.expires_s - now_s, 0.0), np.int64(use.tier)
     if x.duel[2] == 0:  # recency is in force: as long as it kept what went last
         idle_s, wanted = now_s - use.begin_s, len(prices)
         left_s = 0.0
@@ -91,8 +92,8 @@ def _judge(x, r, use, now_s, prices):
                 wanted, left_s = level, x.last_age[REAL + level] - idle_s
         return np.float64(use.touch), left_s, wanted
     cost = 1.0 + r.deeper * use.depth * r.chunk_tokens
-    value, wanted, left_s = value_of(x, r, use, now_s), len(prices), 0.0
+    wanted, left_s = len(prices), 0.0
     for level in range(len(prices) - 1, -1, -1):
-        if value > prices[level]:
+        if own > prices[level]:
             wanted, left_s = level, seconds_above(use.row, age_s, prices[level] / cost)
-    return value, left_s, wanted
+    return own, left_s, wanted
