@@ -43,7 +43,7 @@ class TraceBuilder:
         self._raw, self._shown = None if chained else DenseIds(), shown
         self._dense = DenseIds()
         self._ids, self._ends = array("i"), array("q", [0])
-        self._of_requests = [array(kind) for kind in "diiidb"]  # as in `COLUMNS`
+        self._of_requests = [array(kind) for kind in "diiifb"]  # as in `COLUMNS`
 
     def __len__(self) -> int:
         return len(self._ends) - 1

@@ -18,7 +18,7 @@ CACHE_VERSION = 2  # of the file that `save_trace` writes
 # Array of `Trace` -> dtype, in the order of its fields.
 COLUMNS = {"block_ids": np.int32, "offsets": np.int64, "arrival_s": np.float64}
 COLUMNS |= dict.fromkeys(("prompt_tokens", "output_tokens", "sessions"), np.int32)
-COLUMNS |= {"generation_s": np.float64, "finish": np.int8}
+COLUMNS |= {"generation_s": np.float32, "finish": np.int8}
 _OF_REQUESTS = tuple(COLUMNS)[2:]
 FINISH = ("unknown", "tool call pending", "end of turn")
 
@@ -39,7 +39,7 @@ class Trace:
     prompt_tokens, output_tokens, sessions : numpy.ndarray
         Shape (requests,), int32.
     generation_s : numpy.ndarray
-        Shape (requests,), float64: seconds from arrival to end, 0 where unknown.
+        Shape (requests,), float32: seconds from arrival to end, 0 where unknown.
     finish : numpy.ndarray
         Shape (requests,), int8: how it ended, an index into `FINISH`.
     block_tokens : int
