@@ -68,7 +68,7 @@ export PYTHONPATH := $(CURDIR)/src
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-agents run test up down status notebooks clean-notebooks check-notebooks lint \
-	serve bench bench-gateway bench-overhead bench-sliders replay bench-replay app lab demo-model chaos clean
+	serve bench bench-gateway bench-overhead bench-sliders replay bench-replay bench-policy app lab demo-model chaos clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -162,6 +162,9 @@ replay: $(READY) ## one policy on a trace; ends with one line of JSON (TRACE= PO
 
 bench-replay: $(READY) ## accesses per second of the replay engines; ends with one line of JSON
 	@$(PY) -m kvttl.bench.replay
+
+bench-policy: $(READY) ## what policies hit, by trace and capacity, and what deciding costs; a line of JSON
+	@$(PY) -m kvttl.bench.policy
 
 bench-sliders: $(READY) ## from a slider's step to the new picture in the browser (needs chromium)
 	@$(PY) -m kvttl.bench.sliders

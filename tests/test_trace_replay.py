@@ -33,8 +33,8 @@ def given_capacity(blocks):
 
 
 def test_exactly_these_policies_are_known():
-    known = ["lru", "fifo", "infinite", "recency", "ttl", "heuristic", "heuristic_order", "optimal"]
-    assert list(POLICIES) == known
+    known = ["lru", "fifo", "infinite", "recency", "ttl", "heuristic", "heuristic_order"]
+    assert list(POLICIES) == [*known, "adaptive", "formula", "fixed", "optimal"]
 
 
 # --- the naive replay ---------------------------------------------------------------------

@@ -8,11 +8,17 @@ Both count a prompt's longest resident prefix as its hit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from caching_heuristics import HeuristicConfig, unknown_name
+from kvttl.policies import kernel
+from kvttl.policies.online import CachePolicy, OnlinePolicy
+from kvttl.policies.runs import LEVELS
+from kvttl.policies.state import REAL
 from kvttl.replay.block_kernel import block_rows, replay_blocks
 from kvttl.replay.policies import POLICIES, UNLIMITED, Plan, capacities
 from kvttl.replay.result import ReplayResult
@@ -23,6 +29,21 @@ from kvttl.traces.trace import Trace
 
 _CHUNK = 16_384  # requests between two steps of the progress bar
 _NO_LIMITS = (UNLIMITED,) * 3
+_STEP = 1024  # events between two steps of the progress bar
+_LEVELS = slice(REAL, REAL + 3)
+_REASONS = (None, "tool_calls", "stop")  # of FINISH
+
+
+class Sweep(NamedTuple):
+    """How LMCache makes room: not at once, but every second, above a watermark.
+
+    What does not fit in between is not stored. Its own defaults are 0.8 and 0.2.
+    """
+
+    every_s: float = 1.0
+    watermark: float = 0.95  # share of the capacity from which on it evicts
+    ratio: float = 0.05  # share of what is held that goes then
+    whole: bool = True  # of a prompt all is stored or nothing; False: what fits
 
 
 def replay(
@@ -32,6 +53,8 @@ def replay(
     config: HeuristicConfig | None = None,
     *,
     progress: bool = False,
+    sweep: Sweep | None = None,
+    ends: str = "told",
     **metadata,
 ) -> ReplayResult:
     """Replay a trace under a policy, with a capacity for each tier.
@@ -39,12 +62,12 @@ def replay(
     Parameters
     ----------
     trace : Trace or RunIndex
-        An index (`index_runs`) saves grouping the trace again in each call.
-    policy : str or callable
-        One of `POLICIES`, or a function (index, config) -> Plan.
-        ``"lru"`` and ``"fifo"`` touch blocks in the prompt's order and evict at
-        once, as a cache without prefixes does; all others evict after the
-        request, and of equals a prompt's end first.
+        An index saves grouping the trace again in each call.
+    policy : str, callable or type
+        One of `POLICIES`, a function (index, config) -> Plan, or a class such as
+        `kvttl.policies.template.Template`.
+        ``"lru"`` and ``"fifo"`` touch blocks in the prompt's order and evict at once; all
+        others evict after the request, and of equals a prompt's end first.
     capacity : None, int, float or sequence of three
         Blocks of gpu, or of (gpu, disk, remote): an int is blocks, a float in
         ]0, 1] a share of the trace's unique blocks, None unlimited. With one
@@ -54,8 +77,8 @@ def replay(
         Settings of the TTL policies.
     progress : bool
         Show a bar on stderr once it takes more than a second.
-    **metadata
-        ``per`` and ``perplexity`` of `kvttl.replay.policies.decisions`.
+    sweep, ends, **metadata
+        See `replay_online`; ``per`` and ``perplexity`` of `kvttl.replay.policies.decisions`.
 
     Raises
     ------
@@ -65,13 +88,18 @@ def replay(
     Examples
     --------
     >>> from kvttl.traces.generator import agent_loops
-    >>> trace = agent_loops(200, seed=1)
-    >>> results = [replay(trace, name, capacity=0.2) for name in ("lru", "optimal")]
-    >>> results[0].block_hit_ratio < results[1].block_hit_ratio
+    >>> lru, best = (replay(agent_loops(200), name, capacity=0.2) for name in ("lru", "optimal"))
+    >>> lru.block_hit_ratio < best.block_hit_ratio
     True
     """
     flat = trace.trace if isinstance(trace, RunIndex) else trace
     blocks = capacities(capacity, flat)
+    if (make := _online(policy, config)) is not None:
+        shown = functools.partial(_with_bar, progress=progress, name=_name(policy))
+        made = _made(make, flat, blocks, sweep)
+        return replay_online(flat, made, _name(policy), sweep, ends, shown)
+    if sweep or ends != "told":
+        raise ValueError(f"sweep and ends are for policies that decide as they go, not {policy!r}")
     if policy in [name for name, row in POLICIES.items() if row.plan is None]:
         return _replay_blocks(flat, policy, blocks, progress)
     if policy == "infinite":
@@ -120,6 +148,25 @@ def replay_without_capacity(
     decided = (_deadlines(plan, tier), tier)
     area, moved = replay_ttl(plan.segments, trace.arrival_s, *decided, trace.block_tokens, *hits)
     return ReplayResult(trace, _name(policy), _NO_LIMITS, *hits, *area, moved)
+
+
+def _online(policy, config):
+    """Return what makes a policy that decides as it goes, or None where it is not one."""
+    row = POLICIES.get(policy) if isinstance(policy, str) else None
+    if row is not None and row.online is not None:
+        given = {"config": config or HeuristicConfig()} if row.reads_config else {}
+        return functools.partial(row.online, **given)
+    return policy if isinstance(policy, type) and issubclass(policy, OnlinePolicy) else None
+
+
+def _made(make, trace, blocks, sweep):
+    """Make a policy for a trace; without limits it forgets nothing."""
+    there = [None if c == UNLIMITED else c for c in blocks]
+    while len(there) > 1 and there[-1] == 0:
+        there.pop()
+    options = {"remember": trace.unique_blocks} if None in there else {}
+    fit = 0 if sweep is None else 2 if sweep.whole else 1
+    return make(there, trace.block_tokens, fit=fit, **options)
 
 
 def _name(policy):
@@ -185,8 +232,121 @@ def _chunks(trace, blocks, progress, name):
     """Yield (first, last) requests of each step, with a bar; none if there is no tier at all."""
     requests = trace.requests if any(blocks) else 0
     steps = [(at, min(at + _CHUNK, requests)) for at in range(0, requests, _CHUNK)]
-    if progress:
-        from tqdm.auto import tqdm
+    yield from _with_bar(steps, progress, name)
 
-        steps = tqdm(steps, desc=name, unit="step", delay=1)
-    yield from steps
+
+def _with_bar(steps, progress, name):
+    if not progress:
+        return steps
+    from tqdm.auto import tqdm
+
+    return tqdm(steps, desc=name, unit="step", delay=1)
+
+
+def replay_online(
+    trace: Trace,
+    policy: OnlinePolicy,
+    name: str = "",
+    sweep: Sweep | None = None,
+    ends: str = "told",
+    progress=lambda steps: steps,
+) -> ReplayResult:
+    """Replay a trace under a policy's own caches, which it was made with.
+
+    Parameters
+    ----------
+    policy : OnlinePolicy
+        Fresh; made for the trace's block size.
+    sweep : Sweep, optional
+        LMCache's way of making room; the policy was made with ``fit=2`` (1 if not whole) then.
+        By default a request is stored, and then what is too much goes.
+    ends : str
+        ``"told"``: a request is one instant, which tells when and how its generation will end;
+        ``"due"``: that is told when it is over, which is what a live policy knows.
+    """
+    work = _work(trace, policy, ends)
+    hits = np.zeros((trace.requests, LEVELS), np.int64)
+    rules = (0.0, 1.0, 0.0) if sweep is None else sweep[:3]
+    events = len(work.events) if any(policy.limits) else 0
+    for first in progress(range(0, events, _STEP)):
+        _play(policy, work, first, min(first + _STEP, len(work.events)), rules, hits)
+    return _result(trace, policy, name, hits)
+
+
+def _work(trace, policy, ends):
+    flat = trace if policy.KEEPS_TAILS else trace.without_tails(renumber=False)
+    keys, arrival_s = flat.block_ids.astype(np.int64), trace.arrival_s
+    end_s, events = arrival_s + trace.generation_s, np.arange(2 * trace.requests)
+    if ends == "due":
+        events = events[np.lexsort((events, np.column_stack([arrival_s, end_s]).ravel()))]
+    elif ends != "told":
+        raise ValueError(f"ends must be 'told' or 'due', got {ends!r}")
+    told = trace.prompt_tokens, trace.finish, trace.output_tokens
+    return kernel.Requests(keys, flat.offsets, arrival_s, end_s, *told, events)
+
+
+def _play(policy, work, first, last, rules, hits):
+    if type(policy).decide is not OnlinePolicy.decide:
+        _one_by_one(policy, work, first, last, rules, hits)
+        return
+    requests = work.events[first:last] >> 1
+    chunks = int((work.offsets[requests + 1] - work.offsets[requests]).sum())
+    policy.reserve(last - first, chunks)
+    state = policy.runs, policy.now, policy.rules
+    kernel.play(*state, work, first, last, rules, policy.path, hits)
+
+
+def _one_by_one(policy, work, first, last, rules, hits):
+    """Replay events as a live caller tells them."""
+    for event in work.events[first:last].tolist():
+        request, is_end = event >> 1, event & 1
+        if is_end:
+            told = _REASONS[work.finish[request]], work.output_tokens[request]
+            policy.end(request, work.arrival_s[request], *told)
+        else:
+            keys = work.keys[work.offsets[request] : work.offsets[request + 1]]
+            policy.sweep(float(work.arrival_s[request]), rules)
+            policy.begin(keys, work.arrival_s[request], work.prompt_tokens[request])
+            hits[request] = policy.hits
+        if rules[0] == 0:
+            policy.sweep(float(work.arrival_s[request]), rules)
+
+
+def _result(trace, policy, name, hits):
+    by_level = np.zeros((trace.requests, 3), np.int64)
+    by_level[:, : policy.levels] = hits[:, REAL : REAL + policy.levels]
+    deepest = np.maximum.accumulate(by_level, axis=1)
+    blocks = np.diff(deepest, axis=1, prepend=0)
+    size, now_s = trace.block_tokens, trace.span_s
+    tokens = np.minimum(deepest * size, trace.prompt_tokens[:, None])
+    tokens = np.diff(tokens, axis=1, prepend=0)
+    held, area = policy.held_at(now_s)
+    area = np.diff(np.maximum.accumulate(area[_LEVELS]), prepend=0)
+    moved = np.zeros((4, 4), np.int64)
+    came = policy.now.stored[_LEVELS]
+    moved[3, 0] = came[policy.levels - 1]
+    for level in range(policy.levels):
+        below = level + 1 if level + 1 < policy.levels else 3
+        moved[level, below] = came[level] - held[REAL + level]
+        moved[below, 0] += 0 if below == 3 else came[level] - came[below]
+    limits = policy.limits + (0,) * (3 - policy.levels)
+    return ReplayResult(trace, name, limits, blocks, tokens, area, area * size, moved * size)
+
+
+def replay_any(trace: Trace, policy: CachePolicy, capacity: int, name: str = "") -> ReplayResult:
+    """Replay any `CachePolicy` in one tier, chunk by chunk, as a live caller would ask it: slow."""
+    held, hits = set(), np.zeros((trace.requests, 3), np.int64)
+    flat = trace.without_tails(renumber=False)
+    for request in range(trace.requests):
+        keys = flat.request(request).astype(np.int64)
+        missing = [at for at, key in enumerate(keys.tolist()) if key not in held]
+        hits[request, 0] = missing[0] if missing else len(keys)
+        now_s = float(trace.arrival_s[request])
+        number = policy.begin(keys, now_s, int(trace.prompt_tokens[request]))
+        told = _REASONS[trace.finish[request]], int(trace.output_tokens[request])
+        policy.end(number, now_s + trace.generation_s[request], *told)
+        held |= set(keys.tolist())
+        held -= set(policy.make_room(max(0, len(held) - capacity), now_s).tolist())
+    nothing = np.full(3, np.nan), np.full(3, np.nan), np.zeros((4, 4), np.int64)
+    tokens = np.minimum(hits * trace.block_tokens, trace.prompt_tokens[:, None])
+    return ReplayResult(trace, name, (capacity, 0, 0), hits, tokens, *nothing)

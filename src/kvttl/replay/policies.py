@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from caching_heuristics import TIERS, HeuristicConfig
+from kvttl.policies import Adaptive, Fixed, Formula, OnlinePolicy
 from kvttl.replay.runs import RunIndex, SegmentArrays
 
 UNLIMITED = -1  # as a capacity
@@ -128,13 +129,18 @@ def optimal(index: RunIndex, config: HeuristicConfig) -> Plan:
 class ReplayPolicy(NamedTuple):
     """What the engine, the command and the plots know of a policy."""
 
-    plan: Callable[..., Plan] | None  # None: a list of blocks without prefixes, block by block
+    plan: Callable[..., Plan] | None  # None: block by block without prefixes, or `online`
     refreshes: bool = False  # of such a list: whether a hit makes a block the newest
     needs_capacity: bool = False  # it says what to evict, not when
     reads_config: bool = False
     reads_metadata: bool = False  # it takes `per` and `perplexity`
     colour: str | None = None  # of Okabe and Ito; None = grey, with a mark of its own
     dash: str = "-"
+    online: Callable[..., OnlinePolicy] | None = None  # decides as it goes: made for a capacity
+
+
+def _fixed(capacity, chunk_tokens, config, **options):
+    return Fixed(capacity, chunk_tokens, ttl_s=config.base_ttl, **options)
 
 
 _FORMULA = {"reads_config": True, "reads_metadata": True}
@@ -148,6 +154,9 @@ POLICIES = {
     "heuristic_order": ReplayPolicy(
         heuristic_order, needs_capacity=True, **_FORMULA, colour="#D55E00"
     ),
+    "adaptive": ReplayPolicy(None, needs_capacity=True, colour="#000080", online=Adaptive),
+    "formula": ReplayPolicy(None, reads_config=True, dash=":", online=Formula),
+    "fixed": ReplayPolicy(None, reads_config=True, dash=":", online=_fixed),
     "optimal": ReplayPolicy(optimal, needs_capacity=True, colour="#000000"),
 }
 

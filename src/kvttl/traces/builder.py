@@ -43,7 +43,7 @@ class TraceBuilder:
         self._raw, self._shown = None if chained else DenseIds(), shown
         self._dense = DenseIds()
         self._ids, self._ends = array("i"), array("q", [0])
-        self._of_requests = [array(kind) for kind in "diii"]  # arrival, tokens, session
+        self._of_requests = [array(kind) for kind in "diiifb"]  # as in `COLUMNS`
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -55,8 +55,10 @@ class TraceBuilder:
         prompt_tokens: int,
         output_tokens: int = 0,
         session: int = -1,
+        generation_s: float = 0.0,
+        finish: int = 0,
     ) -> None:
-        """Append a request: its blocks' 64-bit keys in prefix order, seconds, tokens.
+        """Append a request: its blocks' 64-bit keys in prefix order, seconds, tokens, its end.
 
         Raises
         ------
@@ -70,7 +72,7 @@ class TraceBuilder:
             ids = self._dense.chain(self._raw.ids(keys))
         self._ids.frombytes(memoryview(ids).cast("B") if len(ids) else b"")
         self._ends.append(len(self._ids))
-        values = arrival_s, prompt_tokens, output_tokens, session
+        values = arrival_s, prompt_tokens, output_tokens, session, generation_s, finish
         for column, value in zip(self._of_requests, values):
             column.append(value)
 
@@ -88,11 +90,11 @@ class TraceBuilder:
             order = np.argsort(arrival_s, kind="stable")
             ids, offsets = _reorder(ids, offsets, order)
             of_requests = [column[order] for column in of_requests]
-        arrival_s, prompt, output, sessions = of_requests
+        arrival_s, prompt, output, sessions, *endings = of_requests
         arrival_s -= arrival_s[:1]
         if sessions.max(initial=-1) < 0:
             sessions = sessions_by_prefix(ids, offsets, unique)
-        arrays = ids, offsets, arrival_s, prompt, output, sessions
+        arrays = ids, offsets, arrival_s, prompt, output, sessions, *endings
         return Trace(*arrays, self.block_tokens, unique, name, skipped_lines)
 
 

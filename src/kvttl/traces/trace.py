@@ -14,11 +14,13 @@ import numpy as np
 
 from kvttl import whole_file
 
-CACHE_VERSION = 1  # of the file that `save_trace` writes
+CACHE_VERSION = 2  # of the file that `save_trace` writes
 # Array of `Trace` -> dtype, in the order of its fields.
 COLUMNS = {"block_ids": np.int32, "offsets": np.int64, "arrival_s": np.float64}
 COLUMNS |= dict.fromkeys(("prompt_tokens", "output_tokens", "sessions"), np.int32)
+COLUMNS |= {"generation_s": np.float32, "finish": np.int8}
 _OF_REQUESTS = tuple(COLUMNS)[2:]
+FINISH = ("unknown", "tool call pending", "end of turn")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +38,10 @@ class Trace:
         Shape (requests,), seconds from the first request, ascending.
     prompt_tokens, output_tokens, sessions : numpy.ndarray
         Shape (requests,), int32.
+    generation_s : numpy.ndarray
+        Shape (requests,), float32: seconds from arrival to end, 0 where unknown.
+    finish : numpy.ndarray
+        Shape (requests,), int8: how it ended, an index into `FINISH`.
     block_tokens : int
         Tokens in a complete block; a request's last block may hold fewer.
     unique_blocks : int
@@ -61,6 +67,8 @@ class Trace:
     prompt_tokens: np.ndarray
     output_tokens: np.ndarray
     sessions: np.ndarray
+    generation_s: np.ndarray
+    finish: np.ndarray
     block_tokens: int
     unique_blocks: int
     name: str = ""
@@ -95,16 +103,19 @@ class Trace:
         after = self.prompt_tokens - (self.blocks - 1) * self.block_tokens
         return np.where(self.blocks > 0, np.clip(after, 0, self.block_tokens), 0)
 
-    def without_tails(self) -> Trace:
+    def without_tails(self, renumber: bool = True) -> Trace:
         """Return the trace without the incomplete last blocks of prompts: they are not kept.
 
-        The prompts' tokens stay, so token hit ratios can be compared.
+        The prompts' tokens stay, so token hit ratios can be compared. Block ids stay dense,
+        unless they are not to be numbered anew.
         """
         cut = (self.tail_tokens() < self.block_tokens) & (self.blocks > 0)
         keep = np.ones(self.accesses, bool)
         keep[self.offsets[1:][cut] - 1] = False
         offsets = np.concatenate([[0], np.cumsum(self.blocks - cut)])
-        return replace(self, **_dense(self.block_ids[keep]), offsets=offsets)
+        ids = self.block_ids[keep]
+        columns = _dense(ids) if renumber else {"block_ids": ids}
+        return replace(self, **columns, offsets=offsets)
 
     def head(self, requests: int) -> Trace:
         """Return the first requests as a trace of their own."""
@@ -186,6 +197,10 @@ def _check_columns(values):
     _want(ends and np.all(offsets[1:] >= offsets[:-1]), "offsets must ascend over block_ids")
     ascending = np.all(np.isfinite(arrival_s)) and np.all(arrival_s[1:] >= arrival_s[:-1])
     _want(ascending, "arrival_s must ascend")
+    lasting = np.all(values["generation_s"] >= 0) and np.all(np.isfinite(values["generation_s"]))
+    _want(lasting, "generation_s must be >= 0 and finite")
+    codes = np.all((values["finish"] >= 0) & (values["finish"] < len(FINISH)))
+    _want(codes, f"finish must be 0..{len(FINISH) - 1}")
     _want(0 <= unique <= len(ids), "unique_blocks must be <= the length of block_ids")
     inside = not len(ids) or 0 <= ids.min() <= ids.max() < unique
     _want(inside, f"block_ids must be 0..{unique - 1}")

@@ -23,6 +23,7 @@ from kvttl.traces.source import (
 )
 
 SCOPES = ("local", "global")
+_FINISH = {"tool_use": 1, "end_turn": 2, "stop_sequence": 2}  # -> an index into trace.FINISH
 
 
 def read_weka(files: Sequence[Path], source: Source) -> TraceBuilder:
@@ -116,7 +117,10 @@ class _Sessions:
         output = tokens(request, "out", 0)
         scope = self.source.number((owner, request.get("model")))
         keys = self.raw.ids(keys).astype(np.int64) | (scope << 32)
-        self.builder.add(keys, at_s, prompt, output, session)
+        took_s = request.get("api_time")  # a hint: what is no time is unknown
+        took_s = took_s if type(took_s) in (int, float) and 0 <= took_s < 1e9 else 0.0
+        ended = _FINISH.get(str(request.get("stop")), 0)
+        self.builder.add(keys, at_s, prompt, output, session, took_s, ended)
 
     def finish(self, counts):
         """Return the builder, its times by the convention that holds, if need be in all files."""

@@ -1,0 +1,90 @@
+"""TTLs that learn: KV cache stays as long as its hits are worth the memory's price."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from caching_heuristics import TIERS
+from kvttl.policies.hazard import Learning
+from kvttl.policies.online import OnlinePolicy
+from kvttl.policies.state import INDEX, INDEX_SHADOW, REAL
+
+
+class Adaptive(OnlinePolicy):
+    """What goes first has the lowest index: hits per chunk and second, learned from a cold start.
+
+    The TTL is a price test, renewed whenever it is asked: the time until the index falls to the
+    price at which the tier is full. Two shadows of metadata, least recently used and the index,
+    say which order is in force; until the index leads it is recency.
+
+    Parameters
+    ----------
+    capacity, chunk_tokens, remember, fit
+        See `OnlinePolicy`.
+    learning : Learning
+        Rates and half lives.
+    refresh_s : float
+        How old a run's index may get before it is computed from newer weights, seconds.
+    turnovers, lead : float
+        Half life of the comparison of the shadows, in times that the cache was filled; the share
+        of the tokens asked for by which the index must lead.
+    price_memory : float
+        Share of the capacity over which the price is averaged.
+    deeper : float
+        What each token before a chunk adds to the cost of computing it, as a share; 0: hits
+        count alike. Attention equals the rest after 30,500 tokens in an 8B model: 1 / 30,500.
+    costs : TierCosts, optional
+        With them tiers have prices for seconds saved instead of for hits.
+
+    Examples
+    --------
+    >>> policy = Adaptive(capacity=1000, chunk_tokens=256)
+    >>> number = policy.begin([11, 12, 13], now_s=0.0)
+    >>> policy.end(number, 4.0, "tool_calls", output_tokens=60)
+    >>> answer = policy.ask([11, 12, 13, 14], 5.0)
+    >>> answer.ttl_s[:3].min() > 0, float(answer.ttl_s[3])
+    (np.True_, 0.0)
+    """
+
+    ORDER = INDEX
+    KEEPS_TAILS = False
+
+    def __init__(
+        self,
+        capacity=None,
+        chunk_tokens: int = 256,
+        *,
+        learning: Learning | None = None,
+        refresh_s: float = 240.0,
+        turnovers: float = 5.0,
+        lead: float = 0.002,
+        price_memory: float = 0.1,
+        deeper: float = 0.0,
+        costs=None,
+        **options,
+    ):
+        self._given = learning or Learning(), refresh_s, turnovers, lead, price_memory, deeper
+        self.costs = costs
+        super().__init__(capacity, chunk_tokens, **options)
+
+    def _settings(self):
+        return self._given
+
+    @property
+    def index_in_force(self) -> bool:
+        """Whether the learned order leads; else it is recency's."""
+        return bool(self.now.duel[2])
+
+    def prices(self) -> np.ndarray:
+        """Return the price of a place in each tier, (tiers,): index a second, falling.
+
+        With `costs`, a tier's price is raised by what loading from it takes of the saving.
+        """
+        prices = self.now.price[REAL : REAL + len(TIERS)].copy()
+        prices[0] = max(prices[0], self.now.price[INDEX_SHADOW])
+        prices[self.levels :] = np.inf if self.levels > 1 else prices[0]
+        if self.costs is not None:
+            load_s = self.costs.bytes_per_token / np.array(self.costs.bytes_per_s)
+            saved = 1.0 - load_s * self.costs.prefill_tokens_per_s
+            prices = np.where(saved > 0, prices / np.maximum(saved, 1e-9), np.inf)
+        return prices

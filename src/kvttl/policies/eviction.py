@@ -1,0 +1,218 @@
+"""Which runs go first, and room made by that order, compiled."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from kvttl.policies.hazard import BINS, LEAST, bin_near, index_in, index_row
+from kvttl.policies.runs import LEVELS, N_LIVE, N_LOG, N_ORDER, tidy_order
+from kvttl.policies.state import GONE, INDEX, LRU_SHADOW, REAL, RECENCY, SWEEP
+
+
+@njit(cache=True, inline="always")
+def value_of(x, r, use, now_s, j):
+    """Return what a run, whose age is in bin j, is worth now."""
+    if r.order != INDEX:
+        return use.touch - (1e15 if now_s > use.expires_s else 0.0)
+    if not use.fresh:
+        index_row(x.hazard.mean, use.codes, use.row)
+        use.fresh = 1
+    value = index_in(use.row, j, max(now_s - use.end_s, 0.0))
+    return value * (1.0 + r.deeper * use.depth * r.chunk_tokens)
+
+
+@njit(cache=True)
+def make_room(s, x, r, level, target, by_recency, now_s):
+    """Evict from one level down to so many chunks."""
+    need = s.counter[level] - target
+    if need <= 0:
+        return np.empty(0, np.int32), np.empty(0, np.int64)
+    x.clock[GONE] += 1
+    if by_recency:
+        victims, size, weight = _oldest(s, x, level, need, now_s)
+    else:
+        victims, size, weight = _lowest(s, x, r, level, need, now_s)
+    gone = np.empty(size, np.int64)
+    for k in range(size):  # the first is the last to go: of it only the end
+        gone[k] = s.run[victims[k]].held[level] - (weight - need if k == 0 else 0)
+        _evict(s, x, victims[k], level, gone[k], now_s)
+    return victims[:size], gone
+
+
+@njit(cache=True)
+def _oldest(s, x, level, need, now_s):
+    """Find the runs of the oldest use that hold `need` chunks, as `_lowest` does."""
+    victims, size, weight, at = np.empty(8, np.int32), 0, 0, x.head[level]
+    while weight < need:
+        run = s.order[at]
+        if s.run[run].place == at and s.run[run].held[level] > 0:
+            if size == len(victims):
+                victims = _twice(victims)
+            victims[size] = run
+            size += 1
+            weight += s.run[run].held[level]
+        at += 1
+    x.head[level] = at - 1
+    x.last_age[level] = now_s - s.run[victims[size - 1]].begin_s
+    victims[0], victims[size - 1] = victims[size - 1], victims[0]
+    return victims, size, weight
+
+
+@njit(cache=True)
+def _evict(s, x, run, level, most, now_s):
+    """Take chunks off a run's end in one level."""
+    use = s.run[run]
+    use.held[level] -= most
+    s.counter[level] -= most
+    x.area[level] += most * (min(now_s, use.expires_s) - use.begin_s)
+
+
+@njit(cache=True)
+def _lowest(s, x, r, level, need, now_s):
+    """Find the runs of least value that hold `need` chunks, as a heap, the highest first.
+
+    A run is worth no less than those after it. Returns also how many they are, and their chunks.
+    """
+    heap, key, size, weight, j = np.empty(64, np.int32), np.empty(64), 0, 0, 0
+    for at in range(s.size[N_ORDER]):
+        run = s.order[at]
+        use = s.run[run]
+        if use.place != at or use.held[level] == 0:
+            continue
+        j = bin_near(j, max(now_s - use.end_s, 0.0))
+        value = max(value_of(x, r, use, now_s, j), use.best)
+        if use.best > -np.inf:
+            use.best = -np.inf
+        if use.parent >= 0 and s.run[use.parent].best < value:
+            s.run[use.parent].best = value
+        if weight >= need and value >= key[0]:
+            continue
+        if size == len(heap):
+            heap, key = _twice(heap), _twice(key)
+        _push(s, heap, key, size, run, value)
+        size += 1
+        weight += use.held[level]
+        while weight - s.run[heap[0]].held[level] >= need:
+            weight -= s.run[heap[0]].held[level]
+            size -= 1
+            _pop(s, heap, key, size)
+    if r.order == INDEX and size:
+        share = 1.0 - np.exp(-need / (r.price_memory * max(r.capacity[level], 1)))
+        x.price[level] *= (max(key[0], LEAST) / x.price[level]) ** share
+    return heap, size, weight
+
+
+@njit(cache=True)
+def _twice(array):
+    more = np.empty(2 * len(array), array.dtype)
+    more[: len(array)] = array
+    return more
+
+
+@njit(cache=True, inline="always")
+def _above(s, heap, key, a, b):
+    """Whether entry a goes after b: the higher value, of equal ones the later place."""
+    return key[a] > key[b] or (key[a] == key[b] and s.run[heap[a]].place > s.run[heap[b]].place)
+
+
+@njit(cache=True, inline="always")
+def _swap(heap, key, a, b):
+    heap[a], heap[b] = heap[b], heap[a]
+    key[a], key[b] = key[b], key[a]
+
+
+@njit(cache=True)
+def _push(s, heap, key, size, run, value):
+    heap[size], key[size] = run, value
+    while size and _above(s, heap, key, size, (size - 1) >> 1):
+        _swap(heap, key, size, (size - 1) >> 1)
+        size = (size - 1) >> 1
+
+
+@njit(cache=True)
+def _pop(s, heap, key, size):
+    """Take out the first entry; `size` is what is left."""
+    heap[0], key[0] = heap[size], key[size]
+    at = 0
+    while True:
+        down = 2 * at + 1
+        if down >= size:
+            return
+        if down + 1 < size and _above(s, heap, key, down + 1, down):
+            down += 1
+        if not _above(s, heap, key, down, at):
+            return
+        _swap(heap, key, at, down)
+        at = down
+
+
+@njit(cache=True)
+def by_recency(x, r, level):
+    """Whether a level evicts the oldest use now: the order in force."""
+    if r.order != INDEX:
+        return r.order == RECENCY
+    return level == LRU_SHADOW or (level >= REAL and x.duel[2] == 0)
+
+
+@njit(cache=True)
+def room_in_all(s, x, r, rules, now_s):
+    """Bring every level that is too full down; returns whether there was one. See `sweep_due`."""
+    some = False
+    for level in range(LEVELS):
+        capacity, held = r.capacity[level], s.counter[level]
+        if capacity < 0 or (rules[0] > 0 and held < rules[1] * capacity) or held == 0:
+            continue
+        target = held - max(1, np.int64(rules[2] * held)) if rules[0] > 0 else capacity
+        some = some or target < held
+        make_room(s, x, r, level, target, by_recency(x, r, level), now_s)
+    tidy(s, x)
+    return some
+
+
+@njit(cache=True)
+def room_in_shadows(s, x, r, now_s):
+    """Bring the shadows down to their capacity."""
+    for level in range(REAL):
+        if r.capacity[level] >= 0:
+            make_room(s, x, r, level, r.capacity[level], level == LRU_SHADOW, now_s)
+
+
+@njit(cache=True)
+def tidy(s, x):
+    """Drop what the orders hold of the past, once it is half of them."""
+    if s.size[N_ORDER] > 2 * s.size[N_LIVE] + 256:
+        tidy_order(s)
+        x.head[:] = 0
+    _drop_log(s, x)
+
+
+@njit(cache=True)
+def _drop_log(s, x):
+    """Drop the log's entries of which every bin has been learned, once they are half of it."""
+    done = x.hazard.bin_at[BINS - 2]
+    if 2 * done < s.size[N_LOG]:
+        return
+    s.size[N_LOG] -= done
+    for at in range(s.size[N_LOG]):
+        s.log_run[at], s.log_touch[at] = s.log_run[at + done], s.log_touch[at + done]
+        s.log_end_s[at] = s.log_end_s[at + done]
+    for j in range(BINS):
+        x.hazard.bin_at[j] -= done
+
+
+@njit(cache=True)
+def sweep_due(s, x, r, rules, now_s):
+    """Sweep, if it is time to.
+
+    `rules`: (every so many seconds; from which share of the capacity on; share that goes). At 0
+    seconds what is above the capacity goes now.
+    """
+    if rules[0] == 0:
+        room_in_all(s, x, r, rules, now_s)
+        return
+    while x.clock[SWEEP] <= now_s:
+        some = room_in_all(s, x, r, rules, x.clock[SWEEP])
+        x.clock[SWEEP] += rules[0]
+        if not some:  # nor will there be, until the next request
+            x.clock[SWEEP] = (np.floor(now_s / rules[0]) + 1) * rules[0]

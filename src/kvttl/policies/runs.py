@@ -1,0 +1,262 @@
+"""The chunks that a policy knows, as runs: maximal stretches that were always used together.
+
+A prefix tree. A run is cut where a request leaves it in the middle, so all chunks of a run have
+one history, and what holds for one holds for all. Of a run the first chunks are resident, the
+last ones go first. A policy's state is one record a run, and 8 bytes a chunk for its key.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+BINS = 22  # ages of a run: see `hazard.EDGES_S`
+SIGNALS = 10  # see `signals`
+LEVELS = 5  # caches that are followed at once: two shadows, and up to three nested tiers
+
+# What a sweep reads is in front: it goes through all resident runs.
+RUN = np.dtype(
+    [
+        ("end_s", "f8"),  # end of the generation that used it last; infinite while that runs
+        ("best", "f8"),  # of a sweep: highest value among the runs after it
+        ("place", "i4"),  # in `Runs.order`
+        ("parent", "i4"),
+        ("length", "i4"),  # chunks
+        ("held", "i4", LEVELS),  # its first chunks that each cache holds
+        ("depth", "i4"),  # chunks before it
+        ("branches", "i4"),  # runs that follow it
+        ("expires_s", "f8"),
+        ("start", "i8"),  # of its keys in `Runs.keys`
+        ("touch", "i8"),  # number of the request that used it last
+        ("begin_s", "f8"),  # when that came
+        ("count", "i4"),  # uses
+        ("prompt_chunks", "i4"),  # of that request
+        ("think_log", "f4"),  # that session's mean log(1 + think time), < 0: first turn
+        ("codes", "u1", SIGNALS),
+        ("tier", "i1"),  # wanted, where that was decided at its last use
+        ("fresh", "u1"),  # whether its row is that of its codes
+        ("open", "u1"),  # whether its last use still waits for an outcome to learn from
+        ("gap_s", "f8"),  # since the use before the last, 0: there was none
+        ("mean", "f8"),  # seconds between uses, and the sum of squares around it
+        ("squares", "f8"),
+        ("row", "f4", BINS),  # its index by age
+    ]
+)
+
+
+class Runs(NamedTuple):
+    """All runs, the table that finds them, and the orders in which they were used."""
+
+    run: np.ndarray  # (n,) RUN
+    slot: np.ndarray  # (power of two,) int32: hash of a run's first key -> run, -1 = free
+    keys: np.ndarray  # (chunks,) int64
+    order: np.ndarray  # (m,) int32: runs by use, of a request the deepest first; old places too
+    log_run: np.ndarray  # (e,) int32: ended uses, by end
+    log_touch: np.ndarray  # (e,) int64
+    log_end_s: np.ndarray  # (e,) float64
+    size: np.ndarray  # (5,) int64: runs, keys, order, log; places in order when it was tidied
+    counter: np.ndarray  # (LEVELS + 1,) int64: chunks held by level; requests so far
+
+
+_LOG = ["log_run", "log_touch", "log_end_s"]
+N_RUNS, N_KEYS, N_ORDER, N_LOG, N_LIVE = 0, 1, 2, 3, 4
+SEEN = LEVELS  # in `counter`
+
+
+def new_runs(room: int = 256) -> Runs:
+    """Return an empty tree."""
+    arrays = np.zeros(room, RUN), np.full(2 * room, -1, np.int32), np.empty(room, np.int64)
+    log = np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room)
+    counts = np.zeros(5, np.int64), np.zeros(LEVELS + 1, np.int64)
+    return Runs(*arrays, np.empty(room, np.int32), *log, *counts)
+
+
+def with_room(s: Runs, requests: int, chunks: int, uses: int) -> Runs:
+    """Return the tree with room for more: two runs a request, so many chunks and uses."""
+    more = (2 * requests, chunks, uses, uses)
+    grown = s._asdict()
+    for which, names in enumerate((["run"], ["keys"], ["order"], _LOG)):
+        need = int(s.size[which]) + more[which]
+        for name in names:
+            old = grown[name]
+            if need > len(old):
+                grown[name] = np.zeros(max(need, len(old) * 3 // 2), old.dtype)
+                grown[name][: len(old)] = old
+    s = Runs(**grown)
+    need = int(s.size[N_RUNS]) + 2 * requests
+    if 2 * need > len(s.slot):
+        s = s._replace(slot=np.full(1 << (4 * need).bit_length(), -1, np.int32))
+        fill_slots(s)
+    return s
+
+
+@njit(cache=True, inline="always")
+def _slot_of(s, key):
+    """Return the slot of a run's first key, or the free one where it would be."""
+    mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
+    mask = np.int64(len(s.slot) - 1)
+    at = np.int64(mixed >> np.uint64(33)) & mask
+    while s.slot[at] >= 0 and s.keys[s.run[s.slot[at]].start] != key:
+        at = (at + 1) & mask
+    return at
+
+
+@njit(cache=True)
+def fill_slots(s):
+    """Fill an empty table with all runs."""
+    for run in range(s.size[N_RUNS]):
+        s.slot[_slot_of(s, s.keys[s.run[run].start])] = run
+
+
+@njit(cache=True)
+def walk(s, keys, path):
+    """Put the known runs of a prompt into `path`; returns how many, and their chunks.
+
+    A run that the prompt leaves in the middle is not cut; its share counts as chunks.
+    """
+    at, runs, parent = 0, 0, -1
+    while at < len(keys):
+        run = s.slot[_slot_of(s, keys[at])]
+        if run < 0 or s.run[run].parent != parent:
+            break
+        start, length = s.run[run].start, s.run[run].length
+        same = 1
+        while same < length and at + same < len(keys) and s.keys[start + same] == keys[at + same]:
+            same += 1
+        path[runs] = run
+        runs += 1
+        at += same
+        parent = run
+        if same < length:
+            break
+    return runs, at
+
+
+@njit(cache=True)
+def cut(s, run, blocks):
+    """Cut a run after some chunks; returns the new run, which is its front."""
+    front = np.int32(s.size[N_RUNS])
+    s.size[N_RUNS] += 1
+    s.run[front] = s.run[run]
+    new, old = s.run[front], s.run[run]
+    s.slot[_slot_of(s, s.keys[old.start])] = front
+    new.length = blocks
+    new.place, new.branches = -1, 1
+    old.parent = front
+    old.start += blocks
+    old.length -= blocks
+    old.depth += blocks
+    s.slot[_slot_of(s, s.keys[old.start])] = run
+    for level in range(LEVELS):
+        new.held[level] = min(blocks, old.held[level])
+        old.held[level] -= new.held[level]
+    return front
+
+
+@njit(cache=True)
+def add(s, keys, parent):
+    """Append a run of unknown chunks after a known one (-1: none); returns it."""
+    run = np.int32(s.size[N_RUNS])
+    start = s.size[N_KEYS]
+    s.size[N_RUNS] += 1
+    s.size[N_KEYS] += len(keys)
+    s.keys[start : start + len(keys)] = keys
+    new = s.run[run]
+    new.parent, new.start, new.length = parent, start, len(keys)
+    new.depth = s.run[parent].depth + s.run[parent].length if parent >= 0 else 0
+    new.branches = 0
+    if parent >= 0:
+        s.run[parent].branches += 1
+    new.count, new.open, new.place, new.think_log = 0, 0, -1, -1.0
+    new.end_s = new.begin_s = new.gap_s = new.mean = new.squares = 0.0
+    new.tier = 0
+    new.expires_s, new.best = np.inf, -np.inf
+    for level in range(LEVELS):
+        new.held[level] = 0
+    s.slot[_slot_of(s, keys[0])] = run
+    return run
+
+
+@njit(cache=True)
+def append_use(s, run):
+    """Make a run the last in order."""
+    s.run[run].place = s.size[N_ORDER]
+    s.order[s.size[N_ORDER]] = run
+    s.size[N_ORDER] += 1
+
+
+@njit(cache=True)
+def tidy_order(s):
+    """Drop places that runs have left, and runs that no cache holds any part of."""
+    kept = 0
+    for at in range(s.size[N_ORDER]):
+        run = s.order[at]
+        if s.run[run].place != at:
+            continue
+        held = 0
+        for level in range(LEVELS):
+            held += s.run[run].held[level]
+        s.run[run].place = kept if held > 0 else -1
+        if held > 0:
+            s.order[kept] = run
+            kept += 1
+    s.size[N_ORDER] = s.size[N_LIVE] = kept
+
+
+@njit(cache=True)
+def _numbered(s, newest, keep, to):
+    """Give the kept runs, and all before them, new numbers in their order; -1: it goes."""
+    for at in range(len(newest) - 1, -1, -1):
+        if keep[newest[at]] and s.run[newest[at]].parent >= 0:
+            keep[s.run[newest[at]].parent] = True
+    runs = 0
+    for run in range(len(to)):
+        to[run] = runs if keep[run] else -1
+        runs += keep[run]
+    return runs
+
+
+@njit(cache=True)
+def _moved(s, runs, to):
+    """Move the runs to their new numbers, their keys to the front."""
+    keys, fresh = 0, np.empty(s.size[N_KEYS], np.int64)
+    for run in range(len(to)):
+        if to[run] < 0:
+            continue
+        s.run[to[run]] = s.run[run]
+        new = s.run[to[run]]
+        fresh[keys : keys + new.length] = s.keys[new.start : new.start + new.length]
+        new.start, new.branches = keys, 0
+        keys += new.length
+        if new.parent >= 0:
+            new.parent = to[new.parent]
+    s.keys[:keys] = fresh[:keys]
+    s.size[N_RUNS], s.size[N_KEYS] = runs, keys
+    for run in range(runs):
+        if s.run[run].parent >= 0:
+            s.run[s.run[run].parent].branches += 1
+    s.slot[:] = -1
+    fill_slots(s)
+
+
+def forget(s: Runs, limit: int, pinned) -> np.ndarray:
+    """Forget the longest unused runs beyond `limit` chunks; returns where runs are now, -1 = gone.
+
+    `pinned` are the levels of which no chunk is forgotten that they hold.
+
+    A run is never used later than those before it, so prefixes stay whole.
+    """
+    runs = s.run[: s.size[N_RUNS]]
+    newest = np.lexsort((runs["depth"], -runs["touch"]))
+    keep = np.zeros(len(runs), bool)
+    keep[newest[np.cumsum(runs["length"][newest]) <= limit]] = True
+    keep |= (runs["held"][:, pinned] > 0).any(axis=1) | (runs["end_s"] == np.inf)
+    tidy_order(s)
+    to = np.empty(len(runs), np.int32)
+    _moved(s, _numbered(s, newest, keep, to), to)
+    for places in (s.order[: s.size[N_ORDER]], s.log_run[: s.size[N_LOG]]):
+        places[:] = np.where(places >= 0, to[places], -1)
+    s.counter[:LEVELS] = s.run["held"][: s.size[N_RUNS]].sum(axis=0)
+    return to
