@@ -5,8 +5,6 @@ directory) and, through it, the LMCache servers. `LocalLMCacheController` keeps
 real bytes in this package's own three backends and needs no server.
 """
 
-from __future__ import annotations
-
 import itertools
 import socket
 import threading

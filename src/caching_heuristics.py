@@ -9,8 +9,6 @@ fixed by its worked example: perplexity 15 must give a factor of 1.08 and
 variance 0.05 one of 0.95, hence 3600 s x 1.08 x 0.95 = 3693.6 s.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import math

@@ -1,7 +1,5 @@
 """Small threads: a bounded queue whose oldest jobs give way, and a task that repeats."""
 
-from __future__ import annotations
-
 import logging
 import math
 import numbers

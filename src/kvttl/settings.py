@@ -1,7 +1,5 @@
 """The tuned settings on disk: `HeuristicConfig` as a small commented YAML file."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 None of them can break a generation: what fails is logged, and said in the record.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections import deque

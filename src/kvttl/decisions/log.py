@@ -1,7 +1,5 @@
 """Decision records in files, as JSON lines, and as a pandas DataFrame."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

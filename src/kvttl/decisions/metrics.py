@@ -1,7 +1,5 @@
 """Decisions as Prometheus metrics, served on loopback for a scraper beside the process."""
 
-from __future__ import annotations
-
 import ipaddress
 import logging
 import math
@@ -118,7 +116,7 @@ class DecisionMetrics:
             self._gauges[name] = Gauge(_PREFIX + name, *_METRICS[name], registry=self.registry)
         self._gauges[name].set_function(lambda: _value(name, function))
 
-    def serve(self, port: int, host: str = "127.0.0.1") -> MetricsServer:
+    def serve(self, port: int, host: str = "127.0.0.1") -> "MetricsServer":
         """Serve the metrics over HTTP, to this machine only, until `MetricsServer.close`.
 
         Parameters

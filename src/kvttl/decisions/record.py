@@ -1,7 +1,5 @@
 """What was decided about one prompt, and what came of it: one record, one line of JSON."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

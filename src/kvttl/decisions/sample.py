@@ -7,8 +7,6 @@ ladder, so that the log has all kinds of events that a real run's has. Its hits 
 times in the engine are made up.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import heapq

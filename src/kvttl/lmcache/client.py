@@ -5,8 +5,6 @@ full time limit; after that the breaker fails calls at once, and a thread beside
 them looks every `retry_after_s`, so that managing resumes by itself.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import threading

@@ -1,7 +1,5 @@
 """LMCache's key directory, read and changed for one model and one tenant."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -5,8 +5,6 @@ Words, as in LMCache: a *chunk* is the smallest unit that moves
 key means equal prefix. An incomplete last chunk is never stored.
 """
 
-from __future__ import annotations
-
 import hashlib
 import time
 from abc import ABC, abstractmethod
@@ -51,12 +49,12 @@ class KVLayout:
         held = self.of(instance_id)
         return {tier: sum(tier in tiers for tiers in held) for tier in TIERS}
 
-    def under(self, salt: str) -> KVLayout:
+    def under(self, salt: str) -> "KVLayout":
         """Return the layout of the chunks under one salt."""
         salt = kept_under(salt)
         return self.select(i for i, key in enumerate(self.keys) if salt_of(key) == salt)
 
-    def select(self, indices: Iterable[int]) -> KVLayout:
+    def select(self, indices: Iterable[int]) -> "KVLayout":
         """Return the layout of some chunks only."""
         chosen = list(indices)
         return KVLayout(
@@ -260,7 +258,7 @@ class BaseController(ABC):
             outcome.skip(f"not in {source}", sum(not held[i] for i in chosen))
         return outcome
 
-    def _refusal(self, request: MoveRequest) -> str:
+    def _refusal(self, request: "MoveRequest") -> str:
         """Return why this direction cannot be done at all, or an empty string."""
         if request.here == request.there:
             return ""
@@ -269,7 +267,7 @@ class BaseController(ABC):
             f"the prompt on {request.there} (which stores it), and let {request.here}'s TTL end"
         )
 
-    def _look(self, request: MoveRequest, keys: Sequence[str] | None) -> KVLayout:
+    def _look(self, request: "MoveRequest", keys: Sequence[str] | None) -> KVLayout:
         """Return the layout of the chunks that a move is about."""
         if keys is None and request.tokens is not None:
             return self.layout(request.tokens, *filter(None, [request.cache_salt]))
@@ -277,7 +275,7 @@ class BaseController(ABC):
         return layout.under(request.cache_salt) if keys is None else layout
 
     @abstractmethod
-    def _move(self, request: MoveRequest, layout: KVLayout, due: Sequence[int]) -> Outcome:
+    def _move(self, request: "MoveRequest", layout: KVLayout, due: Sequence[int]) -> "Outcome":
         """Carry out, for `movable` chunks of `layout`, a move that `_refusal` has let pass."""
 
 

@@ -1,7 +1,5 @@
 """One manager for one LMCache server: a second one would let the first one's KV cache expire."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os
@@ -11,7 +9,7 @@ import weakref
 
 from kvttl.lmcache.client import LMCacheError
 
-_held: weakref.WeakValueDictionary[str, ServerLease] = weakref.WeakValueDictionary()
+_held: weakref.WeakValueDictionary[str, "ServerLease"] = weakref.WeakValueDictionary()
 
 
 class AlreadyManaged(LMCacheError):

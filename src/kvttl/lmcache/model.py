@@ -6,8 +6,6 @@ ladder and moves, on a memory tier that evicts in batches above a watermark,
 does not take in what it loads from below, and refuses what does not fit.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ An allow-list. What is known to leave KV as it is passes; what changes KV reache
 by way of the ``cache_salt``; all else is refused by name, also what a later vLLM adds.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from typing import Any

@@ -5,8 +5,6 @@ it is. Whatever else changes KV (a LoRA adapter, embeddings, images) is added as
 content: ``tenant~<32 hex digits>``.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

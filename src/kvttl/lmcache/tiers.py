@@ -4,8 +4,6 @@ Another L2 adapter of LMCache, such as ``s3``, is another row of `LMCACHE_TIERS`
 comes from `kvttl.stack.config.StackConfig.storage`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ They see a flat stream of block accesses of size 1: no prefixes, tiers or TTLs.
 libCacheSim (libcachesim 0.3.5): https://github.com/1a1a11a/libCacheSim
 """
 
-from __future__ import annotations
-
 import math
 import tempfile
 from contextlib import ExitStack

@@ -4,8 +4,6 @@ Blocks are touched in the order of the prompt and a full tier evicts at once, as
 cache that knows no prefixes does. A hit in a lower tier brings the block to gpu.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numba import njit
 

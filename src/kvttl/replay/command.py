@@ -1,7 +1,5 @@
 """`make replay TRACE= POLICY= CAPACITY=`: one policy on one trace; ends with one line of JSON."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

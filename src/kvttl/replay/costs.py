@@ -5,8 +5,6 @@ its latency once and its bandwidth for what it loads; what no tier has is prefil
 defaults were measured on this kit's stack with two cores and no GPU; `calibrate` measures yours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any

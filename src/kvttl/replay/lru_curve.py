@@ -8,8 +8,6 @@ block leaves the set between and one enters. So one look-up in a Fenwick tree fo
 each stretch is enough.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

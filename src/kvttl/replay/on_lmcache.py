@@ -1,7 +1,5 @@
 """Requests replayed through the manager's own code on the model of LMCache's rules."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import chain
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """What a replay found: hits by request and tier, memory-time, tokens moved."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import product
 from typing import Any

@@ -11,8 +11,6 @@ run's front, because it comes from the prompt's start; an eviction takes them
 from its back, because a prefix without its end is of use and an end is not.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -124,13 +122,13 @@ class RunIndex:
         }
 
     @cached_property
-    def by_run(self) -> SegmentArrays:
+    def by_run(self) -> "SegmentArrays":
         """The runs as segments, for policies that decide about each."""
         pieces = (np.arange(self.runs + 1), self.previous, self.start, self.length)
         return _segments(self.offsets, self.request, self.length, self.short, *pieces)
 
     @cached_property
-    def by_request(self) -> SegmentArrays:
+    def by_request(self) -> "SegmentArrays":
         """Whole requests as segments, for policies that decide once a request: far fewer."""
         columns, piece_offsets = _merge(self.offsets, self.request, self.previous, self.length)
         requests, blocks = np.arange(self.trace.requests + 1), self.trace.blocks.astype(np.int32)
@@ -138,7 +136,7 @@ class RunIndex:
         return _segments(*own, piece_offsets, *columns)
 
     @cached_property
-    def by_future(self) -> RunIndex:
+    def by_future(self) -> "RunIndex":
         """The runs cut where blocks differ in the request that accesses them next."""
         rest = self.by_run.rest
         taken, left = np.flatnonzero(self.previous >= 0), np.flatnonzero(rest)

@@ -1,7 +1,5 @@
 """Tables of replays: all policies at several capacities, and memory against hits."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product

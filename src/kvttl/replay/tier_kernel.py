@@ -5,8 +5,6 @@ then remote. Requests take from its front and evictions from its back, so four
 numbers say where all its blocks are: gpu holds [lo, g), disk [g, d), remote [d, m).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The compiled core of the TTL engine: hits and memory-time without a capacity, in one pass."""
 
-from __future__ import annotations
-
 import numpy as np
 from numba import njit
 

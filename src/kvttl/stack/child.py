@@ -3,8 +3,6 @@
 ``lmcache coordinator``, ``lmcache server`` or the embedded Redis.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

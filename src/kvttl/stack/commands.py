@@ -1,7 +1,5 @@
 """The command line of the LMCache stack: ``python -m kvttl.stack.commands up|down|status``."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import fcntl

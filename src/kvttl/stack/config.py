@@ -1,7 +1,5 @@
 """The settings of the LMCache stack, checked by name and range, and what vLLM needs of them."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from pathlib import Path
@@ -114,7 +112,7 @@ class StackConfig(BaseModel):
             raise ValueError(f"redis_url is not allowed: {error}") from None
 
     @model_validator(mode="after")
-    def _check_together(self) -> StackConfig:
+    def _check_together(self) -> "StackConfig":
         names = [n for n in PORT_FIELDS if n != "redis_port" or self.redis_url is None]
         for first, name in itertools.combinations(names, 2):
             if (port := getattr(self, name)) == getattr(self, first):
@@ -127,7 +125,7 @@ class StackConfig(BaseModel):
             raise _refusal("redis_client", "lmcache", allowed)
         return self
 
-    def replaced(self, **changes: Any) -> StackConfig:
+    def replaced(self, **changes: Any) -> "StackConfig":
         """Return these settings with some changed, checked like new ones."""
         return StackConfig(**{**vars(self), **changes})
 

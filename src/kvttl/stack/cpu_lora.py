@@ -4,8 +4,6 @@ In the index of a token's adapter -1 means none, and PyTorch takes -1 for the la
 request 48421). The texts are wrong, and so is the KV that goes to LMCache under no salt.
 """
 
-from __future__ import annotations
-
 import functools
 
 

@@ -7,8 +7,6 @@ deleted, and the directory told, before the load is reported as failed: vLLM com
 anew and LMCache stores it. `install_disk_adapter` puts this adapter in the other one's place.
 """
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import itertools

@@ -16,8 +16,6 @@ LMCache keys KV by token ids, model and ``cache_salt`` (vLLM issue 44250). Here 
 embeddings and images are part of the salt, also of requests that no manager has seen.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 import time

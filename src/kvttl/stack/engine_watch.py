@@ -9,8 +9,6 @@ asking, and where no longer prompt came before, whose products oneDNN asks for, 
 tokens ends the engine by SIGILL.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools

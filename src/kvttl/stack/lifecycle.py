@@ -3,8 +3,6 @@
 ``python -m kvttl.stack.commands up|down|status`` does the same from a shell (`make up`).
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import shutil
@@ -57,7 +55,7 @@ class LMCacheStack:
         free_ports: bool = False,
         detached: bool = False,
         attach: bool = True,
-        coordinator_of: LMCacheStack | None = None,
+        coordinator_of: "LMCacheStack | None" = None,
     ) -> None:
         self.config = config or load_config()
         self.instance_id = self.config.instance_id
@@ -88,13 +86,13 @@ class LMCacheStack:
 
     # ---- life cycle ---------------------------------------------------------
 
-    def __enter__(self) -> LMCacheStack:
+    def __enter__(self) -> "LMCacheStack":
         return self.start()
 
     def __exit__(self, exc_type, *exc_info) -> None:
         self.stop(keep_logs=exc_type is not None)  # the logs may explain the failure
 
-    def start(self) -> LMCacheStack:
+    def start(self) -> "LMCacheStack":
         """Start what is missing; return when all is ready, or raise `StackError` with log lines."""
         if self._children:
             return self

@@ -1,7 +1,5 @@
 """Child processes that are stopped exactly once and never outlive their owner."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

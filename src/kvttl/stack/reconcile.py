@@ -5,8 +5,6 @@ of an earlier run, chunks stored while the coordinator was away and keys that an
 Redis no longer has are never reported again, so its directory would stay wrong for good.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -8,8 +8,6 @@ with it, for good; and it never connects again. This one uses redis-py: TLS, tim
 reconnecting. `install_redis_adapter` puts it in the other one's place; LMCache sees no difference.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

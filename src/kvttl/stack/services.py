@@ -1,7 +1,5 @@
 """What the three services are: their command lines, and how to recognise each when it runs."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

@@ -3,8 +3,6 @@
 LMCache reports a store that failed to nobody but its log.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 

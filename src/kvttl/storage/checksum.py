@@ -1,7 +1,5 @@
 """The checksum at the end of every chunk on disk and in Redis: it finds damage, not forgery."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import xxhash

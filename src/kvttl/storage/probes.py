@@ -1,7 +1,5 @@
 """Tries a tier with a small value: it is written, read, listed and deleted; failures in words."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

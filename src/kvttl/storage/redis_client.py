@@ -1,7 +1,5 @@
 """The one place that makes a connection to Redis."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import re

@@ -4,8 +4,6 @@ Nothing is unpickled before its signature was checked: unpickling forged bytes
 would run the forger's code.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

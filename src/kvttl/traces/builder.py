@@ -1,7 +1,5 @@
 """Builds a `Trace` request by request: numbers block keys densely, chains what is not."""
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ A bad line raises a ValueError that names file, line and reason, or is skipped
 and counted; see `kvttl.traces.reading.read_trace`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Seeded traces of agent loops: shared system prompts, turns that extend a prompt, pauses."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

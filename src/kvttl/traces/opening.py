@@ -1,7 +1,5 @@
 """Opens a trace's bytes: known by their content, never by a name; in pieces of bounded size."""
 
-from __future__ import annotations
-
 import gzip
 import itertools
 import zlib

@@ -1,7 +1,5 @@
 """Traces made of traces: sessions laid over each other, mixed loads, larger chunks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

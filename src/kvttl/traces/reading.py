@@ -5,8 +5,6 @@ are JSON lines, in one file or in a folder of rotated ones; WEKA's agentic
 sessions are a file or a line each. All may be gzipped, whatever their names say.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import warnings

@@ -1,7 +1,5 @@
 """What a reader is told and finds out while it reads, and the fields of a record, checked."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -4,8 +4,6 @@ Block ids are dense and prefix-chained: equal ids are equal blocks after equal
 prefixes, so one id always has one parent and one depth. Readers chain what is not.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -103,7 +101,7 @@ class Trace:
         after = self.prompt_tokens - (self.blocks - 1) * self.block_tokens
         return np.where(self.blocks > 0, np.clip(after, 0, self.block_tokens), 0)
 
-    def without_tails(self, renumber: bool = True) -> Trace:
+    def without_tails(self, renumber: bool = True) -> "Trace":
         """Return the trace without the incomplete last blocks of prompts: they are not kept.
 
         The prompts' tokens stay, so token hit ratios can be compared. Block ids stay dense,
@@ -117,7 +115,7 @@ class Trace:
         columns = _dense(ids) if renumber else {"block_ids": ids}
         return replace(self, **columns, offsets=offsets)
 
-    def head(self, requests: int) -> Trace:
+    def head(self, requests: int) -> "Trace":
         """Return the first requests as a trace of their own."""
         if requests < 0:
             raise ValueError(f"requests must be >= 0, got {requests}")

@@ -1,7 +1,5 @@
 """WEKA's agentic sessions, one a file or one a line, overlaid as a fleet's load."""
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
