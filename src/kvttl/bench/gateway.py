@@ -75,9 +75,7 @@ async def time_in_engine(engine: Any, prompts: Sequence[str]) -> list[float]:
     return seconds
 
 
-def time_over_http(
-    base_url: str, model: str, prompts: Sequence[str], kv: dict | None = None
-) -> list[float]:
+def time_over_http(base_url: str, model: str, prompts: Sequence[str], kv=None) -> list[float]:
     """Return the seconds that each request takes with the `openai` client."""
     client, seconds = _client(base_url), []
     client.models.list()  # connects, if it is not connected any more

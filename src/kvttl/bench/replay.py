@@ -21,7 +21,8 @@ from kvttl.replay.baselines import BaselineFile
 from kvttl.replay.engine import replay, replay_without_capacity
 from kvttl.replay.lru_curve import lru_curve
 from kvttl.replay.runs import index_runs
-from kvttl.traces.generator import agent_loops, tiled
+from kvttl.traces.generator import agent_loops
+from kvttl.traces.overlay import tiled
 from kvttl.traces.reading import read_trace
 
 REPORT = Path("data/reports/replay.json")

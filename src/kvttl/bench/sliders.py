@@ -54,9 +54,7 @@ def server_command(target: str, port: int) -> list[str]:
 
 
 @contextmanager
-def running(
-    command: Sequence[str], port: int, folder: str | Path, **environment: str
-) -> Iterator[str]:
+def running(command: Sequence[str], port: int, folder: Path, **environment: str) -> Iterator[str]:
     """Run a server in a folder until the block ends; yields its URL as soon as it answers.
 
     Its output goes to the folder's file ``log``; keywords are more environment variables.
@@ -99,10 +97,9 @@ def browser() -> Iterator:
     """
     from playwright.sync_api import sync_playwright
 
-    path = _browser_path()
-    with sync_playwright() as playwright:
-        with playwright.chromium.launch(executable_path=path, args=_FLAGS) as chromium:
-            yield chromium
+    options = {"executable_path": _browser_path(), "args": _FLAGS}
+    with sync_playwright() as playwright, playwright.chromium.launch(**options) as chromium:
+        yield chromium
 
 
 def _browser_path():
@@ -143,8 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (port,) = pick_ports("127.0.0.1", 1)
     with tempfile.TemporaryDirectory(prefix="kv-bench-") as folder, browser() as chromium:
         project = scratch_project(Path(folder, "project"))
-        command = [*server_command("app", port), "--no-browser"]
-        with running(command, port, project) as url:
+        with running([*server_command("app", port), "--no-browser"], port, project) as url:
             page = open_app(chromium, url)
             slider_steps(page, len(SLIDERS))  # warm-up
             page.reload()

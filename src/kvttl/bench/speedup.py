@@ -97,9 +97,7 @@ def _row(request, served):
     return about | values | tiers
 
 
-def run(
-    plan: BenchPlan, model: str, config_path: str, settings: dict[str, HeuristicConfig]
-) -> BenchResult:
+def run(plan: BenchPlan, model: str, config_path: str, settings: dict) -> BenchResult:
     """Run every pass of a plan."""
     workloads = plan.workloads(model)
     mean_tokens = np.mean([workload.working_set_tokens for workload in workloads.values()])

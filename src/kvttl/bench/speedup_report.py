@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -60,8 +59,7 @@ class BenchResult:
 def by_seed(result: BenchResult) -> pd.DataFrame:
     """Return the figures of each workload, hot tier, contender and seed, a row each."""
     keys = [*KEYS, "seed"]
-    requests = result.requests.eval("added_s = call_s - engine_s")
-    groups = requests.groupby(keys, sort=False)
+    groups = result.requests.eval("added_s = call_s - engine_s").groupby(keys, sort=False)
     frame = pd.DataFrame({n: groups["ttft_s"].quantile(q / 100) * 1e3 for q, n in _TIMES.items()})
     prompts = groups["prompt_tokens"].sum()
     for tier in ("gpu", "disk", "remote", "none"):
@@ -188,10 +186,9 @@ def _word(row):
     return "; ".join(parts) or "no difference beyond noise"
 
 
-def headline(result: BenchResult) -> dict[str, Any]:
+def headline(result: BenchResult) -> dict[str, object]:
     """Return the goal's figures: agentic sessions at `MAIN_SHARE`, the kit against LMCache."""
-    seeds = by_seed(result)
-    rows = compared(seeds).set_index(KEYS)
+    rows = compared(by_seed(result)).set_index(KEYS)
     figures = {}
     for name, short in ((KIT, "kit"), (TUNED, "tuned")):
         row = rows.loc[("agentic", MAIN_SHARE, name)]
@@ -282,7 +279,7 @@ def truth_text(truth: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def read_report(folder: str | Path = "data/reports") -> tuple[pd.DataFrame, dict[str, Any]]:
+def read_report(folder: str | Path = "data/reports") -> tuple[pd.DataFrame, dict[str, object]]:
     """Return the figures by seed and the JSON report of the last (or the committed) run.
 
     Raises

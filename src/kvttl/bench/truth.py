@@ -5,7 +5,6 @@ Twice: by `kvttl.replay.engine`, which knows a capacity and a policy, and by
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +21,7 @@ KEYS = ["workload", "hot_share", "contender"]
 _COLUMNS = [f"hit_{tier}" for tier in TIERS]
 
 
-def replay_truth(result: Any, settings: Mapping[str, HeuristicConfig]) -> pd.DataFrame:
+def replay_truth(result: object, settings: Mapping[str, HeuristicConfig]) -> pd.DataFrame:
     """Compare predictions with measurements of all contenders on LMCache.
 
     Parameters
@@ -64,7 +63,7 @@ def _truth_figures(result, part, name, config):
 
 
 def predict(
-    result: Any, measured: pd.DataFrame, name: str, config: HeuristicConfig | None
+    result: object, measured: pd.DataFrame, name: str, config: HeuristicConfig | None
 ) -> tuple[np.ndarray, ...]:
     """Return, by request of one pass: equal by replay, by the model, and the TTFT's error."""
     first = measured.iloc[0]

@@ -8,7 +8,6 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from caching_heuristics import TIERS
 from kvttl.decisions.log import DecisionLog, DecisionRecord
@@ -71,7 +70,7 @@ class RecordKeeper:
         max_records: int,
         log: DecisionLog | None = None,
         metrics: DecisionMetrics | None = None,
-        notify: Callable[[str], Any] | None = None,
+        notify: Callable[[str], object] | None = None,
     ) -> None:
         self.records = RecentRecords(max_records, _MAX_BYTES)
         self._keeping = threading.Lock()

@@ -286,8 +286,7 @@ def to_frame(records: Iterable[DecisionRecord]):
 
     rows = [_row(record) for record in records if record.kind != "claim"]
     frame = pd.DataFrame(rows, columns=list(_DTYPES))
-    seconds = frame["time"].astype(float)
-    frame["time"] = pd.to_datetime(seconds, unit="s", utc=True, errors="coerce")
+    frame["time"] = pd.to_datetime(frame["time"].astype(float), unit="s", utc=True, errors="coerce")
     for name, dtype in _DTYPES.items():
         if isinstance(dtype, tuple):
             others = sorted(set(frame[name].dropna()) - set(dtype), key=str)

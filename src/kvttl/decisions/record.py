@@ -98,8 +98,7 @@ class DecisionRecord:
         try:
             return _encode(self).decode()
         except (ValueError, TypeError, RecursionError):  # half a surrogate pair, a circle
-            values = {name: getattr(self, name) for name in self.__slots__}
-            return _encode(_shown(values)).decode()
+            return _encode(_shown({name: getattr(self, name) for name in self.__slots__})).decode()
 
 
 def _plain(value):

@@ -47,6 +47,7 @@ class _Answer(dict):
         raise LMCacheError(f"{self._call} answered without {key!r}")
 
 
+@dataclass(eq=False)
 class CircuitBreaker:
     """Remembers that a service is away, and when to try it again.
 
@@ -71,23 +72,21 @@ class CircuitBreaker:
     'call'
     """
 
-    def __init__(
-        self, retry_after_s: float | None = 1.0, timer: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.retry_after_s = retry_after_s
-        self.reason = ""
-        self._timer = timer
+    retry_after_s: float | None = 1.0
+    timer: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self.reason, self._lock = "", threading.Lock()
         self._retry_at_s: float | None = None
-        self._lock = threading.Lock()
 
     def admit(self) -> str | None:
         """Return ``"call"``, ``"trial"`` (see if it is back), or None: do not even try."""
         with self._lock:
             if self._retry_at_s is None:
                 return "call"
-            if self._timer() < self._retry_at_s:
+            if self.timer() < self._retry_at_s:
                 return None
-            self._retry_at_s = self._timer() + self.retry_after_s
+            self._retry_at_s = self.timer() + self.retry_after_s
             return "trial"
 
     def check(self, name: str, error: type[Exception], start_trial: Callable[[], Any]) -> None:
@@ -103,7 +102,7 @@ class CircuitBreaker:
         with self._lock:
             self.reason = reason
             if self.retry_after_s is not None:
-                self._retry_at_s = self._timer() + self.retry_after_s
+                self._retry_at_s = self.timer() + self.retry_after_s
 
     def succeeded(self) -> None:
         """Close."""
@@ -272,8 +271,7 @@ class LMCacheHTTP:
         """Return the object keys that the directory shows in one tier, of all models."""
         keys: list[dict] = []
         while True:
-            part = f"limit={_PAGE_KEYS}&offset={len(keys)}"
-            page = self._keys_page(instance_id, tier, part)
+            page = self._keys_page(instance_id, tier, f"limit={_PAGE_KEYS}&offset={len(keys)}")
             keys += [entry["key"] for entry in page["keys"]]
             if not page["keys"] or len(keys) >= page["total"]:
                 return keys
@@ -326,9 +324,7 @@ class LMCacheHTTP:
         """
         if instance_id not in self._registered_s:
             self._find_server(instance_id)
-        times = {
-            entry["instance_id"]: entry.get("registration_time") for entry in self._instances()
-        }
+        times = {each["instance_id"]: each.get("registration_time") for each in self._instances()}
         return times.get(instance_id) != self._registered_s[instance_id]
 
     def chunk_size_tokens(self, instance_id: str) -> int:
@@ -362,9 +358,8 @@ class LMCacheHTTP:
             self._registered_s.setdefault(entry["instance_id"], entry.get("registration_time"))
         if instance_id not in self._servers:
             known = ", ".join(sorted(self._servers)) or "none"
-            raise LMCacheUnavailable(
-                f"no LMCache server {instance_id!r} at {self._coordinator.url} (known: {known})"
-            )
+            where = f"at {self._coordinator.url} (known: {known})"
+            raise LMCacheUnavailable(f"no LMCache server {instance_id!r} {where}")
         return self._servers[instance_id]
 
 

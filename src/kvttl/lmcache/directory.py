@@ -2,9 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from caching_heuristics import TIERS
 from kvttl.lmcache.client import LMCacheHTTP
@@ -51,9 +50,8 @@ class Directory:
         """Return where chunks are, by their keys; `instance_id` holds some chunk of this model."""
         if keys and not self._shapes:  # a new process that looks at KV of an earlier one
             self.listed(instance_id)
-        return self._look_up_keys(
-            {**shape, **self._named(key)} for key in keys for shape in self._shapes
-        )
+        handles = ({**shape, **self._named(key)} for key in keys for shape in self._shapes)
+        return self._look_up_keys(handles)
 
     def listed(self, instance_id: str, tiers: Iterable[str] = TIERS) -> KVLayout:
         """Return where all chunks are that some tiers of an instance hold."""
@@ -177,9 +175,7 @@ def _may_go(held, target):
     return held[: held.index(target)] if target in held else ()
 
 
-def read_layout(
-    entries: Iterable[Mapping[str, Any]], key_of: Callable[[Mapping[str, Any]], str]
-) -> KVLayout:
+def read_layout(entries: Iterable[dict], key_of: Callable[[dict], str]) -> KVLayout:
     """Turn directory entries of one model (one per object key) into a layout."""
     handles: dict[str, list] = {}
     placements: dict[str, list] = {}

@@ -46,8 +46,7 @@ class KVLayout:
 
     def counts(self, instance_id: str) -> dict[str, int]:
         """Return how many chunks each tier of an instance holds."""
-        held = self.of(instance_id)
-        return {tier: sum(tier in tiers for tiers in held) for tier in TIERS}
+        return {tier: sum(tier in tiers for tiers in self.of(instance_id)) for tier in TIERS}
 
     def under(self, salt: str) -> "KVLayout":
         """Return the layout of the chunks under one salt."""
@@ -71,9 +70,7 @@ class KVLayout:
         named = frozenset(self.keys if keys is None else keys)
         return [i for i, key in enumerate(self.keys) if i in wanted and key in named]
 
-    def movable(
-        self, instance_id: str, source: str, target: str, chosen: Iterable[int]
-    ) -> list[int]:
+    def movable(self, instance_id: str, source: str, target: str, chosen: list[int]) -> list[int]:
         """Return which of some chunks can go from one tier to another.
 
         Down go those that are hottest in `source`, up those with no copy as hot as `target`.
@@ -440,9 +437,7 @@ def has_nothing_colder(tiers: Sequence[str], wanted: str | None) -> bool:
     return wanted not in (None, "gpu") and bool(tiers) and is_above(tiers[-1], wanted)
 
 
-def hits_by_tier(
-    held: Sequence[Sequence[str]], cached_tokens: int, chunk_tokens: int
-) -> dict[str, int]:
+def hits_by_tier(held: Sequence[Sequence], cached_tokens: int, chunk_tokens: int) -> dict[str, int]:
     """Split the engine's cached-token count by the hottest tier that each chunk was in.
 
     Examples

@@ -51,8 +51,7 @@ class LMCacheModel(InProcessController):
         """Look a prompt up, load, compute and store the rest; returns hit tokens by tier."""
         keys = [key for key, _ in self._chunks(tokens)]
         sources = self._load(keys, keep=self.retain)
-        hits = len(sources)
-        new = [key for key in keys[hits:] if key not in self.held["gpu"]]
+        new = [key for key in keys[len(sources) :] if key not in self.held["gpu"]]
         if len(new) <= self._free():  # one allocation for all: all of them or none
             self._create(new)
             for tier in TIERS[1:]:  # written through
@@ -112,14 +111,12 @@ class LMCacheModel(InProcessController):
 
     def _move(self, request, layout, due):
         keys = [layout.keys[i] for i in due]
-        if (
-            request.target == "gpu"
-        ):  # a prefetch is of the prefix up to the last chunk that is wanted
+        if request.target == "gpu":  # a prefetch is of a prefix
             return self._promote(layout.keys[: due[-1] + 1], keys)
         return self._keep_from(request.target, request.source, keys)
 
     def _promote(self, prefix, wanted):
         self._load(prefix, keep=True)
         self._touch(prefix)
-        left = sum(key not in self.held["gpu"] for key in wanted)
+        left = len(wanted) - len(self.held["gpu"].keys() & wanted)
         return outcome_of("gpu", len(wanted) - left, left, self.layout_of(wanted))

@@ -6,50 +6,18 @@ by way of the ``cache_salt``; all else is refused by name, also what a later vLL
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from kvttl import read_names
 from kvttl.lmcache.salts import adapter_content, check_salt, kept_under, salted
 
-# Fields of vLLM 0.30, by where they are.
-SAMPLING_FIELDS = frozenset(
-    """
-    n presence_penalty frequency_penalty repetition_penalty temperature watermarking top_p top_k
-    min_p seed stop stop_token_ids ignore_eos max_tokens min_tokens logprobs logprob_token_ids
-    flat_logprobs detokenize skip_special_tokens spaces_between_special_tokens
-    include_stop_str_in_output output_kind stream_interval skip_clone output_text_buffer_length
-    _eos_token_id _all_stop_token_ids structured_outputs logit_bias allowed_token_ids extra_args
-    bad_words _bad_words_token_ids skip_reading_prefix_cache thinking_token_budget
-    repetition_detection routed_experts_prompt_start trace_decode_token_ids
-    """.split()
-)
-# Of `extra_args` (`vllm_xargs` over HTTP): what only choosing tokens or reporting reads.
-EXTRA_ARGS = frozenset("ngram_size window_size whitelist_token_ids kv_cache_report_mode".split())
-# Prompts as users write them, and as vLLM's server has prepared them.
-CONTENT_FIELDS = (  # they change KV beside its tokens
-    "prompt_embeds prompt_is_token_ids is_token_ids multi_modal_data mm_hashes "
-    "mm_processor_kwargs media_io_kwargs multi_modal_uuids"
-).split()
-PROMPT_FIELDS = frozenset(CONTENT_FIELDS).union(
-    "type prompt prompt_token_ids prompt_token_offsets assistant_tokens_mask arrival_time "
-    "cache_salt mm_kwargs mm_placeholders".split()
-)
-ENGINE_OPTIONS = frozenset(  # of `AsyncLLM.generate`
-    "lora_request prompt_text tokenization_kwargs trace_headers priority data_parallel_rank "
-    "session_id reasoning_ended reasoning_parser_kwargs".split()
-)
-OPENAI_FIELDS = SAMPLING_FIELDS.union(  # what they change in KV, the engine's call shows
-    """
-    model prompt messages user request_id session_id priority stream stream_options echo suffix
-    top_logprobs max_completion_tokens length_penalty add_special_tokens truncate_prompt_tokens
-    truncation_side response_format reasoning_effort include_reasoning return_token_ids
-    return_token_offsets return_tokens_as_token_ids return_prompt_text prompt_embeds cache_salt
-    return_assistant_tokens_mask vllm_xargs ec_transfer_params add_generation_prompt documents
-    continue_final_message chat_template chat_template_kwargs tools tool_choice
-    parallel_tool_calls mm_processor_kwargs media_io_kwargs
-    """.split()
-)
+_NAMES = read_names(Path(__file__).with_suffix(".toml"))  # fields of vLLM 0.30
+SAMPLING_FIELDS, EXTRA_ARGS, ENGINE_OPTIONS = map(_NAMES.get, ("sampling", "extra_args", "engine"))
+PROMPT_FIELDS = _NAMES["prompt"] | _NAMES["content"]
+OPENAI_FIELDS = _NAMES["openai"] | SAMPLING_FIELDS
 REFUSED = {  # wherever it stands -> why
     "prompt_logprobs": "(echo with logprobs asks for them too) are not possible: "
     "prompt tokens that come from LMCache have none, and that ends the engine",
@@ -136,19 +104,17 @@ class RequestCheck:
         return content
 
 
-def _tenant(own, given):
-    own, given = check_salt(own), check_salt(given)
-    if own and given and own != given:
-        raise ValueError(
-            f"cache_salt {own!r} of the prompt is not possible: {given!r} is asked for"
-        )
-    return own or given
+def _tenant(own, call):
+    own, call = check_salt(own), check_salt(call)
+    if own and call and own != call:
+        raise ValueError(f"cache_salt {own!r} of the prompt is not possible: {call!r} is asked for")
+    return own or call
 
 
 def _content_of(fields, **content):
     """Return what a prompt's KV depends on beside its tokens."""
     _refuse_unknown(fields, PROMPT_FIELDS)
-    return content | {name: fields.get(name) for name in CONTENT_FIELDS}
+    return content | {name: fields.get(name) for name in sorted(_NAMES["content"])}
 
 
 def salt_of_answer(prompt: Any, output: Any) -> str:
@@ -161,8 +127,7 @@ def salt_of_answer(prompt: Any, output: Any) -> str:
     """
     fields = prompt if isinstance(prompt, Mapping) else {}
     adapter = adapter_content(getattr(output, "lora_request", None))
-    content = _content_of(fields, adapter=adapter)
-    return kept_under(fields.get("cache_salt"), **content)
+    return kept_under(fields.get("cache_salt"), **_content_of(fields, adapter=adapter))
 
 
 def check_sampling(sampling_params: Any) -> None:

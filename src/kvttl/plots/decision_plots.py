@@ -17,16 +17,7 @@ from matplotlib.ticker import LogFormatter
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.decisions.log import DecisionRecord
 from kvttl.plots import panels
-from kvttl.plots.panels import (
-    TIER_COLOURS,
-    OwnFigure,
-    TierPanel,
-    TtlPanel,
-    duration,
-    open_axes,
-    own_style,
-    tier_keys,
-)
+from kvttl.plots.panels import TIER_COLOURS, OwnFigure, open_axes, own_style, tier_keys
 from kvttl.plots.what_if import decisions_of
 
 # (perplexity, time variance, access count) of the worked examples of the requirements.
@@ -38,20 +29,15 @@ _MAX_ROWS = 200  # of a timeline; more cannot be read on a page
 
 
 @own_style()
-def ttl_curves(
-    config: HeuristicConfig,
-    perplexities: Sequence[float] = panels.PERPLEXITIES,
-    access_counts: Sequence[float] = panels.ACCESS_COUNTS,
-    variances: Sequence[float] = panels.VARIANCES,
-) -> Figure:
+def ttl_curves(config: HeuristicConfig, *curves: Sequence[float]) -> Figure:
     """Draw the TTL against the access count, a line per perplexity and time variance.
 
     Parameters
     ----------
     config : HeuristicConfig
         The settings.
-    perplexities, access_counts, variances : sequence of float
-        Colours, points on the x axis, line styles.
+    *curves : sequence of float
+        Perplexities (colours), access counts (points), variances (line styles), as in `TtlPanel`.
 
     Examples
     --------
@@ -60,7 +46,7 @@ def ttl_curves(
     ('perplexity 15, variance 0.05', 3693.6)
     """
     figure = OwnFigure(figsize=(5.5, 4.2), layout="constrained")
-    TtlPanel(figure.subplots(), perplexities, access_counts, variances).update(config)
+    panels.TtlPanel(figure.subplots(), *curves).update(config)
     return figure
 
 
@@ -87,7 +73,7 @@ def ttl_surface(config: HeuristicConfig, time_variance: float = 0.05) -> Figure:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:,.0f}")
     bar = figure.colorbar(mesh, label=f"TTL at time variance {time_variance:g} (log)")
-    bar.set_ticks(ticks, labels=[duration(tick) for tick in ticks])
+    bar.set_ticks(ticks, labels=[panels.duration(tick) for tick in ticks])
     bar.minorticks_off()
     return figure
 
@@ -123,7 +109,7 @@ def tier_map(
         If `against` is neither of the two.
     """
     figure = OwnFigure(figsize=(5.5, 4.2), layout="constrained")
-    TierPanel(figure.subplots(), against, decisions_of(records)).update(config)
+    panels.TierPanel(figure.subplots(), against, decisions_of(records)).update(config)
     figure.legend(handles=tier_keys(), loc="outside upper center", ncols=3, frameon=False)
     return figure
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -42,7 +41,7 @@ def export_plots(
     name: str,
     figures: Mapping[str, Figure],
     config: HeuristicConfig,
-    **facts: Any,
+    **facts: object,
 ) -> list[Path]:
     """Write each figure as PNG, SVG and PDF, and a JSON file that says how they were made.
 

@@ -63,20 +63,9 @@ def own_style() -> Iterator[None]:
 class OwnFigure(Figure):
     """A figure that is measured, drawn and saved in `own_style`: its ticks are made only then."""
 
-    def draw(self, renderer) -> None:
-        """Draw it."""
-        with own_style():
-            super().draw(renderer)
-
-    def get_tightbbox(self, *args, **options):
-        """Return the box around all that is drawn, in inches."""
-        with own_style():
-            return super().get_tightbbox(*args, **options)
-
-    def savefig(self, *args, **options) -> None:
-        """Save it."""
-        with own_style():
-            super().savefig(*args, **options)
+    draw = own_style()(Figure.draw)
+    get_tightbbox = own_style()(Figure.get_tightbbox)
+    savefig = own_style()(Figure.savefig)
 
 
 def open_axes(width: float, height: float, *rows_and_columns: int, **grid):

@@ -69,8 +69,7 @@ def plot_over_time(result: ReplayResult, step_s: float = 60.0) -> Figure:
     figure, axes = open_axes(9, 3)
     prompts = frame["prompt_tokens"].clip(lower=1)
     shares = [frame[f"hit_tokens_{tier}"] / prompts for tier in TIERS]
-    colours = [TIER_COLOURS[tier] for tier in TIERS]
-    axes.stackplot(frame.index, shares, colors=colours)
+    axes.stackplot(frame.index, shares, colors=[TIER_COLOURS[tier] for tier in TIERS])
     axes.set(xlabel="seconds", ylabel="share of prompt tokens", ylim=(0, 1))
     axes.grid(alpha=0.3)
     figure.legend(handles=tier_keys(), loc="outside upper center", ncols=3, frameon=False)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from caching_heuristics import TIERS, unknown_name
+from kvttl import exit_status
 from kvttl.replay.baselines import BASELINES, replay_baseline
 from kvttl.replay.costs import TierCosts, result_costs
 from kvttl.replay.engine import replay
@@ -16,7 +17,7 @@ from kvttl.replay.result import ReplayResult
 from kvttl.settings import settings_from
 from kvttl.traces.formats import FORMATS
 from kvttl.traces.reading import read_trace
-from kvttl.traces.source import ORDER, SESSIONS_PER_HOUR, SUBAGENT_TIMES, TIME_UNITS
+from kvttl.traces.source import ORDER, SESSIONS_PER_HOUR, SUBAGENT_TIMES, TIME_UNITS, Source
 
 CACHE_DIR = "data/trace_cache"
 SAMPLE = "data/sample_trace.jsonl.gz"
@@ -49,16 +50,8 @@ def _one_capacity(text):
 def main(argv: Sequence[str] | None = None) -> int:
     """Replay and print; returns the exit status."""
     options = _options(argv)
-    try:
-        figures = _run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    print(msgspec.json.encode(figures).decode())  # what is not known, NaN, is null
-    return 0
+    # What is not known, NaN, is null.
+    return exit_status(lambda: print(msgspec.json.encode(_run(options)).decode()))
 
 
 def _options(argv):
@@ -82,10 +75,6 @@ def _options(argv):
     return parser.parse_args(argv)
 
 
-_READING = ("skip_bad", "seed", "sessions_per_hour", "max_sessions", "block_tokens")
-_READING += ("time_unit", "subagent_times")
-
-
 def _run(options):
     capacity = parse_capacity(options.capacity)
     config = settings_from(dict(pair.partition("=")[::2] for pair in options.settings))
@@ -93,7 +82,7 @@ def _run(options):
     if options.policy not in known:
         raise ValueError(unknown_name("POLICY", options.policy, known))
     start_s = time.perf_counter()
-    reading = {name: getattr(options, name) for name in _READING}
+    reading = {name: value for name, value in vars(options).items() if hasattr(Source, name)}
     copies = options.cache_dir or None
     trace = read_trace(options.trace, options.format, cache_dir=copies, progress=True, **reading)
     read_s = time.perf_counter() - start_s

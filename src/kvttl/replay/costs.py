@@ -7,7 +7,6 @@ defaults were measured on this kit's stack with two cores and no GPU; `calibrate
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 
@@ -126,7 +125,7 @@ def result_costs(result: ReplayResult, costs: TierCosts | None = None) -> dict[s
     }
 
 
-def fit_costs(records: Iterable[Any], costs: TierCosts | None = None) -> TierCosts:
+def fit_costs(records: Iterable[object], costs: TierCosts | None = None) -> TierCosts:
     """Return costs fitted to decision records of real generations.
 
     The engine's fixed time and the prefill rate come from records without hits,

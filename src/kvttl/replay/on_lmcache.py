@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from itertools import chain
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 
@@ -65,7 +64,7 @@ def replay_on_lmcache(
     hits, area = np.zeros((trace.requests, 3), np.int64), np.zeros(3)
     known = {} if perplexity is None else dict(enumerate(perplexity))
     settings = config or HeuristicConfig()
-    options: dict[str, Any] = {"notify": None, "sweep_every_s": None, "perplexity_source": "off"}
+    options: dict[str, object] = {"notify": None, "sweep_every_s": None, "perplexity_source": "off"}
     with MultiTierCache(model, engine, config=settings, clock=clock, **options) as cache:
         for row, prompt in enumerate(prompts):
             _pass_time(cache, model, float(trace.arrival_s[row]), area)

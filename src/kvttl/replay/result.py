@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import numpy as np
 
@@ -56,15 +55,9 @@ class ReplayResult:
     moved_tokens: np.ndarray
     block_level_hits: int | None = None
 
-    @property
-    def block_hit_ratio(self) -> float:
-        """Share of block accesses inside the longest resident prefix."""
-        return self.since(-np.inf)["block_hit_ratio"]
-
-    @property
-    def token_hit_ratio(self) -> float:
-        """Share of prompt tokens inside the longest resident prefix."""
-        return self.since(-np.inf)["token_hit_ratio"]
+    # Shares of block accesses, and of prompt tokens, inside the longest resident prefix.
+    block_hit_ratio = property(lambda self: self.since(-np.inf)["block_hit_ratio"])
+    token_hit_ratio = property(lambda self: self.since(-np.inf)["token_hit_ratio"])
 
     def since(self, start_s: float) -> dict[str, float]:
         """Return both hit ratios of the requests from a second on (after a warm-up)."""
@@ -107,7 +100,7 @@ class ReplayResult:
         """Return `moved` in bytes, for a KV cache of so many bytes a token."""
         return {way: tokens * bytes_per_token for way, tokens in self.moved().items()}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the headline figures, fit for JSON."""
         hits = {name: getattr(self, name).sum(axis=0) for name in ("hit_blocks", "hit_tokens")}
         by_tier = hits | {name: getattr(self, name) for name in ("block_seconds", "token_seconds")}

@@ -60,10 +60,7 @@ class RunIndex:
     short: np.ndarray
     next_request: np.ndarray | None = None
 
-    @property
-    def runs(self) -> int:
-        """Number of runs."""
-        return len(self.request)
+    runs = property(lambda self: len(self.request), doc="Number of runs.")
 
     @cached_property
     def arrival_s(self) -> np.ndarray:
@@ -80,20 +77,11 @@ class RunIndex:
     def _history(self):
         return _histories(self.previous, self.arrival_s)
 
-    @property
-    def access_count(self) -> np.ndarray:
-        """Earlier accesses of the run's blocks, shape (runs,)."""
-        return self._history[0]
-
-    @property
-    def seconds_since_access(self) -> np.ndarray:
-        """Seconds since the run's blocks were last accessed, 0 if never; shape (runs,)."""
-        return self._history[1]
-
-    @property
-    def time_variance(self) -> np.ndarray:
-        """CV / (1 + CV) of the seconds between the blocks' accesses, 0 before two gaps."""
-        return self._history[2]
+    # Shape (runs,): earlier accesses of a run's blocks; seconds since the last, 0 if there is none;
+    # CV / (1 + CV) of the seconds between them, 0 before two gaps.
+    access_count = property(lambda self: self._history[0])
+    seconds_since_access = property(lambda self: self._history[1])
+    time_variance = property(lambda self: self._history[2])
 
     @cached_property
     def longest_known(self) -> np.ndarray:
@@ -117,9 +105,7 @@ class RunIndex:
         if per == "block":
             return values
         known = self.longest_known
-        return {
-            name: np.where(known >= 0, np.append(v, 0.0)[known], 0.0) for name, v in values.items()
-        }
+        return {n: np.where(known >= 0, np.append(v, 0.0)[known], 0.0) for n, v in values.items()}
 
     @cached_property
     def by_run(self) -> "SegmentArrays":

@@ -104,8 +104,7 @@ def _in_words(scope, status):
 
 def error_body(message: str, status: HTTPStatus) -> dict[str, Any]:
     """Return an error as OpenAI words it."""
-    error = vllm_parts().create_error_response(message, status.phrase, status)
-    return error.model_dump()
+    return vllm_parts().create_error_response(message, status.phrase, status).model_dump()
 
 
 def _limit_bodies(app, limit_bytes):

@@ -76,8 +76,8 @@ class ManagedEngine:
             raise
         finally:
             if not refused:
-                seconds = time.perf_counter() - start_s
-                self._cache.manage(prompt, answer, metadata, seconds, salt)
+                took_s = time.perf_counter() - start_s
+                self._cache.manage(prompt, answer, metadata, took_s, salt)
 
 
 class _Answer:

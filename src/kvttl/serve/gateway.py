@@ -20,7 +20,7 @@ from typing import Any
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from caching_heuristics import HeuristicConfig
-from kvttl import user_path
+from kvttl import exit_status, user_path
 from kvttl.decisions.log import DecisionLog
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheError
@@ -29,15 +29,9 @@ from kvttl.serve.engine import ManagedEngine
 from kvttl.serve.listening import KEY_VARIABLE, check_exposure, listening, read_key, serving
 from kvttl.serve.options import options_of_engine, read_options, server_arguments
 from kvttl.serve.vllm_parts import vllm_parts
+from kvttl.session import launch
 from kvttl.session.demo_model import model_path
-from kvttl.session.launch import (
-    be_quiet,
-    ends_with_parent,
-    managed,
-    new_run_folder,
-    progress,
-    started,
-)
+from kvttl.session.launch import be_quiet, ends_with_parent, managed, new_run_folder, progress
 from kvttl.stack.lifecycle import LMCacheStack, load_config
 from tiered_caching import EngineDied, MultiTierCache
 
@@ -178,14 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM; returns the exit status."""
     options = _options(argv)
     ends_with_parent()
-    try:
-        _serve(options)
-    except KeyboardInterrupt:
-        print("\nstopped; nothing is left running that this command started", file=sys.stderr)
-    except (ValueError, RuntimeError, OSError) as error:  # settings, StackError, a taken port
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    said = "stopped; nothing is left running that this command started"
+    return exit_status(lambda: _serve(options), said, status=0)
 
 
 def _options(argv):
@@ -246,7 +234,8 @@ def _until_dead(engine):
 def _stack(options):
     """Return a context manager of the stack: one of its own, or the one that runs."""
     overrides = {"redis_url": options.redis_url} if options.redis_url else {}
-    return started(LMCacheStack(load_config(options.config, **overrides), attach=options.attach))
+    config = load_config(options.config, **overrides)
+    return launch.started(LMCacheStack(config, attach=options.attach))
 
 
 def _recover(cache, folder):

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from anyio.from_thread import BlockingPortal
 
@@ -28,7 +27,7 @@ def check_exposure(host: str, api_key: str | None) -> None:
 
 
 @contextmanager
-def serving(app: Any, listener: socket.socket, loop: BlockingPortal) -> Iterator[str]:
+def serving(app: object, listener: socket.socket, loop: BlockingPortal) -> Iterator[str]:
     """Serve an application on a bound socket while the block runs; gives its URL."""
     import uvicorn
 

@@ -4,46 +4,15 @@ import argparse
 import functools
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from caching_heuristics import unknown_name
+from kvttl import read_names
 from kvttl.serve.vllm_parts import vllm_parts
 
-# Known to leave the KV cache of a token, and LMCache's key of it, as they are; what a later
-# vLLM adds is refused until somebody has looked.
-_ENGINE = frozenset(
-    "async_scheduling attention_backend compilation_config cpu_offload_gb disable_log_stats "
-    "download_dir enable_chunked_prefill enable_log_requests enable_lora enforce_eager "
-    "fully_sharded_loras generation_config gpu_memory_utilization hf_token kv_cache_memory_bytes "
-    "logprobs_mode long_prefill_token_threshold lora_dtype lora_target_modules max_cpu_loras "
-    "max_logprobs max_lora_rank max_loras max_model_len max_num_batched_tokens "
-    "max_num_queued_reqs max_num_queued_tokens max_num_seqs num_gpu_blocks_override "
-    "optimization_level override_generation_config reasoning_parser scheduling_policy seed "
-    "stream_interval tokenizer tokenizer_mode tokenizer_revision trust_remote_code".split()
-)
-# What `init_app_state` and the middleware read.
-_SERVER = frozenset(
-    "chat_template chat_template_content_format default_chat_template_kwargs "
-    "enable_auto_tool_choice enable_force_include_usage enable_log_deltas enable_log_outputs "
-    "enable_per_request_metrics enable_prompt_tokens_details enable_request_id_headers "
-    "exclude_tools_when_tool_choice_none lora_modules max_log_len response_role "
-    "return_tokens_as_token_ids tool_call_parser trust_request_chat_template".split()
-)
-_REFUSED = {  # names, as a pattern -> the kit's own way, or why there is none
-    "model|model_tag": "LLM= (--llm) names the model",
-    "served_model_name": "a model's name in requests is its folder's, or its hub id",
-    "host|uds": "HOST= (--host) says where it listens",
-    "port": "PORT= (--port) says where it listens",
-    "api_key": "the key comes from $KV_API_KEY or --api-key-file",
-    "block_size": "set block_size_tokens in config.yaml",
-    "kv_transfer_config|kv_offloading_.*|kv_events_config": "config.yaml's stack keeps KV cache",
-    "enable_prefix_caching": "its hits would be counted as LMCache's",
-    "allow(ed)?_(origins|methods|headers|credentials)": "web pages of others must not ask it",
-    "ssl_.*|enable_ssl_refresh": "put a proxy that speaks TLS before it",
-    ".*_parallel_.*|nnodes|node_rank": "an engine that is managed here has one rank",
-    "dtype|kv_cache_dtype.*|quantization.*|hf_overrides|revision|load_format|model_impl"
-    "|disable_sliding_window|speculative_config": "KV cache would differ under the same key",
-}
+_NAMES = read_names(Path(__file__).with_suffix(".toml"))
+_ENGINE, _SERVER, _REFUSED = _NAMES["engine"], _NAMES["server"], _NAMES["refused"]
 _UNKNOWN = "nobody has looked yet whether it leaves KV cache and its management as they are"
 
 

@@ -3,34 +3,13 @@
 import functools
 import pkgutil
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
+from kvttl import read_names
+
 VLLM = "0.30.0"  # pinned in requirements.txt, and tested
-_SERVE = "vllm.entrypoints.serve"
-_OPENAI = "vllm.entrypoints.openai"
-_LAUNCHERS = "vllm.entrypoints.launchers"
-PARTS = {
-    "AsyncEngineArgs": "vllm.engine.arg_utils:AsyncEngineArgs",
-    "AsyncLLM": "vllm.v1.engine.async_llm:AsyncLLM",
-    "make_arg_parser": f"{_LAUNCHERS}.cli_args:make_arg_parser"
-    " vllm.entrypoints.common.cli_args:make_arg_parser",  # there in 0.33
-    "validate_parsed_serve_args": f"{_LAUNCHERS}.cli_args:validate_parsed_serve_args"
-    " vllm.entrypoints.common.cli_args:validate_parsed_serve_args",
-    "ToolParserManager": "vllm.tool_parsers:ToolParserManager",
-    "ReasoningParserManager": "vllm.reasoning:ReasoningParserManager",
-    "FlexibleArgumentParser": "vllm.utils.argparse_utils:FlexibleArgumentParser",
-    "init_app_state": f"{_LAUNCHERS}.api_server.app_state:init_app_state",
-    "lifespan": f"{_LAUNCHERS}.utils.server_utils:lifespan",
-    "attach_models": f"{_OPENAI}.models.api_router:attach_router",
-    "attach_completion": f"{_OPENAI}.completion.api_router:attach_router",
-    "attach_chat": f"{_OPENAI}.chat_completion.api_router:attach_router",
-    "init_exception_handler": f"{_SERVE}.exception_handling.register:init_exception_handler",
-    "init_entrypoints_middleware": f"{_SERVE}.middleware.register:init_entrypoints_middleware",
-    "create_error_response": f"{_SERVE}:create_error_response",
-    "get_prometheus_registry": "vllm.v1.metrics.prometheus:get_prometheus_registry",
-    "GracefulHTTPError": "vllm.exceptions:GracefulHTTPError",
-    "VLLMClientError": "vllm.exceptions:VLLMClientError",
-}
+PARTS = read_names(Path(__file__).with_suffix(".toml"))["parts"]
 
 
 @functools.cache

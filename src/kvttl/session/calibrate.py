@@ -3,7 +3,6 @@
 import random
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from caching_heuristics import TIERS
 from kvttl.replay.costs import TierCosts, fit_costs
@@ -12,7 +11,7 @@ from kvttl.session.texts import random_words
 
 
 def calibrate(
-    cache: Any,
+    cache: object,
     words: Sequence[int] = (60, 240),
     repeats: int = 3,
     bytes_per_token: float = TierCosts.bytes_per_token,
@@ -39,7 +38,7 @@ def calibrate(
     while number <= repeats or (number <= repeats + _MORE and _unseen(records)):
         for length in words:
             made = _serve_from_each_tier(cache, random_words(rng, length))
-            records += made if number else []
+            records += made if number else []  # the first ones warm up
         number += 1
     return fit_costs(records, TierCosts(bytes_per_token=bytes_per_token))
 

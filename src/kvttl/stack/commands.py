@@ -9,7 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from kvttl.stack.lifecycle import LMCacheStack, StackConfig, StackError, load_config
+from kvttl import exit_status
+from kvttl.stack.lifecycle import LMCacheStack, StackConfig, load_config
 from kvttl.stack.process import STOP_SIGNALS, load_state, save_state
 from kvttl.stack.services import SERVICES
 
@@ -27,18 +28,16 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # must clean up like Ctrl-C does
         if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
             signal.signal(number, lambda number, _frame: sys.exit(128 + number))
-    try:
-        config = load_config(arguments.config)
-        if arguments.command == "status":
-            return _status(config)
-        with _lock(config):
-            return _up(config, arguments.free_ports) if arguments.command == "up" else _down(config)
-    except (StackError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; what was started is stopped again", file=sys.stderr)
-        return 130
+    said = "interrupted; what was started is stopped again"
+    return exit_status(lambda: _run(arguments), said)
+
+
+def _run(arguments):
+    config = load_config(arguments.config)
+    if arguments.command == "status":
+        return _status(config)
+    with _lock(config):
+        return _up(config, arguments.free_ports) if arguments.command == "up" else _down(config)
 
 
 @contextlib.contextmanager

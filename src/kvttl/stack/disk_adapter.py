@@ -11,7 +11,6 @@ import asyncio
 import errno
 import itertools
 import os
-from typing import Any
 
 from lmcache.lmcache_native import Bitmap
 from lmcache.v1.distributed.l2_adapters import factory, fs_l2_adapter
@@ -31,7 +30,7 @@ class CountsDamage:
 
     _damaged = 0
 
-    def report_status(self) -> dict[str, Any]:
+    def report_status(self) -> dict[str, object]:
         """Return LMCache's status of the adapter, and the damaged copies since its start."""
         return super().report_status() | {"damaged_copies": self._damaged}
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import DEVNULL, Popen
-from typing import Any
 
 import psutil
 
@@ -122,8 +121,7 @@ class Child:
                 text = log.read().decode("utf-8", "replace")
         except OSError:
             return []
-        lines = COLOUR.sub("", text).splitlines()
-        return [line for line in lines if line.strip()][-count:]
+        return [line for line in COLOUR.sub("", text).splitlines() if line.strip()][-count:]
 
     def _family(self) -> list:
         try:
@@ -136,7 +134,7 @@ class Child:
 _STORED = {"name": str, "pid": int, "created_s": float, "log_path": Path}  # in the state file
 
 
-def comes_true(condition: Callable[[], Any], timeout_s: float) -> Any:
+def comes_true(condition: Callable[[], object], timeout_s: float) -> object:
     """Return what a condition returns once that is true, or after `timeout_s` seconds."""
     deadline_s = time.monotonic() + timeout_s
     while not (result := condition()) and time.monotonic() < deadline_s:

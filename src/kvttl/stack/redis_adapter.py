@@ -14,7 +14,6 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import redis
@@ -211,7 +210,7 @@ class RedisL2Adapter(CountsDamage, native_connector_l2_adapter.NativeConnectorL2
         self, client: RedisClient, max_capacity_gb: float = 0, verify_every_s: float = 10.0
     ) -> None:
         super().__init__(client, max_capacity_gb=max_capacity_gb, type_name="RedisClient")
-        self._present: dict[str, Any] = {}  # name in Redis -> LMCache's key
+        self._present: dict[str, object] = {}  # name in Redis -> LMCache's key
         self._doubtful: dict[str, int] = {}  # names of failed stores -> looks that are left
         client.on_absent, client.on_doubt = self._report_absent, self._doubt
         client.on_damaged = lambda names: self._count_damaged("remote", list(map(_key_of, names)))

@@ -1,14 +1,12 @@
 """The checksum at the end of every chunk on disk and in Redis: it finds damage, not forgery."""
 
-from typing import Any
-
 import xxhash
 
 _MARK = b"kvttlsum"  # tells such a copy from one of LMCache alone, which ends with its last value
 CHECKSUM_BYTES = len(_MARK) + 16
 
 
-def checksum(name: str, payload: Any) -> bytes:
+def checksum(name: str, payload: object) -> bytes:
     """Return what stands behind a payload (bytes-like) that is stored under `name`.
 
     The name is part of it: a copy in another one's place is damaged, too. XXH3 with 128 bits takes

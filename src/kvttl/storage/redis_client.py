@@ -74,8 +74,7 @@ def connect(url: str | None, limits: RedisLimits = DEFAULT_LIMITS, **options: An
         url = checked_url(url, _CONNECTION_OPTIONS)
     except ValueError as error:
         raise ValueError(f"url is not allowed: {error}") from None
-    given = dict(parse_qsl(urlsplit(url).query)) | options
-    for name, value in given.items():
+    for name, value in (dict(parse_qsl(urlsplit(url).query)) | options).items():
         if name not in _CONNECTION_OPTIONS:
             raise ValueError(unknown_name("option", name, _CONNECTION_OPTIONS))
         if value and name in _FILES and not os.access(value, os.R_OK):

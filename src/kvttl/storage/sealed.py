@@ -208,8 +208,7 @@ class SealedFolder:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        descriptor = os.open(self._path / ".lock", flags, 0o600)
+        descriptor = os.open(self._path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # holds off threads and processes alike
             yield

@@ -2,12 +2,11 @@
 
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numba import njit
 
-from kvttl.traces.trace import COLUMNS, Trace
+from kvttl.traces.trace import COLUMNS, Trace, reordered
 
 
 class TraceBuilder:
@@ -32,9 +31,7 @@ class TraceBuilder:
     [0, 1, 2, 3]
     """
 
-    def __init__(
-        self, block_tokens: int, chained: bool = True, shown: Callable[[int], Any] = int
-    ) -> None:
+    def __init__(self, block_tokens: int, chained: bool = True, shown: Callable = int) -> None:
         if block_tokens < 1:
             raise ValueError(f"block_tokens must be >= 1, got {block_tokens}")
         self.block_tokens = int(block_tokens)
@@ -86,7 +83,7 @@ class TraceBuilder:
         arrival_s, unique = of_requests[0], len(self._dense)
         if np.any(arrival_s[1:] < arrival_s[:-1]):
             order = np.argsort(arrival_s, kind="stable")
-            ids, offsets = _reorder(ids, offsets, order)
+            ids, offsets = reordered(ids, offsets, order)
             of_requests = [column[order] for column in of_requests]
         arrival_s, prompt, output, sessions, *endings = of_requests
         arrival_s -= arrival_s[:1]
@@ -140,7 +137,7 @@ class DenseIds:
         """Return the dense ids of keys, shape (n,), int32; unknown keys get the next numbers."""
         return self._numbered(keys, chained=False)
 
-    def prefixes(self, keys: np.ndarray, shown: Callable[[int], Any] = int) -> np.ndarray:
+    def prefixes(self, keys: np.ndarray, shown: Callable[[int], object] = int) -> np.ndarray:
         """Return `ids` of keys in prefix order, each of which always follows the same key.
 
         Raises
@@ -256,18 +253,6 @@ def _number_row(row, chained, slots, keys, count, out):
         count = max(count, out[i] + 1)
         parent = np.int64(out[i])
     return count
-
-
-@njit(cache=True)
-def _reorder(ids, offsets, order):
-    """Return the ragged rows in another order."""
-    out, ends = np.empty_like(ids), np.empty_like(offsets)
-    ends[0] = 0
-    for new, old in enumerate(order):
-        begin, end = offsets[old], offsets[old + 1]
-        ends[new + 1] = ends[new] + end - begin
-        out[ends[new] : ends[new + 1]] = ids[begin:end]
-    return out, ends
 
 
 @njit(cache=True)

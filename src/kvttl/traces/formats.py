@@ -11,16 +11,8 @@ from typing import NamedTuple
 
 from kvttl.traces.builder import TraceBuilder
 from kvttl.traces.opening import head
-from kvttl.traces.source import (
-    ASK_SIZE,
-    Source,
-    block_keys,
-    hash_keys,
-    number,
-    parsed,
-    records,
-    tokens,
-)
+from kvttl.traces.source import ASK_SIZE, Source, block_keys, hash_keys, number, parsed, records
+from kvttl.traces.source import tokens as whole_tokens
 from kvttl.traces.weka import read_weka
 
 
@@ -41,7 +33,7 @@ def read_mooncake(files: Sequence[Path], source: Source) -> TraceBuilder:
             keys = block_keys(record, "hash_ids")
             prompt = source.prompt(record, "input_length", keys, size, covered=True)
             arrival_s = source.seconds(record, "timestamp", "ms")
-            builder.add(keys, arrival_s, prompt, tokens(record, "output_length", 0))
+            builder.add(keys, arrival_s, prompt, whole_tokens(record, "output_length", 0))
             builder.block_tokens = size
     return builder
 
@@ -56,7 +48,7 @@ def read_qwen(files: Sequence[Path], source: Source) -> TraceBuilder:
             keys = block_keys(record, "hash_ids", chained=False)
             prompt = source.prompt(record, "input_length", keys, size, covered=True)
             arrival_s = source.seconds(record, "timestamp")
-            output = tokens(record, "output_length", 0)
+            output = whole_tokens(record, "output_length", 0)
             parent = number(record, "parent_chat_id", -math.inf, -1)
             session = chats.get(parent, source.number(record["chat_id"]))
             builder.add(keys, arrival_s, prompt, output, session)
@@ -117,9 +109,13 @@ def _chunk_tokens(files):
     power = 1 << (max(high, 1).bit_length() - 1)  # the largest power of two <= high
     if low <= power <= high or low == high:
         return power if low <= power else high
-    reason = "no one chunk size fits all records" if low > high else "chunk sizes fit"
-    found = reason if low > high else f"{low} to {high} tokens as {reason}"
+    none = "no one chunk size fits all records"
+    found = none if low > high else f"{low} to {high} tokens as chunk sizes fit"
     raise ValueError(f"{files[0]}, line 1: {found}; give block_tokens{ASK_SIZE}")
+
+
+_OPTIONS = ("skip_bad", "block_tokens", "time_unit")
+_OF_SESSIONS = (*_OPTIONS, "seed", "sessions_per_hour", "max_sessions", "subagent_times")
 
 
 class Format(NamedTuple):
@@ -128,7 +124,7 @@ class Format(NamedTuple):
     read: Callable[[Sequence[Path], Source], TraceBuilder]
     mark: str  # a key that its records have, and no record of a format above
     files: str = "*.jsonl"  # of a folder, gzipped or not
-    options: tuple[str, ...] = ("skip_bad", "block_tokens", "time_unit")
+    options: tuple[str, ...] = _OPTIONS
 
     def files_of(self, path: Path) -> list[Path]:
         """Return the file, or a folder's files of this format, by name."""
@@ -174,11 +170,5 @@ FORMATS = {
     "mooncake": Format(read_mooncake, "hash_ids"),
     "lmcache": Format(read_lmcache, "chunk_hashes", "lookup_hashes_*.jsonl"),
     "decisions": Format(read_decision_log, "prompt_digest"),
-    "weka": Format(
-        read_weka,
-        "requests",
-        "*.json",
-        ("skip_bad", "block_tokens", "time_unit", "seed", "sessions_per_hour", "max_sessions")
-        + ("subagent_times",),
-    ),
+    "weka": Format(read_weka, "requests", "*.json", _OF_SESSIONS),
 }

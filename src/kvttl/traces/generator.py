@@ -1,12 +1,11 @@
 """Seeded traces of agent loops: shared system prompts, turns that extend a prompt, pauses."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 
 from kvttl.traces.builder import TraceBuilder
-from kvttl.traces.trace import COLUMNS, Trace
+from kvttl.traces.trace import Trace
 
 SAMPLE = {"requests": 600, "seed": 7, "block_tokens": 512, "system_blocks": 12, "turn_blocks": 2.0}
 
@@ -83,27 +82,3 @@ def _check(name, value, lowest):
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not lowest <= value < math.inf:
         raise ValueError(f"{name} must be >= {lowest:g} and finite, got {value!r}")
-
-
-def tiled(trace: Trace, accesses: int) -> Trace:
-    """Repeat a trace end to end, with new blocks each time, until it has so many accesses.
-
-    Examples
-    --------
-    >>> trace = agent_loops(20)
-    >>> tiled(trace, 3 * trace.accesses).unique_blocks == 3 * trace.unique_blocks
-    True
-    """
-    copies = max(1, -(-accesses // max(trace.accesses, 1)))
-    if copies * trace.unique_blocks >= 2**31:
-        raise ValueError(f"accesses must leave < 2147483648 distinct blocks, got {accesses}")
-    shift = np.repeat(np.arange(copies), trace.requests)  # copy of each request
-    block_shift = np.repeat(np.arange(copies, dtype=np.int32), trace.accesses)
-    sessions = int(trace.sessions.max(initial=0)) + 1
-    columns = {name: np.tile(getattr(trace, name), copies) for name in COLUMNS}
-    columns["block_ids"] += block_shift * np.int32(trace.unique_blocks)
-    columns["offsets"] = np.concatenate([[0], np.cumsum(np.tile(trace.blocks, copies))])
-    columns["arrival_s"] += shift * (trace.span_s + 60.0)
-    columns["sessions"] += (shift * sessions).astype(np.int32)
-    unique, name = copies * trace.unique_blocks, f"{trace.name} x {copies}"
-    return replace(trace, **columns, unique_blocks=unique, name=name, skipped_lines=0)

@@ -47,19 +47,15 @@ def open_bytes(path: str | Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         zipped = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         with gzip.GzipFile(fileobj=raw) if zipped else raw as stream:
-            start = _peek(stream)
+            try:
+                start = stream.peek(512)[:512]
+            except DAMAGE as error:
+                raise ValueError(f"damaged: {error}") from error
             if problem := _no_text(start):
                 raise ValueError(problem)
             if start.startswith(b"\xef\xbb\xbf"):
                 stream.read(3)
             yield stream, raw
-
-
-def _peek(stream):
-    try:
-        return stream.peek(512)[:512]
-    except DAMAGE as error:
-        raise ValueError(f"damaged: {error}") from error
 
 
 def _no_text(start):
@@ -82,9 +78,7 @@ def head(path: str | Path) -> tuple[list[bytes], bool]:
     return [line for line in start.splitlines() if line.strip()], len(start) <= HEAD
 
 
-def text_lines(
-    path: Path, source, bar=lambda size: None, limit: int | None = None
-) -> Iterator[tuple[int, bytes]]:
+def text_lines(path: Path, source, bar=lambda size: None, limit: int = 0) -> Iterator[tuple]:
     """Yield (line number, line) of a file, without blank lines; `bar` gets the bytes read.
 
     A line that is too long is a bad line. What is damaged is an error, also
@@ -109,11 +103,6 @@ def text_lines(
                     line = _line(file, limit, path, number)
             elif line.strip():
                 yield number, line
-
-
-def session_lines(path: Path, source) -> Iterator[tuple[int, bytes]]:
-    """Yield `text_lines` of agentic sessions, which are longer."""
-    yield from text_lines(path, source, limit=SESSION_LIMIT)
 
 
 def _line(file, limit, path, number):

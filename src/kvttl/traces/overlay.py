@@ -5,9 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvttl.traces.trace import COLUMNS, Trace, _dense
-
-_OF_REQUESTS = tuple(COLUMNS)[2:]
+from kvttl.traces.trace import OF_REQUESTS, Trace, dense, reordered
 
 
 def overlaid(traces: Sequence[Trace], starts_s: Sequence[float], name: str = "") -> Trace:
@@ -23,44 +21,55 @@ def overlaid(traces: Sequence[Trace], starts_s: Sequence[float], name: str = "")
     sizes = {trace.block_tokens for trace in traces}
     if len(sizes) != 1:
         raise ValueError(f"block_tokens must be the same in all traces, got {sorted(sizes)}")
-    columns = {c: np.concatenate([getattr(t, c) for t in traces]) for c in _OF_REQUESTS}
+    trace = end_to_end(traces, starts_s, name)
+    return picked(trace, np.argsort(trace.arrival_s, kind="stable"))
+
+
+def tiled(trace: Trace, accesses: int) -> Trace:
+    """Repeat a trace end to end, with new blocks each time, until it has so many accesses.
+
+    Examples
+    --------
+    >>> from kvttl.traces.generator import agent_loops
+    >>> trace = agent_loops(20)
+    >>> tiled(trace, 3 * trace.accesses).unique_blocks == 3 * trace.unique_blocks
+    True
+    """
+    copies = max(1, -(-accesses // max(trace.accesses, 1)))
+    if copies * trace.unique_blocks >= 2**31:
+        raise ValueError(f"accesses must leave < 2147483648 distinct blocks, got {accesses}")
+    starts_s, name = np.arange(copies) * (trace.span_s + 60.0), f"{trace.name} x {copies}"
+    return replace(end_to_end([trace] * copies, starts_s, name), skipped_lines=0)
+
+
+def end_to_end(traces: Sequence[Trace], starts_s: Sequence[float], name: str) -> Trace:
+    """Return the requests of one trace after another's, each from its own second on."""
+    columns = {c: np.concatenate([getattr(t, c) for t in traces]) for c in OF_REQUESTS}
     counts = [trace.requests for trace in traces]
-    columns["arrival_s"] = columns["arrival_s"] + np.repeat(starts_s, counts)
-    columns["sessions"] = columns["sessions"] + np.repeat(_before(traces, _sessions), counts)
-    shifts = _before(traces, lambda trace: trace.unique_blocks)
-    ids = np.concatenate([t.block_ids + shift for t, shift in zip(traces, shifts)])
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate([t.blocks for t in traces]))])
-    columns |= {"block_ids": ids, "offsets": offsets, "unique_blocks": sum(map(_unique, traces))}
-    order = np.argsort(columns["arrival_s"], kind="stable")
-    return picked(replace(traces[0], **columns, name=name), order)
+    sessions = [int(trace.sessions.max(initial=-1)) + 1 for trace in traces]
+    columns["arrival_s"] += np.repeat(starts_s, counts)
+    columns["sessions"] += np.repeat(_before(sessions), counts)
+    shifts = _before([trace.unique_blocks for trace in traces])
+    columns["block_ids"] = np.concatenate([t.block_ids + shift for t, shift in zip(traces, shifts)])
+    columns["offsets"] = np.cumsum([0, *np.concatenate([t.blocks for t in traces])])
+    unique = sum(trace.unique_blocks for trace in traces)
+    return replace(traces[0], **columns, unique_blocks=unique, name=name)
 
 
 def picked(trace: Trace, requests: np.ndarray) -> Trace:
     """Return some requests, in the order given, from the first one's second on."""
-    rows = [trace.request(request) for request in requests]
-    columns = {name: getattr(trace, name)[requests] for name in _OF_REQUESTS}
+    columns = {name: getattr(trace, name)[requests] for name in OF_REQUESTS}
     columns["arrival_s"] = columns["arrival_s"] - columns["arrival_s"][:1]
-    columns["sessions"] = columns["sessions"].astype(np.int32)
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    columns |= _dense(np.concatenate(rows) if rows else np.zeros(0, np.int32))
-    return replace(trace, **columns, offsets=offsets)
+    ids, offsets = reordered(trace.block_ids, trace.offsets, requests)
+    return replace(trace, **columns, **dense(ids), offsets=offsets)
 
 
 def in_chunks_of(trace: Trace, blocks: int) -> Trace:
     """Return the trace in chunks of so many blocks; what fills no chunk is not kept."""
     rows = [trace.request(request)[blocks - 1 :: blocks] for request in range(trace.requests)]
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    columns = _dense(np.concatenate(rows)) | {"offsets": offsets}
+    columns = dense(np.concatenate(rows)) | {"offsets": np.cumsum([0, *map(len, rows)])}
     return replace(trace, **columns, block_tokens=trace.block_tokens * blocks)
 
 
-def _before(traces, count):
-    return np.cumsum([0, *map(count, traces)])[:-1]
-
-
-def _sessions(trace):
-    return int(trace.sessions.max(initial=-1)) + 1
-
-
-def _unique(trace):
-    return trace.unique_blocks
+def _before(counts):
+    return np.cumsum([0, *counts], dtype=np.int32)[:-1]

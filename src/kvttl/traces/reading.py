@@ -13,7 +13,7 @@ from pathlib import Path
 from kvttl import PROJECT, user_path
 from kvttl.traces.formats import FORMATS, format_of, in_folder
 from kvttl.traces.opening import head
-from kvttl.traces.source import ORDER, SESSIONS_PER_HOUR, Source, parsed
+from kvttl.traces.source import ORDER, Source, parsed
 from kvttl.traces.trace import CACHE_VERSION, Trace, load_trace, save_trace
 
 READER_VERSION = 3  # of what readers refuse: a copy made by an older one is not used
@@ -24,14 +24,7 @@ def read_trace(
     format: str | None = None,
     *,
     cache_dir: str | Path | None = None,
-    skip_bad: bool = False,
-    progress: bool = False,
-    seed: int = 0,
-    sessions_per_hour: float = SESSIONS_PER_HOUR,
-    max_sessions: int | None = None,
-    block_tokens: int | None = None,
-    time_unit: str | None = None,
-    subagent_times: str | None = None,
+    **options: object,
 ) -> Trace:
     """Read a trace file or folder.
 
@@ -76,12 +69,7 @@ def read_trace(
     ...     read_trace(file)
     Trace(1 requests, 2 accesses, 2 unique blocks of 512 tokens, 0 s)
     """
-    options = skip_bad, progress, seed, sessions_per_hour, max_sessions, block_tokens
-    source = Source(*options, time_unit, subagent_times)
-    return _read(user_path(path), format, source, cache_dir)
-
-
-def _read(path, format, source, cache_dir):
+    path, source = user_path(path), Source(**options)
     if not path.exists():
         raise FileNotFoundError(f"there is no trace at {path}")
     if path.suffix == ".npz":
@@ -102,7 +90,7 @@ def _read(path, format, source, cache_dir):
         try:
             return load_trace(cached)
         except ValueError as error:
-            warnings.warn(f"{error}; {path} is read anew", stacklevel=3)
+            warnings.warn(f"{error}; {path} is read anew", stacklevel=2)
     trace = FORMATS[name].read(files, source).finish(path.name, source.skipped)
     if not trace.requests:
         skipped = f": {source.skipped} bad lines skipped, the first: {source.first_bad}"
@@ -174,12 +162,10 @@ def traces_at_hand(sessions: int = 40, cache_dir: str | Path | None = None) -> d
     cache_dir : path, optional
         Of compact copies; default ``data/trace_cache``.
     """
-    home, found = os.environ.get("KV_TRACE_DIR"), {}
+    home, found = user_path(os.environ.get("KV_TRACE_DIR") or "."), {}
     options = {"cache_dir": cache_dir or _DATA / "trace_cache"}
-    conversation = user_path(home or "") / "mooncake" / "conversation_trace.jsonl"
-    agentic = user_path(home or "") / "weka-agentic"
-    if home and conversation.exists():
+    if (conversation := home / "mooncake" / "conversation_trace.jsonl").exists():
         found["conversation"] = read_trace(conversation, **options)
-    if home and agentic.is_dir():
+    if (agentic := home / "weka-agentic").is_dir():
         found["agentic"] = read_trace(agentic, max_sessions=sessions, **options)
     return found | {"sample": read_trace(_DATA / "sample_trace.jsonl.gz")}

@@ -6,7 +6,7 @@ import math
 import os
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,9 +18,8 @@ SESSIONS_PER_HOUR = 30.0  # of agentic sessions that are overlaid, unless told o
 TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # -> so many a second
 SUBAGENT_TIMES = ("absolute", "relative")
 ORDER = "order"  # instead of a unit: there are no times, a request a second
-_UNIT_NAMES = {unit: unit for unit in TIME_UNITS}
-for _unit, _word in zip(TIME_UNITS, ("second", "millisecond", "microsecond", "nanosecond")):
-    _UNIT_NAMES |= {_word: _unit, f"{_word}s": _unit}
+_WORDS = dict(zip(TIME_UNITS, ("second", "millisecond", "microsecond", "nanosecond")))
+_UNIT_NAMES = {name: unit for unit, word in _WORDS.items() for name in (unit, word, f"{word}s")}
 _UNIT_FIELDS = ("time_unit", "timestamp_unit")
 _SIZE_FIELDS = ("block_size", "trace_block_size", "kv_block_size", "block_tokens", "page_size")
 _SIZE_FIELDS += ("tokens_per_block", "chunk_size")
@@ -42,17 +41,15 @@ class Source:
     block_tokens: int | None = None
     time_unit: str | None = None
     subagent_times: str | None = None
-    skipped: int = 0
-    first_bad: str = ""
-    ticks: int = 0
-    names: dict[Any, int] = field(default_factory=dict)  # sessions and models -> number
-    known: dict[str, Any] = field(default_factory=dict)  # what the lines so far have in common
-    said: dict[str, Any] = field(default_factory=dict)  # the same of a line that may be bad
 
     def __post_init__(self):
+        self.skipped, self.first_bad, self.ticks = 0, "", 0
+        self.names: dict[Any, int] = {}  # sessions and models -> number
+        self.known: dict[str, Any] = {}  # what the lines so far have in common
+        self.said: dict[str, Any] = {}  # the same of a line that may be bad
         if not 0 < self.sessions_per_hour < math.inf:
-            got = f"{self.sessions_per_hour!r}"
-            raise ValueError(f"sessions_per_hour must be > 0 and finite, got {got}")
+            allowed = "sessions_per_hour must be > 0 and finite"
+            raise ValueError(f"{allowed}, got {self.sessions_per_hour!r}")
         self.sessions_per_hour = float(self.sessions_per_hour)
         for name, low in (("seed", 0), ("max_sessions", 1), ("block_tokens", 1)):
             value = getattr(self, name)
@@ -117,10 +114,8 @@ class Source:
         count = tokens(record, name)
         few = covered and not self.block_tokens and count - len(keys) * size >= size
         if few or len(keys) > -(-count // size):
-            blocks = f"{len(keys)} blocks of {size} tokens"
-            raise ValueError(
-                f"{blocks} are {'fewer' if few else 'more'} than {count} tokens need{ASK_SIZE}"
-            )
+            blocks = f"{len(keys)} blocks of {size} tokens are {'fewer' if few else 'more'}"
+            raise ValueError(f"{blocks} than {count} tokens need{ASK_SIZE}")
         return count
 
     def per_second(self, record: dict, usual: str, value: Any = 0) -> int:

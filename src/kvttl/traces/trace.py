@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+from numba import njit
 
 from kvttl import whole_file
 
@@ -17,7 +18,7 @@ CACHE_VERSION = 2  # of the file that `save_trace` writes
 COLUMNS = {"block_ids": np.int32, "offsets": np.int64, "arrival_s": np.float64}
 COLUMNS |= dict.fromkeys(("prompt_tokens", "output_tokens", "sessions"), np.int32)
 COLUMNS |= {"generation_s": np.float32, "finish": np.int8}
-_OF_REQUESTS = tuple(COLUMNS)[2:]
+OF_REQUESTS = tuple(COLUMNS)[2:]
 FINISH = ("unknown", "tool call pending", "end of turn")
 
 
@@ -72,25 +73,14 @@ class Trace:
     name: str = ""
     skipped_lines: int = 0
 
-    @property
-    def requests(self) -> int:
-        """Number of requests."""
-        return len(self.arrival_s)
-
-    @property
-    def accesses(self) -> int:
-        """Number of block accesses."""
-        return len(self.block_ids)
+    requests = property(lambda self: len(self.arrival_s), doc="Number of requests.")
+    accesses = property(lambda self: len(self.block_ids), doc="Number of block accesses.")
+    blocks = property(lambda self: np.diff(self.offsets), doc="Blocks of each request.")
 
     @property
     def span_s(self) -> float:
         """Seconds from the first request to the last."""
         return float(self.arrival_s[-1] - self.arrival_s[0]) if self.requests else 0.0
-
-    @property
-    def blocks(self) -> np.ndarray:
-        """Blocks of each request, shape (requests,)."""
-        return np.diff(self.offsets)
 
     def request(self, index: int) -> np.ndarray:
         """Return the block ids of one request, a view."""
@@ -112,7 +102,7 @@ class Trace:
         keep[self.offsets[1:][cut] - 1] = False
         offsets = np.concatenate([[0], np.cumsum(self.blocks - cut)])
         ids = self.block_ids[keep]
-        columns = _dense(ids) if renumber else {"block_ids": ids}
+        columns = dense(ids) if renumber else {"block_ids": ids}
         return replace(self, **columns, offsets=offsets)
 
     def head(self, requests: int) -> "Trace":
@@ -120,8 +110,8 @@ class Trace:
         if requests < 0:
             raise ValueError(f"requests must be >= 0, got {requests}")
         end = self.offsets[min(requests, self.requests)]
-        columns = {name: getattr(self, name)[:requests] for name in _OF_REQUESTS}
-        columns |= _dense(self.block_ids[:end])
+        columns = {name: getattr(self, name)[:requests] for name in OF_REQUESTS}
+        columns |= dense(self.block_ids[:end])
         return replace(self, offsets=self.offsets[: requests + 1], **columns)
 
     def __repr__(self) -> str:
@@ -131,10 +121,22 @@ class Trace:
         )
 
 
-def _dense(ids):
+def dense(ids: np.ndarray) -> dict[str, object]:
     """Return ids numbered anew without gaps, in their order, and how many there are."""
-    unique, dense = np.unique(ids, return_inverse=True)
-    return {"block_ids": dense.astype(np.int32), "unique_blocks": len(unique)}
+    unique, numbers = np.unique(ids, return_inverse=True)
+    return {"block_ids": numbers.astype(np.int32), "unique_blocks": len(unique)}
+
+
+@njit(cache=True)
+def reordered(ids, offsets, order):
+    """Return some of the ragged rows, in the order given, and their offsets."""
+    ends = np.zeros(len(order) + 1, np.int64)
+    for new, old in enumerate(order):
+        ends[new + 1] = ends[new] + offsets[old + 1] - offsets[old]
+    out = np.empty(ends[-1], ids.dtype)
+    for new, old in enumerate(order):
+        out[ends[new] : ends[new + 1]] = ids[offsets[old] : offsets[old + 1]]
+    return out, ends
 
 
 def save_trace(trace: Trace, path: str | Path) -> None:
@@ -189,7 +191,7 @@ def _check_columns(values):
     ids, offsets, arrival_s = (values[name] for name in ("block_ids", "offsets", "arrival_s"))
     unique, requests = int(values["unique_blocks"]), len(arrival_s)
     _want(len(offsets) == requests + 1, "offsets must be one more than requests")
-    for name in _OF_REQUESTS:
+    for name in OF_REQUESTS:
         _want(len(values[name]) == requests, f"{name} must be one a request")
     ends = offsets[0] == 0 and offsets[-1] == len(ids)
     _want(ends and np.all(offsets[1:] >= offsets[:-1]), "offsets must ascend over block_ids")

@@ -7,18 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from kvttl.traces import opening
 from kvttl.traces.builder import DenseIds, TraceBuilder
-from kvttl.traces.opening import head, session_lines, text_lines, whole
-from kvttl.traces.source import (
-    SUBAGENT_TIMES,
-    Source,
-    bar,
-    block_keys,
-    in_time,
-    number,
-    parsed,
-    tokens,
-)
+from kvttl.traces.opening import head, text_lines, whole
+from kvttl.traces.source import SUBAGENT_TIMES, Source, bar, block_keys, in_time, number, parsed
+from kvttl.traces.source import tokens as whole_tokens
 
 SCOPES = ("local", "global")
 _FINISH = {"tool_use": 1, "end_turn": 2, "stop_sequence": 2}  # -> an index into trace.FINISH
@@ -74,7 +67,7 @@ def _contents(file, count, source) -> Iterator[tuple[int, str, bytes | bytearray
         if content is not None:
             yield 0, place, content
         return
-    for row, (line, content) in enumerate(session_lines(file, source)):
+    for row, (line, content) in enumerate(text_lines(file, source, limit=opening.SESSION_LIMIT)):
         yield row, f"{file}, line {line}", content
 
 
@@ -112,7 +105,7 @@ class _Sessions:
     def _add_request(self, request, owner, session, at_s, size):
         keys = block_keys(request, "hash_ids")
         prompt = self.source.prompt(request, "in", keys, size, covered=True)
-        output = tokens(request, "out", 0)
+        output = whole_tokens(request, "out", 0)
         scope = self.source.number((owner, request.get("model")))
         keys = self.raw.ids(keys).astype(np.int64) | (scope << 32)
         took_s = request.get("api_time")  # a hint: what is no time is unknown
@@ -131,10 +124,8 @@ class _Sessions:
         shown = self.found - {"unclear"}
         if not told and (len(shown) > 1 or self.found == {"unclear"}):
             problem = "disagree" if shown else "may be from the session's start or from the marker"
-            ask = "say which: --subagent-times, SUBAGENT_TIMES="
-            raise ValueError(
-                f"the times (t) of sub-agents {problem}; {ask} {' or '.join(SUBAGENT_TIMES)}"
-            )
+            ask = f"say which: --subagent-times, SUBAGENT_TIMES= {' or '.join(SUBAGENT_TIMES)}"
+            raise ValueError(f"the times (t) of sub-agents {problem}; {ask}")
         if "relative" in (told, *(() if told else shown)):
             self.builder.set_arrivals(self.relative_s)
         return self.builder
