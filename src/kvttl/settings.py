@@ -1,7 +1,6 @@
 """The tuned settings on disk: `HeuristicConfig` as a small commented YAML file."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -59,7 +58,7 @@ def load_settings(path: str | Path | None = None) -> HeuristicConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def settings_from(values: Mapping[str, object]) -> HeuristicConfig:
+def settings_from(values: dict[str, object]) -> HeuristicConfig:
     """Return the settings that a mapping holds; a wrong name is answered with the nearest one.
 
     Examples

@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
-from operator import itemgetter
 
 _HOW_TO_CALL = (
     "You may call a function by answering with nothing but one line of JSON: "
@@ -117,7 +116,7 @@ def _joined(turns):
     """Return the turns with those of one role in a row made one."""
     return [
         {"role": role, "content": "\n\n".join(filter(None, (turn["content"] for turn in run)))}
-        for role, run in groupby(turns, key=itemgetter("role"))
+        for role, run in groupby(turns, key=lambda turn: turn["role"])
     ]
 
 

@@ -1,7 +1,6 @@
 """What the reports of all benchmarks share."""
 
 import json
-import math
 import os
 import platform
 import sys
@@ -54,7 +53,7 @@ def _versions(packages):
 
 def percentiles(name: str, values_ms: Sequence[float]) -> dict[str, float]:
     """Return p50, p90 and p99 in ms as ``<name>_p50_ms`` ...; NaN where nothing was measured."""
-    values = np.percentile(values_ms, _RANKS) if len(values_ms) else [math.nan] * len(_RANKS)
+    values = np.percentile(values_ms, _RANKS) if len(values_ms) else [np.nan] * len(_RANKS)
     return {f"{name}_p{rank}_ms": float(value) for rank, value in zip(_RANKS, values)}
 
 

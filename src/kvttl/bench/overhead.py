@@ -12,7 +12,6 @@ import argparse
 import threading
 import time
 import timeit
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +73,7 @@ def _timed(cache, request, sampling):
     return time.perf_counter() - start_s, made.decision
 
 
-def mode_figures(name: str, calls: Sequence[tuple[float, DecisionRecord]]) -> dict[str, float]:
+def mode_figures(name: str, calls: list[tuple[float, DecisionRecord]]) -> dict[str, float]:
     """Return percentiles (ms) of what a mode added to the calls, and of the engine's share."""
     records = [record for _, record in calls]
     called_ms, engine_ms = np.array([(s, record.generate_s) for s, record in calls]).T * 1e3

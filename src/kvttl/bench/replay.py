@@ -7,9 +7,7 @@ slow all alike. Ends with one line of JSON; the report is data/reports/replay.js
 
 import argparse
 import os
-import sys
 import timeit
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +42,7 @@ def bench_trace():
     return agent_loops(6_000, seed=0, block_tokens=512, system_blocks=12, turn_blocks=3.0)
 
 
-def median_seconds(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def median_seconds(jobs: dict, repeats: int) -> dict[str, float]:
     """Time jobs in turns, after one unmeasured call each; returns the medians."""
     for job in jobs.values():
         job()  # compiles
@@ -135,4 +133,4 @@ def _lines(trace, figures):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

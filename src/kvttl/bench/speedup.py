@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import time
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +51,8 @@ class BenchPlan:
 
     def workloads(self, model: str) -> dict[tuple[str, int], Workload]:
         """Return every workload by name and seed."""
-        wanted = product(self.requests, self.seeds)
-        return {(n, seed): make_workload(n, seed, count, model) for (n, count), seed in wanted}
+        wanted = [(name, seed, n) for name, n in self.requests for seed in self.seeds]
+        return {(name, seed): make_workload(name, seed, n, model) for name, seed, n in wanted}
 
 
 # Few requests, but enough of them that a hot tier of a quarter holds more than a prompt.

@@ -6,7 +6,6 @@ intervals (Student's t). Comparisons are paired: the same seed, the same request
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -246,7 +245,7 @@ def _panel(axes, part):
 
 
 def write_report(
-    result: BenchResult, settings: Mapping[str, HeuristicConfig], figures: dict, folder: Path
+    result: BenchResult, settings: dict[str, HeuristicConfig], figures: dict, folder: Path
 ) -> str:
     """Write the tables, the figures, the settings and the picture; returns the text."""
     folder.mkdir(parents=True, exist_ok=True)

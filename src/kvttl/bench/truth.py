@@ -4,8 +4,6 @@ Twice: by `kvttl.replay.engine`, which knows a capacity and a policy, and by
 `kvttl.lmcache.model`, which knows LMCache's own rules and runs the manager's code.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 import pandas as pd
 
@@ -21,7 +19,7 @@ KEYS = ["workload", "hot_share", "contender"]
 _COLUMNS = [f"hit_{tier}" for tier in TIERS]
 
 
-def replay_truth(result: object, settings: Mapping[str, HeuristicConfig]) -> pd.DataFrame:
+def replay_truth(result: object, settings: dict[str, HeuristicConfig]) -> pd.DataFrame:
     """Compare predictions with measurements of all contenders on LMCache.
 
     Parameters

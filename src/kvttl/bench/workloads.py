@@ -7,7 +7,6 @@ shares the same share of its tokens: perplexity, hits and TTFT are then real.
 
 import os
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -181,7 +180,7 @@ def _with_text(trace, seed, model, scaled):
         session, blocks = int(trace.sessions[row]), trace.request(row).tolist()
         length = _length(int(trace.prompt_tokens[row]) * scales[session])
         known = next((n for n, block in enumerate(blocks) if block not in owner), len(blocks))
-        shared: Sequence[int] = ()
+        shared = ()
         if known:
             prefix = int(known * trace.block_tokens * scales[session])
             shared = made[owner[blocks[known - 1]]].tokens[: min(prefix, length)]

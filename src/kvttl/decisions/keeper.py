@@ -7,7 +7,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from caching_heuristics import TIERS
 from kvttl.decisions.log import DecisionLog, DecisionRecord
@@ -50,6 +50,7 @@ def _size_bytes(record):
     return _RECORD_BYTES + key_bytes * len(record.chunk_keys) + 4 * len(record.prompt or "")
 
 
+@dataclass(eq=False)
 class RecordKeeper:
     """Keeps records, and passes them on.
 
@@ -65,16 +66,14 @@ class RecordKeeper:
         Gets one line about each record.
     """
 
-    def __init__(
-        self,
-        max_records: int,
-        log: DecisionLog | None = None,
-        metrics: DecisionMetrics | None = None,
-        notify: Callable[[str], object] | None = None,
-    ) -> None:
-        self.records = RecentRecords(max_records, _MAX_BYTES)
+    max_records: int
+    log: DecisionLog | None = None
+    metrics: DecisionMetrics | None = None
+    notify: Callable[[str], object] | None = None
+
+    def __post_init__(self) -> None:
+        self.records = RecentRecords(self.max_records, _MAX_BYTES)
         self._keeping = threading.Lock()
-        self._log, self._metrics, self._notify = log, metrics, notify
 
     def keep(self, record: DecisionRecord) -> DecisionRecord:
         """Return the record after it has gone everywhere; it then says what went wrong there."""
@@ -84,10 +83,10 @@ class RecordKeeper:
         with self._keeping:
             self.records.append(record)
         try:
-            if self._metrics is not None:
-                self._metrics.observe(record)
-            for line in notices(record) if self._notify else ():
-                self._notify(line)
+            if self.metrics is not None:
+                self.metrics.observe(record)
+            for line in notices(record) if self.notify else ():
+                self.notify(line)
         except Exception:
             logger.exception("telling about a decision failed")
         return record
@@ -98,8 +97,8 @@ class RecordKeeper:
         A claim before its KV moves: a process that is killed meanwhile must not lose it.
         """
         try:
-            if self._log is not None:
-                self._log.append(record)
+            if self.log is not None:
+                self.log.append(record)
         except Exception as error:  # a full disk; or a value that no JSON can hold
             logger.warning("the decision log cannot be written: %s", error)
             return f"the decision log cannot be written: {type(error).__name__}: {error}"

@@ -10,8 +10,6 @@ times in the engine are made up.
 import argparse
 import hashlib
 import heapq
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +154,7 @@ def _has_decisions(folder):
     return any(record.ttl_s for record in read_records(folder, kinds=("generation",)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Write the sample; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=18)
@@ -170,4 +168,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def salt_of(key: str) -> str:
     return key.partition("@")[2]
 
 
-def adapter_content(lora_request: Any) -> Mapping[str, Any] | None:
+def adapter_content(lora_request: Any) -> dict[str, Any] | None:
     """Return what identifies a LoRA adapter's weights, whatever its name and number are.
 
     Raises

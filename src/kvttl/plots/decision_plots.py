@@ -5,7 +5,6 @@ Equal data give equal figures, and equal bytes when saved by `kvttl.plots.export
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from operator import attrgetter
 
 import numpy as np
 from matplotlib.colors import LogNorm
@@ -176,7 +175,7 @@ def plot_timeline(records: Sequence[DecisionRecord], labels: Sequence[str] | Non
     """
     names = dict(zip((r.prompt_digest for r in records), labels)) if labels else {}
     shown = [r for r in records if r.kind in ("generation", "expiry")]
-    shown.sort(key=attrgetter("time_s"))
+    shown.sort(key=lambda record: record.time_s)
     uses = Counter(record.prompt_digest for record in shown)
     kept = {digest for digest, _ in uses.most_common(_MAX_ROWS)}
     rows = {digest: row for row, digest in enumerate(d for d in uses if d in kept)}

@@ -4,7 +4,6 @@ They see a flat stream of block accesses of size 1: no prefixes, tiers or TTLs.
 libCacheSim (libcachesim 0.3.5): https://github.com/1a1a11a/libCacheSim
 """
 
-import math
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -66,7 +65,7 @@ class BaselineFile(ExitStack):
 
         size = _size(capacity, self.trace)
         if 0 < size < LEAST_BLOCKS.get(policy, 0):
-            return math.nan
+            return np.nan
         cache, kind = _cache(policy, size), libcachesim.TraceType.ORACLE_GENERAL_TRACE
         if not self.trace.accesses or cache is None:
             return 0

@@ -3,7 +3,6 @@
 import argparse
 import sys
 import time
-from collections.abc import Sequence
 
 import msgspec
 
@@ -47,7 +46,7 @@ def _one_capacity(text):
         raise ValueError(f"CAPACITY must be {wanted}, got {text!r}") from None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Replay and print; returns the exit status."""
     options = _options(argv)
     # What is not known, NaN, is null.

@@ -1,7 +1,6 @@
 """What a replay found: hits by request and tier, memory-time, tokens moved."""
 
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 
@@ -93,8 +92,8 @@ class ReplayResult:
 
     def moved(self) -> dict[str, int]:
         """Return the tokens moved, by way: ``{"none→gpu": 512, ...}``."""
-        ways = zip(product(PLACES, PLACES), self.moved_tokens.flat)
-        return {f"{a}→{b}": int(tokens) for (a, b), tokens in ways if tokens}
+        ways = np.ndenumerate(self.moved_tokens)
+        return {f"{PLACES[a]}→{PLACES[b]}": int(tokens) for (a, b), tokens in ways if tokens}
 
     def moved_bytes(self, bytes_per_token: float) -> dict[str, float]:
         """Return `moved` in bytes, for a KV cache of so many bytes a token."""

@@ -2,7 +2,6 @@
 
 import random
 import time
-from collections.abc import Sequence
 
 from caching_heuristics import TIERS
 from kvttl.replay.costs import TierCosts, fit_costs
@@ -12,7 +11,7 @@ from kvttl.session.texts import random_words
 
 def calibrate(
     cache: object,
-    words: Sequence[int] = (60, 240),
+    words: tuple[int, ...] = (60, 240),
     repeats: int = 3,
     bytes_per_token: float = TierCosts.bytes_per_token,
     seed: int = 0,

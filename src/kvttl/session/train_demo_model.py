@@ -7,7 +7,6 @@ the weights are made here from a seed.
 
 import argparse
 import ast
-import inspect
 import json
 import math
 import shutil
@@ -72,8 +71,7 @@ def docstrings(source: str) -> str:
     """Return all docstrings of a module as paragraphs of prose."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, documented))
-    texts = (ast.get_docstring(node) for node in nodes)
-    return "\n\n".join(inspect.cleandoc(text) for text in texts if text)
+    return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
 
 
 def held_out(index: int) -> str:

@@ -1,7 +1,6 @@
 """What the three services are: their command lines, and how to recognise each when it runs."""
 
 import contextlib
-import itertools
 import json
 import logging
 import os
@@ -48,8 +47,8 @@ def arguments_of(name: str, config: StackConfig) -> list[str]:
             arguments += ["--checkpoint-interval", str(config.directory_checkpoint_s)]
         return arguments
     adapters = map(adapter_settings, config.storage.keys(), config.storage.values())
-    named = (("--l2-adapter", json.dumps(adapter)) for adapter in adapters)
-    return [*_SERVER.format(config).split(), *itertools.chain.from_iterable(named)]
+    named = (part for adapter in adapters for part in ("--l2-adapter", json.dumps(adapter)))
+    return [*_SERVER.format(config).split(), *named]
 
 
 # No value in them has a space in it.

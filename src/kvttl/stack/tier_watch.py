@@ -4,7 +4,6 @@ LMCache reports a store that failed to nobody but its log.
 """
 
 import os
-from collections.abc import Callable
 
 from kvttl.background import Repeater
 from kvttl.lmcache.client import TIERS_PATH
@@ -22,7 +21,7 @@ def _try_redis(host, port):
 
 
 # What tries a tier, by the tier's address; a tier without one counts as healthy.
-TRY_OF: dict[str, Callable[..., None]] = {"disk": probe_folder, "remote": _try_redis}
+TRY_OF = {"disk": probe_folder, "remote": _try_redis}
 
 
 def watch_tiers(server_arguments: list[str]) -> None:

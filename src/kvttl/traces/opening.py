@@ -105,6 +105,11 @@ def text_lines(path: Path, source, bar=lambda size: None, limit: int = 0) -> Ite
                 yield number, line
 
 
+def session_lines(path: Path, source) -> Iterator[tuple[int, bytes]]:
+    """Return the `text_lines` of agentic sessions, which are longer."""
+    return text_lines(path, source, limit=SESSION_LIMIT)
+
+
 def _line(file, limit, path, number):
     try:
         return file.readline(limit)

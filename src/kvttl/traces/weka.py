@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from kvttl.traces import opening
 from kvttl.traces.builder import DenseIds, TraceBuilder
 from kvttl.traces.opening import head, text_lines, whole
 from kvttl.traces.source import SUBAGENT_TIMES, Source, bar, block_keys, in_time, number, parsed
@@ -67,7 +66,7 @@ def _contents(file, count, source) -> Iterator[tuple[int, str, bytes | bytearray
         if content is not None:
             yield 0, place, content
         return
-    for row, (line, content) in enumerate(text_lines(file, source, limit=opening.SESSION_LIMIT)):
+    for row, (line, content) in enumerate(session_lines(file, source)):
         yield row, f"{file}, line {line}", content
 
 
