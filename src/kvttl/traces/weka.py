@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from kvttl.traces.builder import DenseIds, TraceBuilder
-from kvttl.traces.opening import head, text_lines, whole
+from kvttl.traces.opening import head, session_lines, text_lines, whole
 from kvttl.traces.source import SUBAGENT_TIMES, Source, bar, block_keys, in_time, number, parsed
 from kvttl.traces.source import tokens as whole_tokens
 
