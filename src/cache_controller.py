@@ -247,9 +247,7 @@ class LocalLMCacheController(InProcessController):
 
     def tokenize(self, prompt: str) -> list[int]:
         """Return the attached engine's tokens, else the prompt's UTF-8 bytes."""
-        if self._tokenizer is None:
-            return list(prompt.encode())
-        return super().tokenize(prompt)
+        return list(prompt.encode()) if self._tokenizer is None else super().tokenize(prompt)
 
     def store(
         self, tokens: Sequence[int], payloads: Sequence[bytes] | None = None, cache_salt: str = ""

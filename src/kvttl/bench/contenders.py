@@ -28,6 +28,7 @@ from kvttl.session.calibrate import calibrate
 from kvttl.session.launch import be_quiet, greedy, managed, say_unused, session_folder
 from kvttl.stack.config import PORT_FIELDS, StackConfig, engine_kwargs, load_config
 from kvttl.stack.lifecycle import LMCacheStack
+from kvttl.stack.process import comes_true
 
 MAIN_SHARE = 0.25  # of the working set, in the hot tier
 ANSWER_TOKENS = 4  # a TTFT needs one; a perplexity from the answer some more
@@ -214,11 +215,8 @@ class LMCacheRunner(Runner):
             self._cache = self._pass.enter_context(managed(stack, self.llm, settings, **options))
 
     def _empty(self):
-        deadline_s = time.monotonic() + 30.0
-        while keys := self._look.layout_of().keys:
-            self._look.discard(keys)
-            if time.monotonic() > deadline_s:
-                raise RuntimeError(f"LMCache does not give up {len(keys)} chunks")
+        if not comes_true(lambda: not self._look.discard(self._look.layout_of().keys), 30.0):
+            raise RuntimeError("LMCache does not give up all chunks")
         self.settle()
 
     def advance(self, arrival_s: float) -> None:

@@ -9,19 +9,18 @@ import argparse
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from kvttl import PROJECT
 from kvttl.bench.figures import machine, percentiles, publish
 from kvttl.decisions.sample import FILE_NAME
-from kvttl.stack.process import Child
+from kvttl.stack.process import Child, comes_true
 from kvttl.stack.services import pick_ports
 
 APP_NOTEBOOK = Path("notebooks/04_ttl_and_tier_plots.ipynb")  # that `make app` serves
@@ -70,20 +69,13 @@ def running(command: Sequence[str], port: int, folder: Path, **environment: str)
         popen = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
     server = Child("server", popen.pid, time.time(), log, popen)
     try:
-        _wait_until_up(server, port)
+        comes_true(lambda: server.listens_on(port) or not server.alive(), _START_S)
+        if not server.listens_on(port):
+            tail = "\n".join(["The server's log ends with:", *server.last_lines(15)])
+            raise RuntimeError(f"nothing answers on port {port}. {tail}")
         yield f"http://127.0.0.1:{port}"
     finally:
         server.stop(_STOP_S)  # its kernels too
-
-
-def _wait_until_up(server, port):
-    deadline_s = time.monotonic() + _START_S
-    while time.monotonic() < deadline_s and server.alive():
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2):
-            return
-        time.sleep(0.1)
-    tail = "\n".join(server.last_lines(15))
-    raise RuntimeError(f"nothing answers on port {port}. The server's log ends with:\n{tail}")
 
 
 @contextmanager

@@ -172,9 +172,7 @@ class WindowSampler:
             ids = self.chat(n_tokens)
         else:
             ids = self.passage(n_tokens)
-        if self.rng.random() < self.NO_BOS_SHARE:
-            return ids
-        return np.concatenate([[BOS], ids[:-1]])
+        return ids if self.rng.random() < self.NO_BOS_SHARE else np.concatenate([[BOS], ids[:-1]])
 
     def batch(self, phase: Phase) -> torch.Tensor:
         """Return ids of shape (batch, seq_tokens)."""

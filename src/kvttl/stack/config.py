@@ -217,19 +217,15 @@ def load_config(path: str | Path = "config.yaml", **overrides) -> StackConfig:
     ValueError
         No such file, an unknown key, a wrong type or a value out of range.
     """
-    file = _find_file(user_path(path))
+    path = user_path(path)
+    file = next((file for file in (path, PROJECT / path) if file.is_file()), None)
+    if file is None:
+        raise ValueError(f"config file {str(path)!r} not found here ({Path.cwd()}) nor beside src/")
     config = StackConfig(**{**_read_section(file), **overrides})
     # A relative folder means "beside config.yaml", whatever the caller's directory is.
     base = file.parent.resolve()
     folders = {"disk_path": config.disk_path, "run_dir": config.run_dir}
     return config.replaced(**{name: str(base / user_path(f)) for name, f in folders.items()})
-
-
-def _find_file(path: Path) -> Path:
-    for candidate in (path, PROJECT / path):
-        if candidate.is_file():
-            return candidate
-    raise ValueError(f"config file {str(path)!r} not found here ({Path.cwd()}) nor beside src/")
 
 
 def _read_section(file: Path) -> dict:

@@ -172,7 +172,6 @@ def _reply(address):
 
 
 def _speaks_tls(address):
-    with contextlib.suppress(OSError), socket.create_connection(address, _LOOK_S) as plain:
-        with ssl._create_unverified_context().wrap_socket(plain):
-            return True
+    with contextlib.suppress(OSError):
+        return bool(ssl.get_server_certificate(address, timeout=_LOOK_S))
     return False

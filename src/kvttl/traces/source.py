@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from kvttl.traces.opening import DAMAGE, text_lines
 
@@ -237,8 +238,8 @@ def _signed(value):
 def records(files, source: Source):
     """Yield (file and line, record) of JSON-lines files; bad JSON is a bad line."""
     for path in files:
-        with bar(source, os.path.getsize(path), path.name) as count:
-            for line_number, line in text_lines(path, source, count):
+        with bar(source, os.path.getsize(path), path.name) as shown:
+            for line_number, line in text_lines(path, source, shown.update):
                 with source.place(place := f"{path}, line {line_number}"):
                     yield place, parsed(line)
 
@@ -255,13 +256,7 @@ def parsed(line: bytes) -> dict:
     return record
 
 
-@contextmanager
 def bar(source: Source, total: int, name: str, unit: str = "B"):
-    """Give a function that counts bytes or files, or does nothing; shown after a second only."""
-    if not source.progress:
-        yield lambda n: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc=name, unit=unit, unit_scale=True, delay=1) as shown:
-        yield shown.update
+    """Return a bar that counts bytes or files; shown after a second only, or not at all."""
+    look = {"unit_scale": True, "delay": 1, "disable": not source.progress}
+    return tqdm(total=total, desc=name, unit=unit, **look)

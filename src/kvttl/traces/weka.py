@@ -33,13 +33,13 @@ def read_weka(files: Sequence[Path], source: Source) -> TraceBuilder:
     starts_s = np.cumsum(rng.exponential(3600.0 / source.sessions_per_hour, len(chosen)))
     turns = {units[unit]: turn for turn, unit in enumerate(chosen)}
     sessions = _Sessions(source)
-    with bar(source, len(turns), "reading", " sessions") as count:
+    with bar(source, len(turns), "reading", " sessions") as shown:
         for file in dict.fromkeys(file for file, _ in turns):
             for row, place, content in _contents(file, counts[file], source):
                 if (turn := turns.get((file, row))) is not None:
                     with source.place(place):
                         sessions.add(parsed(content), turn, float(starts_s[turn]))
-                    count(1)
+                    shown.update()
     return sessions.finish(counts if len(turns) < len(units) else {})
 
 
