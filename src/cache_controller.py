@@ -296,18 +296,15 @@ class LocalLMCacheController(InProcessController):
         held = layout.of(request.here)  # one that is held nowhere is not under way here
         keys = [layout.keys[i] for i in due if held[i]]
         with self._lock:
+            source, target = self.backends[request.source], self.backends[request.target]
             for key in keys:
-                self._copy(key, request.source, request.target)
+                if key not in target and (payload := source.get(key)) is not None:
+                    target.set(key, payload, self._ttl_s)
             return self._keep_from(request.target, request.source, keys)
 
     def _hottest(self, key):
         values = (self.backends[tier].get(key) for tier in TIERS)
         return next((value for value in values if value is not None), None)
-
-    def _copy(self, key, source, target):
-        payload = None if key in self.backends[target] else self.backends[source].get(key)
-        if payload is not None:
-            self.backends[target].set(key, payload, self._ttl_s)
 
     def _delete(self, key, tiers):
         for tier in tiers:

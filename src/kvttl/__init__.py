@@ -143,9 +143,8 @@ def parse_yaml(path: Path) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > _YAML_DEPTH or isinstance(event, yaml.AliasEvent):
-                raise ValueError(
-                    f"aliases, or more than {_YAML_DEPTH} levels, are not for settings"
-                )
+                too_much = f"aliases, or more than {_YAML_DEPTH} levels"
+                raise ValueError(f"{too_much}, are not for settings")
         return yaml.safe_load(text)
     except Exception as error:  # PyYAML raises half a dozen kinds at what it does not know
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())[:300]}") from error

@@ -186,10 +186,9 @@ class ManagedChatModel(BaseChatModel):
 
 
 def _elsewhere(what):
-    return NotImplementedError(
-        f"{what} by a model in this process: use the served endpoint (`make serve`) with "
-        "langchain_openai.ChatOpenAI(base_url='http://127.0.0.1:8000/v1', ...)"
-    )
+    served = "the served endpoint (`make serve`) with langchain_openai.ChatOpenAI"
+    address = "(base_url='http://127.0.0.1:8000/v1', ...)"
+    return NotImplementedError(f"{what} by a model in this process: use {served}{address}")
 
 
 def _offered(tools, choice):

@@ -141,17 +141,14 @@ def latest_log(data_folder: str | Path = "data") -> Path:
     for log in user_path(data_folder).glob("runs/*/*.jsonl"):
         newest[log.parent] = max(log.stat().st_mtime, newest.get(log.parent, 0.0))
     runs = sorted(newest, key=lambda folder: (newest[folder], folder.name), reverse=True)
-    return next(filter(_has_decisions, runs), user_path(data_folder) / FILE_NAME)
+    made = (run for run in runs if any(r.ttl_s for r in read_records(run, ("generation",))))
+    return next(made, user_path(data_folder) / FILE_NAME)
 
 
 def settings_of(log: str | Path) -> HeuristicConfig:
     """Return the settings that a run was made with: those in its folder, else the defaults."""
     log = user_path(log)
     return load_settings(log / SETTINGS_FILE) if log.is_dir() else HeuristicConfig()
-
-
-def _has_decisions(folder):
-    return any(record.ttl_s for record in read_records(folder, kinds=("generation",)))
 
 
 def main(argv: list[str] | None = None) -> int:

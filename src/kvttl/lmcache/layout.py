@@ -114,10 +114,10 @@ class BaseController(ABC):
             If no engine is attached: LMCache 0.5.6 has no tokenizer of its own.
         """
         if self._tokenizer is None:
-            raise LMCacheError(
-                "no tokenizer: attach the engine with set_llm(llm) first "
-                "(the LMCache server has no /tokenize)"
+            advice = (
+                "attach the engine with set_llm(llm) first (the LMCache server has no /tokenize)"
             )
+            raise LMCacheError(f"no tokenizer: {advice}")
         return self._tokenizer
 
     def tokenize(self, prompt: str) -> list[int]:

@@ -44,9 +44,8 @@ class ServerLease:
     def check(self) -> None:
         """Raise AlreadyManaged if this lease was taken over."""
         if self._socket is None:
-            raise AlreadyManaged(
-                f"a later manager of this process has taken over LMCache server {self._server}"
-            )
+            taken_over = f"has taken over LMCache server {self._server}"
+            raise AlreadyManaged(f"a later manager of this process {taken_over}")
 
     def release(self) -> None:
         """Let another manager have the server."""

@@ -20,10 +20,8 @@ _STREAMS = 2_048  # connections that may wait to be accepted
 def check_exposure(host: str, api_key: str | None) -> None:
     """Raise a ValueError where the network could use the server without a key."""
     if host not in LOOPBACK and not api_key:
-        raise ValueError(
-            f"host must be loopback ({', '.join(LOOPBACK)}) without an API key, got {host!r}: "
-            f"set {KEY_VARIABLE} or give --api-key-file"
-        )
+        problem = f"host must be loopback ({', '.join(LOOPBACK)}) without an API key, got {host!r}"
+        raise ValueError(f"{problem}: set {KEY_VARIABLE} or give --api-key-file")
 
 
 @contextmanager

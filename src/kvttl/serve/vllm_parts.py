@@ -26,10 +26,8 @@ def vllm_parts() -> SimpleNamespace:
     try:
         found = {name: _first_of(*paths.split()) for name, paths in PARTS.items()}
     except (ImportError, AttributeError) as error:
-        raise RuntimeError(
-            f"serving needs vLLM {VLLM}, and vLLM {vllm.__version__} is installed, "
-            f"which lacks a part of it: {error}"
-        ) from error
+        there = f"vLLM {vllm.__version__} is installed, which lacks a part of it"
+        raise RuntimeError(f"serving needs vLLM {VLLM}, and {there}: {error}") from error
     return SimpleNamespace(**found)
 
 

@@ -138,10 +138,8 @@ def progress(what: str, about_s: float):
 def _need(package):
     """Raise a StackError with the next step where a package is not in this Python."""
     if importlib.util.find_spec(package) is None:
-        raise StackError(
-            f"{package} is not installed for {sys.executable}: run `make install`, then choose "
-            "the kernel of .venv (`make lab` does)"
-        )
+        advice = "run `make install`, then choose the kernel of .venv (`make lab` does)"
+        raise StackError(f"{package} is not installed for {sys.executable}: {advice}")
 
 
 def be_quiet():

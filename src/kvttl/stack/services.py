@@ -157,10 +157,9 @@ def check_shares_nothing(config: StackConfig) -> None:
         other = server_settings(base)  # one that is dead is listed for a while
         for field, value in ours.items():
             if other.get(field) == value:
-                raise StackError(
-                    f"the LMCache server at {base} has {field} = {value!r} too: each server "
-                    "under one coordinator needs an instance_id, a disk_path and a Redis of its own"
-                )
+                need = "each server under one coordinator needs an instance_id, a disk_path and"
+                same = f"the LMCache server at {base} has {field} = {value!r} too"
+                raise StackError(f"{same}: {need} a Redis of its own")
 
 
 def _storage(config):
@@ -196,11 +195,10 @@ def _is_our_server(config: StackConfig) -> bool:
     wanted |= {"coordinator": config.coordinator_url, **_storage(config)}
     for field, value in wanted.items():
         if settings.get(field) != value:
-            raise StackError(
-                f"the LMCache server on port {config.server_http_port} runs with {field} = "
-                f"{settings.get(field)!r}, but {value!r} is asked for: `make down` first, "
-                "or use the same settings, or ask for free ports"
-            )
+            runs = f"the LMCache server on port {config.server_http_port} runs with {field} ="
+            advice = "`make down` first, or use the same settings, or ask for free ports"
+            asked = f"{settings.get(field)!r}, but {value!r} is asked for"
+            raise StackError(f"{runs} {asked}: {advice}")
     return True
 
 

@@ -21,11 +21,8 @@ _LOOK_S = 1.0
 _RIGHTS = "+ping +set +mget +get +exists +strlen +scan +del ~*"
 _UNTRUSTED = "give ?ssl_ca_certs=<file> with the certificate of who signed it"
 _OTHER_NAME = "use a name that it holds, or ?ssl_check_hostname=false"
-_CERTIFICATES = {
-    10: "renew it on the server",
-    62: _OTHER_NAME,
-    64: _OTHER_NAME,
-}  # by OpenSSL's code
+# By OpenSSL's code.
+_CERTIFICATES = {10: "renew it on the server", 62: _OTHER_NAME, 64: _OTHER_NAME}
 _NO_CLUSTER = "it is a node of a Redis Cluster, which is not supported"
 _REPLICA = "it is a replica: give the address of the master"
 _ERRORS = redis.exceptions
