@@ -114,10 +114,8 @@ class BaseController(ABC):
             If no engine is attached: LMCache 0.5.6 has no tokenizer of its own.
         """
         if self._tokenizer is None:
-            advice = (
-                "attach the engine with set_llm(llm) first (the LMCache server has no /tokenize)"
-            )
-            raise LMCacheError(f"no tokenizer: {advice}")
+            advice = "attach the engine with set_llm(llm) first"
+            raise LMCacheError(f"no tokenizer: {advice} (the LMCache server has no /tokenize)")
         return self._tokenizer
 
     def tokenize(self, prompt: str) -> list[int]:
