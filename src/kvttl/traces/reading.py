@@ -69,7 +69,10 @@ def read_trace(
     ...     read_trace(file)
     Trace(1 requests, 2 accesses, 2 unique blocks of 512 tokens, 0 s)
     """
-    path, source = user_path(path), Source(**options)
+    return _read(user_path(path), format, Source(**options), cache_dir)
+
+
+def _read(path, format, source, cache_dir):
     if not path.exists():
         raise FileNotFoundError(f"there is no trace at {path}")
     if path.suffix == ".npz":
@@ -90,7 +93,7 @@ def read_trace(
         try:
             return load_trace(cached)
         except ValueError as error:
-            warnings.warn(f"{error}; {path} is read anew", stacklevel=2)
+            warnings.warn(f"{error}; {path} is read anew", stacklevel=3)
     trace = FORMATS[name].read(files, source).finish(path.name, source.skipped)
     if not trace.requests:
         skipped = f": {source.skipped} bad lines skipped, the first: {source.first_bad}"
