@@ -339,8 +339,8 @@ def test_a_damaged_gzip_of_lines_is_an_error_also_where_bad_lines_are_skipped(tm
         with pytest.raises(ValueError, match=r"a\.jsonl\.gz, line \d+: "):
             read_trace(path, skip_bad=skip_bad)
     assert main(["--trace", str(path), "--cache-dir", ""]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {path}, line ") and error.count("\n") == 1
+    error = capsys.readouterr().err.splitlines()[-1]  # a slow machine shows a bar before it
+    assert error.startswith(f"error: {path}, line ")
     assert main(["--trace", str(tmp_path), "--format", "mooncake", "--cache-dir", ""]) == 1
 
 
