@@ -24,6 +24,7 @@ def agent_loops(
     turns: float = 12.0,
     pause_s: float = 10.0,
     sessions_per_hour: float = 120.0,
+    tool_share: float | None = None,
 ) -> Trace:
     """Generate sessions in which an agent's prompt grows turn by turn.
 
@@ -44,6 +45,9 @@ def agent_loops(
         published agentic sessions have median 10 s and 90 % under 168 s).
     sessions_per_hour : float
         Rate of new sessions (exponential gaps).
+    tool_share : float, optional
+        Share of a session's requests, the last one aside, that end with a tool call pending;
+        the others end a turn, and a person takes twelve times as long. Default: nobody says.
 
     Examples
     --------
@@ -56,6 +60,8 @@ def agent_loops(
         _check(name, given[name], 1)
     for name in ("pause_s", "sessions_per_hour"):
         _check(name, given[name], math.nextafter(0.0, 1.0))
+    if tool_share is not None and not 0 <= tool_share <= 1:
+        raise ValueError(f"tool_share must be None or 0..1, got {tool_share!r}")
     rng = np.random.default_rng(seed)
     builder = TraceBuilder(block_tokens)
     start_s, session, next_key = 0.0, 0, agents * system_blocks
@@ -67,18 +73,24 @@ def agent_loops(
         own = np.arange(next_key, next_key + added.sum())
         prompt = np.concatenate([np.arange(first, first + system_blocks), own])
         next_key += len(own)
-        at_s = start_s + np.cumsum(rng.lognormal(math.log(pause_s), 1.5, wanted))
-        for time_s, blocks in zip(at_s, system_blocks + np.cumsum(added)):
-            _add_turn(builder, rng, prompt[:blocks], float(time_s), session)
+        finish, slower = np.zeros(wanted, int), np.ones(wanted)
+        if tool_share is not None:
+            finish = np.where(rng.random(wanted) < tool_share, 1, 2)  # of `FINISH`
+            finish[-1] = 2
+            slower[1:] = np.where(finish[:-1] == 1, 1.0, 12.0)
+        at_s = start_s + np.cumsum(slower * rng.lognormal(math.log(pause_s), 1.5, wanted))
+        for time_s, blocks, end in zip(at_s, system_blocks + np.cumsum(added), finish.tolist()):
+            _add_turn(builder, rng, prompt[:blocks], float(time_s), session, end)
         session += 1
     return builder.finish(f"agent_loops({requests}, seed={seed})")
 
 
-def _add_turn(builder, rng, keys, time_s, session):
+def _add_turn(builder, rng, keys, time_s, session, finish):
     size = builder.block_tokens
     missing = int(rng.integers(0, size)) if rng.random() < 0.5 else 0
     tokens = len(keys) * size + missing  # half of the prompts have a tail without an id
-    builder.add(keys, time_s, tokens, int(rng.integers(1, 4 * size)), session)
+    output_tokens = int(rng.integers(1, 4 * size))
+    builder.add(keys, time_s, tokens, output_tokens, session, finish=finish)
 
 
 def _check(name, value, lowest):
