@@ -43,8 +43,8 @@ def watch(trace: Trace, capacity, session: int | None = None, **settings) -> Wat
     capacity : int or float
         As of `kvttl.replay.engine.replay`.
     session : int, optional
-        Of whose first prompt the last chunk is followed. Default: the longest of those that
-        begin after a quarter of the time and end before its last fifth.
+        Of whose first prompt the last chunk is followed. Default: the longest of those with at
+        most 40 requests that begin after a quarter of the time and end before its last fifth.
     **settings
         Of `Adaptive`.
 
@@ -99,6 +99,7 @@ def _events(trace):
 def _long_session(trace):
     spans = pd.Series(trace.arrival_s).groupby(trace.sessions).agg(["min", "max", "size"])
     inside = (spans["min"] > 0.25 * trace.span_s) & (spans["max"] < 0.8 * trace.span_s)
+    inside &= spans["size"] <= 40
     return (spans[inside] if inside.any() else spans)["size"].idxmax()
 
 

@@ -55,6 +55,7 @@ def plot_life(seen: Watched) -> Figure:
         index.plot(used_s, np.ones(len(used_s)), mark, label=label, **top)
     index.set_ylabel(_VALUE)
     ttl.set(xlabel="seconds since its first use", ylabel="TTL from then on (s)")
+    ttl.set_ylim(bottom=0.1)
     figure.legend(*index.get_legend_handles_labels(), **_ABOVE)
     return figure
 
@@ -93,7 +94,7 @@ def plot_settings(
     results = [replay(trace, name, capacity) for name in ("optimal", "recency")]
     figure, (hits, hazards) = open_axes(10, 4, 1, 2, width_ratios=[3, 2])
     for result in (*results, replay_online(trace, policy, "adaptive")):
-        look, over_time = POLICIES[result.policy], result.over_time(max(trace.span_s / 40, 1.0))
+        look, over_time = POLICIES[result.policy], result.over_time(max(trace.span_s / 39.9, 1.0))
         label = f"{result.policy}: {result.token_hit_ratio:.1%} of tokens"
         label += f", {saved_work(result):.1%} of the work"
         hits.plot(over_time["token_hit_ratio"], look.dash, color=look.colour, label=label)
@@ -105,7 +106,7 @@ def plot_settings(
     hazards.set(xlabel="seconds since the end", ylabel="expected uses a second, at the end")
     for axes in (hits, hazards):
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower left", **_SMALL)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), **_SMALL)
     return figure
 
 
