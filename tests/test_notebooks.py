@@ -114,7 +114,7 @@ def test_other_parameters_are_followed(name, tmp_path, monkeypatch):
         "04_ttl_and_tier_plots": f"129 records in {tmp_path}/sample.jsonl",
         "05_trace_replay": f"LRU hits: {hits} here",
         "06_speedup_benchmark": "'cpu': 'of the test'",
-        "08_learned_ttl": "sample Trace(456 requests",
+        "08_learned_ttl": "sample: TTL when the generation ends",
     }
     assert expected[name] in shown
     written = {path.name for path in (tmp_path / "data").glob("exports/*")}

@@ -57,11 +57,10 @@ def watch(trace: Trace, capacity, session: int | None = None, **settings) -> Wat
     """
     flat, (room, *_) = trace.without_tails(renumber=False), capacities(capacity, trace)
     policy = Adaptive(room, trace.block_tokens, **settings)
-    session = _long_session(trace) if session is None else session
-    hits, codes, ends, life = np.zeros(trace.requests, np.int64), {}, [], []
-    prompt, depth, resident = None, 0, False
+    followed = _Followed(trace, _long_session(trace) if session is None else session)
+    hits, codes, ends = np.zeros(trace.requests, np.int64), {}, []
     for request, is_end, now_s, is_over in _events(trace):
-        keys, used = flat.request(request).astype(np.int64), np.nan
+        keys = flat.request(request).astype(np.int64)
         if is_end:
             told = _REASONS[trace.finish[request]], int(trace.output_tokens[request])
             policy.end(request, now_s, *told)
@@ -72,20 +71,39 @@ def watch(trace: Trace, capacity, session: int | None = None, **settings) -> Wat
         else:
             policy.begin(keys, now_s, int(trace.prompt_tokens[request]))
             hits[request] = policy.hits[REAL]
-        if trace.sessions[request] == session and not is_end and len(keys) > depth:
-            depth = len(keys) - 1 if prompt is None else depth
-            prompt, resident, used = keys, True, float(hits[request] > depth)
-        if is_over:
-            gone = policy.make_room(int(policy.held_at(now_s)[0][REAL]) - room, now_s)
-            resident = resident and prompt[depth] not in gone
-        if prompt is not None:
-            said = policy.ask_index(prompt, now_s)
-            price = policy.prices()[0]
-            life.append((now_s, said.value[depth], price, said.ttl_s[depth], resident, used))
+            followed.use(request, keys, hits[request])
+        too_many = int(policy.held_at(now_s)[0][REAL]) - room if is_over else 0
+        followed.see(policy, now_s, policy.make_room(too_many, now_s) if is_over else ())
     told = [np.array(part) for part in zip(*(codes[request] for request in range(len(hits))))]
     ends = pd.DataFrame(ends, columns=["request", "seconds", "price", "index_in_force", "ttl_s"])
-    columns = ["seconds", "index", "price", "ttl_s", "resident", "hit"]
-    return Watched(trace, hits, *told, ends, _until_gone(pd.DataFrame(life, columns=columns)))
+    return Watched(trace, hits, *told, ends, followed.life())
+
+
+class _Followed:
+    """The last chunk of a session's first prompt."""
+
+    def __init__(self, trace, session):
+        self.own, self.rows, self.depth = trace.sessions == session, [], None
+
+    def use(self, request, keys, hit_blocks):
+        if self.own[request] and len(keys) > (self.depth or 0):
+            self.depth = len(keys) - 1 if self.depth is None else self.depth
+            self.prompt, self.resident, self.hit = keys, True, float(hit_blocks > self.depth)
+
+    def see(self, policy, now_s, gone):
+        if self.depth is not None:
+            self.resident = self.resident and self.prompt[self.depth] not in gone
+            said, price = policy.ask_index(self.prompt, now_s), policy.prices()[0]
+            said = said.value[self.depth], price, said.ttl_s[self.depth]
+            self.rows.append((now_s, *said, self.resident, self.hit))
+            self.hit = np.nan
+
+    def life(self):
+        """Return all rows until it is gone for good."""
+        columns = ["seconds", "index", "price", "ttl_s", "resident", "hit"]
+        life = pd.DataFrame(self.rows, columns=columns)
+        life["seconds"] -= life["seconds"].min()
+        return life.iloc[: int(np.flatnonzero(life["resident"]).max(initial=-1)) + 2]
 
 
 def _events(trace):
@@ -101,11 +119,6 @@ def _long_session(trace):
     inside = (spans["min"] > 0.25 * trace.span_s) & (spans["max"] < 0.8 * trace.span_s)
     inside &= spans["size"] <= 40
     return (spans[inside] if inside.any() else spans)["size"].idxmax()
-
-
-def _until_gone(life):
-    life["seconds"] -= life["seconds"].min()
-    return life.iloc[: int(np.flatnonzero(life["resident"]).max(initial=-1)) + 2]
 
 
 def classes(trace: Trace) -> np.ndarray:
