@@ -23,6 +23,8 @@ from kvttl.decisions.log import DecisionRecord
 from kvttl.decisions.sample import sample_records
 from kvttl.plots.decision_plots import plot_session, plot_timeline
 from kvttl.plots.export import all_figures
+from kvttl.plots.learned import hazard_table, watch
+from kvttl.plots.learned_plots import plot_hazards, plot_life, plot_price, plot_settings
 from kvttl.plots.replay_plots import plot_over_time, plot_policies, plot_trade_off
 from kvttl.replay import index_runs, replay_without_capacity
 from kvttl.replay.tables import policy_table, trade_off
@@ -51,7 +53,8 @@ def replayed():
     index = index_runs(read_trace(ROOT / "data" / "sample_trace.jsonl.gz"))
     result = replay_without_capacity(index, HeuristicConfig(base_ttl=60))
     table = policy_table(index, policies=["lru", "optimal"], shares=(0.01, 0.1))
-    return index.trace, result, table, trade_off(index, base_ttls_s=(10, 100))
+    seen = watch(index.trace.head(200), 0.1)
+    return index.trace, result, table, trade_off(index, base_ttls_s=(10, 100)), seen
 
 
 def pictures(folder):
@@ -59,7 +62,7 @@ def pictures(folder):
     config = HeuristicConfig(hot_threshold=9.0)
     uses = [record for record in RECORDS if record.kind == "generation"][:12]
     uses = [replace(use, chunk_keys=(f"k{i}",)) for i, use in enumerate(uses)]
-    trace, result, table, sweep = replayed()
+    trace, result, table, sweep, seen = replayed()
     seeds, _ = read_report(ROOT / "data" / "reports")
     snapshots = [(0.0, {}), (9.0, {"k0": "gpu", "k1": "disk"})]
     made = all_figures(config, RECORDS) | {
@@ -67,6 +70,10 @@ def pictures(folder):
         "plot_over_time": plot_over_time(result),
         "plot_trade_off": plot_trade_off(sweep, result),
         "plot_policies": plot_policies(table),
+        "plot_hazards": plot_hazards(hazard_table(seen)),
+        "plot_life": plot_life(seen),
+        "plot_price": plot_price(seen),
+        "plot_settings": plot_settings(seen, 0.1),
         "picture": picture(seeds),
         "plot_chunks": plot_chunks(LoopRun(0.0, uses, turns(uses), snapshots)),
     }

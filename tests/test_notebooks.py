@@ -21,6 +21,15 @@ QUICK = {
     "04_ttl_and_tier_plots": {"log_folder": "~/sample.jsonl"},
     "05_trace_replay": {"capacity": 0.02, "base_ttl": 30},
     "06_speedup_benchmark": {"requests": 20, "seed": 1},
+    "08_learned_ttl": {"trace_name": "sample", "capacity": 0.02, "hours": 0.5},
+}
+EXPORTS = {  # what they write
+    "05_trace_replay": {f"policies_sample.{kind}" for kind in ("csv", "png")},
+    "08_learned_ttl": {
+        f"learned_sample_{what}.{kind}"
+        for what in ("hazards", "life", "price", "hits")
+        for kind in ("csv", "png")
+    },
 }
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -105,7 +114,8 @@ def test_other_parameters_are_followed(name, tmp_path, monkeypatch):
         "04_ttl_and_tier_plots": f"129 records in {tmp_path}/sample.jsonl",
         "05_trace_replay": f"LRU hits: {hits} here",
         "06_speedup_benchmark": "'cpu': 'of the test'",
+        "08_learned_ttl": "sample: TTL when the generation ends",
     }
     assert expected[name] in shown
     written = {path.name for path in (tmp_path / "data").glob("exports/*")}
-    assert written == ({"policies_sample.csv", "policies_sample.png"} if "05" in name else set())
+    assert written == EXPORTS.get(name, set())

@@ -252,7 +252,7 @@ MAY_IMPORT = {
     "tiered_caching": "caching_heuristics, background, storage, lmcache, decisions, manager",
     "cache_controller": "caching_heuristics, lmcache, tiered_caching",
     "replay": ("caching_heuristics, traces, policies, settings, lmcache, manager, tiered_caching"),
-    "plots": "caching_heuristics, decisions, replay",
+    "plots": "caching_heuristics, traces, policies, decisions, replay",
     "session": "all above",
     "sliders": "caching_heuristics, traces, settings, decisions, replay, plots",
     "agents": ("caching_heuristics, lmcache, decisions, manager, tiered_caching, plots, session"),

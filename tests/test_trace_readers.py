@@ -655,6 +655,22 @@ def test_generated_traces_are_seeded_and_checked():
             agent_loops(**{"requests": 10, name: value})
 
 
+def test_generated_tool_calls_come_back_sooner_than_people():
+    trace = agent_loops(2000, seed=1, tool_share=0.7)
+    waits_s = {1: [], 2: []}
+    for session in np.unique(trace.sessions):
+        rows = np.flatnonzero(trace.sessions == session)
+        assert trace.finish[rows[-1]] == 2  # nothing is pending at a session's end
+        for code, wait_s in zip(trace.finish[rows], np.diff(trace.arrival_s[rows])):
+            waits_s[code].append(wait_s)
+    share = len(waits_s[1]) / (len(waits_s[1]) + len(waits_s[2]))
+    assert share == pytest.approx(0.7, abs=0.03)
+    assert 8 < np.median(waits_s[2]) / np.median(waits_s[1]) < 18  # twelve times
+    assert not agent_loops(20).finish.any()  # by default nobody says
+    with pytest.raises(ValueError, match=r"tool_share must be None or 0\.\.1, got 1\.5"):
+        agent_loops(20, tool_share=1.5)
+
+
 def test_sessions_are_guessed_from_prefixes():
     trace = make_trace([[0, 1, 2], [0, 9], [0, 1, 2, 3, 4], [0, 1, 2, 3, 5]])
     assert trace.sessions.tolist() == [0, 1, 0, 0]

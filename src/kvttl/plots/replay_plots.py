@@ -2,7 +2,7 @@
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, PercentFormatter
+from matplotlib.ticker import LogLocator
 
 from caching_heuristics import TIERS
 from kvttl.plots.panels import TIER_COLOURS, open_axes, own_style, tier_keys
@@ -26,7 +26,7 @@ def plot_policies(table: pd.DataFrame, value: str = "token_hit_ratio") -> Figure
     axes.set(xscale="log", xlabel="capacity, share of unique blocks", ylabel=_words(value))
     axes.set_xticks(sorted(table["share"].unique()), minor=False)
     axes.minorticks_off()
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from caching_heuristics import TIERS
-from kvttl.policies.hazard import Learning
-from kvttl.policies.online import OnlinePolicy
+from kvttl.policies.hazard import BINS, Learning, hazard_row
+from kvttl.policies.online import Answer, OnlinePolicy
+from kvttl.policies.runs import SIGNALS, walk
 from kvttl.policies.state import INDEX, INDEX_SHADOW, REAL
 
 
@@ -74,6 +75,32 @@ class Adaptive(OnlinePolicy):
     def index_in_force(self) -> bool:
         """Whether the learned order leads; else it is recency's."""
         return bool(self.now.duel[2])
+
+    def ask_index(self, keys, now_s) -> Answer:
+        """Answer as `ask` does where the learned order is in force, whether it is or not."""
+        now = self.now
+        self.now = now._replace(duel=np.ones_like(now.duel))
+        try:
+            return self.ask(keys, now_s)
+        finally:
+            self.now = now
+
+    def signals(self, keys) -> np.ndarray:
+        """Return the codes of a prompt's last known chunk, (SIGNALS,); all 0 if none is known."""
+        keys = np.ascontiguousarray(keys, np.int64)
+        path = np.empty(len(keys), np.int32)
+        runs, _ = walk(self.runs, keys, path)
+        return self.runs.run["codes"][path[runs - 1]].copy() if runs else np.zeros(SIGNALS, "u1")
+
+    def hazards(self, codes) -> np.ndarray:
+        """Return how likely a use is a second, as learned by now: (n, SIGNALS) -> (n, BINS).
+
+        By age since the generation's end, in the bins of `kvttl.policies.hazard.EDGES_S`.
+        """
+        rows = np.empty((len(codes), BINS))
+        for code, row in zip(codes, rows):
+            hazard_row(self.now.hazard.mean, code, row)
+        return rows
 
     def prices(self) -> np.ndarray:
         """Return the price of a place in each tier, (tiers,): index a second, falling.

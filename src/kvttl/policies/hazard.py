@@ -123,25 +123,31 @@ def average(h, steps, setting):
 
 
 @njit(cache=True)
-def index_row(weight, codes, row):
-    """Fill in the index of a run at the start of each bin, (BINS,).
-
-    The most of P(use) / E[time held] over all times to stop is the slope of the first piece of
-    the least concave majorant; joining pieces from the back finds it in one pass.
-    """
+def hazard_row(weight, codes, hazard):
+    """Fill in the hazard of a run in each bin, (BINS,) a second."""
     at = np.empty(TERMS, np.int64)
     places(codes, at)
     shared = np.zeros(GROUPS)
     for k in range(TERMS):
         for g in range(GROUPS):
             shared[g] += weight[at[k] + g]
-    hits, held, left = np.empty(BINS), np.empty(BINS), np.empty(BINS)  # of the pieces so far
-    after = np.empty(BINS, np.int64)  # the piece that follows each
-    hazard = np.empty(BINS)
     for j in range(BINS - 1):
         odds = np.log1p(np.exp(weight[j] + shared[GROUP[j]]))
         hazard[j] = max(odds / (EDGES_S[j + 1] - EDGES_S[j]), LEAST)
     hazard[BINS - 1] = 0.5 * hazard[BINS - 2]
+
+
+@njit(cache=True)
+def index_row(weight, codes, row):
+    """Fill in the index of a run at the start of each bin, (BINS,).
+
+    The most of P(use) / E[time held] over all times to stop is the slope of the first piece of
+    the least concave majorant; joining pieces from the back finds it in one pass.
+    """
+    hits, held, left = np.empty(BINS), np.empty(BINS), np.empty(BINS)  # of the pieces so far
+    after = np.empty(BINS, np.int64)  # the piece that follows each
+    hazard = np.empty(BINS)
+    hazard_row(weight, codes, hazard)
     for j in range(BINS - 1, -1, -1):
         width_s = EDGES_S[j + 1] - EDGES_S[j] if j < BINS - 1 else _TAIL_S
         left[j] = np.exp(-hazard[j] * width_s)
