@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import redis
 from cachetools import TLRUCache
@@ -30,6 +30,7 @@ from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.layout import BaseController
 from kvttl.lmcache.requests import RequestCheck
+from kvttl.manager.advice import advisor_of
 from kvttl.manager.decider import Decider
 from kvttl.manager.engine_calls import EngineDied as EngineDied  # for callers, to catch
 from kvttl.manager.generation import (
@@ -46,6 +47,9 @@ from kvttl.manager.settling import under
 from kvttl.storage import redis_client, sealed
 from kvttl.storage.probes import reason_of
 from kvttl.storage.sealed import Record, check_seconds, dump, key_bytes, sha256
+
+if TYPE_CHECKING:
+    from kvttl.policies import CachePolicy
 
 
 class BaseBackend(ABC):
@@ -317,6 +321,10 @@ class MultiTierCache:
     config : Policy, optional
         Makes the two decisions, and knows the expiry ladder; `HeuristicConfig()` by default.
         Settings that the sliders have saved: ``config=kvttl.settings.load_settings()``.
+    policy : str or CachePolicy
+        ``"formula"``: `config` decides. ``"adaptive"``, ``"recency"``, ``"fixed"``, or an object
+        that is a `kvttl.policies.CachePolicy`: it decides as it goes, TTLs are renewed by what it
+        says later, and what fails there is decided by `config`.
     notify : callable, optional
         Gets one line about each decision; None = silence.
     clock : callable
@@ -372,6 +380,7 @@ class MultiTierCache:
         llm: Any = None,
         *,
         config: Policy | None = None,
+        policy: str | CachePolicy = "formula",
         notify: Callable[[str], Any] | None = print,
         clock: Callable[[], float] = time.time,
         max_records: int = 10_000,
@@ -403,6 +412,7 @@ class MultiTierCache:
             max_queue_bytes=max_queue_bytes,
             sweep_every_s=sweep_every_s,
             keep_prompts=keep_prompts,
+            advisor=advisor_of(policy, lmcache_controller, self.config),
         )
         self.records, self.claims = self._records.records, self._decider.claims
         self._llm: Any = None

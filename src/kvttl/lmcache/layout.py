@@ -166,6 +166,10 @@ class BaseController(ABC):
         """Return why tiers take no writes now, by tier; empty if all do, or nobody knows."""
         return {}
 
+    def room_chunks(self) -> tuple[int | None, int | None, int | None]:
+        """Return how many chunks gpu, disk and remote have room for; None = nobody knows."""
+        return (None, None, None)
+
     def close(self) -> None:
         """Release connections."""
 

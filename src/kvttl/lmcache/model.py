@@ -99,6 +99,9 @@ class LMCacheModel(InProcessController):
 
     # ---- what the manager sees ---------------------------------------------------
 
+    def room_chunks(self) -> tuple[int | None, int | None, int | None]:
+        return (self.hot_chunks, None, None)
+
     @property
     def _known(self):
         return dict.fromkeys(key for tier in TIERS for key in self.held[tier])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -28,6 +29,14 @@ class Wish(NamedTuple):
     ttl_s: float
 
 
+class Part(NamedTuple):
+    """The first chunks of a prompt: where they are wanted, and for how long."""
+
+    chunks: int
+    tier: str
+    ttl_s: float
+
+
 class Draft(SimpleNamespace):
     """A `DecisionRecord` while it is being made: each step sets the record's fields that it knows.
 
@@ -39,10 +48,12 @@ class Draft(SimpleNamespace):
         As the record has them, seconds.
     """
 
-    claimed = False  # made, or waiting for LMCache; the one field that no record has
+    claimed = False  # made, or waiting for LMCache; no record has this
+    parts: Sequence[Part] = ()  # of a policy that decides as it goes; nor this
 
     def __init__(self, time_s: float, generate_s: float = 0.0) -> None:
-        known = {"prompt_digest": "", "moves": [], "cache_salt": ""}
+        known = {"prompt_digest": "", "prompt_tokens": 0, "metadata": {}, "moves": []}
+        known |= {"cache_salt": "", "finish_reason": None, "output_tokens": 0}
         super().__init__(time_s=time_s, generate_s=generate_s, **known)
 
     @property
@@ -53,7 +64,8 @@ class Draft(SimpleNamespace):
     def record(self, kind: str, error: str) -> DecisionRecord:
         """Return the record of what is known so far."""
         known = {**vars(self), "moves": tuple(self.moves)}
-        known.pop("claimed", None)
+        for name in ("claimed", "parts"):
+            known.pop(name, None)
         return DecisionRecord(kind=kind, error=error, **known)
 
 

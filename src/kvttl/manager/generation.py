@@ -54,6 +54,8 @@ class Generation(NamedTuple):
         Its text, where records are to show it.
     cache_salt : str
         What its KV is kept under.
+    finish_reason, output_tokens : str, int
+        How its first sequence ended, and that one's tokens.
     """
 
     tokens: array
@@ -62,6 +64,8 @@ class Generation(NamedTuple):
     metadata: Any
     prompt: str | None
     cache_salt: str = ""
+    finish_reason: str | None = None
+    output_tokens: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -163,6 +167,14 @@ def tokens_of(prompt: Any, tokenize: Callable[[str], Sequence[int]]) -> Sequence
         return [0] * fields["prompt_embeds"].shape[-2]
     prompt = fields.get("prompt_token_ids") or fields.get("prompt", prompt)
     return tokenize(prompt) if isinstance(prompt, str) else prompt
+
+
+def end_of(output: Any) -> tuple[str | None, int]:
+    """Return how an answer's first sequence ended, None where it does not say, and its tokens."""
+    first = next(iter(getattr(output, "outputs", None) or ()), None)
+    reason = getattr(first, "finish_reason", None)
+    tokens = len(getattr(first, "token_ids", None) or ())
+    return (reason if isinstance(reason, str) else None), tokens
 
 
 def text_of(output: Any) -> str:

@@ -1,0 +1,181 @@
+"""Asks a policy that decides as it goes: tells it of each generation, and checks what it says.
+
+A failure of the policy is a reason in the record, never an error: the formula decides then.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from caching_heuristics import TIERS, HeuristicConfig
+from kvttl.lmcache.layout import BaseController
+from kvttl.lmcache.salts import salt_of
+from kvttl.manager.draft import Draft, Part
+from kvttl.manager.policy import Policy
+
+if TYPE_CHECKING:  # compiled code: seconds, and not needed for the formula
+    from kvttl.policies import CachePolicy
+
+logger = logging.getLogger(__name__)
+
+_SWEEP = (1.0, 0.95, 0.05)  # of the policy's own caches, as LMCache's: see `sweep_due`
+
+
+class Advisor:
+    """One policy for all generations of a manager; safe to share between threads.
+
+    Parameters
+    ----------
+    name : str
+        Of the policy, for records.
+    make : callable
+        Returns the policy; called at the first generation.
+    controller : BaseController
+        Says what model the KV is of.
+    """
+
+    def __init__(
+        self, name: str, make: Callable[[], CachePolicy], controller: BaseController
+    ) -> None:
+        self.name, self._make, self._controller = name, make, controller
+        self._policy: CachePolicy | None = None
+        self._told_s = 0.0
+        self._lock = threading.Lock()
+
+    @property
+    def policy(self) -> CachePolicy:
+        """The policy."""
+        self._policy = self._policy or self._make()
+        return self._policy
+
+    def decide(self, draft: Draft, keys: Sequence[str]) -> None:
+        """Tell the policy of a generation, and fill in what it says; else why it says nothing."""
+        try:
+            numbers, metadata = self._numbers(keys), draft.metadata
+            with self._lock:
+                self._tell(draft, numbers, metadata)
+                answer = _checked(self.policy.ask(numbers, self._told_s), len(keys))
+                prices = getattr(self.policy, "prices", tuple)()
+        except Exception as error:
+            draft.policy_error = self._why(error)
+            return
+        draft.policy, draft.decided = self.name, tuple(stretches(answer, prices))
+        if draft.decided:
+            draft.wanted_tier, draft.ttl_s = draft.decided[-1]["tier"], draft.decided[-1]["ttl_s"]
+            draft.parts = parts_of(draft.decided)
+
+    def _tell(self, draft, numbers, metadata):
+        """Tell of a generation once it has ended; times never go back, whatever ran at once."""
+        begin_s = max(draft.time_s - draft.generate_s, self._told_s)
+        end_s = self._told_s = max(draft.time_s, begin_s)
+        number = self.policy.begin(numbers, begin_s, draft.prompt_tokens, metadata)
+        self.policy.end(number, end_s, draft.finish_reason, draft.output_tokens)
+        if sweep := getattr(self.policy, "sweep", None):
+            sweep(end_s, _SWEEP)
+
+    def ask(self, keys: Sequence[str], now_s: float) -> tuple[list[Part] | None, str]:
+        """Return the parts of a prompt as they are wanted now; None, and why, if it cannot say."""
+        try:
+            with self._lock:
+                answer = self.policy.ask(self._numbers(keys), now_s)
+            answer = _checked(answer, len(keys))
+        except Exception as error:
+            return None, self._why(error)
+        if answer.value[-1] == -np.inf:  # forgotten, or of an earlier process
+            return None, ""
+        return parts_of(stretches(answer)), ""
+
+    def _why(self, error):
+        logger.warning("policy %s failed: %r", self.name, error, exc_info=error)
+        return f"policy {self.name}: {type(error).__name__}: {error}"
+
+    def _numbers(self, keys):
+        """Return chunk keys as int64; equal ones of two tenants, adapters or models differ."""
+        scope = f"{getattr(self._controller, 'model', '')}@{salt_of(keys[0]) if keys else ''}"
+        scope = hashlib.blake2b(scope.encode(), digest_size=8).digest()
+        hashes = bytes.fromhex("".join(key[:16] for key in keys))
+        return np.frombuffer(hashes, ">u8").astype(np.int64) ^ np.frombuffer(scope, np.int64)
+
+
+def stretches(answer: Any, prices: Sequence[float] = ()) -> list[dict[str, Any]]:
+    """Return an answer as stretches of chunks that it says the same of, for a record."""
+    same = [column[1:] == column[:-1] for column in (answer.value, answer.ttl_s, answer.tier)]
+    ends = [*np.flatnonzero(~np.all(same, axis=0)).tolist(), len(answer.ttl_s) - 1]
+    said = []
+    for at in ends if len(answer.ttl_s) else ():
+        tier = int(answer.tier[at])
+        worth = {"ttl_s": float(answer.ttl_s[at]), "value": float(answer.value[at])}
+        said.append({"chunks": at + 1, "tier": TIERS[tier], **worth})
+        said[-1] |= {"price": float(prices[tier])} if len(prices) else {}
+    return said
+
+
+def parts_of(stretches: Sequence[Mapping[str, Any]]) -> list[Part]:
+    """Return one part a tier, up to the last chunk that is wanted there; the last has all chunks.
+
+    A part's TTL is that of its end, which is the shortest: then the policy is asked again.
+    """
+    wanted = [s for s in stretches if s["ttl_s"] > 0]
+    ends = {s["tier"]: Part(s["chunks"], s["tier"], s["ttl_s"]) for s in wanted}
+    last = stretches[-1]
+    if last["ttl_s"] == 0:
+        ends[None] = Part(last["chunks"], last["tier"], 0.0)
+    return list(ends.values())
+
+
+def _checked(answer, chunks):
+    """Return an answer as arrays, or raise where it is not one."""
+    value, ttl_s, tier = (np.asarray(getattr(answer, n)) for n in ("value", "ttl_s", "tier"))
+    if not (value.shape == ttl_s.shape == tier.shape == (chunks,)):
+        raise ValueError(f"value, ttl_s and tier must have shape ({chunks},)")
+    if not np.all((ttl_s >= 0) & (ttl_s <= HeuristicConfig.max_ttl)):
+        raise ValueError(f"ttl_s must be 0..{HeuristicConfig.max_ttl}, got {ttl_s}")
+    if not np.isin(tier, range(len(TIERS))).all() or np.any(np.diff(tier) < 0):
+        raise ValueError(f"tier must be indices into {TIERS} that do not fall, got {tier}")
+    if np.isnan(value).any():
+        raise ValueError("value must not be NaN")
+    return answer._replace(value=value, ttl_s=ttl_s, tier=tier)
+
+
+def advisor_of(
+    policy: str | CachePolicy, controller: BaseController, config: Policy
+) -> Advisor | None:
+    """Return who is asked of each generation; None where `config` alone decides.
+
+    Raises
+    ------
+    ValueError
+        No policy is called so, or the object is none.
+    """
+    if isinstance(policy, str) and policy == "formula":
+        return None
+    from kvttl.policies import FAMILIES  # seconds, and not needed for the formula
+
+    if isinstance(policy, str) and policy in FAMILIES:
+        options = {"ttl_s": config.base_ttl} if policy == "fixed" else {}
+        _compile(FAMILIES[policy]())
+        make = functools.partial(_for_controller, FAMILIES[policy], controller, options)
+        return Advisor(policy, make, controller)
+    if all(callable(getattr(policy, name, None)) for name in ("begin", "end", "ask")):
+        return Advisor(type(policy).__name__, lambda: policy, controller)
+    allowed = f"one of {', '.join(FAMILIES)}, or have begin, end and ask"
+    raise ValueError(f"policy must be {allowed}, got {policy!r:.80}")
+
+
+def _for_controller(family, controller, options):
+    """Return a policy for the chunks that a controller's tiers have room for."""
+    return family(controller.room_chunks(), controller.chunk_size_tokens, **options)
+
+
+def _compile(policy):
+    """Call all that a decision calls: compiling takes minutes, the first time on a machine."""
+    policy.end(policy.begin([1], 0.0), 0.0)
+    policy.sweep(0.0, _SWEEP)
+    policy.ask([1], 0.0)
