@@ -18,7 +18,7 @@ from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.lmcache.layout import BaseController
 from kvttl.lmcache.salts import salt_of
 from kvttl.manager.draft import Draft, Part
-from kvttl.manager.policy import Policy
+from kvttl.manager.policy import POLICY_NAMES, Policy
 
 if TYPE_CHECKING:  # compiled code: seconds, and not needed for the formula
     from kvttl.policies import CachePolicy
@@ -156,16 +156,16 @@ def advisor_of(
     """
     if isinstance(policy, str) and policy == "formula":
         return None
-    from kvttl.policies import FAMILIES  # seconds, and not needed for the formula
+    if isinstance(policy, str) and policy in POLICY_NAMES:
+        from kvttl.policies import FAMILIES  # seconds, and not needed for the formula
 
-    if isinstance(policy, str) and policy in FAMILIES:
         options = {"ttl_s": config.base_ttl} if policy == "fixed" else {}
         _compile(FAMILIES[policy]())
         make = functools.partial(_for_controller, FAMILIES[policy], controller, options)
         return Advisor(policy, make, controller)
     if all(callable(getattr(policy, name, None)) for name in ("begin", "end", "ask")):
         return Advisor(type(policy).__name__, lambda: policy, controller)
-    allowed = f"one of {', '.join(FAMILIES)}, or have begin, end and ask"
+    allowed = f"one of {', '.join(POLICY_NAMES)}, or have begin, end and ask"
     raise ValueError(f"policy must be {allowed}, got {policy!r:.80}")
 
 

@@ -1,9 +1,14 @@
-"""What a policy of one's own must be for the live manager. Imports nothing of this package."""
+"""What a policy of one's own must be for the live manager. Imports nothing of this package.
+
+Policies that decide as they go are others: see `kvttl.policies`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Protocol
+
+POLICY_NAMES = ("formula", "adaptive", "recency", "fixed")  # who decides: of `kvttl.policies`
 
 
 class Policy(Protocol):

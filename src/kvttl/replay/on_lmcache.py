@@ -36,8 +36,9 @@ def replay_on_lmcache(
     hot_chunks: int,
     config: HeuristicConfig | None = None,
     *,
-    retain: bool = False,
+    policy: str = "formula",
     perplexity: Sequence[float] | None = None,
+    **rules: Any,
 ) -> ReplayResult:
     """Replay prompts on a model of LMCache, managed if there are settings.
 
@@ -51,10 +52,12 @@ def replay_on_lmcache(
         Chunks that LMCache's memory tier holds.
     config : HeuristicConfig, optional
         The manager's settings; None: LMCache as it comes.
-    retain : bool
-        See `LMCacheModel`.
+    policy : str
+        The manager's; see `MultiTierCache`.
     perplexity : sequence of float, optional
         As measured, one a request; NaN or None: unknown.
+    **rules
+        LMCache's: ``retain``, ``watermark``, ``ratio`` of `LMCacheModel`.
 
     Returns
     -------
@@ -62,13 +65,14 @@ def replay_on_lmcache(
         Hits by request and tier; memory-time of gpu (of disk and remote: all
         copies there, also of chunks that are in gpu too); moves are not counted.
     """
-    model = LMCacheModel(hot_chunks, trace.block_tokens, retain)
+    model = LMCacheModel(hot_chunks, trace.block_tokens, **rules)
     engine, clock = _Engine(model), SessionClock(0.0)
     hits, area = np.zeros((trace.requests, 3), np.int64), np.zeros(3)
     known = {} if perplexity is None else dict(enumerate(perplexity))
     settings = config or HeuristicConfig()
     options: dict[str, Any] = {"notify": None, "sweep_every_s": None, "perplexity_source": "off"}
-    with MultiTierCache(model, engine, config=settings, clock=clock, **options) as cache:
+    options |= {"config": settings, "policy": policy, "clock": clock}
+    with MultiTierCache(model, engine, **options) as cache:
         for row, prompt in enumerate(prompts):
             _pass_time(cache, model, float(trace.arrival_s[row]), area)
             if config is None:

@@ -24,6 +24,7 @@ from kvttl import user_path
 from kvttl.decisions.log import DecisionLog
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheError
+from kvttl.manager.policy import POLICY_NAMES
 from kvttl.serve.app import BODY_LIMIT, manage_app, openai_app
 from kvttl.serve.engine import ManagedEngine
 from kvttl.serve.listening import KEY_VARIABLE, check_exposure, listening, read_key, serving
@@ -86,6 +87,7 @@ def gateway(
     log: DecisionLog | None = None,
     recover_from: str | Path | None = None,
     config: HeuristicConfig | None = None,
+    policy: str = "formula",
     perplexity: str = "generation",
     body_limit: int = BODY_LIMIT,
     server_options: Sequence[str] = (),
@@ -105,6 +107,8 @@ def gateway(
         What gets every decision; a log's folder, whose claims count again before the first request.
     config : HeuristicConfig, optional
         Default: the saved settings.
+    policy : str
+        Who decides; see `MultiTierCache`.
     perplexity : str
         ``"generation"``: measured, unless a client gives it; ``"off"``: only given.
     body_limit, server_options
@@ -121,7 +125,7 @@ def gateway(
     name, metrics = model_name(model), DecisionMetrics()
     engine_options = options_of_engine(server_options) | engine_options
     arguments = server_arguments(model, name, api_key, server_options, engine_options)
-    options = {"log": log, "metrics": metrics, "perplexity_source": perplexity}
+    options = {"log": log, "metrics": metrics, "perplexity_source": perplexity, "policy": policy}
     with ExitStack() as exits:
         listener = exits.enter_context(listening(host, port))
         uvloop = {"use_uvloop": True}  # it comes with vLLM, whose own server uses it
@@ -195,6 +199,7 @@ def _options(argv):
     parser.add_argument("--llm", help="model folder or hub id that is on this machine")
     parser.add_argument("--config", default="config.yaml")
     parser.add_argument("--redis-url", help="use this Redis instead of the embedded one")
+    parser.add_argument("--policy", choices=POLICY_NAMES, default="formula")
     parser.add_argument("--attach", action="store_true", help="use what `make up` runs")
     parser.add_argument("--api-key-env", default=KEY_VARIABLE, metavar="NAME")
     parser.add_argument("--api-key-file", type=user_path, help="file; its first line is the key")
@@ -216,7 +221,7 @@ def _serve(options):
         stack = exits.enter_context(_stack(options))
         model = model_path(options.llm)
         log = exits.enter_context(DecisionLog(folder))
-        names = ("port", "host", "perplexity", "server_options")
+        names = ("port", "host", "policy", "perplexity", "server_options")
         given = {name: getattr(options, name) for name in names}
         given |= {"api_key": api_key, "log": log, "recover_from": folder}
         with progress(f"Loading vLLM with {model_name(model)}", about_s=25):
