@@ -324,7 +324,10 @@ class MultiTierCache:
     policy : str or CachePolicy
         ``"formula"``: `config` decides. ``"adaptive"``, ``"recency"``, ``"fixed"``, or an object
         that is a `kvttl.policies.CachePolicy`: it decides as it goes, TTLs are renewed by what it
-        says later, and what fails there is decided by `config`.
+        says later, and what fails there is decided by `config`. Beside a `log` it is saved, and
+        goes on after a restart.
+    costs : kvttl.replay.costs.TierCosts, optional
+        What ``"adaptive"`` values chunks and tiers by; without: hits.
     notify : callable, optional
         Gets one line about each decision; None = silence.
     clock : callable
@@ -381,6 +384,7 @@ class MultiTierCache:
         *,
         config: Policy | None = None,
         policy: str | CachePolicy = "formula",
+        costs: Any = None,
         notify: Callable[[str], Any] | None = print,
         clock: Callable[[], float] = time.time,
         max_records: int = 10_000,
@@ -412,7 +416,9 @@ class MultiTierCache:
             max_queue_bytes=max_queue_bytes,
             sweep_every_s=sweep_every_s,
             keep_prompts=keep_prompts,
-            advisor=advisor_of(policy, lmcache_controller, self.config),
+            advisor=advisor_of(
+                policy, lmcache_controller, self.config, costs, getattr(log, "folder", None)
+            ),
         )
         self.records, self.claims = self._records.records, self._decider.claims
         self._llm: Any = None

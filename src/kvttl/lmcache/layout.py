@@ -92,6 +92,14 @@ def vllm_config(llm: Any) -> Any:
     return getattr(getattr(llm, "llm_engine", llm), "vllm_config", None)
 
 
+def kv_bytes_per_token(config: Any) -> int:
+    """Return the bytes of KV cache that a token takes, on all ranks, by vLLM's configuration."""
+    model, parallel = config.model_config, config.parallel_config
+    values = model.get_num_kv_heads(parallel) * model.get_head_size()
+    values *= model.get_num_layers(parallel) * (1 if model.use_mla else 2)
+    return values * model.dtype.itemsize * parallel.world_size
+
+
 class BaseController(ABC):
     """What `MultiTierCache` needs to know and do about KV cache.
 

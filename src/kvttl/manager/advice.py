@@ -9,12 +9,15 @@ import functools
 import hashlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from caching_heuristics import TIERS, HeuristicConfig
+from kvttl import whole_file
 from kvttl.lmcache.layout import BaseController
 from kvttl.lmcache.salts import salt_of
 from kvttl.manager.draft import Draft, Part
@@ -39,21 +42,57 @@ class Advisor:
         Returns the policy; called at the first generation.
     controller : BaseController
         Says what model the KV is of.
+    folder : path, optional
+        Where it is saved, and where it goes on after a restart.
     """
 
     def __init__(
-        self, name: str, make: Callable[[], CachePolicy], controller: BaseController
+        self,
+        name: str,
+        make: Callable[[], CachePolicy],
+        controller: BaseController,
+        folder: Path | None = None,
     ) -> None:
         self.name, self._make, self._controller = name, make, controller
+        self._file = None if folder is None else folder / f"policy-{name}.npz"
         self._policy: CachePolicy | None = None
-        self._told_s = 0.0
+        self._told_s, self._saved_s = 0.0, time.monotonic()
         self._lock = threading.Lock()
 
     @property
     def policy(self) -> CachePolicy:
-        """The policy."""
-        self._policy = self._policy or self._make()
+        """The policy: made, and where it was saved loaded, when it is first needed."""
+        if self._policy is None:
+            self._policy = self._make()
+            self._load()
         return self._policy
+
+    def _load(self):
+        if self._file is None or not self._file.exists():
+            return
+        try:
+            with np.load(self._file, allow_pickle=False) as file:
+                state = dict(file)
+            told_s = float(state.pop("told_s"))
+            self._policy.load(state)
+            self._told_s = told_s
+        except Exception as error:  # damaged, or of another version
+            logger.warning("policy starts cold, %s is of no use: %r", self._file, error)
+
+    def save(self, every_s: float = 0.0) -> None:
+        """Write what the policy knows to its file, whole or not at all, if it is time to."""
+        if self._file is None or self._policy is None:
+            return
+        if time.monotonic() - self._saved_s < every_s:
+            return
+        self._saved_s = time.monotonic()
+        try:
+            with self._lock:
+                state = dict(self._policy.state(), told_s=np.array(self._told_s))
+            with whole_file(self._file) as file:
+                np.savez(file, **state)
+        except Exception as error:
+            logger.warning("policy %s was not saved: %r", self.name, error)
 
     def decide(self, draft: Draft, keys: Sequence[str]) -> None:
         """Tell the policy of a generation, and fill in what it says; else why it says nothing."""
@@ -145,7 +184,11 @@ def _checked(answer, chunks):
 
 
 def advisor_of(
-    policy: str | CachePolicy, controller: BaseController, config: Policy
+    policy: str | CachePolicy,
+    controller: BaseController,
+    config: Policy,
+    costs: Any = None,
+    folder: Path | None = None,
 ) -> Advisor | None:
     """Return who is asked of each generation; None where `config` alone decides.
 
@@ -160,11 +203,12 @@ def advisor_of(
         from kvttl.policies import FAMILIES  # seconds, and not needed for the formula
 
         options = {"ttl_s": config.base_ttl} if policy == "fixed" else {}
+        options |= {"costs": costs} if policy == "adaptive" else {}
         _compile(FAMILIES[policy]())
         make = functools.partial(_for_controller, FAMILIES[policy], controller, options)
-        return Advisor(policy, make, controller)
+        return Advisor(policy, make, controller, folder)
     if all(callable(getattr(policy, name, None)) for name in ("begin", "end", "ask")):
-        return Advisor(type(policy).__name__, lambda: policy, controller)
+        return Advisor(type(policy).__name__, lambda: policy, controller, folder)
     allowed = f"one of {', '.join(POLICY_NAMES)}, or have begin, end and ask"
     raise ValueError(f"policy must be {allowed}, got {policy!r:.80}")
 

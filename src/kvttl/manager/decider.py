@@ -48,6 +48,8 @@ from kvttl.manager.settling import Settler
 
 logger = logging.getLogger(__name__)
 
+_SAVE_EVERY_S = 300.0  # what a policy has learned; a crash costs no more
+
 
 @dataclass(eq=False, slots=True)
 class _Job:
@@ -261,6 +263,8 @@ class Decider:
     def _sweep_in_turn(self):
         with contextlib.suppress(AlreadyManaged):  # each decision's record says it
             self.sweep()
+            if self.advisor is not None:
+                self.advisor.save(_SAVE_EVERY_S)
 
     def _adopt_strays(self, now_s):
         """Look for KV without a claim twice a `base_ttl`; not at the first sweep already."""
@@ -288,6 +292,8 @@ class Decider:
             self._jobs.close()
         if self._sweeper:
             self._sweeper.close()
+        if self.advisor is not None:
+            self.advisor.save()
         if self._lease is not None:
             self._lease.release()
 

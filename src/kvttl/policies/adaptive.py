@@ -33,7 +33,8 @@ class Adaptive(OnlinePolicy):
         Share of the capacity over which the price is averaged.
     deeper : float
         What each token before a chunk adds to the cost of computing it, as a share; 0: hits
-        count alike. Attention equals the rest after 30,500 tokens in an 8B model: 1 / 30,500.
+        count alike, as by default without `costs`. With them 1 / 30,500: in an 8B model
+        attention equals the rest after so many tokens.
     costs : TierCosts, optional
         With them chunks are worth the seconds that a hit saves, and tiers have prices for that.
 
@@ -60,10 +61,12 @@ class Adaptive(OnlinePolicy):
         turnovers: float = 5.0,
         lead: float = 0.002,
         price_memory: float = 0.1,
-        deeper: float = 0.0,
+        deeper: float | None = None,
         costs=None,
         **options,
     ):
+        if deeper is None:
+            deeper = 0.0 if costs is None else 1 / 30_500
         self._given = learning or Learning(), refresh_s, turnovers, lead, price_memory, deeper
         self.costs = costs
         super().__init__(capacity, chunk_tokens, **options)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from kvttl.policies.hazard import BINS, LEAST, bin_of, index_at, index_row, seconds_above
+from kvttl.policies.hazard import BINS, LEAST, index_at, index_row, seconds_above
 from kvttl.policies.runs import walk
 from kvttl.policies.state import INDEX, REAL
 

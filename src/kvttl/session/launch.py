@@ -152,10 +152,15 @@ def be_quiet():
 def managed(stack, llm, config: HeuristicConfig | None = None, **options) -> MultiTierCache:
     """Return a manager for an engine on a stack, silent unless `notify` is given.
 
-    Without a `config` it has the settings that the sliders have saved, see `load_settings`.
+    Without a `config` it has the settings that the sliders have saved, see `load_settings`;
+    without `costs` those that were measured on a stack of this kit.
     """
     config = load_settings() if config is None else config
     controller = LMCacheController(stack.host, stack.port, instance_id=stack.instance_id)
+    if options.get("policy", "formula") != "formula":
+        from kvttl.replay.costs import TierCosts  # seconds, and not needed for the formula
+
+        options = {"costs": TierCosts(), **options}
     return MultiTierCache(controller, llm, config=config, **{"notify": None, **options})
 
 
