@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 from local_managers import CHUNK, CONFIG, Engine, hottest, local_controller, local_manager
 
+from caching_heuristics import TIERS
+from kvttl.decisions.log import DecisionLog
+from kvttl.manager.generation import end_of
 from kvttl.manager.policy import POLICY_NAMES
 from kvttl.policies import FAMILIES, Answer
 from kvttl.policies.adaptive import Adaptive
+from kvttl.replay.as_live import answers_as_live
+from kvttl.traces.reading import read_trace
 
 PROMPT = "what is KV cache good for, in a word?"  # 4 chunks
 
@@ -297,3 +302,104 @@ def test_a_pending_tool_call_has_a_short_ttl_at_a_high_value_and_a_finished_turn
     )
     assert value[0] > 3 * value[1]
     assert 0 < ttl_s[0] < ttl_s[1]
+
+
+# --- one object, all homes --------------------------------------------------------------------
+
+
+def same_as_in_the_log(records, folder, policy):
+    """Hold what a log says was decided to what the policy says of it in a replay."""
+    trace = read_trace(folder)
+    assert trace.requests == len(records)
+    told = [record.decided for record in sorted(records, key=lambda r: r.time_s - r.generate_s)]
+    for answer, decided in zip(answers_as_live(trace, policy), told):
+        counts = np.diff([0, *(part["chunks"] for part in decided)])
+        for name, given in (("ttl_s", answer.ttl_s), ("value", answer.value)):
+            said = np.repeat([part[name] for part in decided], counts)
+            assert np.allclose(given, said, rtol=1e-5, atol=1e-4), name
+        said = np.repeat([TIERS.index(part["tier"]) for part in decided], counts)
+        assert (answer.tier == said).all()
+
+
+def test_a_decision_log_gives_the_same_ttls_and_tiers_in_a_replay(tmp_path):
+    policy = Adaptive((60, 400, 4000), CHUNK)
+    with DecisionLog(tmp_path) as log:
+        cache, engine = manager(policy, log=log)
+        loop = Loop(cache, engine)
+        records = [loop.step() for _ in range(300)]
+        cache.close()
+    assert {part["tier"] for record in records for part in record.decided} > {"gpu"}
+    (tmp_path / "policy-Adaptive.npz").unlink()
+    same_as_in_the_log(records, tmp_path, Adaptive((60, 400, 4000), CHUNK))
+
+
+# --- a restart --------------------------------------------------------------------------------
+
+
+def test_a_policy_goes_on_after_a_restart_where_it_was(tmp_path):
+    with DecisionLog(tmp_path) as log:
+        cache, engine = manager("adaptive", log=log)
+        loop = Loop(cache, engine)
+        for _ in range(30):
+            loop.step()
+        before = cache._decider.advisor.policy.state()
+        cache.close()
+        again, _ = manager("adaptive", log=log)
+        after = again._decider.advisor.policy.state()
+    assert {n: a.tobytes() for n, a in before.items()} == {n: a.tobytes() for n, a in after.items()}
+
+
+@pytest.mark.parametrize("damage", [b"", b"no archive", "half", "other"])
+def test_a_damaged_state_is_a_cold_start_with_a_warning(tmp_path, caplog, damage):
+    with DecisionLog(tmp_path) as log:
+        cache, _ = manager("adaptive", log=log)
+        decide(cache)
+        cache.close()
+        file = tmp_path / "policy-adaptive.npz"
+        if damage == "other":  # as of a version with other fields
+            np.savez(file, told_s=0.0, run=np.zeros(3))
+        else:
+            whole = file.read_bytes()
+            file.write_bytes(whole[: len(whole) // 2] if damage == "half" else damage)
+        again, _ = manager("adaptive", log=log)
+        assert decide(again).policy == "adaptive"
+    assert "policy starts cold" in caplog.text
+
+
+def test_a_full_disk_costs_the_state_and_nothing_else(tmp_path, caplog, monkeypatch):
+    def full(*_args, **_options):
+        raise OSError("no space left on device")
+
+    with DecisionLog(tmp_path) as log:
+        cache, _ = manager("adaptive", log=log)
+        decide(cache)
+        monkeypatch.setattr(np, "savez", full)
+        cache.close()
+    assert "was not saved" in caplog.text and not list(tmp_path.glob("*.npz*"))
+
+
+# --- how generations end ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("The sum is 5.", "stop"),
+        ("<tool_call>\n{}", "tool_calls"),
+        ('I add. {"name": "add", "arguments": {"a": 1}}', "tool_calls"),
+        ("<｜tool▁calls▁begin｜>", "tool_calls"),
+        ("[TOOL_CALLS] [{", "tool_calls"),
+        ("<|python_tag|>brave_search.call", "tool_calls"),
+        ("I call a tool: <b>", "stop"),
+    ],
+)
+def test_a_tool_call_is_known_by_its_marks(text, reason):
+    said = SimpleNamespace(finish_reason="stop", text=text, token_ids=[1, 2, 3])
+    assert end_of(SimpleNamespace(outputs=[said])) == (reason, 3)
+    said.finish_reason = "length"
+    assert end_of(SimpleNamespace(outputs=[said]))[0] == "length"
+
+
+@pytest.mark.parametrize("output", [None, "text", SimpleNamespace(outputs=None), ValueError("x")])
+def test_what_says_nothing_of_its_end(output):
+    assert end_of(output) == (None, 0)

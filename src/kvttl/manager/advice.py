@@ -99,7 +99,10 @@ class Advisor:
         try:
             numbers, metadata = self._numbers(keys), draft.metadata
             with self._lock:
-                self._tell(draft, numbers, metadata)
+                span_s = draft.time_s - draft.generate_s, draft.time_s
+                ended = draft.finish_reason, draft.output_tokens
+                told = numbers, span_s, draft.prompt_tokens, ended, metadata
+                self._told_s = tell(self.policy, self._told_s, *told)
                 answer = _checked(self.policy.ask(numbers, self._told_s), len(keys))
                 prices = getattr(self.policy, "prices", tuple)()
         except Exception as error:
@@ -108,16 +111,7 @@ class Advisor:
         draft.policy, draft.decided = self.name, tuple(stretches(answer, prices))
         if draft.decided:
             draft.wanted_tier, draft.ttl_s = draft.decided[-1]["tier"], draft.decided[-1]["ttl_s"]
-            draft.parts = parts_of(draft.decided)
-
-    def _tell(self, draft, numbers, metadata):
-        """Tell of a generation once it has ended; times never go back, whatever ran at once."""
-        begin_s = max(draft.time_s - draft.generate_s, self._told_s)
-        end_s = self._told_s = max(draft.time_s, begin_s)
-        number = self.policy.begin(numbers, begin_s, draft.prompt_tokens, metadata)
-        self.policy.end(number, end_s, draft.finish_reason, draft.output_tokens)
-        if sweep := getattr(self.policy, "sweep", None):
-            sweep(end_s, _SWEEP)
+            draft.parts = parts_of(answer)
 
     def ask(self, keys: Sequence[str], now_s: float) -> tuple[list[Part] | None, str]:
         """Return the parts of a prompt as they are wanted now; None, and why, if it cannot say."""
@@ -129,7 +123,7 @@ class Advisor:
             return None, self._why(error)
         if answer.value[-1] == -np.inf:  # forgotten, or of an earlier process
             return None, ""
-        return parts_of(stretches(answer)), ""
+        return parts_of(answer), ""
 
     def _why(self, error):
         logger.warning("policy %s failed: %r", self.name, error, exc_info=error)
@@ -141,6 +135,35 @@ class Advisor:
         scope = hashlib.blake2b(scope.encode(), digest_size=8).digest()
         hashes = bytes.fromhex("".join(key[:16] for key in keys))
         return np.frombuffer(hashes, ">u8").astype(np.int64) ^ np.frombuffer(scope, np.int64)
+
+
+def tell(
+    policy: CachePolicy,
+    told_s: float,
+    keys: np.ndarray,
+    span_s: tuple[float, float],
+    prompt_tokens: int,
+    ended: tuple[str | None, int],
+    hints: Mapping[str, Any],
+) -> float:
+    """Tell a policy of a generation once it has ended; returns until when it has been told.
+
+    Parameters
+    ----------
+    told_s : float
+        Until when before; times never go back, whatever ran at once.
+    span_s : tuple of float
+        When it came, and when it ended.
+    ended : tuple
+        Its finish reason, and the tokens of its answer.
+    """
+    begin_s = max(span_s[0], told_s)
+    end_s = max(span_s[1], begin_s)
+    number = policy.begin(keys, begin_s, prompt_tokens, hints)
+    policy.end(number, end_s, *ended)
+    if sweep := getattr(policy, "sweep", None):
+        sweep(end_s, _SWEEP)
+    return end_s
 
 
 def stretches(answer: Any, prices: Sequence[float] = ()) -> list[dict[str, Any]]:
@@ -156,17 +179,16 @@ def stretches(answer: Any, prices: Sequence[float] = ()) -> list[dict[str, Any]]
     return said
 
 
-def parts_of(stretches: Sequence[Mapping[str, Any]]) -> list[Part]:
+def parts_of(answer: Any) -> list[Part]:
     """Return one part a tier, up to the last chunk that is wanted there; the last has all chunks.
 
     A part's TTL is that of its end, which is the shortest: then the policy is asked again.
     """
-    wanted = [s for s in stretches if s["ttl_s"] > 0]
-    ends = {s["tier"]: Part(s["chunks"], s["tier"], s["ttl_s"]) for s in wanted}
-    last = stretches[-1]
-    if last["ttl_s"] == 0:
-        ends[None] = Part(last["chunks"], last["tier"], 0.0)
-    return list(ends.values())
+    chunks, wanted = len(answer.ttl_s), answer.ttl_s > 0
+    ends = [np.flatnonzero(wanted & (answer.tier == code))[-1:] for code in range(len(TIERS))]
+    ends = [int(end[0]) for end in ends if len(end)]
+    ends += [chunks - 1] if chunks and not wanted[-1] else []
+    return [Part(at + 1, TIERS[answer.tier[at]], float(answer.ttl_s[at])) for at in ends]
 
 
 def _checked(answer, chunks):
@@ -174,11 +196,11 @@ def _checked(answer, chunks):
     value, ttl_s, tier = (np.asarray(getattr(answer, n)) for n in ("value", "ttl_s", "tier"))
     if not (value.shape == ttl_s.shape == tier.shape == (chunks,)):
         raise ValueError(f"value, ttl_s and tier must have shape ({chunks},)")
-    if not np.all((ttl_s >= 0) & (ttl_s <= HeuristicConfig.max_ttl)):
+    if not ((ttl_s >= 0) & (ttl_s <= HeuristicConfig.max_ttl)).all():
         raise ValueError(f"ttl_s must be 0..{HeuristicConfig.max_ttl}, got {ttl_s}")
-    if not np.isin(tier, range(len(TIERS))).all() or np.any(np.diff(tier) < 0):
+    if chunks and not (0 <= tier[0] <= tier[-1] < len(TIERS) and (tier[1:] >= tier[:-1]).all()):
         raise ValueError(f"tier must be indices into {TIERS} that do not fall, got {tier}")
-    if np.isnan(value).any():
+    if (value != value).any():
         raise ValueError("value must not be NaN")
     return answer._replace(value=value, ttl_s=ttl_s, tier=tier)
 

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import logging
 import math
+import re
 import threading
 import time
 from array import array
@@ -169,12 +170,30 @@ def tokens_of(prompt: Any, tokenize: Callable[[str], Sequence[int]]) -> Sequence
     return tokenize(prompt) if isinstance(prompt, str) else prompt
 
 
+# How models write tool calls: the marks of vLLM's parsers, and plain JSON. vLLM's engine does not
+# know of calls: it says "stop".
+_TOOL_CALL = re.compile(
+    r"<[|\w▁｜]*(?:tool|function)[|\w▁｜]*calls?|<function=|<\|python_tag\|>|\[TOOL_CALLS\]"
+    r'|\{\s*"name":\s*"[^"]*",\s*"(?:arguments|parameters)":'
+)
+
+
 def end_of(output: Any) -> tuple[str | None, int]:
-    """Return how an answer's first sequence ended, None where it does not say, and its tokens."""
+    """Return how an answer's first sequence ended, None where it does not say, and its tokens.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace as Made
+    >>> said = Made(finish_reason="stop", text="<tool_call> ...", token_ids=[1, 2])
+    >>> end_of(Made(outputs=[said]))
+    ('tool_calls', 2)
+    """
     first = next(iter(getattr(output, "outputs", None) or ()), None)
-    reason = getattr(first, "finish_reason", None)
-    tokens = len(getattr(first, "token_ids", None) or ())
-    return (reason if isinstance(reason, str) else None), tokens
+    reason, text = (getattr(first, name, None) for name in ("finish_reason", "text"))
+    if reason == "stop" and isinstance(text, str) and _TOOL_CALL.search(text):
+        reason = "tool_calls"
+    tokens = getattr(first, "token_ids", None)
+    return (reason if isinstance(reason, str) else None), len(tokens if tokens is not None else ())
 
 
 def text_of(output: Any) -> str:

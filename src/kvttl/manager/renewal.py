@@ -8,7 +8,7 @@ from caching_heuristics import TIER_CODES, TIERS
 from kvttl.manager.claims import ClaimLedger, Step, owner_of
 from kvttl.manager.draft import Part
 
-_RENEWED = 256  # claims that a sweep asks about although their time is not up
+_RENEWED = 128  # claims that a sweep asks about although their time is not up
 _LEAST_S = 1.0  # between two questions about a claim
 
 
