@@ -6,16 +6,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from local_managers import CHUNK, CONFIG, Engine, hottest, local_controller, local_manager
+from local_managers import (
+    CHUNK,
+    CONFIG,
+    Engine,
+    assert_replay_decides_the_same,
+    hottest,
+    local_controller,
+    local_manager,
+)
 
-from caching_heuristics import TIERS
 from kvttl.decisions.log import DecisionLog
 from kvttl.manager.generation import end_of
 from kvttl.manager.policy import POLICY_NAMES
 from kvttl.policies import FAMILIES, Answer
 from kvttl.policies.adaptive import Adaptive
-from kvttl.replay.as_live import answers_as_live
-from kvttl.traces.reading import read_trace
 
 PROMPT = "what is KV cache good for, in a word?"  # 4 chunks
 
@@ -307,20 +312,6 @@ def test_a_pending_tool_call_has_a_short_ttl_at_a_high_value_and_a_finished_turn
 # --- one object, all homes --------------------------------------------------------------------
 
 
-def same_as_in_the_log(records, folder, policy):
-    """Hold what a log says was decided to what the policy says of it in a replay."""
-    trace = read_trace(folder)
-    assert trace.requests == len(records)
-    told = [record.decided for record in sorted(records, key=lambda r: r.time_s - r.generate_s)]
-    for answer, decided in zip(answers_as_live(trace, policy), told):
-        counts = np.diff([0, *(part["chunks"] for part in decided)])
-        for name, given in (("ttl_s", answer.ttl_s), ("value", answer.value)):
-            said = np.repeat([part[name] for part in decided], counts)
-            assert np.allclose(given, said, rtol=1e-5, atol=1e-4), name
-        said = np.repeat([TIERS.index(part["tier"]) for part in decided], counts)
-        assert (answer.tier == said).all()
-
-
 def test_a_decision_log_gives_the_same_ttls_and_tiers_in_a_replay(tmp_path):
     policy = Adaptive((60, 400, 4000), CHUNK)
     with DecisionLog(tmp_path) as log:
@@ -330,7 +321,7 @@ def test_a_decision_log_gives_the_same_ttls_and_tiers_in_a_replay(tmp_path):
         cache.close()
     assert {part["tier"] for record in records for part in record.decided} > {"gpu"}
     (tmp_path / "policy-Adaptive.npz").unlink()
-    same_as_in_the_log(records, tmp_path, Adaptive((60, 400, 4000), CHUNK))
+    assert_replay_decides_the_same(records, tmp_path, Adaptive((60, 400, 4000), CHUNK))
 
 
 # --- a restart --------------------------------------------------------------------------------
