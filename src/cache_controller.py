@@ -25,7 +25,7 @@ from kvttl.lmcache.layout import (
     BaseController,
     InProcessController,
     KVLayout,
-    kv_bytes_per_token,
+    bytes_of_token,
     unseen,
     vllm_config,
 )
@@ -103,7 +103,7 @@ class LMCacheController(BaseController):
         super().attach_engine(llm)
         if (config := vllm_config(llm)) is not None:
             self._directory = replace(self._directory, model=config.model_config.model)
-            self._token_bytes = kv_bytes_per_token(config)
+            self._token_bytes = bytes_of_token(config)
 
     def layout(self, tokens: Sequence[int], cache_salt: str = "") -> KVLayout:
         """Return where the directory says that each complete chunk is, under a salt.

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import redis
 from cachetools import TLRUCache
@@ -30,26 +30,21 @@ from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.layout import BaseController
 from kvttl.lmcache.requests import RequestCheck
-from kvttl.manager.advice import advisor_of
 from kvttl.manager.decider import Decider
 from kvttl.manager.engine_calls import EngineDied as EngineDied  # for callers, to catch
 from kvttl.manager.generation import (
     Engine,
     ManagedOutput,
     is_one_prompt,
-    metadata_of_each,
     one_each,
     text_of,
 )
 from kvttl.manager.metadata import RequestMetadata
-from kvttl.manager.policy import Policy
+from kvttl.manager.policy import Policy, advisor_of
 from kvttl.manager.settling import under
 from kvttl.storage import redis_client, sealed
 from kvttl.storage.probes import reason_of
 from kvttl.storage.sealed import Record, check_seconds, dump, key_bytes, sha256
-
-if TYPE_CHECKING:
-    from kvttl.policies import CachePolicy
 
 
 class BaseBackend(ABC):
@@ -308,7 +303,7 @@ class RemoteBackend(_RecordBackend):
             raise ConnectionError(f"Redis at {self.address} failed: {reason}") from error
 
 
-class MultiTierCache:
+class MultiTierCache(contextlib.AbstractContextManager):
     """Generates text, and places the prompt's KV cache by the heuristics afterwards.
 
     Parameters
@@ -383,7 +378,7 @@ class MultiTierCache:
         llm: Any = None,
         *,
         config: Policy | None = None,
-        policy: str | CachePolicy = "formula",
+        policy: Any = "formula",
         costs: Any = None,
         notify: Callable[[str], Any] | None = print,
         clock: Callable[[], float] = time.time,
@@ -403,6 +398,7 @@ class MultiTierCache:
         self.config = HeuristicConfig() if config is None else config
         self.clock = clock
         self._records = RecordKeeper(max_records, log, metrics, notify)
+        advisor = advisor_of(policy, lmcache_controller, self.config, costs, log)
         self._measured = RequestMetadata(None, perplexity_source, scorer)
         self._decider = Decider(
             self._decide,
@@ -416,9 +412,7 @@ class MultiTierCache:
             max_queue_bytes=max_queue_bytes,
             sweep_every_s=sweep_every_s,
             keep_prompts=keep_prompts,
-            advisor=advisor_of(
-                policy, lmcache_controller, self.config, costs, getattr(log, "folder", None)
-            ),
+            advisor=advisor,
         )
         self.records, self.claims = self._records.records, self._decider.claims
         self._llm: Any = None
@@ -426,9 +420,6 @@ class MultiTierCache:
             self.set_llm(llm)
         if metrics is not None:
             self._decider.watch(metrics)
-
-    def __enter__(self) -> MultiTierCache:
-        return self
 
     def __exit__(self, *_exc_info: object) -> None:
         self.close()
@@ -529,7 +520,7 @@ class MultiTierCache:
         """
         one = is_one_prompt(prompts)
         prompts = [prompts] if one else list(prompts)
-        given = metadata_of_each(prompts, metadata)
+        given = one_each("metadata", metadata, prompts)
         if not prompts:
             return []
         self._decider.start()

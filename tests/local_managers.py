@@ -95,7 +95,7 @@ def assert_nothing_is_immortal(cache: MultiTierCache) -> None:
 
 def assert_replay_decides_the_same(records, folder, policy):
     """What a log says was decided is what a fresh policy says of it in a replay."""
-    from kvttl.replay.as_live import answers_as_live  # compiled code: only where it is needed
+    from kvttl.replay.on_lmcache import answers_as_live  # compiled code: only where it is needed
     from kvttl.traces.reading import read_trace
 
     trace = read_trace(folder)

@@ -25,10 +25,9 @@ from kvttl.bench.contenders import CONTENDERS, KIT, MAIN_SHARE, PEER, TUNED, Run
 from kvttl.bench.figures import machine, rounded_figures, run_benchmark
 from kvttl.bench.speedup_report import BenchResult, headline, t_quantile, write_report
 from kvttl.bench.workloads import CHUNK_TOKENS, Workload, make_workload
-from kvttl.manager.policy import POLICY_NAMES
 from kvttl.replay.on_lmcache import replay_on_lmcache
 from kvttl.session.demo_model import model_path
-from kvttl.session.launch import ends_with_parent
+from kvttl.session.launch import add_policy_option, ends_with_parent
 from kvttl.settings import default_path, load_settings
 
 REPORTS = Path("data/reports")
@@ -173,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="config.yaml")
     parser.add_argument("--out", type=user_path, default=REPORTS)
-    parser.add_argument("--policy", choices=POLICY_NAMES, default="formula")
+    add_policy_option(parser)
     parser.add_argument("--quick", action="store_true", help="one seed, few requests")
     parser.add_argument("--seeds", type=int, default=5, help="at least 5 for the intervals")
     options = parser.parse_args(argv)

@@ -92,7 +92,7 @@ def vllm_config(llm: Any) -> Any:
     return getattr(getattr(llm, "llm_engine", llm), "vllm_config", None)
 
 
-def kv_bytes_per_token(config: Any) -> int:
+def bytes_of_token(config: Any) -> int:
     """Return the bytes of KV cache that a token takes, on all ranks, by vLLM's configuration."""
     model, parallel = config.model_config, config.parallel_config
     values = model.get_num_kv_heads(parallel) * model.get_head_size()

@@ -26,8 +26,7 @@ from kvttl.lmcache.client import LMCacheError
 from kvttl.lmcache.layout import BaseController
 from kvttl.lmcache.lease import AlreadyManaged
 from kvttl.lmcache.requests import salt_of_answer
-from kvttl.manager.advice import Advisor
-from kvttl.manager.claims import ClaimLedger
+from kvttl.manager.claims import ClaimLedger, RenewedLedger
 from kvttl.manager.draft import Draft, Wish
 from kvttl.manager.engine_calls import EngineDied
 from kvttl.manager.generation import (
@@ -41,9 +40,8 @@ from kvttl.manager.generation import (
 from kvttl.manager.metadata import PromptHistory, RequestMetadata
 from kvttl.manager.motion import Motion
 from kvttl.manager.placement import KVPlacement
-from kvttl.manager.policy import Policy
+from kvttl.manager.policy import Advisor, Policy
 from kvttl.manager.recovery import adopt_strays, adopt_unclaimed, recover_claims
-from kvttl.manager.renewal import RenewedLedger
 from kvttl.manager.settling import Settler
 
 logger = logging.getLogger(__name__)
@@ -277,6 +275,8 @@ class Decider:
     def recover(self, log: str | Path | Iterable[DecisionRecord]) -> dict[str, int]:
         """Make an earlier process's claims again; see `recover_claims`."""
         self.start()  # what is claimed again must end without a generation too
+        if self.advisor is not None:
+            self.advisor.prepare()
         if isinstance(log, (str, Path)):
             is_there = user_path(log).exists()  # not at the first start
             log = each_record(log, kinds=None) if is_there else ()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from kvttl.decisions.record import DecisionRecord
 from kvttl.lmcache.salts import salt_of
+from kvttl.manager.claims import Part
 
 
 class Wish(NamedTuple):
@@ -26,14 +27,6 @@ class Wish(NamedTuple):
 
     tier: str
     accessed_s: float
-    ttl_s: float
-
-
-class Part(NamedTuple):
-    """The first chunks of a prompt: where they are wanted, and for how long."""
-
-    chunks: int
-    tier: str
     ttl_s: float
 
 

@@ -142,19 +142,14 @@ def is_one_prompt(prompts: Any) -> bool:
     return isinstance(prompts, (str, Mapping))
 
 
-def metadata_of_each(prompts: Sequence[Any], metadata: Any) -> Sequence[Mapping | None]:
-    """Return a batch's metadata, shape (n,): one for all prompts, or one each.
+def one_each(name: str, value: Any, prompts: Sequence[Any]) -> Sequence[Any]:
+    """Return one value a prompt, of one for all or one each, shape (n,).
 
     Raises
     ------
     ValueError
-        Not as many metadata as prompts.
+        Not as many values as prompts.
     """
-    return one_each("metadata", metadata, prompts)
-
-
-def one_each(name: str, value: Any, prompts: Sequence[Any]) -> Sequence[Any]:
-    """Return one value a prompt, of one for all or one each; raises as `metadata_of_each`."""
     each = value if isinstance(value, (list, tuple)) else [value] * len(prompts)
     if len(each) != len(prompts):
         raise ValueError(f"{name} must have {len(prompts)} items (one a prompt), got {len(each)}")

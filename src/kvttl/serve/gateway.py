@@ -24,7 +24,6 @@ from kvttl import user_path
 from kvttl.decisions.log import DecisionLog
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.lmcache.client import LMCacheError
-from kvttl.manager.policy import POLICY_NAMES
 from kvttl.serve.app import BODY_LIMIT, manage_app, openai_app
 from kvttl.serve.engine import ManagedEngine
 from kvttl.serve.listening import KEY_VARIABLE, check_exposure, listening, read_key, serving
@@ -32,6 +31,7 @@ from kvttl.serve.options import options_of_engine, read_options, server_argument
 from kvttl.serve.vllm_parts import vllm_parts
 from kvttl.session.demo_model import model_path
 from kvttl.session.launch import (
+    add_policy_option,
     be_quiet,
     ends_with_parent,
     managed,
@@ -105,10 +105,8 @@ def gateway(
         0 = any free port. Another host than loopback needs a key, which clients must send.
     log, recover_from : DecisionLog, str or Path, optional
         What gets every decision; a log's folder, whose claims count again before the first request.
-    config : HeuristicConfig, optional
-        Default: the saved settings.
-    policy : str
-        Who decides; see `MultiTierCache`.
+    config, policy : HeuristicConfig, str
+        Default: the saved settings, which decide; see `MultiTierCache`.
     perplexity : str
         ``"generation"``: measured, unless a client gives it; ``"off"``: only given.
     body_limit, server_options
@@ -199,7 +197,7 @@ def _options(argv):
     parser.add_argument("--llm", help="model folder or hub id that is on this machine")
     parser.add_argument("--config", default="config.yaml")
     parser.add_argument("--redis-url", help="use this Redis instead of the embedded one")
-    parser.add_argument("--policy", choices=POLICY_NAMES, default="formula")
+    add_policy_option(parser)
     parser.add_argument("--attach", action="store_true", help="use what `make up` runs")
     parser.add_argument("--api-key-env", default=KEY_VARIABLE, metavar="NAME")
     parser.add_argument("--api-key-file", type=user_path, help="file; its first line is the key")

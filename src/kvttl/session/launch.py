@@ -18,6 +18,7 @@ from caching_heuristics import HeuristicConfig
 from kvttl import user_path
 from kvttl.background import Repeater
 from kvttl.manager.clock import SessionClock
+from kvttl.manager.policy import POLICY_NAMES
 from kvttl.session.demo_model import prompt_perplexity
 from kvttl.settings import load_settings
 from kvttl.stack.config import PORT_FIELDS, StackConfig
@@ -162,6 +163,11 @@ def managed(stack, llm, config: HeuristicConfig | None = None, **options) -> Mul
 
         options = {"costs": TierCosts(), **options}
     return MultiTierCache(controller, llm, config=config, **{"notify": None, **options})
+
+
+def add_policy_option(parser) -> None:
+    """Let a command be told who decides."""
+    parser.add_argument("--policy", choices=POLICY_NAMES, default="formula")
 
 
 def greedy(max_tokens: int, **options):

@@ -20,7 +20,6 @@ from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.manager.clock import ends_on_the_way
 from kvttl.manager.metadata import PERPLEXITY_SOURCES
-from kvttl.manager.policy import POLICY_NAMES
 from kvttl.session import launch
 from kvttl.session.demo_model import model_path
 from kvttl.session.workload import Request, session_requests
@@ -50,7 +49,7 @@ def _options(argv):
     parser.add_argument("--config", default="config.yaml")
     parser.add_argument("--llm", help="model folder or hub id that is on this machine")
     parser.add_argument("--redis-url", help="use this Redis instead of the embedded one")
-    parser.add_argument("--policy", choices=POLICY_NAMES, default="formula")
+    launch.add_policy_option(parser)
     parser.add_argument("--generations", type=int, default=48, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--perplexity", choices=PERPLEXITY_SOURCES, default="prompt")
