@@ -21,6 +21,7 @@ from kvttl.manager.generation import end_of
 from kvttl.manager.policy import POLICY_NAMES
 from kvttl.policies import FAMILIES, Answer
 from kvttl.policies.adaptive import Adaptive
+from kvttl.serve.engine import _Answer
 
 PROMPT = "what is KV cache good for, in a word?"  # 4 chunks
 
@@ -261,6 +262,20 @@ def test_times_that_a_policy_is_told_never_go_back():
     assert times == sorted(times)
 
 
+def test_a_clock_that_was_wrong_for_a_moment_does_not_stop_a_policys_time():
+    cache, _ = manager(policy := Says())
+    for now_s in (1000.0, 1e12, 1001.0, 1002.0):
+        cache.clock.now_s = now_s
+        cache.manage(PROMPT, SimpleNamespace(prompt_token_ids=list(PROMPT.encode())))
+    assert [told[2] for told in policy.told if told[0] == "end"] == [1000.0, 1e12, 1001.0, 1002.0]
+
+
+def test_prices_that_are_none_are_a_failure_of_the_policy():
+    cache, _ = manager(policy := Broken("", None))
+    policy.prices = lambda: ("dear",)
+    assert decide(cache).policy_error.startswith("policy Broken: ValueError")
+
+
 # --- what it learns -------------------------------------------------------------------------
 
 
@@ -294,7 +309,7 @@ def test_a_pending_tool_call_has_a_short_ttl_at_a_high_value_and_a_finished_turn
     policy = Adaptive((60, 400, 4000), CHUNK)
     cache, engine = manager(policy)
     loop = Loop(cache, engine)
-    records = [loop.step() for _ in range(900)][-300:]
+    records = [loop.step() for _ in range(500)][-200:]
     assert policy.index_in_force
     called = [r.decided[-1] for r in records if r.finish_reason == "tool_calls"]
     ended = [r.decided[-1] for r in records if r.finish_reason == "stop"]
@@ -394,3 +409,17 @@ def test_a_tool_call_is_known_by_its_marks(text, reason):
 @pytest.mark.parametrize("output", [None, "text", SimpleNamespace(outputs=None), ValueError("x")])
 def test_what_says_nothing_of_its_end(output):
     assert end_of(output) == (None, 0)
+
+
+@pytest.mark.parametrize("kind", ["DELTA", "CUMULATIVE"])
+def test_an_answer_in_parts_says_how_it_ended(kind):
+    answer = _Answer([1, 2], SimpleNamespace(output_kind=SimpleNamespace(name=kind)))
+    parts = [("<tool", [5], None), ("_call>", [6, 7], "stop")]
+    for at, (text, ids, reason) in enumerate(parts):
+        if kind == "CUMULATIVE":
+            text, ids = "".join(p[0] for p in parts[: at + 1]), [5, 6, 7][: len(ids) + at]
+        said = SimpleNamespace(
+            index=0, text=text, token_ids=ids, finish_reason=reason, logprobs=None
+        )
+        answer.add(SimpleNamespace(prompt_token_ids=[1, 2], num_cached_tokens=0, outputs=[said]))
+    assert end_of(answer) == ("tool_calls", 3)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # compiled code: seconds, and not needed for the formula
 logger = logging.getLogger(__name__)
 
 POLICY_NAMES = ("formula", "adaptive", "recency", "fixed")  # who decides: of `kvttl.policies`
+_SET_BACK_S = 3600.0  # generations of a longer time ago: the clock was set back
 _SWEEP = (1.0, 0.95, 0.05)  # of the policy's own caches, as LMCache's: see `sweep_due`
 
 
@@ -142,12 +143,12 @@ class Advisor:
                 told = numbers, span_s, draft.prompt_tokens, ended, metadata
                 self._told_s = tell(self.policy, self._told_s, *told)
                 answer = _checked(self.policy.ask(numbers, self._told_s), len(keys))
-                prices = getattr(self.policy, "prices", tuple)()
+                said = stretches(answer, getattr(self.policy, "prices", tuple)())
         except Exception as error:
             draft.policy_error = self._why(error)
             return
-        draft.policy, draft.decided = self.name, tuple(stretches(answer, prices))
-        if draft.decided:
+        draft.policy, draft.decided = self.name, tuple(said)
+        if said:
             draft.wanted_tier, draft.ttl_s = draft.decided[-1]["tier"], draft.decided[-1]["ttl_s"]
             draft.parts = parts_of(answer)
 
@@ -191,13 +192,14 @@ def tell(
     Parameters
     ----------
     told_s : float
-        Until when before; times never go back, whatever ran at once.
+        Until when before; times do not go back, whatever ran at once.
     span_s : tuple of float
         When it came, and when it ended.
     ended : tuple
         Its finish reason, and the tokens of its answer.
     """
-    begin_s = max(span_s[0], told_s)
+    set_back = span_s[1] < told_s - _SET_BACK_S
+    begin_s = span_s[0] if set_back else max(span_s[0], told_s)
     end_s = max(span_s[1], begin_s)
     number = policy.begin(keys, begin_s, prompt_tokens, hints)
     policy.end(number, end_s, *ended)
