@@ -13,6 +13,8 @@ CONFIG ?= config.yaml
 # make run LLM=<folder or hub id> REDIS_URL=redis://... N=<generations> METRICS_PORT=9464
 LLM ?=
 REDIS_URL ?=
+# POLICY=adaptive: TTLs that learn; of run, serve and bench formula, of replay lru by default.
+POLICY ?=
 # make serve HOST=... PORT=8000 LOG=<folder> ATTACH=1 OPTIONS="--max-model-len 4096 --enable-lora"
 HOST ?=
 PORT ?=
@@ -30,7 +32,6 @@ SEED ?= 0
 # SET="base_ttl=300 gamma=0" SKIP_BAD=1; what the trace does not say: FORMAT=<name> BLOCK_TOKENS=<tokens>
 # TIME_UNIT=<s|ms|us|ns|order> SUBAGENT_TIMES=<absolute|relative>
 TRACE ?= data/sample_trace.jsonl.gz
-POLICY ?= lru
 CAPACITY ?=
 SET ?=
 SKIP_BAD ?=
@@ -40,12 +41,12 @@ TIME_UNIT ?=
 SUBAGENT_TIMES ?=
 
 # What each target takes on the command line; anything else is refused by name.
-TAKES_run := CONFIG LLM REDIS_URL N SEED METRICS_PORT PERPLEXITY
-TAKES_serve := CONFIG LLM REDIS_URL HOST PORT LOG ATTACH OPTIONS API_KEY_ENV
+TAKES_run := CONFIG LLM REDIS_URL POLICY N SEED METRICS_PORT PERPLEXITY
+TAKES_serve := CONFIG LLM REDIS_URL POLICY HOST PORT LOG ATTACH OPTIONS API_KEY_ENV
 TAKES_up := CONFIG
 TAKES_down := CONFIG
 TAKES_status := CONFIG
-TAKES_bench := CONFIG QUICK
+TAKES_bench := CONFIG POLICY QUICK
 TAKES_bench-overhead := CONFIG
 TAKES_bench-gateway := CONFIG
 TAKES_replay := TRACE POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME_UNIT SUBAGENT_TIMES
@@ -98,19 +99,20 @@ install-agents: $(AGENTS) ## LangChain, LangGraph and AutoGen for notebook 07 an
 # A killed `make` takes what it started with it.
 run serve bench bench-gateway bench-overhead: export KV_END_WITH_PARENT := 1
 
-run: $(READY) ## real generations, placed across real tiers (LLM= REDIS_URL= N= SEED= METRICS_PORT=)
+run: $(READY) ## real generations, placed across real tiers (LLM= REDIS_URL= POLICY= N= SEED= METRICS_PORT=)
 	@$(PY) -m kvttl.session.run --config $(CONFIG) --generations $(N) --seed $(SEED) \
-		--perplexity $(PERPLEXITY) $(if $(LLM),--llm '$(LLM)') \
+		--perplexity $(PERPLEXITY) $(if $(LLM),--llm '$(LLM)') $(if $(POLICY),--policy '$(POLICY)') \
 		$(if $(REDIS_URL),--redis-url '$(REDIS_URL)') \
 		$(if $(METRICS_PORT),--metrics-port $(METRICS_PORT))
 
 test: $(AGENTS) ## all tests, on the real stack, notebooks included
 	@$(PY) -m pytest
 
-serve: $(READY) ## OpenAI-compatible server, every request managed (LLM= PORT= OPTIONS="--max-model-len 4096")
+serve: $(READY) ## OpenAI-compatible server, every request managed (LLM= PORT= POLICY= OPTIONS="--max-model-len 4096")
 	@$(PY) -m kvttl.serve.gateway --config $(CONFIG) --api-key-env '$(API_KEY_ENV)' \
 		$(if $(PORT),--port $(PORT)) $(if $(HOST),--host '$(HOST)') \
 		$(if $(LLM),--llm '$(LLM)') $(if $(REDIS_URL),--redis-url '$(REDIS_URL)') \
+		$(if $(POLICY),--policy '$(POLICY)') \
 		$(if $(LOG),--log '$(LOG)') $(if $(ATTACH),--attach) \
 		$(if $(OPTIONS),--server-options="$$OPTIONS")
 
@@ -145,7 +147,7 @@ check-notebooks: $(READY) ## fail if a notebook in git has outputs
 	@$(VENV)/bin/nbstripout --verify notebooks/*.ipynb
 
 bench: $(READY) ## the kit beside what people do today, on the real stack, 20 minutes (QUICK=1: 2)
-	@$(PY) -m kvttl.bench.speedup --config $(CONFIG) $(if $(QUICK),--quick --out data/runs/bench-quick)
+	@$(PY) -m kvttl.bench.speedup --config $(CONFIG) $(if $(POLICY),--policy '$(POLICY)') $(if $(QUICK),--quick --out data/runs/bench-quick)
 
 bench-overhead: $(READY) ## what managing adds to a generation; ends with one line of JSON
 	@$(PY) -m kvttl.bench.overhead --config $(CONFIG)
@@ -154,7 +156,7 @@ bench-gateway: $(READY) ## what the gateway adds to a request; ends with one lin
 	@$(PY) -m kvttl.bench.gateway --config $(CONFIG)
 
 replay: $(READY) ## one policy on a trace; ends with one line of JSON (TRACE= POLICY= CAPACITY= SET= FORMAT= ...)
-	@$(PY) -m kvttl.replay.command --trace '$(TRACE)' --policy '$(POLICY)' --capacity '$(CAPACITY)' \
+	@$(PY) -m kvttl.replay.command --trace '$(TRACE)' --policy '$(or $(POLICY),lru)' --capacity '$(CAPACITY)' \
 		--seed $(SEED) $(if $(SET),--set $(SET)) $(if $(SKIP_BAD),--skip-bad) \
 		$(if $(FORMAT),--format '$(FORMAT)') $(if $(BLOCK_TOKENS),--block-tokens '$(BLOCK_TOKENS)') \
 		$(if $(TIME_UNIT),--time-unit '$(TIME_UNIT)') \

@@ -18,7 +18,14 @@ from kvttl.lmcache.client import LMCacheError as LMCacheError
 from kvttl.lmcache.client import LMCacheHTTP
 from kvttl.lmcache.client import LMCacheUnavailable as LMCacheUnavailable
 from kvttl.lmcache.directory import Directory
-from kvttl.lmcache.layout import BaseController, InProcessController, KVLayout, unseen, vllm_config
+from kvttl.lmcache.layout import (
+    BaseController,
+    InProcessController,
+    KVLayout,
+    bytes_of_token,
+    unseen,
+    vllm_config,
+)
 from kvttl.lmcache.lease import ServerLease
 from kvttl.lmcache.salts import check_salt, salted
 from tiered_caching import BaseBackend, InMemoryBackend, LocalDiskBackend, RemoteBackend
@@ -78,6 +85,7 @@ class LMCacheController(BaseController):
         # Tiers whose last demotion waited in vain (a dead Redis, a full disk):
         # later moves there look once and do not wait, until one succeeds.
         self._stalled_tiers: set[str] = set()
+        self._token_bytes: int | None = None  # of an engine's KV cache
 
     model = property(attrgetter("_directory.model"), doc="The model name that KV is stored under.")
     cache_salt = property(attrgetter("_directory.cache_salt"), doc="The tenant whose KV this is.")
@@ -92,6 +100,7 @@ class LMCacheController(BaseController):
         super().attach_engine(llm)
         if (config := vllm_config(llm)) is not None:
             self._directory = replace(self._directory, model=config.model_config.model)
+            self._token_bytes = bytes_of_token(config)
 
     def layout(self, tokens: Sequence[int], cache_salt: str = "") -> KVLayout:
         """Return where the directory says that each complete chunk is, under a salt.
@@ -151,6 +160,19 @@ class LMCacheController(BaseController):
             instance: {tier: self._http.count_keys(instance, tier) for tier in TIERS}
             for instance in self._http.instances()
         }
+
+    def room_chunks(self) -> tuple[int | None, int | None, int | None]:
+        """Return how many chunks gpu has room for; nobody knows before an engine is attached.
+
+        Raises
+        ------
+        LMCacheUnavailable, LMCacheError
+            The server does not answer, or refuses.
+        """
+        if self._token_bytes is None:
+            return super().room_chunks()
+        chunk_bytes = self._token_bytes * self.chunk_size_tokens
+        return (self._http.memory_bytes(self.instance_id) // chunk_bytes, None, None)
 
     def close(self) -> None:
         """Close the HTTP session."""

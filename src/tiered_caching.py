@@ -36,12 +36,11 @@ from kvttl.manager.generation import (
     Engine,
     ManagedOutput,
     is_one_prompt,
-    metadata_of_each,
     one_each,
     text_of,
 )
 from kvttl.manager.metadata import RequestMetadata
-from kvttl.manager.policy import Policy
+from kvttl.manager.policy import Policy, advisor_of
 from kvttl.manager.settling import under
 from kvttl.storage import redis_client, sealed
 from kvttl.storage.probes import reason_of
@@ -304,7 +303,7 @@ class RemoteBackend(_RecordBackend):
             raise ConnectionError(f"Redis at {self.address} failed: {reason}") from error
 
 
-class MultiTierCache:
+class MultiTierCache(contextlib.AbstractContextManager):
     """Generates text, and places the prompt's KV cache by the heuristics afterwards.
 
     Parameters
@@ -317,6 +316,13 @@ class MultiTierCache:
     config : Policy, optional
         Makes the two decisions, and knows the expiry ladder; `HeuristicConfig()` by default.
         Settings that the sliders have saved: ``config=kvttl.settings.load_settings()``.
+    policy : str or CachePolicy
+        ``"formula"``: `config` decides. ``"adaptive"``, ``"recency"``, ``"fixed"``, or an object
+        that is a `kvttl.policies.CachePolicy`: it decides as it goes, TTLs are renewed by what it
+        says later, and what fails there is decided by `config`. Beside a `log` it is saved, and
+        goes on after a restart.
+    costs : kvttl.replay.costs.TierCosts, optional
+        What ``"adaptive"`` values chunks and tiers by; without: hits.
     notify : callable, optional
         Gets one line about each decision; None = silence.
     clock : callable
@@ -372,6 +378,8 @@ class MultiTierCache:
         llm: Any = None,
         *,
         config: Policy | None = None,
+        policy: Any = "formula",
+        costs: Any = None,
         notify: Callable[[str], Any] | None = print,
         clock: Callable[[], float] = time.time,
         max_records: int = 10_000,
@@ -390,6 +398,7 @@ class MultiTierCache:
         self.config = HeuristicConfig() if config is None else config
         self.clock = clock
         self._records = RecordKeeper(max_records, log, metrics, notify)
+        advisor = advisor_of(policy, lmcache_controller, self.config, costs, log)
         self._measured = RequestMetadata(None, perplexity_source, scorer)
         self._decider = Decider(
             self._decide,
@@ -403,6 +412,7 @@ class MultiTierCache:
             max_queue_bytes=max_queue_bytes,
             sweep_every_s=sweep_every_s,
             keep_prompts=keep_prompts,
+            advisor=advisor,
         )
         self.records, self.claims = self._records.records, self._decider.claims
         self._llm: Any = None
@@ -410,9 +420,6 @@ class MultiTierCache:
             self.set_llm(llm)
         if metrics is not None:
             self._decider.watch(metrics)
-
-    def __enter__(self) -> MultiTierCache:
-        return self
 
     def __exit__(self, *_exc_info: object) -> None:
         self.close()
@@ -513,7 +520,7 @@ class MultiTierCache:
         """
         one = is_one_prompt(prompts)
         prompts = [prompts] if one else list(prompts)
-        given = metadata_of_each(prompts, metadata)
+        given = one_each("metadata", metadata, prompts)
         if not prompts:
             return []
         self._decider.start()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
+
 from cache_controller import LocalLMCacheController
 from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
 from tiered_caching import InMemoryBackend, MultiTierCache
@@ -89,3 +91,20 @@ def assert_nothing_is_immortal(cache: MultiTierCache) -> None:
     assert len(cache.claims) == 0
     layout = cache.controller.layout_of()
     assert not any(layout.of(cache.controller.instance_id)), "bytes are left"
+
+
+def assert_replay_decides_the_same(records, folder, policy):
+    """What a log says was decided is what a fresh policy says of it in a replay."""
+    from kvttl.replay.on_lmcache import answers_as_live  # compiled code: only where it is needed
+    from kvttl.traces.reading import read_trace
+
+    trace = read_trace(folder)
+    assert trace.requests == len(records)
+    told = [record.decided for record in sorted(records, key=lambda r: r.time_s - r.generate_s)]
+    for answer, decided in zip(answers_as_live(trace, policy), told):
+        counts = np.diff([0, *(part["chunks"] for part in decided)])
+        for name, given in (("ttl_s", answer.ttl_s), ("value", answer.value)):
+            said = np.repeat([part[name] for part in decided], counts)
+            assert np.allclose(given, said, rtol=1e-5, atol=1e-4), name
+        said = np.repeat([TIERS.index(part["tier"]) for part in decided], counts)
+        assert (answer.tier == said).all()

@@ -57,6 +57,11 @@ FULL = replace(
     metadata_sources={"perplexity": "prompt", "time_variance": "history"},
     cache_salt="tenant-a",
     tier_errors={"disk": "full"},
+    finish_reason="tool_calls",
+    output_tokens=17,
+    policy="adaptive",
+    decided=({"chunks": 4, "tier": "disk", "ttl_s": 9.5, "value": 0.25, "price": 0.125},),
+    policy_error="policy adaptive: ValueError: as an example",
     moves=(MOVE | {"reason": "", "moved_tokens": 512, "skipped": 0, "latency_s": 0.25},) * 2,
 )
 CLAIM = DecisionRecord(1_760_000_002.0, "ab12", kind="claim", wanted_tier="gpu", ttl_s=9.0)

@@ -11,11 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+from local_managers import assert_replay_decides_the_same
 from waiting import wait_for_checkpoint, wait_until
 
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
 from kvttl.decisions.log import DecisionLog, read_records
+from kvttl.policies.adaptive import Adaptive
+from kvttl.replay.costs import TierCosts
 from kvttl.session.demo_model import prompt_perplexity
 from kvttl.session.texts import example_prompts
 from kvttl.stack.services import checkpoint_path
@@ -341,3 +344,47 @@ def _all_where_logged(cache, logged, now_s):
         if any(t and w and order[t[0]] < order[w] for t, w in zip(held, wanted)):
             return False
     return True
+
+
+def test_tiers_follow_a_policy_that_decides_as_it_goes_and_its_ttls_end(
+    managers, greedy, fresh_text, tmp_path
+):
+    """Rooms of 24, 40 and 60 chunks for 8 conversations that take more than twice as many."""
+    now, made = [1000.0], ((24, 40, 60), 32)
+    policy, prompts = Adaptive(*made, costs=TierCosts()), [fresh_text() for _ in range(8)]
+    with DecisionLog(tmp_path) as log:
+        cache = managers(policy=policy, clock=lambda: now[0], sweep_every_s=None, log=log)
+        for turn in range(3):
+            for at in range(len(prompts)):
+                prompts[at] += fresh_text(40) if turn else ""
+                cache.generate_and_manage(prompts[at], greedy)
+                now[0] += 2.0
+                cache.sweep()
+        records = generations(cache)
+        assert {(r.policy, r.error, r.policy_error) for r in records} == {("Adaptive", "", "")}
+        assert {r.finish_reason for r in records} <= {"stop", "length"}
+        assert {part["tier"] for r in records for part in r.decided} >= {"gpu"}
+        wait_until(lambda: cache.sweep() or all(as_wanted(cache, p, now) for p in prompts))
+        left = {tier for prompt in prompts for tier in tiers_of(cache, prompt)}
+        assert left > {"gpu"}
+        now[0] += 3600.0  # nothing of this is worth its place by then
+        cache.sweep()
+        wait_until(lambda: cache.sweep() or not any(any(tiers_of(cache, p)) for p in prompts))
+    assert_replay_decides_the_same(records, tmp_path, Adaptive(*made, costs=TierCosts()))
+
+
+def as_wanted(cache, prompt, now):
+    keys = cache.controller.layout(cache.controller.tokenize(prompt)).keys
+    return tiers_of(cache, prompt) == cache.claims.wanted(keys, now[0])
+
+
+def test_adaptive_by_its_name_knows_the_memory_tiers_room(managers, greedy, fresh_text, stack):
+    cache = managers(policy="adaptive", sweep_every_s=None)
+    cache.generate_and_manage(fresh_text(), greedy)
+    (record,) = generations(cache)
+    assert (record.policy, record.policy_error, record.wanted_tier) == ("adaptive", "", "gpu")
+    chunk_bytes = 32 * 1024  # of the demo model: 4 layers, 2 x 1 head of 64 values of 2 bytes
+    assert (
+        cache.controller.room_chunks()
+        == (stack.config.l1_size_gb * 2**30 // chunk_bytes,) + (None,) * 2
+    )

@@ -233,6 +233,10 @@ def test_the_tab_follows_its_sliders(tmp_path):
     tab.has_perplexity.value = True
     tab.perplexity.value = 90.0
     assert tab.view.result.hit_tokens[:, :2].sum() == 0  # cold: all in remote
+    settings = tab.view
+    tab.policy.value = "adaptive"
+    assert tab.view.result.policy == "adaptive"
+    assert tab.view.result.capacity_blocks == settings.peers["recency"].capacity_blocks
     tab.trace.value = "two"
     assert tab.view.result.trace.requests == 60
 
@@ -241,7 +245,7 @@ def test_the_tab_exports_what_it_shows(tmp_path):
     tab = ReplayTab({"one/<b>": TRACE}, folder=tmp_path / "a<b")
     csv, png = tab.export()
     assert (csv.name, png.name) == ("replay_one_b_.csv", "replay_one_b_.png")
-    assert csv.read_text().startswith("trace,base_ttl") and png.read_bytes().startswith(PNG)
+    assert csv.read_text().startswith("trace,policy,base_ttl") and png.read_bytes().startswith(PNG)
     assert np.isnan(pd.read_csv(csv)["perplexity"][0])
     tab.perplexity.value, tab.has_perplexity.value = 55.0, True
     tab.controls["hot_threshold"].entry.value = 500.0  # above the cold one: not drawn

@@ -248,7 +248,7 @@ MAY_IMPORT = {
     "lmcache": "caching_heuristics",
     "decisions": "caching_heuristics, background, settings",
     "stack": "caching_heuristics, background, storage, lmcache",
-    "manager": "caching_heuristics, background, lmcache, decisions",
+    "manager": "caching_heuristics, background, policies, lmcache, decisions",
     "tiered_caching": "caching_heuristics, background, storage, lmcache, decisions, manager",
     "cache_controller": "caching_heuristics, lmcache, tiered_caching",
     "replay": ("caching_heuristics, traces, policies, settings, lmcache, manager, tiered_caching"),

@@ -52,6 +52,8 @@ OTHER = {
     "block_size_tokens": 16,
     "l1_size_gb": 0.24,
     "eviction_policy": "ARC",
+    "trigger_watermark": 0.91,
+    "eviction_ratio": 0.07,
     "prefetch_policy": "retain",
     "disk_path": "elsewhere",
     "run_dir": "run-elsewhere",
@@ -67,7 +69,7 @@ OTHER = {
 OF_A_SESSION = set(PORT_FIELDS)
 OF_THE_BENCHMARK = OF_A_SESSION | {
     "redis_url", "redis_client", "prefetch_policy", "l1_size_gb", "chunk_size_tokens",
-    "block_size_tokens",
+    "block_size_tokens", "trigger_watermark", "eviction_ratio",
 }  # fmt: skip
 ENTRIES = {
     "make up": (lambda file: commands.main(["up", "--config", file]), set()),

@@ -48,6 +48,8 @@ BAD_VALUES = {
     "block_size_tokens": [0, 1025],
     "l1_size_gb": [0, 5000, float("nan"), float("inf"), "1"],
     "eviction_policy": ["lru", "MRU", None],
+    "trigger_watermark": [0, 1.1, "0.9"],
+    "eviction_ratio": [0, 2, None],
     "prefetch_policy": ["Retain", None],
     "redis_client": ["valkey", None],
     "disk_path": ["", 3, "a\0b"],

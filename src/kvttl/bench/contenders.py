@@ -22,6 +22,7 @@ from caching_heuristics import HeuristicConfig
 from kvttl.bench.workloads import CHUNK_TOKENS, BenchRequest
 from kvttl.lmcache.client import Service
 from kvttl.lmcache.layout import hits_by_tier
+from kvttl.lmcache.model import EVICTION_RATIO, EVICTION_WATERMARK
 from kvttl.manager.clock import SessionClock, ends_on_the_way
 from kvttl.replay.costs import TierCosts
 from kvttl.session.calibrate import calibrate
@@ -63,21 +64,35 @@ class Contender:
     colour: str
     every_share: bool = False
     prefix_cache: bool = False
-    stack: Mapping[str, str] | None = None
+    stack: Mapping[str, Any] | None = None
     config: HeuristicConfig | None = None
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """Its LMCache's rules, as `LMCacheModel` takes them; empty without one."""
+        if self.stack is None:
+            return {}
+        rules = {"watermark": self.stack["trigger_watermark"]}
+        rules |= {"ratio": self.stack["eviction_ratio"]}
+        return rules | {"retain": self.stack["prefetch_policy"] == "retain"}
 
 
 NONE, PREFIX, LMCACHE, RETAIN = "no cache", "vLLM prefix cache", "LMCache", "LMCache, retain"
+PEER = "LMCache, tuned"  # the one to beat
 KIT, TUNED = "kit, defaults", "kit, tuned"
 _AS_IT_COMES = {"prefetch_policy": "default", "redis_client": "lmcache"}
-_MANAGED = {"prefetch_policy": "default", "redis_client": "kit"}
+_AS_IT_COMES |= {"trigger_watermark": EVICTION_WATERMARK, "eviction_ratio": EVICTION_RATIO}
+_FULLER = {"trigger_watermark": 0.95, "eviction_ratio": 0.05}
+_RETAIN = {**_AS_IT_COMES, "prefetch_policy": "retain"}
+_MANAGED = {"prefetch_policy": "default", "redis_client": "kit", **_FULLER}
 CONTENDERS = {
     row.name: row
     for row in (
         Contender(NONE, "#888888"),
         Contender(PREFIX, "#e69f00", every_share=True, prefix_cache=True),
         Contender(LMCACHE, "#0072b2", every_share=True, stack=_AS_IT_COMES),
-        Contender(RETAIN, "#56b4e9", stack={**_AS_IT_COMES, "prefetch_policy": "retain"}),
+        Contender(RETAIN, "#56b4e9", stack=_RETAIN),
+        Contender(PEER, "#cc79a7", every_share=True, stack={**_RETAIN, **_FULLER}),
         Contender(KIT, "#d55e00", every_share=True, stack=_MANAGED, config=HeuristicConfig()),
         # `bench_settings` replaces the settings of this one.
         Contender(TUNED, "#009e73", every_share=True, stack=_MANAGED, config=HeuristicConfig()),
@@ -195,9 +210,9 @@ class Runner:
 class LMCacheRunner(Runner):
     """An engine on an LMCache server of its own; with `settings`, managed by the kit."""
 
-    def __init__(self, llm: Any, bytes_per_token: int, stack: Any) -> None:
+    def __init__(self, llm: Any, bytes_per_token: int, stack: Any, policy: str) -> None:
         super().__init__(llm, bytes_per_token)
-        self.stack = stack
+        self.stack, self.policy = stack, policy
         self._server = Service(stack.server_http_url, read_timeout_s=10.0)
         self._pass = ExitStack()  # what a pass has opened
 
@@ -212,7 +227,9 @@ class LMCacheRunner(Runner):
         self._empty()
         if settings is not None:
             options = {"clock": SessionClock(0.0), "background": True, "sweep_every_s": None}
-            self._cache = self._pass.enter_context(managed(stack, self.llm, settings, **options))
+            options |= {"policy": self.policy}
+            cache = managed(stack, self.llm, settings, **options)
+            self._cache = self._pass.enter_context(cache)
 
     def _empty(self):
         if not comes_true(lambda: not self._look.discard(self._look.layout_of().keys), 30.0):
@@ -299,9 +316,12 @@ def _moved_chunks(record):
 
 @contextmanager
 def running_contenders(
-    names: Sequence[str], hot_tokens: int, model: str, config_path: str
+    names: Sequence[str], hot_tokens: int, model: str, config_path: str, policy: str = "formula"
 ) -> Iterator[dict[str, Runner]]:
-    """Start engines and stacks, each on free ports, with a hot tier of so many tokens."""
+    """Start engines and stacks, each on free ports, with a hot tier of so many tokens.
+
+    `policy` decides where the kit has its default settings.
+    """
     be_quiet()
     rows = [CONTENDERS[name] for name in names]
     size = kv_bytes_per_token(model)
@@ -312,7 +332,7 @@ def running_contenders(
         made: dict[str, Runner] = {}
         cleanup.callback(_close, made)
         for row, stack in zip(rows, stacks):
-            made[row.name] = _runner(row, stack, hot_tokens, model, size)
+            made[row.name] = _runner(row, stack, hot_tokens, model, size, policy)
             made[row.name].warm_up()
         yield made
 
@@ -338,7 +358,7 @@ def _stack(hot_bytes, config_path, cleanup, row):
     return cleanup.enter_context(LMCacheStack(config.replaced(disk_path=folder), free_ports=True))
 
 
-def _runner(row, stack, hot_tokens, model, size):
+def _runner(row, stack, hot_tokens, model, size, policy):
     from vllm import LLM
 
     blocks = max(hot_tokens // CHUNK_TOKENS, _LEAST_BLOCKS) if row.prefix_cache else 0
@@ -348,7 +368,8 @@ def _runner(row, stack, hot_tokens, model, size):
         "num_gpu_blocks_override": blocks or _ENGINE_BLOCKS,
     }
     if stack is not None:
-        return LMCacheRunner(LLM(**stack.engine_kwargs(model, **options)), size, stack)
+        policy = policy if row.name == KIT else "formula"
+        return LMCacheRunner(LLM(**stack.engine_kwargs(model, **options)), size, stack, policy)
     kwargs = engine_kwargs(StackConfig(), model, **options, enable_prefix_caching=bool(blocks))
     del kwargs["kv_transfer_config"]
     return Runner(LLM(**kwargs), size, blocks)

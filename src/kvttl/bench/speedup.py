@@ -9,6 +9,7 @@ meets all of them alike. Ends with one line of JSON.
 import argparse
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 
@@ -19,14 +20,13 @@ from tqdm import tqdm
 from caching_heuristics import HeuristicConfig
 from kvttl import user_path
 from kvttl.bench import contenders
-from kvttl.bench.contenders import CONTENDERS, KIT, MAIN_SHARE, TUNED, Runner
+from kvttl.bench.contenders import CONTENDERS, KIT, MAIN_SHARE, PEER, TUNED, Runner
 from kvttl.bench.figures import machine, rounded_figures, run_benchmark
 from kvttl.bench.speedup_report import BenchResult, headline, t_quantile, write_report
 from kvttl.bench.workloads import CHUNK_TOKENS, Workload, make_workload
-from kvttl.lmcache.model import EVICTION_WATERMARK
 from kvttl.replay.on_lmcache import replay_on_lmcache
 from kvttl.session.demo_model import model_path
-from kvttl.session.launch import ends_with_parent
+from kvttl.session.launch import add_policy_option, ends_with_parent
 from kvttl.settings import default_path, load_settings
 
 REPORTS = Path("data/reports")
@@ -75,8 +75,8 @@ def run_pass(
             served = runner.serve(request, workload.trace.request(number))
             runner.settle()
             rows.append({"contender": name, "request": number, **_row(request, served)})
-        for runner in runners.values():
-            runner.settle(below=EVICTION_WATERMARK)
+        for name, runner in runners.items():
+            runner.settle(below=CONTENDERS[name].rules.get("watermark", math.inf))
         for row in rows[-len(names) :]:
             row["hot_bytes"] = runners[row["contender"]].hot_bytes
     wall_s = time.perf_counter() - start_s
@@ -96,7 +96,9 @@ def _row(request, served):
     return about | values | tiers
 
 
-def run(plan: BenchPlan, model: str, config_path: str, settings: dict) -> BenchResult:
+def run(
+    plan: BenchPlan, model: str, config_path: str, settings: dict, policy: str = "formula"
+) -> BenchResult:
     """Run every pass of a plan."""
     workloads = plan.workloads(model)
     mean_tokens = np.mean([workload.working_set_tokens for workload in workloads.values()])
@@ -109,7 +111,8 @@ def run(plan: BenchPlan, model: str, config_path: str, settings: dict) -> BenchR
         for share, keys in passes.items():
             names = [n for n, row in CONTENDERS.items() if row.every_share or share == MAIN_SHARE]
             hot_tokens = max(int(share * mean_tokens), _LEAST_HOT_TOKENS)
-            with contenders.running_contenders(names, hot_tokens, model, config_path) as runners:
+            parts = names, hot_tokens, model, config_path, policy
+            with contenders.running_contenders(*parts) as runners:
                 costs = costs or runners[KIT].calibrate()
                 for name, seed in keys:
                     workload = workloads[name, seed]
@@ -119,7 +122,7 @@ def run(plan: BenchPlan, model: str, config_path: str, settings: dict) -> BenchR
                     requests += [about | row for row in rows]
                     totals += [about | size | row for row in sums]
                     bar.update()
-    return BenchResult(pd.DataFrame(requests), pd.DataFrame(totals), workloads, costs)
+    return BenchResult(pd.DataFrame(requests), pd.DataFrame(totals), workloads, costs, policy)
 
 
 def choose_settings(model: str) -> HeuristicConfig:
@@ -143,7 +146,8 @@ def _outcome(workloads, config):
     rows = []
     for workload in workloads:
         hot_chunks = int(MAIN_SHARE * workload.working_set_tokens) // CHUNK_TOKENS
-        result = replay_on_lmcache(workload.trace, workload.prompts, hot_chunks, config)
+        rules = CONTENDERS[TUNED if config else PEER].rules
+        result = replay_on_lmcache(workload.trace, workload.prompts, hot_chunks, config, **rules)
         gpu = result.hit_tokens[:, 0].sum() / result.trace.prompt_tokens.sum()
         rows.append((gpu, result.token_hit_ratio, result.block_seconds[0]))
     return dict(zip(("gpu", "every", "held"), np.mean(rows, axis=0)))
@@ -163,6 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="config.yaml")
     parser.add_argument("--out", type=user_path, default=REPORTS)
+    add_policy_option(parser)
     parser.add_argument("--quick", action="store_true", help="one seed, few requests")
     parser.add_argument("--seeds", type=int, default=5, help="at least 5 for the intervals")
     options = parser.parse_args(argv)
@@ -171,12 +176,13 @@ def main(argv: list[str] | None = None) -> None:
     contenders.say_unused_settings(options.config)
     about, started_s, model = machine(), time.perf_counter(), model_path()
     settings, source = bench_settings(model)
-    result = run(plan, model, options.config, settings)
+    result = run(plan, model, options.config, settings, options.policy)
     figures = {
         "seeds": list(plan.seeds),
         "requests": dict(plan.requests),
         "minutes": (time.perf_counter() - started_s) / 60,
         "model": Path(model).name,
+        "policy": options.policy,
         "bytes_per_token": contenders.kv_bytes_per_token(model),
         "settings": {name: dataclasses.asdict(config) for name, config in settings.items()},
         "settings_source": source,

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from caching_heuristics import HeuristicConfig
 from kvttl import user_path
-from kvttl.bench.contenders import CONTENDERS, KIT, LMCACHE, MAIN_SHARE, ORDER, TUNED
+from kvttl.bench.contenders import CONTENDERS, KIT, LMCACHE, MAIN_SHARE, ORDER, PEER, TUNED
 from kvttl.bench.figures import write_json
 from kvttl.bench.truth import KEYS, replay_truth
 from kvttl.bench.workloads import Workload
@@ -47,12 +47,15 @@ class BenchResult:
         By name and seed; what the truth check replays.
     costs : TierCosts
         As calibrated in the same run.
+    policy : str
+        That of the kit with its default settings.
     """
 
     requests: pd.DataFrame
     totals: pd.DataFrame
     workloads: dict[tuple[str, int], Workload]
     costs: TierCosts
+    policy: str = "formula"
 
 
 def by_seed(result: BenchResult) -> pd.DataFrame:
@@ -155,10 +158,16 @@ def _half(width, digits):
 
 
 def verdict(seeds: pd.DataFrame) -> str:
-    """Return who needs how much hot memory at which TTFT, against LMCache as it comes."""
-    lines = ["\nAgainst LMCache as it comes, paired by seed (95 % interval); below 1 is better:"]
-    rows = compared(seeds)
-    rows = rows[(rows["hot_mb_s"] > 0) & (rows["contender"] != LMCACHE)]  # who has a hot tier
+    """Return who needs how much hot memory at which TTFT, against LMCache."""
+    peers = {"as it comes": LMCACHE, "tuned": PEER}
+    there = set(seeds["contender"])
+    return "\n".join(_verdict(seeds, name, to) for name, to in peers.items() if to in there)
+
+
+def _verdict(seeds, name, to):
+    lines = [f"\nAgainst LMCache {name}, paired by seed (95 % interval); below 1 is better:"]
+    rows = compared(seeds, to)
+    rows = rows[(rows["hot_mb_s"] > 0) & (rows["contender"] != to)]  # who has a hot tier
     for row in rows.sort_values("contender", key=_order, kind="stable").itertuples():
         lines.append(
             f"  {row.contender:18} {row.workload:8} {row.hot_share:4.0%}"
@@ -186,13 +195,19 @@ def _word(row):
 
 
 def headline(result: BenchResult) -> dict[str, object]:
-    """Return the goal's figures: agentic sessions at `MAIN_SHARE`, the kit against LMCache."""
-    rows = compared(by_seed(result)).set_index(KEYS)
-    figures = {}
-    for name, short in ((KIT, "kit"), (TUNED, "tuned")):
-        row = rows.loc[("agentic", MAIN_SHARE, name)]
-        figures |= {f"{short}_{key}_ratio": float(row[key]) for key in _GOAL}
-        figures |= {f"{short}_{key}_ratio_high": float(row[key + "_high"]) for key in _GOAL}
+    """Return the goal's figures: agentic sessions at `MAIN_SHARE`, the kit against LMCache.
+
+    Names that end in ``_peer``: against LMCache tuned, the peer to beat.
+    """
+    seeds, figures = by_seed(result), {}
+    for to, end in ((LMCACHE, ""), (PEER, "_peer")):
+        rows = compared(seeds, to).set_index(KEYS)
+        for name, short in ((KIT, "kit"), (TUNED, "tuned")):
+            row = rows.loc[("agentic", MAIN_SHARE, name)]
+            figures |= {f"{short}_{key}_ratio{end}": float(row[key]) for key in _GOAL}
+            figures |= {
+                f"{short}_{key}_ratio_high{end}": float(row[key + "_high"]) for key in _GOAL
+            }
     return figures
 
 

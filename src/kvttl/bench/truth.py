@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 
 from caching_heuristics import TIERS, HeuristicConfig
-from kvttl.bench.contenders import CONTENDERS, RETAIN
+from kvttl.bench.contenders import CONTENDERS, KIT
 from kvttl.bench.workloads import CHUNK_TOKENS
-from kvttl.lmcache.model import EVICTION_WATERMARK
 from kvttl.replay.costs import fit_costs
 from kvttl.replay.engine import replay
 from kvttl.replay.on_lmcache import replay_on_lmcache
@@ -71,9 +70,11 @@ def predict(
     hot_chunks = int(hot_tokens[tuple(first[at])]) // CHUNK_TOKENS
     hits = measured[_COLUMNS].to_numpy()
     perplexity = measured["perplexity"].to_numpy()  # NaN where none was measured
-    fast = _fast(workload.trace, hot_chunks, config, perplexity)
+    row, policy = CONTENDERS[name], result.policy if name == KIT else "formula"
+    room = int(row.rules["watermark"] * hot_chunks)
+    fast = _fast(workload.trace, room, config, perplexity, policy)
     run = (workload.trace, workload.prompts, hot_chunks, config)
-    model = replay_on_lmcache(*run, retain=name == RETAIN, perplexity=perplexity).hit_tokens
+    model = replay_on_lmcache(*run, policy=policy, perplexity=perplexity, **row.rules).hit_tokens
     prompts, ttft_s = measured["prompt_tokens"].to_numpy(), measured["ttft_s"].to_numpy()
     error = np.abs(result.costs.request_ttft_s(model, prompts) - ttft_s) / ttft_s
     return (fast == hits).all(axis=1), (model == hits).all(axis=1), error
@@ -91,9 +92,11 @@ def _fitted_errors(costs, part):
     return np.abs(predicted - ttft_s) / ttft_s
 
 
-def _fast(trace, hot_chunks, config, perplexity):
+def _fast(trace, hot_chunks, config, perplexity, policy):
     """Replay with the capacity at which LMCache starts to evict; disk and Redis hold all."""
-    capacity = (int(EVICTION_WATERMARK * hot_chunks), None, None)
+    capacity = (hot_chunks, None, None)
     if config is None:
         return replay(trace, "recency", capacity).hit_tokens
+    if policy != "formula":
+        return replay(trace, policy, capacity, config).hit_tokens
     return replay(trace, "heuristic", capacity, config, perplexity=perplexity).hit_tokens

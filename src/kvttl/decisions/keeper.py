@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_BYTES = 64 * 2**20  # of the records in memory
 _RECORD_BYTES, _KEY_BYTES = 2_000, 120  # a record without its text, and each chunk key
+_PART_BYTES = 400  # of what a policy has decided
 
 
 class RecentRecords(deque):
@@ -47,7 +48,8 @@ class RecentRecords(deque):
 
 def _size_bytes(record):
     key_bytes = _KEY_BYTES + len(record.cache_salt)
-    return _RECORD_BYTES + key_bytes * len(record.chunk_keys) + 4 * len(record.prompt or "")
+    parts = _PART_BYTES * len(record.decided) + 4 * len(record.prompt or "")
+    return _RECORD_BYTES + key_bytes * len(record.chunk_keys) + parts
 
 
 @dataclass(eq=False)

@@ -59,6 +59,16 @@ class DecisionRecord:
     cache_salt : str
         What keeps this KV apart from others' of the same text: the tenant's own, and after
         ``~`` a digest of the LoRA adapter, embeddings or images. Empty = nothing.
+    finish_reason, output_tokens : str, int
+        How the generation ended, and the tokens of its answer.
+    policy : str
+        The policy that decided as it goes; empty = the heuristics. `ttl_s` and `wanted_tier` are
+        those of the prompt's last chunk then.
+    decided : tuple of mapping
+        What that policy said of the prompt's parts: ``chunks`` up to which it holds, ``tier``,
+        ``ttl_s``, ``value`` and the tier's ``price``.
+    policy_error : str
+        Why it said nothing: the heuristics decided.
     """
 
     time_s: Number
@@ -82,6 +92,11 @@ class DecisionRecord:
     from_tier: str | None = None
     tier_errors: Mapping[str, str] = field(default_factory=dict)
     cache_salt: str = ""
+    finish_reason: str | None = None
+    output_tokens: Count = 0
+    policy: str = ""
+    decided: tuple[Mapping[str, Any], ...] = ()
+    policy_error: str = ""
 
     def to_json(self) -> str:
         """Return the record as one line of strict JSON.

@@ -317,6 +317,11 @@ class LMCacheHTTP:
             self._tier_errors[instance_id] = now_s, found
         return found
 
+    def memory_bytes(self, instance_id: str) -> int:
+        """Return the size of a server's memory tier."""
+        status = self._call_server(instance_id, "GET", "/status")
+        return int(status["storage_manager"]["l1_manager"]["memory_configured_bytes"])
+
     def signed_up_again(self, instance_id: str) -> bool:
         """Return whether a server's sign-up is not the first one seen here.
 

@@ -87,6 +87,14 @@ def vllm_config(llm: Any) -> Any:
     return getattr(getattr(llm, "llm_engine", llm), "vllm_config", None)
 
 
+def bytes_of_token(config: Any) -> int:
+    """Return the bytes of KV cache that a token takes, on all ranks, by vLLM's configuration."""
+    model, parallel = config.model_config, config.parallel_config
+    values = model.get_num_kv_heads(parallel) * model.get_head_size()
+    values *= model.get_num_layers(parallel) * (1 if model.use_mla else 2)
+    return values * model.dtype.itemsize * parallel.world_size
+
+
 class BaseController(ABC):
     """What `MultiTierCache` needs to know and do about KV cache.
 
@@ -158,6 +166,10 @@ class BaseController(ABC):
     def tier_errors(self) -> Mapping[str, str]:
         """Return why tiers take no writes now, by tier; empty if all do, or nobody knows."""
         return {}
+
+    def room_chunks(self) -> tuple[int | None, int | None, int | None]:
+        """Return how many chunks gpu, disk and remote have room for; None = nobody knows."""
+        return (None, None, None)
 
     def close(self) -> None:
         """Release connections."""

@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from caching_heuristics import TIERS
 from kvttl.lmcache.layout import InProcessController, outcome_of
 
-# Defaults of `lmcache server` 0.5.6.
-EVICTION_WATERMARK = 0.8
-EVICTION_RATIO = 0.2
+EVICTION_WATERMARK, EVICTION_RATIO = 0.8, 0.2  # defaults of `lmcache server` 0.5.6
 
 
 class LMCacheModel(InProcessController):
@@ -29,6 +27,9 @@ class LMCacheModel(InProcessController):
     retain : bool
         LMCache's prefetch policy ``retain``: what a hit loads from disk or Redis
         stays in L1. The default policy drops it after the load.
+    watermark, ratio : float
+        LMCache's ``trigger_watermark`` and ``eviction_ratio``: from which used share on it evicts,
+        and which share goes then.
 
     Examples
     --------
@@ -37,9 +38,17 @@ class LMCacheModel(InProcessController):
     ({}, {'gpu': 4})
     """
 
-    def __init__(self, hot_chunks: int, chunk_size_tokens: int = 32, retain: bool = False) -> None:
+    def __init__(
+        self,
+        hot_chunks: int,
+        chunk_size_tokens: int = 32,
+        retain: bool = False,
+        watermark: float = EVICTION_WATERMARK,
+        ratio: float = EVICTION_RATIO,
+    ) -> None:
         if hot_chunks < 1:
             raise ValueError(f"hot_chunks must be >= 1, got {hot_chunks}")
+        self.watermark, self.ratio = watermark, ratio
         self.hot_chunks, self.chunk_size_tokens, self.retain = hot_chunks, chunk_size_tokens, retain
         # Of gpu the order matters: least recently used first.
         self.held: dict[str, dict[str, None]] = {tier: {} for tier in TIERS}
@@ -62,8 +71,8 @@ class LMCacheModel(InProcessController):
     def evict(self) -> None:
         """Do what LMCache's eviction loop does once a second, until it has nothing to do."""
         hot = self.held["gpu"]
-        while len(hot) >= EVICTION_WATERMARK * self.hot_chunks:
-            for key in list(hot)[: max(1, int(len(hot) * EVICTION_RATIO))]:
+        while len(hot) >= self.watermark * self.hot_chunks:
+            for key in list(hot)[: max(1, int(len(hot) * self.ratio))]:
                 del hot[key]
 
     def _load(self, keys, keep):
@@ -95,6 +104,9 @@ class LMCacheModel(InProcessController):
                 hot[key] = None
 
     # ---- what the manager sees ---------------------------------------------------
+
+    def room_chunks(self) -> tuple[int | None, int | None, int | None]:
+        return (self.hot_chunks, None, None)
 
     @property
     def _known(self):

@@ -3,23 +3,27 @@
 A chunk of KV cache is shared by every prompt with the same prefix, so a
 decision about one prompt is only a *claim* on its chunks. A chunk belongs in
 the hottest tier that any live claim asks for. A claim whose TTL has passed
-goes down the ladder gpu -> disk -> remote -> dropped.
+goes down the ladder gpu -> disk -> remote -> dropped; a `RenewedLedger` asks a policy first.
 """
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import math
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
+from kvttl.lmcache.salts import salt_of
 
 _DIGEST = re.compile("[0-9a-fA-F]{1,16}")
 _FEW_ENTRIES = 1_000  # of the heap, below which stale ones are not worth rebuilding it
+_RENEWED = 128  # claims that a sweep asks about although their time is not up
+_LEAST_S = 1.0  # between two questions about a claim
 
 
 class Step(NamedTuple):
@@ -37,6 +41,8 @@ class Step(NamedTuple):
         The rung it came down to; None = past the last one.
     ttl_s : float or None
         What it got there, seconds.
+    why : str
+        What went wrong when a policy was asked; empty if nothing did.
     """
 
     owner: str
@@ -44,6 +50,7 @@ class Step(NamedTuple):
     from_tier: str
     tier: str | None
     ttl_s: float | None
+    why: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -92,6 +99,8 @@ class ClaimLedger:
     >>> ledger.wanted(["system", "b"], now_s=100)
     ['disk', 'remote']
     """
+
+    AT_ONCE = math.inf  # claims that step in one call; the rest is wanted a little longer
 
     def __init__(self, ladder: Mapping[str, float] | None = None) -> None:
         ladder = ladder or HeuristicConfig().ladder
@@ -174,6 +183,10 @@ class ClaimLedger:
         earlier = self._claims.get((owner, chunks[-1]))
         if earlier is not None and earlier.access_s > access_s:
             return
+        if earlier is not None and (earlier.length, earlier.tier) == (len(chunks), tier):
+            earlier.access_s, earlier.ttl_s, earlier.deadline_s = access_s, ttl_s, access_s + ttl_s
+            self._set_deadline(earlier)
+            return
         path = self._chained(chunks)
         for chunk in path:
             chunk.live[tier] += 1
@@ -197,10 +210,16 @@ class ClaimLedger:
 
     def _advance(self, now_s):
         """Move every claim that is due down its ladder, earliest deadline first."""
-        while self._deadlines and self._deadlines[0][0] <= now_s:
+        stepped = 0
+        while stepped < self.AT_ONCE and self._deadlines and self._deadlines[0][0] <= now_s:
             deadline_s, key = heapq.heappop(self._deadlines)
             if not self._is_stale(deadline_s, key):
-                self._steps.append(self._step(self._claims[key], now_s))
+                self._note(self._step(self._claims[key], now_s))
+                stepped += 1
+
+    def _note(self, step):
+        if step is not None:
+            self._steps.append(step)
 
     def _step(self, claim, now_s):
         owner, before, tier = claim.key[0], claim.tier, claim.tier
@@ -253,10 +272,96 @@ class ClaimLedger:
         del self._claims[claim.key]
 
 
+class Part(NamedTuple):
+    """The first chunks of a prompt: where they are wanted, and for how long."""
+
+    chunks: int
+    tier: str
+    ttl_s: float
+
+
+class RenewedLedger(ClaimLedger):
+    """Claims of a policy that decides as it goes; it is asked again when one ends, or by turns.
+
+    A claim is about a prompt's chunks up to one of them, and named by that: of each path one
+    claim a tier. Those of a prompt's parts take the place of those that end within it. What the
+    policy does not know, or fails to judge, comes down the ladder.
+
+    Parameters
+    ----------
+    ladder : mapping, optional
+        See `ClaimLedger`.
+    ask : callable
+        (chunk keys from a prompt's start, seconds) -> parts, of which the last has all chunks;
+        None = unknown; and what went wrong.
+    """
+
+    AT_ONCE = 1_024
+
+    def __init__(
+        self,
+        ladder: Mapping[str, float] | None,
+        ask: Callable[[Sequence[str], float], tuple[Sequence[Part] | None, str]],
+    ) -> None:
+        super().__init__(ladder)
+        self._ask, self._turn = ask, []
+
+    def claim_parts(self, keys: Sequence[str], parts: Sequence[Part], now_s: float) -> None:
+        """Claim the parts of a prompt, in place of what was claimed within it before."""
+        with self._lock:
+            self._advance(now_s)
+            self._claim_ends(keys, parts, now_s)
+            ends = {part.chunks for part in parts}
+            for at, key in enumerate(keys, 1):
+                within = self._claims.get((owner_of(key), key)) if at not in ends else None
+                if within is not None and within.access_s <= now_s:
+                    self._drop(within)
+
+    def sweep(self, now_s: float, limit: int | None = None) -> list[Step]:
+        """As `ClaimLedger.sweep`; asks about some claims again whose time is not up."""
+        with self._lock:
+            self._turn = self._turn or list(self._claims)
+            turn = self._turn[-_RENEWED:]
+            del self._turn[-_RENEWED:]
+            for claim in filter(None, map(self._claims.get, turn)):
+                if claim.deadline_s > now_s >= claim.access_s + _LEAST_S:
+                    self._note(self._renew(claim, now_s))
+        return super().sweep(now_s, limit)
+
+    def _claim_ends(self, keys, parts, now_s):
+        for chunks, tier, ttl_s in parts:
+            owner, ttl_s = owner_of(keys[chunks - 1]), ttl_s and max(ttl_s, _LEAST_S)
+            self._claim(owner, keys[:chunks], TIER_CODES[tier], now_s, ttl_s)
+
+    def _step(self, claim, now_s):
+        return self._renew(claim, now_s, ended=True)
+
+    def _renew(self, claim, now_s, ended=False):
+        """Ask about a claim's chunks again; returns the step down, None where there is none."""
+        keys = tuple(chunk.key for chunk in self._path(claim))
+        parts, why = self._ask(keys, now_s)
+        if parts is None:
+            return super()._step(claim, now_s)._replace(why=why) if ended else None
+        tier, ttl_s = parts[-1].tier, parts[-1].ttl_s
+        before, last = claim.tier, (owner_of(keys[-1]), keys[-1])
+        self._claim_ends(keys, parts if ttl_s else parts[:-1], now_s)
+        if claim.key != last or not ttl_s:
+            self._drop(claim)
+        if ttl_s and TIER_CODES[tier] <= before:
+            return None
+        down = (tier, ttl_s) if ttl_s else (None, None)
+        return Step(claim.key[0], keys, TIERS[before], *down)
+
+
 def _hottest(chunk):
     if chunk is None:
         return None
     return next((tier for tier, claims in zip(TIERS, chunk.live) if claims), None)
+
+
+def owner_of(key: str) -> str:
+    """Return who claims a chunk where no prompt does: equal hashes of two salts are two owners."""
+    return hashlib.sha256(key.encode()).hexdigest()[:16] if salt_of(key) else key[:16]
 
 
 def _digest(owner):

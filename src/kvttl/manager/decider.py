@@ -26,18 +26,27 @@ from kvttl.lmcache.client import LMCacheError
 from kvttl.lmcache.layout import BaseController
 from kvttl.lmcache.lease import AlreadyManaged
 from kvttl.lmcache.requests import salt_of_answer
-from kvttl.manager.claims import ClaimLedger
+from kvttl.manager.claims import ClaimLedger, RenewedLedger
 from kvttl.manager.draft import Draft, Wish
 from kvttl.manager.engine_calls import EngineDied
-from kvttl.manager.generation import Generation, ManagedOutput, compact, prompt_digest, tokens_of
+from kvttl.manager.generation import (
+    Generation,
+    ManagedOutput,
+    compact,
+    end_of,
+    prompt_digest,
+    tokens_of,
+)
 from kvttl.manager.metadata import PromptHistory, RequestMetadata
 from kvttl.manager.motion import Motion
 from kvttl.manager.placement import KVPlacement
-from kvttl.manager.policy import Policy
+from kvttl.manager.policy import Advisor, Policy
 from kvttl.manager.recovery import adopt_strays, adopt_unclaimed, recover_claims
 from kvttl.manager.settling import Settler
 
 logger = logging.getLogger(__name__)
+
+_SAVE_EVERY_S = 300.0  # what a policy has learned; a crash costs no more
 
 
 @dataclass(eq=False, slots=True)
@@ -75,6 +84,8 @@ class Decider:
         See `MultiTierCache`.
     keep_prompts : bool
         Show the prompts' text in records.
+    advisor : Advisor, optional
+        Has the last word; None: what `decide` fills in counts.
 
     Attributes
     ----------
@@ -93,11 +104,16 @@ class Decider:
     max_queue_bytes: int
     sweep_every_s: float | None
     keep_prompts: bool
+    advisor: Advisor | None = None
 
     def __post_init__(self) -> None:
-        motion, self.claims = Motion(self.controller), ClaimLedger(self.policy.ladder)
+        motion, advisor = Motion(self.controller), self.advisor
+        self.claims = ClaimLedger(self.policy.ladder)
+        if advisor is not None:
+            self.claims = RenewedLedger(self.policy.ladder, advisor.ask)
         self.settler = Settler(self.claims, motion, self.records.write_ahead)
-        self.placement = KVPlacement(self.settler, motion)
+        advise = advisor.decide if advisor is not None else lambda _draft, _keys: None
+        self.placement = KVPlacement(self.settler, motion, advise)
         limits = {"max_bytes": self.max_queue_bytes, "size_bytes": lambda job: job.made.size_bytes}
         queue = JobQueue(self._run, self._shed, self.max_queue, workers=self.workers or 1, **limits)
         self._jobs = queue if self.workers else None
@@ -183,6 +199,8 @@ class Decider:
             job.made = self._facts(prompt, output, metadata, cache_salt)
             job.draft.prompt, job.draft.prompt_tokens = job.made.prompt, len(job.made.tokens)
             job.draft.prompt_digest = prompt_digest(job.made.tokens, cache_salt)
+            job.draft.finish_reason = job.made.finish_reason
+            job.draft.output_tokens = job.made.output_tokens
             job.draft.time_s = now()
             with self._lock:
                 self._open[job] = job.draft.time_s
@@ -210,6 +228,7 @@ class Decider:
             dict(metadata) if isinstance(metadata, dict) else metadata,  # it may be used again
             prompt if self.keep_prompts and isinstance(prompt, str) else None,
             cache_salt,
+            *end_of(output),
         )
 
     def metadata_of(
@@ -242,6 +261,8 @@ class Decider:
     def _sweep_in_turn(self):
         with contextlib.suppress(AlreadyManaged):  # each decision's record says it
             self.sweep()
+            if self.advisor is not None:
+                self.advisor.save(_SAVE_EVERY_S)
 
     def _adopt_strays(self, now_s):
         """Look for KV without a claim twice a `base_ttl`; not at the first sweep already."""
@@ -254,6 +275,8 @@ class Decider:
     def recover(self, log: str | Path | Iterable[DecisionRecord]) -> dict[str, int]:
         """Make an earlier process's claims again; see `recover_claims`."""
         self.start()  # what is claimed again must end without a generation too
+        if self.advisor is not None:
+            self.advisor.prepare()
         if isinstance(log, (str, Path)):
             is_there = user_path(log).exists()  # not at the first start
             log = each_record(log, kinds=None) if is_there else ()
@@ -269,6 +292,8 @@ class Decider:
             self._jobs.close()
         if self._sweeper:
             self._sweeper.close()
+        if self.advisor is not None:
+            self.advisor.save()
         if self._lease is not None:
             self._lease.release()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
 from kvttl.decisions.record import DecisionRecord
 from kvttl.lmcache.salts import salt_of
+from kvttl.manager.claims import Part
 
 
 class Wish(NamedTuple):
@@ -39,10 +41,12 @@ class Draft(SimpleNamespace):
         As the record has them, seconds.
     """
 
-    claimed = False  # made, or waiting for LMCache; the one field that no record has
+    claimed = False  # made, or waiting for LMCache; no record has this
+    parts: Sequence[Part] = ()  # of a policy that decides as it goes; nor this
 
     def __init__(self, time_s: float, generate_s: float = 0.0) -> None:
-        known = {"prompt_digest": "", "moves": [], "cache_salt": ""}
+        known = {"prompt_digest": "", "prompt_tokens": 0, "metadata": {}, "moves": []}
+        known |= {"cache_salt": "", "finish_reason": None, "output_tokens": 0}
         super().__init__(time_s=time_s, generate_s=generate_s, **known)
 
     @property
@@ -53,7 +57,8 @@ class Draft(SimpleNamespace):
     def record(self, kind: str, error: str) -> DecisionRecord:
         """Return the record of what is known so far."""
         known = {**vars(self), "moves": tuple(self.moves)}
-        known.pop("claimed", None)
+        for name in ("claimed", "parts"):
+            known.pop(name, None)
         return DecisionRecord(kind=kind, error=error, **known)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import logging
 import math
+import re
 import threading
 import time
 from array import array
@@ -54,6 +55,8 @@ class Generation(NamedTuple):
         Its text, where records are to show it.
     cache_salt : str
         What its KV is kept under.
+    finish_reason, output_tokens : str, int
+        How its first sequence ended, and that one's tokens.
     """
 
     tokens: array
@@ -62,6 +65,8 @@ class Generation(NamedTuple):
     metadata: Any
     prompt: str | None
     cache_salt: str = ""
+    finish_reason: str | None = None
+    output_tokens: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -137,19 +142,14 @@ def is_one_prompt(prompts: Any) -> bool:
     return isinstance(prompts, (str, Mapping))
 
 
-def metadata_of_each(prompts: Sequence[Any], metadata: Any) -> Sequence[Mapping | None]:
-    """Return a batch's metadata, shape (n,): one for all prompts, or one each.
+def one_each(name: str, value: Any, prompts: Sequence[Any]) -> Sequence[Any]:
+    """Return one value a prompt, of one for all or one each, shape (n,).
 
     Raises
     ------
     ValueError
-        Not as many metadata as prompts.
+        Not as many values as prompts.
     """
-    return one_each("metadata", metadata, prompts)
-
-
-def one_each(name: str, value: Any, prompts: Sequence[Any]) -> Sequence[Any]:
-    """Return one value a prompt, of one for all or one each; raises as `metadata_of_each`."""
     each = value if isinstance(value, (list, tuple)) else [value] * len(prompts)
     if len(each) != len(prompts):
         raise ValueError(f"{name} must have {len(prompts)} items (one a prompt), got {len(each)}")
@@ -163,6 +163,32 @@ def tokens_of(prompt: Any, tokenize: Callable[[str], Sequence[int]]) -> Sequence
         return [0] * fields["prompt_embeds"].shape[-2]
     prompt = fields.get("prompt_token_ids") or fields.get("prompt", prompt)
     return tokenize(prompt) if isinstance(prompt, str) else prompt
+
+
+# How models write tool calls: the marks of vLLM's parsers, and plain JSON. vLLM's engine does not
+# know of calls: it says "stop".
+_TOOL_CALL = re.compile(
+    r"<[|\w▁｜]*(?:tool|function)[|\w▁｜]*calls?|<function=|<\|python_tag\|>|\[TOOL_CALLS\]"
+    r'|\{\s*"name":\s*"[^"]*",\s*"(?:arguments|parameters)":'
+)
+
+
+def end_of(output: Any) -> tuple[str | None, int]:
+    """Return how an answer's first sequence ended, None where it does not say, and its tokens.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace as Made
+    >>> said = Made(finish_reason="stop", text="<tool_call> ...", token_ids=[1, 2])
+    >>> end_of(Made(outputs=[said]))
+    ('tool_calls', 2)
+    """
+    first = next(iter(getattr(output, "outputs", None) or ()), None)
+    reason, text = (getattr(first, name, None) for name in ("finish_reason", "text"))
+    if reason == "stop" and isinstance(text, str) and _TOOL_CALL.search(text):
+        reason = "tool_calls"
+    tokens = getattr(first, "token_ids", None)
+    return (reason if isinstance(reason, str) else None), len(tokens if tokens is not None else ())
 
 
 def text_of(output: Any) -> str:

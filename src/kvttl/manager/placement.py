@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvttl.lmcache.layout import by_hottest, has_nothing_colder, hits_by_tier, reachable
 from kvttl.manager.draft import Draft, claim_record
@@ -20,10 +20,15 @@ class KVPlacement:
         Gets what cannot be done at once.
     motion : Motion
         Keeps moves apart. Its controller says where KV is.
+    advise : callable
+        (draft, chunk keys) -> None: the last word about what is wanted, once the chunks are named.
     """
 
-    def __init__(self, settler: Settler, motion: Motion) -> None:
+    def __init__(
+        self, settler: Settler, motion: Motion, advise: Callable[[Draft, Sequence[str]], None]
+    ) -> None:
         self._controller, self._settler, self._motion = motion.controller, settler, motion
+        self._advise = advise
 
     def place(self, draft: Draft, tokens: Sequence[int], cached_tokens: int) -> None:
         """Claim a prompt's chunks as `draft` has decided, and move them there.
@@ -49,6 +54,7 @@ class KVPlacement:
 
     def _place(self, draft, tokens, layout, cached_tokens, others):
         """Claim, and move what is not where it is wanted; the rest is tried again later."""
+        self._advise(draft, layout.keys)
         held = self._without_load_buffers(layout, cached_tokens)
         draft.chunks, draft.chunk_keys = len(held), layout.keys
         draft.tier_errors = self._controller.tier_errors()
@@ -74,7 +80,10 @@ class KVPlacement:
         """Make the claim and begin the moves that it needs; returns these, as in `_plan`."""
         ledger = self._settler.ledger
         with self._motion.lock:
-            ledger.claim(draft.prompt_digest, keys, *draft.wish)
+            if draft.parts:
+                ledger.claim_parts(keys, draft.parts, draft.time_s)
+            else:
+                ledger.claim(draft.prompt_digest, keys, *draft.wish)
             self._settler.replaced(draft.prompt_digest, draft.time_s)
             draft.claimed = True
             wanted = ledger.wanted(keys, draft.time_s)

@@ -5,7 +5,6 @@ No thread and no clock of its own. How it keeps clear of decisions: see `motion`
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import time
@@ -19,7 +18,7 @@ from kvttl.decisions.record import DecisionRecord
 from kvttl.lmcache.client import LMCacheUnavailable
 from kvttl.lmcache.layout import by_hottest, has_nothing_colder, is_above, reachable
 from kvttl.lmcache.salts import salt_of
-from kvttl.manager.claims import ClaimLedger
+from kvttl.manager.claims import ClaimLedger, owner_of
 from kvttl.manager.draft import Wish, claim_record
 from kvttl.manager.generation import compact
 from kvttl.manager.motion import Motion
@@ -48,6 +47,7 @@ class Unsettled(NamedTuple):
     tries: int = 0
     not_before_s: float = 0.0
     cache_salt: str = ""  # of a late one; else its chunks' keys say it
+    why: str = ""  # a policy could not be asked
 
     @property
     def size_bytes(self):
@@ -123,8 +123,8 @@ class Settler:
             again = [item for item in self._unsettled.values() if item.not_before_s <= now_s]
             again = [self._unsettled.pop(item.owner) for item in again[:_BATCH_CLAIMS]]
         due = [
-            Unsettled(step.owner, Wish(step.tier, now_s, step.ttl_s), step.chunks, step.from_tier)
-            for step in steps
+            Unsettled(s.owner, Wish(s.tier, now_s, s.ttl_s), s.chunks, s.from_tier, why=s.why)
+            for s in steps
         ]
         newer = {step.owner for step in steps}
         batch = due + [item for item in again if item.owner not in newer]
@@ -333,10 +333,8 @@ class Settler:
             for (key, tiers), tier in zip(held.items(), wanted):
                 if tiers and tier is None and key not in claimed and key not in others:
                     wish = Wish(tiers[0], now_s, ttl_s)
-                    # Equal tokens of two tenants have equal hashes, and two owners.
-                    hashed = hashlib.sha256(key.encode()).hexdigest() if salt_of(key) else key
-                    self.ledger.claim(hashed[:16], (key,), *wish)
-                    adopted.append(claim_record(hashed[:16], (key,), wish))
+                    self.ledger.claim(owner_of(key), (key,), *wish)
+                    adopted.append(claim_record(owner_of(key), (key,), wish))
         for record in adopted:
             self.write_ahead(record)
         return len(adopted)
@@ -366,7 +364,7 @@ def _record_of(item, before, after, now_s, **made):
     """Return the record of what became of one claim of a sweep."""
     kind = "expiry" if item.ended_in else "settled"
     wanted = {"wanted_tier": item.wish.tier, "ttl_s": item.wish.ttl_s, "from_tier": item.ended_in}
-    wanted["cache_salt"] = item.salt
+    wanted |= {"cache_salt": item.salt, "policy_error": item.why}
     for name, held in (("tier_before", before), ("tier_after", after)):
         made[name] = by_hottest(held.get(key, ()) for key in item.chunks)
     return DecisionRecord(now_s, item.owner, kind=kind, chunks=len(item.chunks), **wanted, **made)

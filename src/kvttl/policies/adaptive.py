@@ -9,6 +9,7 @@ from kvttl.policies.hazard import BINS, Learning, hazard_row
 from kvttl.policies.online import Answer, OnlinePolicy
 from kvttl.policies.runs import SIGNALS, walk
 from kvttl.policies.state import INDEX, INDEX_SHADOW, REAL
+from kvttl.policies.worth import load_shares, with_costs
 
 
 class Adaptive(OnlinePolicy):
@@ -33,9 +34,10 @@ class Adaptive(OnlinePolicy):
         Share of the capacity over which the price is averaged.
     deeper : float
         What each token before a chunk adds to the cost of computing it, as a share; 0: hits
-        count alike. Attention equals the rest after 30,500 tokens in an 8B model: 1 / 30,500.
+        count alike, as by default without `costs`. With them 1 / 30,500: in an 8B model
+        attention equals the rest after so many tokens.
     costs : TierCosts, optional
-        With them tiers have prices for seconds saved instead of for hits.
+        With them chunks are worth the seconds that a hit saves, and tiers have prices for that.
 
     Examples
     --------
@@ -60,13 +62,17 @@ class Adaptive(OnlinePolicy):
         turnovers: float = 5.0,
         lead: float = 0.002,
         price_memory: float = 0.1,
-        deeper: float = 0.0,
+        deeper: float | None = None,
         costs=None,
         **options,
     ):
+        if deeper is None:
+            deeper = 0.0 if costs is None else 1 / 30_500
         self._given = learning or Learning(), refresh_s, turnovers, lead, price_memory, deeper
         self.costs = costs
         super().__init__(capacity, chunk_tokens, **options)
+        if costs is not None:
+            self.loads = load_shares(costs)
 
     def _settings(self):
         return self._given
@@ -105,13 +111,10 @@ class Adaptive(OnlinePolicy):
     def prices(self) -> np.ndarray:
         """Return the price of a place in each tier, (tiers,): index a second, falling.
 
-        With `costs`, a tier's price is raised by what loading from it takes of the saving.
+        With `costs` it is of time saved: a chunk is worth what computing it takes more than
+        loading it, and no tier is cheaper than its memory.
         """
         prices = self.now.price[REAL : REAL + len(TIERS)].copy()
         prices[0] = max(prices[0], self.now.price[INDEX_SHADOW])
         prices[self.levels :] = np.inf if self.levels > 1 else prices[0]
-        if self.costs is not None:
-            load_s = self.costs.bytes_per_token / np.array(self.costs.bytes_per_s)
-            saved = 1.0 - load_s * self.costs.prefill_tokens_per_s
-            prices = np.where(saved > 0, prices / np.maximum(saved, 1e-9), np.inf)
-        return prices
+        return prices if self.costs is None else with_costs(prices, self.costs)

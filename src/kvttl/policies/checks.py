@@ -78,7 +78,7 @@ def _sessions(steps: int, seed: int = 0) -> list[_Step]:
     return out
 
 
-def _tell(policy, steps, shift_s=0.0, room=200):
+def _tell(policy, steps, shift_s=0.0, room=200, also_at_s=()):
     """Tell a policy of requests, make room after each, and return what it answered."""
     held, answers = set(), []
     for step in steps:
@@ -86,6 +86,8 @@ def _tell(policy, steps, shift_s=0.0, room=200):
         number = policy.begin(step.keys, now_s)
         policy.end(number, now_s + step.took_s, step.reason, step.output_tokens)
         answers.append(_checked(policy.ask(step.keys, now_s + step.took_s), len(step.keys)))
+        for later_s in also_at_s:
+            policy.ask(step.keys, now_s + later_s)
         held |= set(step.keys.tolist())
         if len(held) > room:
             held -= _room(policy, len(held) - room, now_s)
@@ -107,9 +109,12 @@ def _checked(answer, chunks):
     assert fine, f"ttl_s must be 0..{MAX_TTL_S:g}, got {ttl_s}"
     assert not np.isnan(answer.value).any(), "value must not be NaN"
     assert np.isin(answer.tier, range(len(TIERS))).all(), f"tier must be indices into {TIERS}"
-    for name in ("value", "ttl_s"):
-        falling = np.all(np.diff(getattr(answer, name)[answer.value > -np.inf]) <= 0)
-        assert falling, f"{name} must not rise along a prompt"
+    known = answer.value > -np.inf
+    ttl_s, tier = answer.ttl_s[known], np.diff(answer.tier[known])
+    assert np.all(np.diff(answer.value[known]) <= 0), "value must not rise along a prompt"
+    assert np.all(tier >= 0), "tier must not get hotter along a prompt"
+    falling = np.all(np.diff(ttl_s)[tier == 0] <= 0)
+    assert falling, "ttl_s must not rise along a prompt within a tier"
     return answer
 
 
@@ -155,6 +160,12 @@ def _scalar_equals_array(policy):
         assert np.all(best <= whole.value[:at] + 1e-12), "value of a part is above the whole's"
     again = policy.ask(keys, now_s)
     _same([whole], [again], "if asked twice")
+
+
+def _asking_changes_nothing(policy):
+    other, steps = copy.deepcopy(policy), _sessions(150)
+    asked = _tell(other, steps, also_at_s=(0.0, 40.0, 1e6, math.nan))
+    _same(_tell(policy, steps), asked, "if asked more often")
 
 
 def _prefix_closed(policy):
@@ -230,6 +241,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "no_clock_of_its_own": _no_clock_of_its_own,
     "blind_to_the_future": _blind_to_the_future,
     "scalar_equals_array": _scalar_equals_array,
+    "asking_changes_nothing": _asking_changes_nothing,
     "prefix_closed": _prefix_closed,
     "saved_and_loaded": _saved_and_loaded,
     "bad_hints": _bad_hints,

@@ -1,4 +1,4 @@
-"""Whole replays, and questions about a prompt, compiled."""
+"""Whole replays, compiled."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from kvttl.policies.eviction import room_in_all, sweep_due, value_of
-from kvttl.policies.hazard import bin_of, seconds_above
+from kvttl.policies.eviction import room_in_all, sweep_due
 from kvttl.policies.requests import begin, end
-from kvttl.policies.runs import walk
-from kvttl.policies.state import CLOCK, INDEX, REAL
+from kvttl.policies.state import CLOCK
 
 
 class Requests(NamedTuple):
@@ -54,46 +52,3 @@ def play(s, x, r, w, first, last, rules, path, hits):
         its_end_is_next = at + 1 < len(w.events) and w.events[at + 1] == 2 * k + 1
         if rules[0] == 0 and not its_end_is_next:
             room_in_all(s, x, r, rules, x.clock[CLOCK])
-
-
-@njit(cache=True)
-def ask(s, x, r, keys, now_s, prices, longest_s, answers):
-    """Fill in what a prompt's chunks are worth, for how long, and the codes of wanted tiers.
-
-    `answers`: (value, ttl_s, tier) of each chunk, (chunks,). `prices`: (tiers,) index a second.
-    """
-    path = np.empty(len(keys), np.int32)
-    runs, known = walk(s, keys, path)
-    value, ttl_s, tier = answers
-    value[:], ttl_s[:], tier[:] = -np.inf, 0.0, len(prices)
-    best, longest, hottest, stop = -np.inf, 0.0, len(prices), known
-    for at in range(runs - 1, -1, -1):
-        use = s.run[path[at]]
-        worth, left_s, wanted = _judge(x, r, use, now_s, prices)
-        best, longest = max(best, worth), max(longest, min(left_s, longest_s))
-        hottest = min(hottest, wanted)
-        for k in range(use.depth, stop):
-            value[k], ttl_s[k], tier[k] = best, longest, hottest
-        stop = use.depth
-
-
-@njit(cache=True)
-def _judge(x, r, use, now_s, prices):
-    """Return a run's value, seconds to stay in the wanted tier, and that (len(prices) = none)."""
-    age_s = max(now_s - use.end_s, 0.0)
-    own = value_of(x, r, use, now_s, bin_of(age_s))
-    if r.order != INDEX:
-        return own, max(use.expires_s - now_s, 0.0), np.int64(use.tier)
-    if x.duel[2] == 0:  # recency is in force: as long as it kept what went last
-        idle_s, wanted = now_s - use.begin_s, len(prices)
-        left_s = 0.0
-        for level in range(len(prices) - 1, -1, -1):
-            if idle_s < x.last_age[REAL + level]:
-                wanted, left_s = level, x.last_age[REAL + level] - idle_s
-        return np.float64(use.touch), left_s, wanted
-    cost = 1.0 + r.deeper * use.depth * r.chunk_tokens
-    wanted, left_s = len(prices), 0.0
-    for level in range(len(prices) - 1, -1, -1):
-        if own > prices[level]:
-            wanted, left_s = level, seconds_above(use.row, age_s, prices[level] / cost)
-    return own, left_s, wanted

@@ -16,7 +16,6 @@ from numba import njit
 from caching_heuristics import TIERS
 from kvttl.policies.eviction import by_recency, make_room, room_in_shadows, sweep_due, tidy
 from kvttl.policies.hazard import Hazard, Learning
-from kvttl.policies.kernel import ask
 from kvttl.policies.requests import advance, begin, end
 from kvttl.policies.runs import (
     LEVELS,
@@ -41,6 +40,7 @@ from kvttl.policies.state import (
     Rules,
     new_now,
 )
+from kvttl.policies.worth import ask
 
 MAX_TTL_S = 604_800.0
 
@@ -48,7 +48,8 @@ MAX_TTL_S = 604_800.0
 class Answer(NamedTuple):
     """What a policy says of each chunk of a prompt; arrays, shape (chunks,).
 
-    Along a prompt value and TTL never rise: a chunk is of no use without those before it.
+    Along a prompt value never rises and tiers get no hotter, nor TTLs longer in one tier: a
+    chunk is of no use without those before it.
     """
 
     value: np.ndarray  # what has less goes first; no unit; -inf: unknown chunk
@@ -78,7 +79,10 @@ class CachePolicy(Protocol):
         """Take note of the end of a request's generation, and of how it ended."""
 
     def ask(self, keys: np.ndarray, now_s: float, prices=None) -> Answer:
-        """Say what the chunks of a prompt are worth now, at given prices of the tiers."""
+        """Say what the chunks of a prompt are worth now, at given prices of the tiers.
+
+        It changes nothing: no later answer depends on it.
+        """
 
     def make_room(self, chunks: int, now_s: float) -> np.ndarray:
         """Choose so many chunks to go from the hottest tier; returns their keys."""
@@ -140,6 +144,7 @@ class OnlinePolicy:
         self.runs, self.now = new_runs(), new_now()
         self.hits = np.zeros(LEVELS, np.int64)  # of the last request, chunks by level
         self.path, self._from, self._last = np.empty(64, np.int32), None, 0.0
+        self.loads = np.zeros(len(TIERS))  # see `kvttl.policies.worth.ask`
 
     def _settings(self):
         return Learning(), 240.0, 5.0, 0.002, 0.1, 0.0
@@ -175,8 +180,11 @@ class OnlinePolicy:
         keys = np.ascontiguousarray(keys, np.int64)
         value, ttl_s, tier = np.empty(len(keys)), np.empty(len(keys)), np.empty(len(keys), np.int8)
         levels = self.prices() if prices is None else np.asarray(prices, np.float64)
-        state = self.runs, self.now, self.rules, keys, self._time(now_s)
-        ask(*state, levels, MAX_TTL_S, (value, ttl_s, tier))
+        now_s, start_s = float(now_s), self._from
+        known = start_s is not None and math.isfinite(now_s)
+        own_s = max(now_s - start_s, self._last) if known else self._last
+        state = self.runs, self.now, self.rules, keys, own_s
+        ask(*state, levels, self.loads, MAX_TTL_S, (value, ttl_s, tier))
         return Answer(value, ttl_s, tier < len(levels), np.minimum(tier, len(levels) - 1))
 
     def prices(self) -> np.ndarray:
@@ -222,6 +230,10 @@ class OnlinePolicy:
 
     def load(self, state) -> None:
         copies = {name: np.array(value) for name, value in state.items()}
+        for name, mine in self.state().items():  # compiled code would not look
+            given = copies[name]
+            if (given.dtype, given.ndim) != (mine.dtype, mine.ndim):
+                raise ValueError(f"{name} is not of this version: {given.dtype}, {given.ndim}-d")
         self.runs = Runs(**{name: copies[name] for name in Runs._fields})
         hazard = Hazard(**{name: copies[name] for name in Hazard._fields})
         self.now = Now(hazard, **{name: copies[name] for name in Now._fields[1:]})

@@ -1,4 +1,4 @@
-"""Requests replayed through the manager's own code on the model of LMCache's rules."""
+"""Requests replayed through the manager's own code, on the model of LMCache's rules or without."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -9,9 +9,13 @@ import numpy as np
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.lmcache.model import LMCacheModel
 from kvttl.manager.clock import SessionClock, ends_on_the_way
+from kvttl.manager.policy import tell
+from kvttl.policies import Answer, CachePolicy
 from kvttl.replay.result import ReplayResult
 from kvttl.traces.trace import Trace
 from tiered_caching import MultiTierCache
+
+_REASONS = (None, "tool_calls", "stop")  # of FINISH
 
 
 class _Engine:
@@ -33,8 +37,9 @@ def replay_on_lmcache(
     hot_chunks: int,
     config: HeuristicConfig | None = None,
     *,
-    retain: bool = False,
+    policy: str = "formula",
     perplexity: Sequence[float] | None = None,
+    **rules: float,
 ) -> ReplayResult:
     """Replay prompts on a model of LMCache, managed if there are settings.
 
@@ -48,10 +53,12 @@ def replay_on_lmcache(
         Chunks that LMCache's memory tier holds.
     config : HeuristicConfig, optional
         The manager's settings; None: LMCache as it comes.
-    retain : bool
-        See `LMCacheModel`.
+    policy : str
+        The manager's; see `MultiTierCache`.
     perplexity : sequence of float, optional
         As measured, one a request; NaN or None: unknown.
+    **rules
+        LMCache's: ``retain``, ``watermark``, ``ratio`` of `LMCacheModel`.
 
     Returns
     -------
@@ -59,13 +66,14 @@ def replay_on_lmcache(
         Hits by request and tier; memory-time of gpu (of disk and remote: all
         copies there, also of chunks that are in gpu too); moves are not counted.
     """
-    model = LMCacheModel(hot_chunks, trace.block_tokens, retain)
+    model = LMCacheModel(hot_chunks, trace.block_tokens, **rules)
     engine, clock = _Engine(model), SessionClock(0.0)
     hits, area = np.zeros((trace.requests, 3), np.int64), np.zeros(3)
     known = {} if perplexity is None else dict(enumerate(perplexity))
     settings = config or HeuristicConfig()
     options: dict[str, object] = {"notify": None, "sweep_every_s": None, "perplexity_source": "off"}
-    with MultiTierCache(model, engine, config=settings, clock=clock, **options) as cache:
+    options |= {"config": settings, "policy": policy, "clock": clock}
+    with MultiTierCache(model, engine, **options) as cache:
         for row, prompt in enumerate(prompts):
             _pass_time(cache, model, float(trace.arrival_s[row]), area)
             if config is None:
@@ -89,3 +97,28 @@ def _pass_time(cache, model, arrival_s, area):
         area += np.multiply(held, max(0.0, due_s - since_s))
         since_s = due_s
         cache.sweep()
+
+
+def answers_as_live(trace: Trace, policy: CachePolicy) -> list[Answer]:
+    """Tell a policy of each request when it has ended, and return what it says then.
+
+    By request. Of a decision log these are what the manager was told: the same TTLs and tiers.
+
+    Examples
+    --------
+    >>> from kvttl.policies import FAMILIES
+    >>> from kvttl.traces.builder import make_trace
+    >>> (answer,) = answers_as_live(make_trace([[1, 2]]), FAMILIES["fixed"](ttl_s=9.0))
+    >>> answer.ttl_s.tolist()
+    [9.0, 9.0]
+    """
+    end_s = trace.arrival_s + trace.generation_s
+    answers, told_s = {}, 0.0
+    for request in np.argsort(end_s, kind="stable").tolist():
+        keys = trace.request(request).astype(np.int64)
+        span_s = float(trace.arrival_s[request]), float(end_s[request])
+        ended = _REASONS[trace.finish[request]], int(trace.output_tokens[request])
+        prompt = int(trace.prompt_tokens[request])
+        told_s = tell(policy, told_s, keys, span_s, prompt, ended, {})
+        answers[request] = policy.ask(keys, told_s)
+    return [answers[request] for request in range(trace.requests)]

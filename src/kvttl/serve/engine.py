@@ -87,7 +87,7 @@ class _Answer:
         known = prompt if isinstance(prompt, Mapping) else {}
         self.prompt_token_ids = known.get("prompt_token_ids")
         self.num_cached_tokens = None
-        self.outputs = [SimpleNamespace(logprobs=[])]
+        self.outputs = [SimpleNamespace(logprobs=[], text="", token_ids=[], finish_reason=None)]
         kind = getattr(sampling_params, "output_kind", None)
         self._in_parts = getattr(kind, "name", "") == "DELTA"
 
@@ -96,7 +96,14 @@ class _Answer:
         self.num_cached_tokens = output.num_cached_tokens
         (answer,) = self.outputs
         for sequence in output.outputs:
-            if sequence.index == 0 and sequence.logprobs:
+            if sequence.index == 0:
                 if not self._in_parts:
-                    answer.logprobs.clear()
-                answer.logprobs.extend(sequence.logprobs)
+                    answer.text = ""
+                    answer.token_ids.clear()
+                answer.text += sequence.text
+                answer.token_ids.extend(sequence.token_ids)
+                answer.finish_reason = sequence.finish_reason
+                if sequence.logprobs:
+                    if not self._in_parts:
+                        answer.logprobs.clear()
+                    answer.logprobs.extend(sequence.logprobs)

@@ -31,7 +31,14 @@ from kvttl.serve.options import options_of_engine, read_options, server_argument
 from kvttl.serve.vllm_parts import vllm_parts
 from kvttl.session import launch
 from kvttl.session.demo_model import model_path
-from kvttl.session.launch import be_quiet, ends_with_parent, managed, new_run_folder, progress
+from kvttl.session.launch import (
+    add_policy_option,
+    be_quiet,
+    ends_with_parent,
+    managed,
+    new_run_folder,
+    progress,
+)
 from kvttl.stack.lifecycle import LMCacheStack, load_config
 from tiered_caching import EngineDied, MultiTierCache
 
@@ -80,6 +87,7 @@ def gateway(
     log: DecisionLog | None = None,
     recover_from: str | Path | None = None,
     config: HeuristicConfig | None = None,
+    policy: str = "formula",
     perplexity: str = "generation",
     body_limit: int = BODY_LIMIT,
     server_options: Sequence[str] = (),
@@ -97,8 +105,8 @@ def gateway(
         0 = any free port. Another host than loopback needs a key, which clients must send.
     log, recover_from : DecisionLog, str or Path, optional
         What gets every decision; a log's folder, whose claims count again before the first request.
-    config : HeuristicConfig, optional
-        Default: the saved settings.
+    config, policy : HeuristicConfig, str
+        Default: the saved settings, which decide; see `MultiTierCache`.
     perplexity : str
         ``"generation"``: measured, unless a client gives it; ``"off"``: only given.
     body_limit, server_options
@@ -115,7 +123,7 @@ def gateway(
     name, metrics = model_name(model), DecisionMetrics()
     engine_options = options_of_engine(server_options) | engine_options
     arguments = server_arguments(model, name, api_key, server_options, engine_options)
-    options = {"log": log, "metrics": metrics, "perplexity_source": perplexity}
+    options = {"log": log, "metrics": metrics, "perplexity_source": perplexity, "policy": policy}
     with ExitStack() as exits:
         listener = exits.enter_context(listening(host, port))
         uvloop = {"use_uvloop": True}  # it comes with vLLM, whose own server uses it
@@ -183,6 +191,7 @@ def _options(argv):
     parser.add_argument("--llm", help="model folder or hub id that is on this machine")
     parser.add_argument("--config", default="config.yaml")
     parser.add_argument("--redis-url", help="use this Redis instead of the embedded one")
+    add_policy_option(parser)
     parser.add_argument("--attach", action="store_true", help="use what `make up` runs")
     parser.add_argument("--api-key-env", default=KEY_VARIABLE, metavar="NAME")
     parser.add_argument("--api-key-file", type=user_path, help="file; its first line is the key")
@@ -204,7 +213,7 @@ def _serve(options):
         stack = exits.enter_context(_stack(options))
         model = model_path(options.llm)
         log = exits.enter_context(DecisionLog(folder))
-        names = ("port", "host", "perplexity", "server_options")
+        names = ("port", "host", "policy", "perplexity", "server_options")
         given = {name: getattr(options, name) for name in names}
         given |= {"api_key": api_key, "log": log, "recover_from": folder}
         with progress(f"Loading vLLM with {model_name(model)}", about_s=25):

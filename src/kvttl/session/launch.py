@@ -18,6 +18,7 @@ from caching_heuristics import HeuristicConfig
 from kvttl import user_path
 from kvttl.background import Repeater
 from kvttl.manager.clock import SessionClock
+from kvttl.manager.policy import POLICY_NAMES
 from kvttl.session.demo_model import prompt_perplexity
 from kvttl.settings import load_settings
 from kvttl.stack.config import PORT_FIELDS, StackConfig
@@ -150,11 +151,21 @@ def be_quiet():
 def managed(stack, llm, config: HeuristicConfig | None = None, **options) -> MultiTierCache:
     """Return a manager for an engine on a stack, silent unless `notify` is given.
 
-    Without a `config` it has the settings that the sliders have saved, see `load_settings`.
+    Without a `config` it has the settings that the sliders have saved, see `load_settings`;
+    without `costs` those that were measured on a stack of this kit.
     """
     config = load_settings() if config is None else config
     controller = LMCacheController(stack.host, stack.port, instance_id=stack.instance_id)
+    if options.get("policy", "formula") != "formula":
+        from kvttl.replay.costs import TierCosts  # seconds, and not needed for the formula
+
+        options = {"costs": TierCosts(), **options}
     return MultiTierCache(controller, llm, config=config, **{"notify": None, **options})
+
+
+def add_policy_option(parser) -> None:
+    """Let a command be told who decides."""
+    parser.add_argument("--policy", choices=POLICY_NAMES, default="formula")
 
 
 def greedy(max_tokens: int, **options):

@@ -49,6 +49,7 @@ def _options(argv):
     parser.add_argument("--config", default="config.yaml")
     parser.add_argument("--llm", help="model folder or hub id that is on this machine")
     parser.add_argument("--redis-url", help="use this Redis instead of the embedded one")
+    launch.add_policy_option(parser)
     parser.add_argument("--generations", type=int, default=48, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--perplexity", choices=PERPLEXITY_SOURCES, default="prompt")
@@ -61,13 +62,13 @@ def _run(options):
     requests = session_requests(options.generations, options.seed)
     folder = options.out or launch.new_run_folder()
     started_s, model = time.perf_counter(), model_path(options.llm)
-    measured = launch.measuring(model, options.perplexity)
+    made = {**launch.measuring(model, options.perplexity), "policy": options.policy}
     with (
         _metrics(options.metrics_port) as metrics,
         DecisionLog(folder) as log,
         launch.session_stack(options.config, options.redis_url) as stack,
         launch.engine(stack, model) as llm,
-        launch.session_manager(stack, llm, log=log, metrics=metrics, **measured) as cache,
+        launch.session_manager(stack, llm, log=log, metrics=metrics, **made) as cache,
     ):
         save_settings(cache.config, folder / FILE_NAME)
         rows = list(run_session(cache, requests))

@@ -56,8 +56,11 @@ def replay_view(
     config: HeuristicConfig | None = None,
     perplexity: float | None = None,
     costs: TierCosts | None = None,
+    policy: str = "formula",
 ) -> ReplayView:
     """Replay one setting without capacity, and recency and optimum at its memory.
+
+    Another `policy` is replayed with that memory in place of the setting.
 
     Examples
     --------
@@ -67,7 +70,10 @@ def replay_view(
     True
     """
     result = replay_without_capacity(index, config, perplexity=perplexity)
-    return ReplayView(result, at_same_memory(index, result), result_costs(result, costs))
+    peers = at_same_memory(index, result)
+    if policy != "formula":
+        result = replay(index, policy, peers["recency"].capacity_blocks[0])
+    return ReplayView(result, peers, result_costs(result, costs))
 
 
 class ReplayPicture:
@@ -167,7 +173,9 @@ class ReplayTab(SettingsPanel):
         self.trace = widgets.Dropdown(options=list(traces), description="trace")
         self.perplexity = widgets.FloatSlider(30.0, min=1.0, max=100.0, description="perplexity")
         self.has_perplexity = widgets.Checkbox(False, description="give all prompts a perplexity")
-        chosen = (self.trace, self.has_perplexity, self.perplexity)
+        policies = {"these settings": "formula", "adaptive, with their memory": "adaptive"}
+        self.policy = widgets.Dropdown(options=policies.items(), description="policy")
+        chosen = (self.trace, self.policy, self.has_perplexity, self.perplexity)
         for widget in chosen:
             widget.observe(self.redraw_soon, "value")
         self.export_button = button("Export replay", "PNG and CSV", self._export_pressed)
@@ -182,11 +190,12 @@ class ReplayTab(SettingsPanel):
             self._pictures[name] = ReplayPicture(index_runs(self._traces[name]))
         picture = self._pictures[name]
         perplexity = self.perplexity.value if self.has_perplexity.value else None
-        self.view = replay_view(picture.index, config, perplexity, self.costs)
+        policy = self.policy.value
+        self.view = replay_view(picture.index, config, perplexity, self.costs, policy)
         picture.update(self.view)
         self.image.value = picture.png()
         self.readout.value = replay_readout(self.view)
-        drawn = {"trace": name, **config.to_dict(), "perplexity": perplexity}
+        drawn = {"trace": name, "policy": policy, **config.to_dict(), "perplexity": perplexity}
         self._drawn = drawn | self.view.summary()
 
     def export(self) -> list[Path]:

@@ -54,6 +54,9 @@ class StackConfig(BaseModel):
         See `RedisLimits`.
     redis_verify_s : float
         How often Redis is asked whether it still has all chunks, seconds.
+    trigger_watermark, eviction_ratio : float
+        From which used share on LMCache evicts, once a second, and which share goes then.
+        Its own defaults, 0.8 and 0.2, cost more hits than most policies win.
     prefetch_policy : str
         ``"retain"`` keeps what a hit loads from disk or Redis in the memory tier;
         ``"default"`` drops it again after the load.
@@ -85,6 +88,8 @@ class StackConfig(BaseModel):
     l1_size_gb: float = Field(0.5, ge=0.001, le=4096)
     # IsolatedLRU is left out: it admits nothing until per-salt quotas are set over HTTP.
     eviction_policy: Literal["LRU", "ARC", "noop"] = "LRU"
+    trigger_watermark: float = Field(0.95, ge=0.01, le=1)
+    eviction_ratio: float = Field(0.05, ge=0.001, le=1)
     prefetch_policy: Literal["default", "retain"] = "default"
     disk_path: Text = "./cache_lmcache"
     run_dir: Text = "./run_lmcache"

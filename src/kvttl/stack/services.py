@@ -61,6 +61,7 @@ _SERVER = (
     "--host {0.host} --port {0.server_port} --http-host {0.host} --http-port {0.server_http_port} "
     "--instance-id {0.instance_id} --chunk-size {0.chunk_size_tokens} --l1-size-gb {0.l1_size_gb} "
     "--eviction-policy {0.eviction_policy} --l2-prefetch-policy {0.prefetch_policy} "
+    "--eviction-trigger-watermark {0.trigger_watermark} --eviction-ratio {0.eviction_ratio} "
     "--coordinator-url {0.coordinator_url} --coordinator-advertise-ip {0.host} "
     "--coordinator-heartbeat-interval {0.registration_heartbeat_s} --coordinator-event-reporting "
     "--coordinator-event-flush-interval {0.event_flush_interval_s} "

@@ -11,7 +11,16 @@ from typing import NamedTuple
 
 from kvttl.traces.builder import TraceBuilder
 from kvttl.traces.opening import head
-from kvttl.traces.source import ASK_SIZE, Source, block_keys, hash_keys, number, parsed, records
+from kvttl.traces.source import (
+    ASK_SIZE,
+    ORDER,
+    Source,
+    block_keys,
+    hash_keys,
+    number,
+    parsed,
+    records,
+)
 from kvttl.traces.source import tokens as whole_tokens
 from kvttl.traces.weka import read_weka
 
@@ -72,8 +81,15 @@ def read_lmcache(files: Sequence[Path], source: Source) -> TraceBuilder:
     return builder
 
 
+_ENDS = dict.fromkeys(("tool_calls", "tool_use", "function_call"), 1)
+_ENDS |= dict.fromkeys(("stop", "end_turn"), 2)  # of `trace.FINISH`
+
+
 def read_decision_log(files: Sequence[Path], source: Source) -> TraceBuilder:
-    """Read this kit's decision log, rotated or not: its generations, by their ``chunk_keys``."""
+    """Read this kit's decision log, rotated or not: its generations, by their ``chunk_keys``.
+
+    Where it says how they ended, they arrived ``generate_s`` before ``time_s``.
+    """
     size = source.block_tokens or _chunk_tokens(files)
     builder = TraceBuilder(size, shown=_hash_text)
     for place, record in records(files, source):
@@ -85,7 +101,11 @@ def read_decision_log(files: Sequence[Path], source: Source) -> TraceBuilder:
             scope = source.number(record.get("cache_salt") or "")  # a tenant's KV is its own
             keys = hash_keys(record, "chunk_keys", scope) if record.get("chunk_keys") else ()
             prompt = source.prompt(record, "prompt_tokens", keys, size)
-            builder.add(keys, source.seconds(record, "time_s"), prompt)
+            end_s, reason = source.seconds(record, "time_s"), record.get("finish_reason")
+            known = reason and source.time_unit != ORDER
+            took_s = number(record, "generate_s", 0, 0.0) if known else 0.0
+            told = whole_tokens(record, "output_tokens", 0), -1, took_s, _ENDS.get(reason, 0)
+            builder.add(keys, end_s - took_s, prompt, *told)
     return builder
 
 
