@@ -172,13 +172,13 @@ bench-sliders: $(READY) ## from a slider's step to the new picture in the browse
 	@$(PY) -m kvttl.bench.sliders
 
 demo-model: $(READY) ## train data/demo_model again (about half an hour)
-	@$(PY) -m kvttl.session.train_demo_model
+	@$(PY) data/train_demo_model.py
 
 chaos: $(READY) ## seeded faults on a real stack, and what held (N=1000: hours; SEED= of the first 100)
 	@PYTHONPATH=src:tests $(PY) -m chaos --faults $(if $(filter file,$(origin N)),100,$(N)) --seed $(SEED)
 
 lint: $(READY) ## ruff
-	@$(VENV)/bin/ruff check src tests && $(VENV)/bin/ruff format --check src tests
+	@$(VENV)/bin/ruff check src tests data && $(VENV)/bin/ruff format --check src tests data
 
 clean: ## remove what runs leave behind (not .venv)
 	rm -rf cache_warm cache_lmcache run_lmcache test_artifacts .pytest_cache .ruff_cache .hypothesis build src/*.egg-info

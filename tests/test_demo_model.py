@@ -23,9 +23,7 @@ from kvttl.session.demo_model import (
 from kvttl.session.texts import example_prompts, random_characters
 
 PATH = str(DEMO_MODEL)
-OWN_SOURCES = [
-    Path(demo_model.__file__).with_name(name) for name in ("demo_model.py", "train_demo_model.py")
-]
+OWN_SOURCES = [Path(demo_model.__file__), Path(__file__).parents[1] / "data/train_demo_model.py"]
 
 CODE_PROMPTS = {
     "class": texts.CODE_PROMPT,

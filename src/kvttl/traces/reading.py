@@ -165,10 +165,10 @@ def traces_at_hand(sessions: int = 40, cache_dir: str | Path | None = None) -> d
     cache_dir : path, optional
         Of compact copies; default ``data/trace_cache``.
     """
-    home, found = user_path(os.environ.get("KV_TRACE_DIR") or "."), {}
-    options = {"cache_dir": cache_dir or _DATA / "trace_cache"}
-    if (conversation := home / "mooncake" / "conversation_trace.jsonl").exists():
+    folder, found = os.environ.get("KV_TRACE_DIR"), {}
+    options, home = {"cache_dir": cache_dir or _DATA / "trace_cache"}, user_path(folder or "")
+    if folder and (conversation := home / "mooncake" / "conversation_trace.jsonl").exists():
         found["conversation"] = read_trace(conversation, **options)
-    if (agentic := home / "weka-agentic").is_dir():
+    if folder and (agentic := home / "weka-agentic").is_dir():
         found["agentic"] = read_trace(agentic, max_sessions=sessions, **options)
     return found | {"sample": read_trace(_DATA / "sample_trace.jsonl.gz")}
