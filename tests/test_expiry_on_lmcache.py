@@ -349,8 +349,8 @@ def _all_where_logged(cache, logged, now_s):
 def test_tiers_follow_a_policy_that_decides_as_it_goes_and_its_ttls_end(
     managers, greedy, fresh_text, tmp_path
 ):
-    """Rooms of 24, 40 and 60 chunks for 8 conversations that take more than twice as many."""
-    now, made = [1000.0], ((24, 40, 60), 32)
+    """Rooms of 12 chunks each for 8 conversations of some seven chunks."""
+    now, made = [1000.0], ((12, 12, 12), 32)
     policy, prompts = Adaptive(*made, costs=TierCosts()), [fresh_text() for _ in range(8)]
     with DecisionLog(tmp_path) as log:
         cache = managers(policy=policy, clock=lambda: now[0], sweep_every_s=None, log=log)
