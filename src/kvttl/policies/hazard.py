@@ -61,7 +61,7 @@ def new_hazard() -> Hazard:
     return Hazard(weight, one, weight.copy(), np.zeros(BINS, np.int64), np.array([1.0, 0.0]))
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def places(codes, at):
     """Fill in where the weights of a run's codes are, for the first group of bins."""
     for k in range(SIGNALS):
@@ -83,7 +83,7 @@ def bin_of(age_s):
     return low
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def bin_near(j, age_s):
     """Return the bin of an age, looked for from another bin on."""
     while EDGES_S[j] > age_s:
@@ -96,19 +96,15 @@ def bin_near(j, age_s):
 @njit(cache=True)
 def learn(h, at, j, used, size, rate):
     """One step: runs with weights at `at` were used in bin j (1.0) or outlived it (0.0)."""
-    odds = h.weight[j]
+    weight, square = h.weight, h.square
+    odds = weight[j]
     for k in range(TERMS):
-        odds += h.weight[at[k] + GROUP[j]]
+        odds += weight[at[k] + GROUP[j]]
     gradient = (1.0 / (1.0 + np.exp(-odds)) - used) * size
-    _step(h, j, gradient, rate)
-    for k in range(TERMS):
-        _step(h, at[k] + GROUP[j], gradient, rate)
-
-
-@njit(cache=True, inline="always")
-def _step(h, i, gradient, rate):
-    h.square[i] += gradient * gradient
-    h.weight[i] -= rate * gradient / np.sqrt(h.square[i])
+    for k in range(-1, TERMS):
+        i = j if k < 0 else at[k] + GROUP[j]
+        square[i] += gradient * gradient
+        weight[i] -= rate * gradient / np.sqrt(square[i])
 
 
 @njit(cache=True)
@@ -159,13 +155,13 @@ def index_row(weight, codes, row):
         row[j] = hits[j] / held[j]
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def index_at(row, age_s):
     """Return the index at an age: linear between the bins' starts, ~ 1 / age after the last."""
     return index_in(row, bin_of(age_s), age_s)
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def index_in(row, j, age_s):
     """Return the index at an age in bin j."""
     if j == BINS - 1:

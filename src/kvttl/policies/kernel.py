@@ -41,16 +41,8 @@ def play(s, x, r, w, first, last, rules, path, hits):
             now_s = w.arrival_s[k]
             if rules[0] > 0:
                 sweep_due(s, x, r, rules, now_s)
-            begin(
-                s,
-                x,
-                r,
-                w.keys[w.offsets[k] : w.offsets[k + 1]],
-                now_s,
-                w.prompt_tokens[k],
-                path,
-                hits[k],
-            )
+            keys = w.keys[w.offsets[k] : w.offsets[k + 1]]
+            begin(s, x, r, keys, now_s, w.prompt_tokens[k], path, hits[k])
         its_end_is_next = at + 1 < len(w.events) and w.events[at + 1] == 2 * k + 1
         if rules[0] == 0 and not its_end_is_next:
             room_in_all(s, x, r, rules, x.clock[CLOCK])
@@ -81,7 +73,8 @@ def ask(s, x, r, keys, now_s, prices, longest_s, answers):
 def _judge(x, r, use, now_s, prices):
     """Return a run's value, seconds to stay in the wanted tier, and that (len(prices) = none)."""
     age_s = max(now_s - use.end_s, 0.0)
-    own = value_of(x, r, use, now_s, bin_of(age_s))
+    deeper = r.deeper * r.chunk_tokens
+    own = value_of(x.hazard.mean, r.order, deeper, use, now_s, bin_of(age_s))
     if r.order != INDEX:
         return own, max(use.expires_s - now_s, 0.0), np.int64(use.tier)
     if x.duel[2] == 0:  # recency is in force: as long as it kept what went last
@@ -91,9 +84,8 @@ def _judge(x, r, use, now_s, prices):
             if idle_s < x.last_age[REAL + level]:
                 wanted, left_s = level, x.last_age[REAL + level] - idle_s
         return np.float64(use.touch), left_s, wanted
-    cost = 1.0 + r.deeper * use.depth * r.chunk_tokens
     wanted, left_s = len(prices), 0.0
     for level in range(len(prices) - 1, -1, -1):
         if own > prices[level]:
-            wanted, left_s = level, seconds_above(use.row, age_s, prices[level] / cost)
+            wanted, left_s = level, seconds_above(use.row, age_s, prices[level] / (1.0 + deeper * use.depth))
     return own, left_s, wanted

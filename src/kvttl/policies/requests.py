@@ -218,13 +218,14 @@ def _refresh(s, x, r, now_s):
 @njit(cache=True)
 def _outlived(s, x, r, until_s):
     """Learn from all runs that outlived a bin since the last step."""
-    at = np.empty(TERMS, np.int64)
+    at, runs, log_run, log_touch = np.empty(TERMS, np.int64), s.run, s.log_run, s.log_touch
+    log_end_s, size = s.log_end_s, s.size[N_LOG]
     for j in range(BINS - 1):
         i = x.hazard.bin_at[j]
-        while i < s.size[N_LOG] and s.log_end_s[i] + EDGES_S[j + 1] <= until_s:
-            run = s.log_run[i]
-            if run >= 0 and s.run[run].touch == s.log_touch[i] and s.run[run].open:
-                places(s.run[run].codes, at)
-                learn(x.hazard, at, j, 0.0, np.sqrt(s.run[run].length), r.learning.rate)
+        while i < size and log_end_s[i] + EDGES_S[j + 1] <= until_s:
+            run = log_run[i]
+            if run >= 0 and runs[run].touch == log_touch[i] and runs[run].open:
+                places(runs[run].codes, at)
+                learn(x.hazard, at, j, 0.0, np.sqrt(runs[run].length), r.learning.rate)
             i += 1
         x.hazard.bin_at[j] = i

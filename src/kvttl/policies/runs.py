@@ -92,13 +92,14 @@ def with_room(s: Runs, requests: int, chunks: int, uses: int) -> Runs:
     return s
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def _slot_of(s, key):
     """Return the slot of a run's first key, or the free one where it would be."""
+    slot, keys, runs = s.slot, s.keys, s.run
     mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
-    mask = np.int64(len(s.slot) - 1)
+    mask = np.int64(len(slot) - 1)
     at = np.int64(mixed >> np.uint64(33)) & mask
-    while s.slot[at] >= 0 and s.keys[s.run[s.slot[at]].start] != key:
+    while slot[at] >= 0 and keys[runs[slot[at]].start] != key:
         at = (at + 1) & mask
     return at
 
@@ -116,14 +117,14 @@ def walk(s, keys, path):
 
     A run that the prompt leaves in the middle is not cut; its share counts as chunks.
     """
-    at, runs, parent = 0, 0, -1
+    at, runs, parent, known = 0, 0, -1, s.keys
     while at < len(keys):
         run = s.slot[_slot_of(s, keys[at])]
         if run < 0 or s.run[run].parent != parent:
             break
         start, length = s.run[run].start, s.run[run].length
-        same = 1
-        while same < length and at + same < len(keys) and s.keys[start + same] == keys[at + same]:
+        same, most = 1, min(length, len(keys) - at)
+        while same < most and known[start + same] == keys[at + same]:
             same += 1
         path[runs] = run
         runs += 1
@@ -190,17 +191,17 @@ def append_use(s, run):
 @njit(cache=True)
 def tidy_order(s):
     """Drop places that runs have left, and runs that no cache holds any part of."""
-    kept = 0
+    kept, runs, order = 0, s.run, s.order
     for at in range(s.size[N_ORDER]):
-        run = s.order[at]
-        if s.run[run].place != at:
+        use = runs[order[at]]
+        if use.place != at:
             continue
         held = 0
         for level in range(LEVELS):
-            held += s.run[run].held[level]
-        s.run[run].place = kept if held > 0 else -1
+            held += use.held[level]
+        use.place = kept if held > 0 else -1
         if held > 0:
-            s.order[kept] = run
+            order[kept] = order[at]
             kept += 1
     s.size[N_ORDER] = s.size[N_LIVE] = kept
 
