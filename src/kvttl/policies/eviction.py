@@ -16,9 +16,9 @@ def value_of(mean, order, deeper, use, now_s, j):
     if order != INDEX:
         return use.touch - (1e15 if now_s > use.expires_s else 0.0)
     if not use.fresh:
-        index_row(mean, use.codes, use.row)
+        index_row(mean[use.running], use.codes, use.row)
         use.fresh = 1
-    return index_in(use.row, j, max(now_s - use.end_s, 0.0)) * (1.0 + deeper * use.depth)
+    return index_in(use.row, j, max(now_s - use.since_s, 0.0)) * (1.0 + deeper * use.depth)
 
 
 @njit(cache=True)
@@ -82,7 +82,7 @@ def _lowest(s, x, r, level, need, now_s):
         use = runs[run]
         if use.place != at or use.held[level] == 0:
             continue
-        j = bin_near(j, max(now_s - use.end_s, 0.0))
+        j = bin_near(j, max(now_s - use.since_s, 0.0))
         value = max(value_of(mean, r.order, r.deeper * r.chunk_tokens, use, now_s, j), use.best)
         if use.best > -np.inf:
             use.best = -np.inf
@@ -192,15 +192,14 @@ def tidy(s, x):
 @njit(cache=True)
 def _drop_log(s, x):
     """Drop the log's entries of which every bin has been learned, once they are half of it."""
-    done = x.hazard.bin_at[BINS - 2]
-    if 2 * done < s.size[N_LOG]:
-        return
-    s.size[N_LOG] -= done
-    left = s.size[N_LOG]
-    s.log_run[:left] = s.log_run[done : done + left]
-    s.log_touch[:left] = s.log_touch[done : done + left]
-    s.log_end_s[:left] = s.log_end_s[done : done + left]
-    x.hazard.bin_at[:] -= done
+    log = s.log
+    for which in range(2):
+        done, uses = x.hazard.bin_at[which, BINS - 2], s.size[N_LOG + which]
+        if 2 * done >= uses:
+            for at in range(done, uses):
+                log[at - done, which] = log[at, which]
+            s.size[N_LOG + which] -= done
+            x.hazard.bin_at[which] -= done
 
 
 @njit(cache=True)

@@ -72,7 +72,7 @@ def ask(s, x, r, keys, now_s, prices, longest_s, answers):
 @njit(cache=True)
 def _judge(x, r, use, now_s, prices):
     """Return a run's value, seconds to stay in the wanted tier, and that (len(prices) = none)."""
-    age_s = max(now_s - use.end_s, 0.0)
+    age_s = max(now_s - use.since_s, 0.0)
     deeper = r.deeper * r.chunk_tokens
     own = value_of(x.hazard.mean, r.order, deeper, use, now_s, bin_of(age_s))
     if r.order != INDEX:
@@ -87,5 +87,6 @@ def _judge(x, r, use, now_s, prices):
     wanted, left_s = len(prices), 0.0
     for level in range(len(prices) - 1, -1, -1):
         if own > prices[level]:
-            wanted, left_s = level, seconds_above(use.row, age_s, prices[level] / (1.0 + deeper * use.depth))
+            bar = prices[level] / (1.0 + deeper * use.depth)
+            wanted, left_s = level, seconds_above(use.row, age_s, bar)
     return own, left_s, wanted
