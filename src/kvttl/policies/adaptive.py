@@ -105,7 +105,7 @@ class Adaptive(OnlinePolicy):
         """
         rows = np.empty((len(codes), BINS))
         for code, row in zip(codes, rows):
-            hazard_row(self.now.hazard.mean, code, row)
+            hazard_row(self.now.hazard.mean[0], code, row)
         return rows
 
     def prices(self) -> np.ndarray:

@@ -154,12 +154,13 @@ def _scalar_equals_array(policy):
     _tell(policy, steps)
     keys, now_s = steps[-1].keys, steps[-1].now_s + 30
     whole = policy.ask(keys, now_s)
-    for at in range(1, len(keys) + 1):
-        part = policy.ask(keys[:at], now_s)
-        best = np.maximum.accumulate(part.value[::-1])[::-1]
-        assert np.all(best <= whole.value[:at] + 1e-12), "value of a part is above the whole's"
-    again = policy.ask(keys, now_s)
-    _same([whole], [again], "if asked twice")
+    parts = [policy.ask(keys[: at + 1], now_s) for at in range(len(keys))]
+    for name in ("value", "ttl_s"):
+        last = np.array([getattr(part, name)[-1] for part in parts])
+        best = np.maximum.accumulate(last[::-1])[::-1]  # no less than those after it
+        equal = np.allclose(best, getattr(whole, name))
+        assert equal, f"{name} of a prompt is not that of its chunks asked one by one"
+    _same([whole], [policy.ask(keys, now_s)], "if asked twice")
 
 
 def _asking_changes_nothing(policy):
@@ -211,6 +212,8 @@ def _one_hit_chunks(policy):
         policy.make_room(step, first / 1000)
         sizes.append(_bytes(policy.state()))
     assert sizes[-1] < 64 * 1_000_000, f"a million chunks used once take {sizes[-1]:,} bytes"
+    grown = sizes[-1] - sizes[len(sizes) // 2]
+    assert grown < 500_000, f"half a million more chunks used once take {grown:,} bytes more"
     _tell(policy, _sessions(20), shift_s=1000.0)
 
 

@@ -10,16 +10,15 @@ from kvttl.policies.runs import LEVELS, N_LIVE, N_LOG, N_ORDER, tidy_order
 from kvttl.policies.state import GONE, INDEX, LRU_SHADOW, REAL, RECENCY, SWEEP
 
 
-@njit(cache=True, inline="always")
-def value_of(x, r, use, now_s, j):
-    """Return what a run, whose age is in bin j, is worth now."""
-    if r.order != INDEX:
+@njit(cache=True)
+def value_of(mean, order, deeper, use, now_s, j):
+    """Return what a run, whose age is in bin j, is worth now; `deeper` is that of a chunk."""
+    if order != INDEX:
         return use.touch - (1e15 if now_s > use.expires_s else 0.0)
     if not use.fresh:
-        index_row(x.hazard.mean, use.codes, use.row)
+        index_row(mean[use.running], use.codes, use.row)
         use.fresh = 1
-    value = index_in(use.row, j, max(now_s - use.end_s, 0.0))
-    return value * (1.0 + r.deeper * use.depth * r.chunk_tokens)
+    return index_in(use.row, j, max(now_s - use.since_s, 0.0)) * (1.0 + deeper * use.depth)
 
 
 @njit(cache=True)
@@ -43,18 +42,19 @@ def make_room(s, x, r, level, target, by_recency, now_s):
 @njit(cache=True)
 def _oldest(s, x, level, need, now_s):
     """Find the runs of the oldest use that hold `need` chunks, as `_lowest` does."""
+    runs, order = s.run, s.order
     victims, size, weight, at = np.empty(8, np.int32), 0, 0, x.head[level]
     while weight < need:
-        run = s.order[at]
-        if s.run[run].place == at and s.run[run].held[level] > 0:
+        run = order[at]
+        if runs[run].place == at and runs[run].held[level] > 0:
             if size == len(victims):
                 victims = _twice(victims)
             victims[size] = run
             size += 1
-            weight += s.run[run].held[level]
+            weight += runs[run].held[level]
         at += 1
     x.head[level] = at - 1
-    x.last_age[level] = now_s - s.run[victims[size - 1]].begin_s
+    x.last_age[level] = now_s - runs[victims[size - 1]].begin_s
     victims[0], victims[size - 1] = victims[size - 1], victims[0]
     return victims, size, weight
 
@@ -74,29 +74,31 @@ def _lowest(s, x, r, level, need, now_s):
 
     A run is worth no less than those after it. Returns also how many they are, and their chunks.
     """
+    # Arrays have names of their own here: taking one out of a tuple counts its references.
+    runs, order, mean = s.run, s.order, x.hazard.mean
     heap, key, size, weight, j = np.empty(64, np.int32), np.empty(64), 0, 0, 0
     for at in range(s.size[N_ORDER]):
-        run = s.order[at]
-        use = s.run[run]
+        run = order[at]
+        use = runs[run]
         if use.place != at or use.held[level] == 0:
             continue
-        j = bin_near(j, max(now_s - use.end_s, 0.0))
-        value = max(value_of(x, r, use, now_s, j), use.best)
+        j = bin_near(j, max(now_s - use.since_s, 0.0))
+        value = max(value_of(mean, r.order, r.deeper * r.chunk_tokens, use, now_s, j), use.best)
         if use.best > -np.inf:
             use.best = -np.inf
-        if use.parent >= 0 and s.run[use.parent].best < value:
-            s.run[use.parent].best = value
+        if use.parent >= 0 and runs[use.parent].best < value:
+            runs[use.parent].best = value
         if weight >= need and value >= key[0]:
             continue
         if size == len(heap):
             heap, key = _twice(heap), _twice(key)
-        _push(s, heap, key, size, run, value)
+        _push(runs, heap, key, size, run, value)
         size += 1
         weight += use.held[level]
-        while weight - s.run[heap[0]].held[level] >= need:
-            weight -= s.run[heap[0]].held[level]
+        while weight - runs[heap[0]].held[level] >= need:
+            weight -= runs[heap[0]].held[level]
             size -= 1
-            _pop(s, heap, key, size)
+            _pop(runs, heap, key, size)
     if r.order == INDEX and size:
         share = 1.0 - np.exp(-need / (r.price_memory * max(r.capacity[level], 1)))
         x.price[level] *= (max(key[0], LEAST) / x.price[level]) ** share
@@ -110,28 +112,28 @@ def _twice(array):
     return more
 
 
-@njit(cache=True, inline="always")
-def _above(s, heap, key, a, b):
+@njit(cache=True)
+def _above(runs, heap, key, a, b):
     """Whether entry a goes after b: the higher value, of equal ones the later place."""
-    return key[a] > key[b] or (key[a] == key[b] and s.run[heap[a]].place > s.run[heap[b]].place)
+    return key[a] > key[b] or (key[a] == key[b] and runs[heap[a]].place > runs[heap[b]].place)
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def _swap(heap, key, a, b):
     heap[a], heap[b] = heap[b], heap[a]
     key[a], key[b] = key[b], key[a]
 
 
 @njit(cache=True)
-def _push(s, heap, key, size, run, value):
+def _push(runs, heap, key, size, run, value):
     heap[size], key[size] = run, value
-    while size and _above(s, heap, key, size, (size - 1) >> 1):
+    while size and _above(runs, heap, key, size, (size - 1) >> 1):
         _swap(heap, key, size, (size - 1) >> 1)
         size = (size - 1) >> 1
 
 
 @njit(cache=True)
-def _pop(s, heap, key, size):
+def _pop(runs, heap, key, size):
     """Take out the first entry; `size` is what is left."""
     heap[0], key[0] = heap[size], key[size]
     at = 0
@@ -139,9 +141,9 @@ def _pop(s, heap, key, size):
         down = 2 * at + 1
         if down >= size:
             return
-        if down + 1 < size and _above(s, heap, key, down + 1, down):
+        if down + 1 < size and _above(runs, heap, key, down + 1, down):
             down += 1
-        if not _above(s, heap, key, down, at):
+        if not _above(runs, heap, key, down, at):
             return
         _swap(heap, key, at, down)
         at = down
@@ -190,15 +192,14 @@ def tidy(s, x):
 @njit(cache=True)
 def _drop_log(s, x):
     """Drop the log's entries of which every bin has been learned, once they are half of it."""
-    done = x.hazard.bin_at[BINS - 2]
-    if 2 * done < s.size[N_LOG]:
-        return
-    s.size[N_LOG] -= done
-    for at in range(s.size[N_LOG]):
-        s.log_run[at], s.log_touch[at] = s.log_run[at + done], s.log_touch[at + done]
-        s.log_end_s[at] = s.log_end_s[at + done]
-    for j in range(BINS):
-        x.hazard.bin_at[j] -= done
+    log = s.log
+    for which in range(2):
+        done, uses = x.hazard.bin_at[which, BINS - 2], s.size[N_LOG + which]
+        if 2 * done >= uses:
+            for at in range(done, uses):
+                log[at - done, which] = log[at, which]
+            s.size[N_LOG + which] -= done
+            x.hazard.bin_at[which] -= done
 
 
 @njit(cache=True)

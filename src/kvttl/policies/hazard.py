@@ -1,10 +1,12 @@
 """When will a run of chunks be used again? An additive logistic hazard, learned online.
 
-Ages are counted in bins from the end of the generation that used a run last. The log odds of the
-next use in bin j, if it has not come before, are the sum of the bin's own weight and of one weight
-for each signal's code and group of bins. A run that outlives a bin unused is an example against,
-its next use one in favour. Steps are Adagrad's (Duchi et al., 2011), which forgets; weights in
-force are an average (Polyak, 1992), so that single examples do not move decisions.
+Ages are counted in bins from the end of the generation that used a run last. While it runs nobody
+knows how it will end: then ages count from the use, by a model of its own, which learns from all
+uses without what ends told. The log odds of the next use in bin j, if it has not come before, are
+the sum of the bin's own weight and of one weight for each signal's code and group of bins. A run
+that outlives a bin unused is an example against, its next use one in favour. Steps are Adagrad's
+(Duchi et al., 2011), which forgets; weights in force are an average (Polyak, 1992), so that single
+examples do not move decisions.
 
 From the hazard comes the index (Gittins, 1979; as "hit density": Beckmann et al., LHD, 2018): the
 most hits per second of memory that a run can still give, over all times to keep it.
@@ -34,19 +36,19 @@ LEAST = 1e-9  # a second: of a hazard, an index, a price
 
 
 class Hazard(NamedTuple):
-    """Weights, and how far learning is; float64."""
+    """Two models, by age since the end (0) and since the use (1), and how far learning is."""
 
-    weight: np.ndarray  # (WEIGHTS,)
-    square: np.ndarray  # (WEIGHTS,): Adagrad's sums
-    mean: np.ndarray  # (WEIGHTS,): in force
-    bin_at: np.ndarray  # (BINS,) int64: places in the log up to which each bin has been learned
+    weight: np.ndarray  # (2, WEIGHTS)
+    square: np.ndarray  # (2, WEIGHTS): Adagrad's sums
+    mean: np.ndarray  # (2, WEIGHTS): in force
+    bin_at: np.ndarray  # (2, BINS) int64: places in the log up to which each bin has been learned
     steps: np.ndarray  # (2,): of the average; when the last was, seconds
 
 
 class Learning(NamedTuple):
     """Settings of `Hazard`."""
 
-    rate: float = 0.08
+    rate: float = 0.05
     every_s: float = 30.0  # between two steps of forgetting and of the average
     average_s: float = 300.0  # half life
     forget_s: float = 1200.0  # half life of Adagrad's sums, never under 1
@@ -54,20 +56,28 @@ class Learning(NamedTuple):
 
 def new_hazard() -> Hazard:
     """Return the prior: hazard 0.3 / (30 + age) a second for all, which orders as LRU does."""
-    weight = np.zeros(WEIGHTS)
-    weight[: BINS - 1] = np.log(np.expm1(np.diff(EDGES_S) * 0.3 / (30 + EDGES_S[:-1])))
-    weight[BINS - 1] = -1.0
-    one = np.ones(WEIGHTS)
-    return Hazard(weight, one, weight.copy(), np.zeros(BINS, np.int64), np.array([1.0, 0.0]))
+    weight = np.zeros((2, WEIGHTS))
+    weight[:, : BINS - 1] = np.log(np.expm1(np.diff(EDGES_S) * 0.3 / (30 + EDGES_S[:-1])))
+    weight[:, BINS - 1] = -1.0
+    at, steps = np.zeros((2, BINS), np.int64), np.array([1.0, 0.0])
+    return Hazard(weight, np.ones((2, WEIGHTS)), weight.copy(), at, steps)
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def places(codes, at):
     """Fill in where the weights of a run's codes are, for the first group of bins."""
     for k in range(SIGNALS):
         at[k] = BINS + (BASE[k] + codes[k]) * GROUPS
     at[SIGNALS] = BINS + (BASE[SIGNALS] + np.int64(codes[0]) * 6 + codes[8]) * GROUPS
     at[SIGNALS + 1] = BINS + (BASE[SIGNALS + 1] + np.int64(codes[0]) * 9 + codes[2]) * GROUPS
+
+
+@njit(cache=True)
+def hide_end(at):
+    """Take what the end of the generation tells out of the places of a run's weights."""
+    use = (at[0] - BINS) // GROUPS
+    at[1], at[2] = BINS + BASE[1] * GROUPS, BINS + BASE[2] * GROUPS
+    at[SIGNALS + 1] = BINS + (BASE[SIGNALS + 1] + use * 9) * GROUPS
 
 
 @njit(cache=True)
@@ -83,7 +93,7 @@ def bin_of(age_s):
     return low
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def bin_near(j, age_s):
     """Return the bin of an age, looked for from another bin on."""
     while EDGES_S[j] > age_s:
@@ -94,21 +104,17 @@ def bin_near(j, age_s):
 
 
 @njit(cache=True)
-def learn(h, at, j, used, size, rate):
+def learn(h, which, at, j, used, size, rate):
     """One step: runs with weights at `at` were used in bin j (1.0) or outlived it (0.0)."""
-    odds = h.weight[j]
+    weight, square = h.weight[which], h.square[which]
+    odds = weight[j]
     for k in range(TERMS):
-        odds += h.weight[at[k] + GROUP[j]]
+        odds += weight[at[k] + GROUP[j]]
     gradient = (1.0 / (1.0 + np.exp(-odds)) - used) * size
-    _step(h, j, gradient, rate)
-    for k in range(TERMS):
-        _step(h, at[k] + GROUP[j], gradient, rate)
-
-
-@njit(cache=True, inline="always")
-def _step(h, i, gradient, rate):
-    h.square[i] += gradient * gradient
-    h.weight[i] -= rate * gradient / np.sqrt(h.square[i])
+    for k in range(-1, TERMS):
+        i = j if k < 0 else at[k] + GROUP[j]
+        square[i] += gradient * gradient
+        weight[i] -= rate * gradient / np.sqrt(square[i])
 
 
 @njit(cache=True)
@@ -117,9 +123,8 @@ def average(h, steps, setting):
     h.steps[0] += steps
     fade = 0.5 ** (steps * setting.every_s / setting.forget_s)
     share = max(1.0 - 0.5 ** (steps * setting.every_s / setting.average_s), 1.0 / h.steps[0])
-    for i in range(WEIGHTS):
-        h.square[i] = max(h.square[i] * fade, 1.0)
-        h.mean[i] += share * (h.weight[i] - h.mean[i])
+    h.square[:] = np.maximum(h.square * fade, 1.0)
+    h.mean[:] += share * (h.weight - h.mean)
 
 
 @njit(cache=True)
@@ -165,13 +170,13 @@ def index_row(weight, codes, row):
         row[j] = hits[j] / held[j]
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def index_at(row, age_s):
     """Return the index at an age: linear between the bins' starts, ~ 1 / age after the last."""
     return index_in(row, bin_of(age_s), age_s)
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def index_in(row, j, age_s):
     """Return the index at an age in bin j."""
     if j == BINS - 1:

@@ -39,16 +39,8 @@ def play(s, x, r, w, first, last, rules, path, hits):
             now_s = w.arrival_s[k]
             if rules[0] > 0:
                 sweep_due(s, x, r, rules, now_s)
-            begin(
-                s,
-                x,
-                r,
-                w.keys[w.offsets[k] : w.offsets[k + 1]],
-                now_s,
-                w.prompt_tokens[k],
-                path,
-                hits[k],
-            )
+            keys = w.keys[w.offsets[k] : w.offsets[k + 1]]
+            begin(s, x, r, keys, now_s, w.prompt_tokens[k], path, hits[k])
         its_end_is_next = at + 1 < len(w.events) and w.events[at + 1] == 2 * k + 1
         if rules[0] == 0 and not its_end_is_next:
             room_in_all(s, x, r, rules, x.clock[CLOCK])

@@ -108,9 +108,9 @@ class OnlinePolicy:
     remember : int, optional
         Chunks that are known at most, beside those that tiers hold, those in use, and a quarter.
         Default: four times the capacity, 262,144 at least.
-    fit : int
-        What becomes of chunks without room: 0 they are stored and room is made after; 1 the
-        first of a prompt that fit are stored; 2 all of a prompt or none.
+    fit : bool
+        What becomes of chunks without room: they are stored, and room is made after; True: of a
+        prompt the first that fit are stored.
 
     Examples
     --------
@@ -124,7 +124,7 @@ class OnlinePolicy:
     ORDER = RECENCY
     KEEPS_TAILS = True  # in replays: incomplete last chunks are chunks
 
-    def __init__(self, capacity=None, chunk_tokens: int = 256, *, remember=None, fit: int = 0):
+    def __init__(self, capacity=None, chunk_tokens: int = 256, *, remember=None, fit: bool = False):
         limits = list(capacity) if isinstance(capacity, (list, tuple)) else [capacity]
         if not 1 <= len(limits) <= len(TIERS) or not all(_is_count(c) for c in limits):
             raise ValueError(f"capacity must be chunks >= 0, one or up to 3, got {capacity!r:.80}")
@@ -140,7 +140,7 @@ class OnlinePolicy:
             bounds[REAL + level] = FOLLOWED if unlimited else sums[level]
         if self.ORDER == INDEX:
             bounds[LRU_SHADOW:REAL] = bounds[REAL]
-        self.rules = Rules(bounds, int(chunk_tokens), self.ORDER, *self._settings(), fit)
+        self.rules = Rules(bounds, int(chunk_tokens), self.ORDER, *self._settings(), bool(fit))
         self.runs, self.now = new_runs(), new_now()
         self.hits = np.zeros(LEVELS, np.int64)  # of the last request, chunks by level
         self.path, self._from, self._last = np.empty(64, np.int32), None, 0.0

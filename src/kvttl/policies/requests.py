@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from kvttl.policies.hazard import BINS, EDGES_S, LEAST, TERMS, average, bin_of, learn, places
+from kvttl.policies.hazard import (
+    BINS,
+    EDGES_S,
+    LEAST,
+    TERMS,
+    average,
+    bin_of,
+    hide_end,
+    learn,
+    places,
+)
 from kvttl.policies.runs import LEVELS, N_LOG, N_ORDER, SEEN, SIGNALS, add, append_use, cut, walk
 from kvttl.policies.signals import of_end, of_request, of_run
 from kvttl.policies.state import (
@@ -19,6 +29,8 @@ from kvttl.policies.state import (
     OPEN,
     REFRESH,
 )
+
+_SURE = 2.0  # standard errors of its lead by which the index has to lead to come into force
 
 
 @njit(cache=True)
@@ -42,7 +54,7 @@ def begin(s, x, r, keys, now_s, prompt_tokens, path, hits):
     number = s.counter[SEEN]
     s.counter[SEEN] += 1
     for at in range(runs - 1, -1, -1):
-        _use(s, x, r, path[at], number, now_s, prompt_tokens, think_log, len(keys))
+        _use(s, x, r, path[at], number, now_s, prompt_tokens, think_log)
     for level in range(LEVELS):
         if r.capacity[level] != ABSENT:
             _store(s, x, r, path, runs, level)
@@ -60,9 +72,9 @@ def _session(s, x, r, path, runs, known, now_s, prompt_tokens):
     kind, think_s, mean_s, think_log = 0, -1.0, -1.0, -1.0
     if runs:
         last = s.run[path[runs - 1]]
-        if 2 * known >= last.prompt_chunks:
-            kind = 1 if known >= last.prompt_chunks - 1 else 2
-            think_s = max(now_s - last.end_s, 0.0)
+        if 2 * known * r.chunk_tokens >= last.prompt_tokens:
+            kind = 1 if (known + 1) * r.chunk_tokens >= last.prompt_tokens else 2
+            think_s = 0.0 if last.running else max(now_s - last.since_s, 0.0)
             think_log = np.log1p(think_s)
             if last.think_log >= 0:
                 think_log = 0.6 * last.think_log + 0.4 * think_log
@@ -74,19 +86,33 @@ def _session(s, x, r, path, runs, known, now_s, prompt_tokens):
 
 @njit(cache=True)
 def _outcome(s, x, r, run, now_s):
-    """Learn from a run's next use."""
+    """Learn from a run's next use: by age since its last, and since that generation's end."""
     use = s.run[run]
-    if r.order != INDEX or not use.open:
+    if r.order != INDEX:
         return
-    age_s = max(now_s - use.end_s, 0.0)
     at = np.empty(TERMS, np.int64)
     places(use.codes, at)
-    j, size, rate = bin_of(age_s), np.sqrt(use.length), r.learning.rate
-    for i in range(j):
-        if use.end_s + EDGES_S[i + 1] > x.hazard.steps[1]:  # else it was learned then
-            learn(x.hazard, at, i, 0.0, size, rate)
-    learn(x.hazard, at, j, 1.0, size, rate)
-    use.open = 0
+    for which in range(use.running, 2):
+        if which:
+            hide_end(at)
+        since_s = use.begin_s if which else use.since_s
+        j, size, rate = bin_of(max(now_s - since_s, 0.0)), np.sqrt(use.length), r.learning.rate
+        for i in range(j):
+            if since_s + EDGES_S[i + 1] > x.hazard.steps[1]:  # else it was learned then
+                learn(x.hazard, which, at, i, 0.0, size, rate)
+        learn(x.hazard, which, at, j, 1.0, size, rate)
+
+
+@njit(cache=True)
+def _log_use(s, x, which, run, number, since_s):
+    """Take note of a use, in order of time, to learn from what comes of it."""
+    at, log = s.size[N_LOG + which], s.log
+    s.size[N_LOG + which] += 1
+    while at > x.hazard.bin_at[which, 0] and log[at - 1, which].since_s > since_s:
+        log[at, which] = log[at - 1, which]
+        at -= 1
+    entry = log[at, which]
+    entry.run, entry.touch, entry.since_s = run, number, since_s
 
 
 @njit(cache=True)
@@ -102,7 +128,7 @@ def _count_hits(s, r, path, runs, now_s, hits):
 
 
 @njit(cache=True)
-def _use(s, x, r, run, number, now_s, prompt_tokens, think_log, prompt_chunks):
+def _use(s, x, r, run, number, now_s, prompt_tokens, think_log):
     """Count a use of a run; its codes lack what the end tells."""
     use = s.run[run]
     gap_s = now_s - use.begin_s if use.count else -1.0
@@ -117,13 +143,15 @@ def _use(s, x, r, run, number, now_s, prompt_tokens, think_log, prompt_chunks):
             s.counter[level] -= use.held[level]
             use.held[level] = 0
     use.count += 1
-    use.touch, use.begin_s, use.end_s, use.expires_s = number, now_s, np.inf, np.inf
-    use.think_log, use.prompt_chunks, use.open, use.fresh = think_log, prompt_chunks, 0, 0
+    use.touch, use.begin_s, use.since_s, use.expires_s = number, now_s, now_s, np.inf
+    use.think_log, use.prompt_tokens, use.running, use.fresh = think_log, prompt_tokens, 1, 0
     after = max(prompt_tokens - (use.depth + use.length) * r.chunk_tokens, 0)
     of_run(x.codes, use.count, gap_s, after, use.branches)
     for k in range(SIGNALS):
         use.codes[k] = x.codes[k]
     append_use(s, run)
+    if r.order == INDEX:
+        _log_use(s, x, 1, run, number, now_s)
 
 
 @njit(cache=True)
@@ -133,8 +161,8 @@ def _store(s, x, r, path, runs, level):
     for at in range(runs):
         missing += s.run[path[at]].length - s.run[path[at]].held[level]
     room = missing
-    if r.fit and 0 <= r.capacity[level] < s.counter[level] + missing:
-        room = max(r.capacity[level] - s.counter[level], 0) if r.fit == 1 else 0
+    if r.fit and r.capacity[level] >= 0:
+        room = min(missing, max(r.capacity[level] - s.counter[level], 0))
     for at in range(runs):
         run = s.run[path[at]]
         stored = min(run.length - run.held[level], room)
@@ -154,12 +182,15 @@ def _score(x, r, hits, chunks, prompt_tokens):
     fade = 0.5 ** ((chunks - hits[LRU_SHADOW]) / (r.turnovers * max(r.capacity[LRU_SHADOW], 1)))
     x.duel[0] *= fade
     x.duel[1] *= fade
+    x.duel[3] *= fade * fade
     if x.duel[2] == 1 and x.duel[0] < 0:
         x.duel[2] = 0
-    elif x.duel[2] == 0 and x.duel[1] > 0 and x.duel[0] > r.lead * x.duel[1]:
+    elif x.duel[2] == 0 and x.duel[0] > max(r.lead * x.duel[1], _SURE * np.sqrt(x.duel[3])):
         x.duel[2] = 1
-    x.duel[0] += (hits[INDEX_SHADOW] - hits[LRU_SHADOW]) * r.chunk_tokens
+    more = (hits[INDEX_SHADOW] - hits[LRU_SHADOW]) * r.chunk_tokens
+    x.duel[0] += more
     x.duel[1] += prompt_tokens
+    x.duel[3] += more * more
 
 
 @njit(cache=True)
@@ -172,12 +203,10 @@ def end(s, x, r, number, end_s, finish, output_tokens):
     x.open_run[slot] = -1
     while run >= 0 and s.run[run].touch == number:
         use = s.run[run]
-        use.end_s, use.open, use.fresh = end_s, 1, 0
+        use.since_s, use.running, use.fresh = end_s, 0, 0
         if r.order == INDEX:
             of_end(use.codes, finish, output_tokens)
-            at = s.size[N_LOG]
-            s.log_run[at], s.log_touch[at], s.log_end_s[at] = run, number, end_s
-            s.size[N_LOG] += 1
+            _log_use(s, x, 0, run, number, end_s)
         run = use.parent
 
 
@@ -218,13 +247,18 @@ def _refresh(s, x, r, now_s):
 @njit(cache=True)
 def _outlived(s, x, r, until_s):
     """Learn from all runs that outlived a bin since the last step."""
-    at = np.empty(TERMS, np.int64)
-    for j in range(BINS - 1):
-        i = x.hazard.bin_at[j]
-        while i < s.size[N_LOG] and s.log_end_s[i] + EDGES_S[j + 1] <= until_s:
-            run = s.log_run[i]
-            if run >= 0 and s.run[run].touch == s.log_touch[i] and s.run[run].open:
-                places(s.run[run].codes, at)
-                learn(x.hazard, at, j, 0.0, np.sqrt(s.run[run].length), r.learning.rate)
-            i += 1
-        x.hazard.bin_at[j] = i
+    at, runs, log = np.empty(TERMS, np.int64), s.run, s.log
+    for which in range(2):
+        uses = s.size[N_LOG + which]
+        for j in range(BINS - 1):
+            i = x.hazard.bin_at[which, j]
+            while i < uses and log[i, which].since_s + EDGES_S[j + 1] <= until_s:
+                run = log[i, which].run
+                if run >= 0 and runs[run].touch == log[i, which].touch:
+                    places(runs[run].codes, at)
+                    if which:
+                        hide_end(at)
+                    size = np.sqrt(runs[run].length)
+                    learn(x.hazard, which, at, j, 0.0, size, r.learning.rate)
+                i += 1
+            x.hazard.bin_at[which, j] = i

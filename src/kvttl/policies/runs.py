@@ -19,7 +19,7 @@ LEVELS = 5  # caches that are followed at once: two shadows, and up to three nes
 # What a sweep reads is in front: it goes through all resident runs.
 RUN = np.dtype(
     [
-        ("end_s", "f8"),  # end of the generation that used it last; infinite while that runs
+        ("since_s", "f8"),  # its age counts from here: its last use, then that generation's end
         ("best", "f8"),  # of a sweep: highest value among the runs after it
         ("place", "i4"),  # in `Runs.order`
         ("parent", "i4"),
@@ -32,18 +32,21 @@ RUN = np.dtype(
         ("touch", "i8"),  # number of the request that used it last
         ("begin_s", "f8"),  # when that came
         ("count", "i4"),  # uses
-        ("prompt_chunks", "i4"),  # of that request
+        ("prompt_tokens", "i8"),  # of that request
         ("think_log", "f4"),  # that session's mean log(1 + think time), < 0: first turn
         ("codes", "u1", SIGNALS),
         ("tier", "i1"),  # wanted, where that was decided at its last use
         ("fresh", "u1"),  # whether its row is that of its codes
-        ("open", "u1"),  # whether its last use still waits for an outcome to learn from
+        ("running", "u1"),  # whether the generation of its last use has not ended
         ("gap_s", "f8"),  # since the use before the last, 0: there was none
         ("mean", "f8"),  # seconds between uses, and the sum of squares around it
         ("squares", "f8"),
         ("row", "f4", BINS),  # its index by age
     ]
 )
+
+
+LOG = np.dtype([("since_s", "f8"), ("touch", "i8"), ("run", "i4")])  # a use, to learn from
 
 
 class Runs(NamedTuple):
@@ -53,37 +56,32 @@ class Runs(NamedTuple):
     slot: np.ndarray  # (power of two,) int32: hash of a run's first key -> run, -1 = free
     keys: np.ndarray  # (chunks,) int64
     order: np.ndarray  # (m,) int32: runs by use, of a request the deepest first; old places too
-    log_run: np.ndarray  # (e,) int32: ended uses, by end
-    log_touch: np.ndarray  # (e,) int64
-    log_end_s: np.ndarray  # (e,) float64
-    size: np.ndarray  # (5,) int64: runs, keys, order, log; places in order when it was tidied
+    log: np.ndarray  # (e, 2) LOG: uses by their generations' ends; and by their own times
+    size: np.ndarray  # (6,) int64: runs, keys, order, log x 2; places in order when it was tidied
     counter: np.ndarray  # (LEVELS + 1,) int64: chunks held by level; requests so far
 
 
-_LOG = ["log_run", "log_touch", "log_end_s"]
-N_RUNS, N_KEYS, N_ORDER, N_LOG, N_LIVE = 0, 1, 2, 3, 4
+N_RUNS, N_KEYS, N_ORDER, N_LOG, N_LIVE = 0, 1, 2, 3, 5
 SEEN = LEVELS  # in `counter`
 
 
 def new_runs(room: int = 256) -> Runs:
     """Return an empty tree."""
     arrays = np.zeros(room, RUN), np.full(2 * room, -1, np.int32), np.empty(room, np.int64)
-    log = np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room)
-    counts = np.zeros(5, np.int64), np.zeros(LEVELS + 1, np.int64)
-    return Runs(*arrays, np.empty(room, np.int32), *log, *counts)
+    order, log = np.empty(room, np.int32), np.zeros((room, 2), LOG)
+    return Runs(*arrays, order, log, np.zeros(6, np.int64), np.zeros(LEVELS + 1, np.int64))
 
 
 def with_room(s: Runs, requests: int, chunks: int, uses: int) -> Runs:
     """Return the tree with room for more: two runs a request, so many chunks and uses."""
-    more = (2 * requests, chunks, uses, uses)
+    more = {"run": 2 * requests, "keys": chunks, "order": uses, "log": uses}
     grown = s._asdict()
-    for which, names in enumerate((["run"], ["keys"], ["order"], _LOG)):
-        need = int(s.size[which]) + more[which]
-        for name in names:
-            old = grown[name]
-            if need > len(old):
-                grown[name] = np.zeros(max(need, len(old) * 3 // 2), old.dtype)
-                grown[name][: len(old)] = old
+    used = *s.size[:N_LOG], max(s.size[N_LOG:N_LIVE])
+    for filled, (name, room) in zip(used, more.items()):
+        need, old = int(filled) + room, grown[name]
+        if need > len(old):
+            grown[name] = np.zeros((max(need, len(old) * 3 // 2), *old.shape[1:]), old.dtype)
+            grown[name][: len(old)] = old
     s = Runs(**grown)
     need = int(s.size[N_RUNS]) + 2 * requests
     if 2 * need > len(s.slot):
@@ -92,13 +90,14 @@ def with_room(s: Runs, requests: int, chunks: int, uses: int) -> Runs:
     return s
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def _slot_of(s, key):
     """Return the slot of a run's first key, or the free one where it would be."""
+    slot, keys, runs = s.slot, s.keys, s.run
     mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
-    mask = np.int64(len(s.slot) - 1)
+    mask = np.int64(len(slot) - 1)
     at = np.int64(mixed >> np.uint64(33)) & mask
-    while s.slot[at] >= 0 and s.keys[s.run[s.slot[at]].start] != key:
+    while slot[at] >= 0 and keys[runs[slot[at]].start] != key:
         at = (at + 1) & mask
     return at
 
@@ -116,14 +115,14 @@ def walk(s, keys, path):
 
     A run that the prompt leaves in the middle is not cut; its share counts as chunks.
     """
-    at, runs, parent = 0, 0, -1
+    at, runs, parent, known = 0, 0, -1, s.keys
     while at < len(keys):
         run = s.slot[_slot_of(s, keys[at])]
         if run < 0 or s.run[run].parent != parent:
             break
         start, length = s.run[run].start, s.run[run].length
-        same = 1
-        while same < length and at + same < len(keys) and s.keys[start + same] == keys[at + same]:
+        same, most = 1, min(length, len(keys) - at)
+        while same < most and known[start + same] == keys[at + same]:
             same += 1
         path[runs] = run
         runs += 1
@@ -169,8 +168,8 @@ def add(s, keys, parent):
     new.branches = 0
     if parent >= 0:
         s.run[parent].branches += 1
-    new.count, new.open, new.place, new.think_log = 0, 0, -1, -1.0
-    new.end_s = new.begin_s = new.gap_s = new.mean = new.squares = 0.0
+    new.count, new.running, new.place, new.think_log = 0, 0, -1, -1.0
+    new.since_s = new.begin_s = new.gap_s = new.mean = new.squares = 0.0
     new.tier = 0
     new.expires_s, new.best = np.inf, -np.inf
     for level in range(LEVELS):
@@ -190,17 +189,17 @@ def append_use(s, run):
 @njit(cache=True)
 def tidy_order(s):
     """Drop places that runs have left, and runs that no cache holds any part of."""
-    kept = 0
+    kept, runs, order = 0, s.run, s.order
     for at in range(s.size[N_ORDER]):
-        run = s.order[at]
-        if s.run[run].place != at:
+        use = runs[order[at]]
+        if use.place != at:
             continue
         held = 0
         for level in range(LEVELS):
-            held += s.run[run].held[level]
-        s.run[run].place = kept if held > 0 else -1
+            held += use.held[level]
+        use.place = kept if held > 0 else -1
         if held > 0:
-            s.order[kept] = run
+            order[kept] = order[at]
             kept += 1
     s.size[N_ORDER] = s.size[N_LIVE] = kept
 
@@ -252,11 +251,12 @@ def forget(s: Runs, limit: int, pinned) -> np.ndarray:
     newest = np.lexsort((runs["depth"], -runs["touch"]))
     keep = np.zeros(len(runs), bool)
     keep[newest[np.cumsum(runs["length"][newest]) <= limit]] = True
-    keep |= (runs["held"][:, pinned] > 0).any(axis=1) | (runs["end_s"] == np.inf)
+    keep |= (runs["held"][:, pinned] > 0).any(axis=1) | (runs["running"] > 0)
     tidy_order(s)
     to = np.empty(len(runs), np.int32)
     _moved(s, _numbered(s, newest, keep, to), to)
-    for places in (s.order[: s.size[N_ORDER]], s.log_run[: s.size[N_LOG]]):
+    logs = [s.log["run"][: s.size[N_LOG + which], which] for which in range(2)]
+    for places in (s.order[: s.size[N_ORDER]], *logs):
         places[:] = np.where(places >= 0, to[places], -1)
     s.counter[:LEVELS] = s.run["held"][: s.size[N_RUNS]].sum(axis=0)
     return to

@@ -28,7 +28,7 @@ class Rules(NamedTuple):
     lead: float  # share of tokens by which the index must lead to come into force
     price_memory: float  # share of the capacity over which a price is averaged
     deeper: float  # of the cost to compute a chunk: what each token before it adds, a share
-    fit: int  # 0: all is stored, and room made after; 1: what fits; 2: all of a prompt, or none
+    fit: bool  # what fits is stored; else all, and room is made after
 
 
 class Now(NamedTuple):
@@ -39,7 +39,7 @@ class Now(NamedTuple):
     open_touch: np.ndarray  # (OPEN,) int64
     price: np.ndarray  # (LEVELS,): index of what goes last, a second
     last_age: np.ndarray  # (LEVELS,): seconds since its use, of what went last by recency
-    duel: np.ndarray  # (3,): lead and tokens, halved; 1 = the index is in force
+    duel: np.ndarray  # (4,): lead and tokens, halved; 1 = the index is in force; squares of leads
     clock: (
         np.ndarray
     )  # (5,): now; last refresh, its place; sweeps with victims since a step; next sweep
@@ -56,6 +56,6 @@ def new_now() -> Now:
     """Return what holds before the first request."""
     generations = np.full(OPEN, -1, np.int32), np.full(OPEN, -1, np.int64)
     prices = np.full(LEVELS, LEAST), np.full(LEVELS, np.inf)
-    counts = np.zeros(3), np.zeros(5), np.zeros(LEVELS, np.int64), np.zeros(LEVELS)
+    counts = np.zeros(4), np.zeros(5), np.zeros(LEVELS, np.int64), np.zeros(LEVELS)
     scratch = np.zeros(SIGNALS, np.uint8)
     return Now(new_hazard(), *generations, *prices, *counts, np.zeros(LEVELS, np.int64), scratch)

@@ -77,11 +77,11 @@ def _judge(x, r, use, now_s, prices, loads, row):
             if idle_s < x.last_age[REAL + level] and cost > loads[level]:
                 wanted, left_s = level, x.last_age[REAL + level] - idle_s
         return np.float64(use.touch), left_s, wanted
-    age_s = max(now_s - use.end_s, 0.0)
+    age_s = max(now_s - use.since_s, 0.0)
     if use.fresh:
         row[:] = use.row
     else:
-        index_row(x.hazard.mean, use.codes, row)
+        index_row(x.hazard.mean[use.running], use.codes, row)
     index = index_at(row, age_s)
     for level in range(len(prices) - 1, -1, -1):
         saved = cost - loads[level]

@@ -37,13 +37,13 @@ _REASONS = (None, "tool_calls", "stop")  # of FINISH
 class Sweep(NamedTuple):
     """How LMCache makes room: not at once, but every second, above a watermark.
 
-    What does not fit in between is not stored. Its own defaults are 0.8 and 0.2.
+    Of what does not fit in between only the first chunks are stored. (LMCache stores what an
+    engine's step computed or nothing of it: steps are short.) Its own defaults are 0.8 and 0.2.
     """
 
     every_s: float = 1.0
     watermark: float = 0.95  # share of the capacity from which on it evicts
     ratio: float = 0.05  # share of what is held that goes then
-    whole: bool = True  # of a prompt all is stored or nothing; False: what fits
 
 
 def replay(
@@ -165,8 +165,7 @@ def _made(make, trace, blocks, sweep):
     while len(there) > 1 and there[-1] == 0:
         there.pop()
     options = {"remember": trace.unique_blocks} if None in there else {}
-    fit = 0 if sweep is None else 2 if sweep.whole else 1
-    return make(there, trace.block_tokens, fit=fit, **options)
+    return make(there, trace.block_tokens, fit=sweep is not None, **options)
 
 
 def _name(policy):
@@ -258,7 +257,7 @@ def replay_online(
     policy : OnlinePolicy
         Fresh; made for the trace's block size.
     sweep : Sweep, optional
-        LMCache's way of making room; the policy was made with ``fit=2`` (1 if not whole) then.
+        LMCache's way of making room; the policy was made with ``fit=True`` then.
         By default a request is stored, and then what is too much goes.
     ends : str
         ``"told"``: a request is one instant, which tells when and how its generation will end;
@@ -266,7 +265,7 @@ def replay_online(
     """
     work = _work(trace, policy, ends)
     hits = np.zeros((trace.requests, LEVELS), np.int64)
-    rules = (0.0, 1.0, 0.0) if sweep is None else sweep[:3]
+    rules = (0.0, 1.0, 0.0) if sweep is None else tuple(sweep)
     events = len(work.events) if any(policy.limits) else 0
     for first in progress(range(0, events, _STEP)):
         _play(policy, work, first, min(first + _STEP, len(work.events)), rules, hits)
@@ -282,7 +281,8 @@ def _work(trace, policy, ends):
     elif ends != "told":
         raise ValueError(f"ends must be 'told' or 'due', got {ends!r}")
     told = trace.prompt_tokens, trace.finish, trace.output_tokens
-    return kernel.Requests(keys, flat.offsets, arrival_s, end_s, *told, events)
+    whole = [values.astype(np.int64) for values in told]  # one type, compiled once
+    return kernel.Requests(keys, flat.offsets, arrival_s, end_s, *whole, events)
 
 
 def _play(policy, work, first, last, rules, hits):
