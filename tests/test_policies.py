@@ -90,9 +90,8 @@ class _Epoch(OnlinePolicy):
 class _Overwritten(OnlinePolicy):
     """What it answered changes with what comes later: all answers are one array."""
 
-    answers = np.zeros(10_000)
-
     def ask(self, keys, now_s, prices=None):
+        self.answers = getattr(self, "answers", np.zeros(10_000))
         self.answers[:] = now_s
         return super().ask(keys, now_s)._replace(ttl_s=self.answers[: len(keys)])
 
@@ -101,7 +100,17 @@ class _Measuring(OnlinePolicy):
     """What a chunk is worth depends on how many are asked for at once."""
 
     def ask(self, keys, now_s, prices=None):
-        return super().ask(keys, now_s)._replace(value=np.full(len(keys), float(len(keys))))
+        return super().ask(keys, now_s)._replace(value=np.full(len(keys), 1.0 / len(keys)))
+
+
+class _Curious(OnlinePolicy):
+    """What it answers depends on how often it was asked."""
+
+    asked = 0
+
+    def ask(self, keys, now_s, prices=None):
+        self.asked += 1
+        return super().ask(keys, now_s)._replace(value=np.full(len(keys), float(self.asked)))
 
 
 class _Forgetful(OnlinePolicy):
@@ -152,6 +161,7 @@ BROKEN = [
     ("no_clock_of_its_own", _Epoch),
     ("blind_to_the_future", _Overwritten),
     ("scalar_equals_array", _Measuring),
+    ("asking_changes_nothing", _Curious),
     ("prefix_closed", _Orphans),
     ("saved_and_loaded", _Forgetful),
     ("bad_hints", _Nervous),
@@ -270,8 +280,9 @@ def test_the_time_until_a_price_is_where_the_index_meets_it():
 
 def test_at_the_start_the_order_is_that_of_recency():
     hazard, row = new_hazard(), np.empty(len(EDGES_S), np.float32)
-    index_row(hazard.mean, np.zeros(10, np.uint8), row)
-    assert (np.diff(row) < 0).all()
+    for mean in hazard.mean:
+        index_row(mean, np.zeros(10, np.uint8), row)
+        assert (np.diff(row) < 0).all()
 
 
 # --- what it learns -------------------------------------------------------------------------

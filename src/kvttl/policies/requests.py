@@ -30,7 +30,7 @@ from kvttl.policies.state import (
     REFRESH,
 )
 
-_SURE = 2.0  # standard errors of its lead by which the index has to lead to come into force
+_SURE = 2.0  # standard errors by which the index has to lead to come into force at first
 
 
 @njit(cache=True)
@@ -186,11 +186,12 @@ def _score(x, r, hits, chunks, prompt_tokens):
     if x.duel[2] == 1 and x.duel[0] < 0:
         x.duel[2] = 0
     elif x.duel[2] == 0 and x.duel[0] > max(r.lead * x.duel[1], _SURE * np.sqrt(x.duel[3])):
-        x.duel[2] = 1
+        x.duel[2], x.duel[4] = 1, 1
+        x.duel[3] = 0
     more = (hits[INDEX_SHADOW] - hits[LRU_SHADOW]) * r.chunk_tokens
     x.duel[0] += more
     x.duel[1] += prompt_tokens
-    x.duel[3] += more * more
+    x.duel[3] += more * more * (1 - x.duel[4])
 
 
 @njit(cache=True)

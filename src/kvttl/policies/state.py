@@ -39,7 +39,7 @@ class Now(NamedTuple):
     open_touch: np.ndarray  # (OPEN,) int64
     price: np.ndarray  # (LEVELS,): index of what goes last, a second
     last_age: np.ndarray  # (LEVELS,): seconds since its use, of what went last by recency
-    duel: np.ndarray  # (4,): lead and tokens, halved; 1 = the index is in force; squares of leads
+    duel: np.ndarray  # (5,): lead, tokens, halved; 1: index in force; squares until 1: it once was
     clock: (
         np.ndarray
     )  # (5,): now; last refresh, its place; sweeps with victims since a step; next sweep
@@ -56,6 +56,6 @@ def new_now() -> Now:
     """Return what holds before the first request."""
     generations = np.full(OPEN, -1, np.int32), np.full(OPEN, -1, np.int64)
     prices = np.full(LEVELS, LEAST), np.full(LEVELS, np.inf)
-    counts = np.zeros(4), np.zeros(5), np.zeros(LEVELS, np.int64), np.zeros(LEVELS)
+    counts = np.zeros(5), np.zeros(5), np.zeros(LEVELS, np.int64), np.zeros(LEVELS)
     scratch = np.zeros(SIGNALS, np.uint8)
     return Now(new_hazard(), *generations, *prices, *counts, np.zeros(LEVELS, np.int64), scratch)
