@@ -15,16 +15,18 @@ from chaos.campaign import deck
 from chaos.faults import KINDS
 from chaos.proxy import Proxy
 from chaos.report import add, merged, percentiles, shortened
+from chaos.worker import note_ends
+
+from kvttl.manager.claims import ClaimLedger
 
 ROOT = Path(__file__).resolve().parents[1]
 DEALT = [name for name, kind in KINDS.items() if not kind.sabotage]
 
-# Cheap faults of every family, a manager that dies, then what the campaign must notice. Without
-# clock_forward, until docs/chaos.md can explain what it has found there.
+# Cheap faults of every family, a manager that dies, then what the campaign must notice.
 SHORT = (
     "coordinator_stopped server_stopped redis_killed redis_slow redis_full redis_read_only "
     "redis_evicting disk_full disk_emptied files_flipped files_truncated values_flipped "
-    "values_swapped clock_back clock_broken http_dropped http_answers_lost "
+    "values_swapped clock_forward clock_back clock_broken http_dropped http_answers_lost "
     "http_delayed calls_interrupted coordinator_killed log_torn"
 ).split()
 SABOTAGE = {
@@ -89,6 +91,17 @@ def test_a_seed_deals_the_same_deck_again_and_one_door_after_the_other():
         "gateway",
     }
     assert all(door in KINDS[name].doors for door, name in cards)
+
+
+def test_a_chunk_is_excused_if_its_last_claim_ended_but_not_if_it_was_renewed_or_shared():
+    ledger, ended = ClaimLedger(), set()
+    note_ends(ledger, ended)
+    ledger.claim("0a", ["shared", "a"], "remote", now_s=0, ttl_s=100)
+    ledger.claim("0b", ["shared", "b"], "remote", now_s=0, ttl_s=5_000)
+    ledger.claim("0a", ["shared", "a"], "remote", now_s=50, ttl_s=100)
+    assert ended == set()
+    ledger.claim("0a", ["shared", "a"], "disk", now_s=3_600, ttl_s=100)
+    assert ledger.wanted(["shared", "a"], 3_600) == ["disk", "disk"] and ended == {"a"}
 
 
 # ---- the report ------------------------------------------------------------------------------

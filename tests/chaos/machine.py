@@ -313,6 +313,8 @@ class Machine:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for name in _FILE_SYSTEMS_MB if self.has_own_disk else ():
+            if name == "log":  # `--keep` comes after this
+                shutil.copytree(self.folder / name, self.folder / "out" / name)
             subprocess.run(["umount", "-l", str(self.folder / name)], check=False)
         shutil.rmtree(self.sockets, ignore_errors=True)
 
