@@ -22,13 +22,15 @@ from kvttl.manager.claims import ClaimLedger
 ROOT = Path(__file__).resolve().parents[1]
 DEALT = [name for name, kind in KINDS.items() if not kind.sabotage]
 
-# Cheap faults of every family, a manager that dies, then what the campaign must notice.
+# Cheap faults of every family, and a library that dies and goes on as a gateway, where the campaign
+# has to notice the sabotage.
 SHORT = (
     "coordinator_stopped server_stopped redis_killed redis_slow redis_full redis_read_only "
     "redis_evicting disk_full disk_emptied files_flipped files_truncated values_flipped "
     "values_swapped clock_forward clock_back clock_broken http_dropped http_answers_lost "
     "http_delayed calls_interrupted coordinator_killed log_torn"
 ).split()
+GATEWAY = ["clients_gone"]
 SABOTAGE = {
     "sabotage_text": "wrong text",
     "sabotage_process": "processes left over",
@@ -41,7 +43,8 @@ SABOTAGE = {
 def short(tmp_path_factory):
     """The report and the output of a short campaign with sabotage at its end."""
     folder = tmp_path_factory.mktemp("chaos")
-    cards = [f"library:{name}" for name in (*SHORT, *SABOTAGE)]
+    cards = [f"library:{name}" for name in SHORT]
+    cards += [f"gateway:{name}" for name in (*GATEWAY, *SABOTAGE)]
     command = [sys.executable, "-m", "chaos", "--seed", "1", "--cards", ",".join(cards)]
     command += ["--out", str(folder / "chaos.json"), "--keep", str(folder / "kept")]
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
@@ -56,9 +59,10 @@ def short(tmp_path_factory):
 @pytest.mark.timeout(900)
 def test_a_short_campaign_ends_without_a_violation_but_those_of_the_sabotage(short):
     assert [v for v in short["violations"] if v["kind"] not in SABOTAGE] == []
-    assert short["faults"] == len(SHORT) + len(SABOTAGE)
-    assert {name: short["kinds"][name]["faults"] for name in SHORT} == dict.fromkeys(SHORT, 1)
-    assert all(short["kinds"][name]["recover_s"]["max"] is not None for name in SHORT)
+    dealt = [*SHORT, *GATEWAY]
+    assert short["faults"] == len(dealt) + len(SABOTAGE)
+    assert {name: short["kinds"][name]["faults"] for name in dealt} == dict.fromkeys(dealt, 1)
+    assert all(short["kinds"][name]["recover_s"]["max"] is not None for name in dealt)
     assert sum(row["calls"] for row in short["kinds"].values()) > 2 * len(SHORT)
 
 
@@ -68,8 +72,8 @@ def test_what_breaks_a_rule_is_reported_with_seed_and_step(short, kind):
     found = [v for v in short["violations"] if v["kind"] == kind]
     parts = SABOTAGE[kind].split("|")
     assert any(part in v["what"] for v in found for part in parts), found
-    assert {(v["seed"], v["door"]) for v in found} == {(1, "library")}
-    assert {v["step"] for v in found} <= set(range(len(SHORT) + 1, short["faults"] + 1))
+    assert {(v["seed"], v["door"]) for v in found} == {(1, "gateway")}
+    assert {v["step"] for v in found} <= set(range(len(SHORT) + 2, short["faults"] + 1))
 
 
 # ---- dealing ---------------------------------------------------------------------------------

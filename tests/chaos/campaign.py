@@ -239,7 +239,7 @@ class Part:
     def _go_through(self, cards):
         for number, (role, name) in enumerate(cards, start=1):
             self._through(role)
-            self._step(number, KINDS[name])
+            self._step(number, KINDS[name], next_role=cards[min(number, len(cards) - 1)][0])
             if number % AUDIT_EVERY == 0:
                 self._audit(number)
         self._audit(len(cards), drop_all=True)
@@ -280,7 +280,7 @@ class Part:
 
     # ---- one fault ---------------------------------------------------------------------------
 
-    def _step(self, number, kind):
+    def _step(self, number, kind, next_role):
         rng = random.Random(f"fault {self.seed} {number}")
         step = Step(number, kind.name, self.door.role)
         self.steps.append(step)
@@ -299,13 +299,13 @@ class Part:
             next(running, None)
             healed_s = time.monotonic()
         step.violations += scene.said
-        self._restart(step, kind, family)
+        self._restart(step, kind, family, next_role)
         self._visit(step, kind, scene)
         step.recover_s = self._recover(step, kind, healed_s)
         if not kind.deadly:
             self._check_records(step, kind, traffic, logged, (away_s, back_s))
         self._check_copies(step, kind, scene)
-        self._check_leftovers(step)
+        self._check_leftovers(step, 2.0 if kind.sabotage else 20.0)
         step.took_s = time.monotonic() - started_s
         said = "".join(f"\n  ! {text}" for text in step.violations)
         self._say(
@@ -321,8 +321,11 @@ class Part:
     def _wanted(self, copies):
         return self.door.ask("wanted", list(copies)) if copies else {}
 
-    def _restart(self, step, kind, family):
-        """Start the manager again after a fault that ends it; nothing of the old one may stay."""
+    def _restart(self, step, kind, family, next_role):
+        """Start the manager again after a fault that ends it; nothing of the old one may stay.
+
+        It is the next card's already: an engine's start is dear.
+        """
         if not kind.deadly:
             if not self.door.alive():
                 step.violations.append(f"the {self.door.role} ended: {self.door.output(3)}")
@@ -335,6 +338,8 @@ class Part:
             for pid in left:
                 with suppress(psutil.Error):
                     psutil.Process(pid).kill()
+        if self.door.role != next_role:
+            self.door = Door(self.machine, next_role)
         self.door.start()
 
     def _visit(self, step, kind, scene):
@@ -362,16 +367,20 @@ class Part:
                 took_s = time.monotonic() - since_s
                 if self._recorded(probe, known):
                     return took_s
+            self._say(f"     not yet: {self._placed(probe)} {self._log.rows[-1]['error']}")
         step.violations.append(f"not managed again within {limit_s:g} s")
         return None
 
     def _is_placed(self, probe):
         """Say whether a prompt is on disk and in Redis, and no longer in gpu."""
-        try:
-            placed = self.machine.placed(list(probe.tokens), probe.salt)
-        except (OSError, ValueError, KeyError):
-            return False
+        placed = self._placed(probe)
         return bool(placed) and all(tiers == {"disk", "remote"} for tiers in placed)
+
+    def _placed(self, probe):
+        try:
+            return self.machine.placed(list(probe.tokens), probe.salt)
+        except (OSError, ValueError, KeyError):
+            return []
 
     def _recorded(self, probe, known):
         def clean():
@@ -431,14 +440,14 @@ class Part:
                     f"wanted in {wanted[key]} ({len(live)} of {len(due)} chunks)"
                 )
 
-    def _check_leftovers(self, step):
+    def _check_leftovers(self, step, patience_s):
         """No process too many, and none too few; the manager's threads are those of its start."""
 
         def others():
             expected = self.machine.services() | self.door.family()
             return {p: n for p, n in self.machine.processes().items() if p not in expected}
 
-        if left := comes_empty(others, 20):
+        if left := comes_empty(others, patience_s):
             step.violations.append(f"processes left over: {left}")
             for pid in left:
                 with suppress(psutil.Error):
@@ -463,7 +472,8 @@ class Part:
             wanted = self._wanted(copies)
             return {k: t for k, t in copies.items() if drop_all or not wanted[k]}
 
-        if orphans := comes_empty_or_stays(left, _STANDSTILL_S):
+        ruined = any(KINDS[step.kind].sabotage for step in self.steps)
+        if orphans := comes_empty_or_stays(left, 3.0 if ruined else _STANDSTILL_S):
             some = [f"{key[0][:12]}{key[1]} in {sorted(t)}" for key, t in list(orphans.items())[:3]]
             what = "stay after all TTLs" if drop_all else "have no claim"
             say(f"{len(orphans)} chunks {what}: {', '.join(some)}")
