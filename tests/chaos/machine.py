@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import secrets
@@ -172,6 +173,8 @@ class Machine:
         self.has_own_disk = all(mounted)  # both or none
         os.environ[MARK] = self.run_id
         os.environ["VLLM_LOGGING_LEVEL"] = os.environ["LMCACHE_LOG_LEVEL"] = "WARNING"
+        compiled = f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", compiled)  # or each part compiles anew
         os.environ["TMPDIR"] = str(folder / "tmp")
         self.environment = dict(os.environ)
         self.redis = Redis(folder / "redis", self.environment)
