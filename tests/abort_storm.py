@@ -125,6 +125,7 @@ def main() -> int:
     be_quiet()
     folder = tempfile.TemporaryDirectory()
     fast = {"mq_timeout_s": 1.0, "engine_heartbeat_s": 0.5}  # or a killed server takes minutes
+    fast["start_timeout_s"] = 250  # on a loaded machine
     config = load_config(disk_path=folder.name, **fast)
     with folder, LMCacheStack(config, free_ports=True) as stack, engine(stack, model_path()) as llm:
         outputs = llm.generate(prompts, sampling, use_tqdm=False)

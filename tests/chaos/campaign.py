@@ -288,6 +288,7 @@ class Part:
         copies = self.machine.copies()
         self.door.ask("ended")  # from here on
         scene = Scene(self.machine, self.door, rng, self._wanted(copies), copies)
+        scene.damaged |= self.machine.still_damaged()  # by earlier faults
         logged = self._logged()
         with Traffic(self.door, step, kind, lambda: self._choice(rng)) as traffic:
             time.sleep(rng.uniform(0.0, 0.4))
@@ -305,6 +306,8 @@ class Part:
         if not kind.deadly:
             self._check_records(step, kind, traffic, logged, (away_s, back_s))
         self._check_copies(step, kind, scene)
+        if kind.silent and (gone := comes_empty(self.machine.shown_but_gone, 30.0)):
+            step.violations.append(f"{len(gone)} lost copies are still shown: {gone[0][0][:12]}")
         self._check_leftovers(step, 2.0 if kind.sabotage else 20.0)
         step.took_s = time.monotonic() - started_s
         said = "".join(f"\n  ! {text}" for text in step.violations)
@@ -465,7 +468,11 @@ class Part:
         say = self._blame
         base_s = HeuristicConfig().base_ttl
         self.door.ask("flush", LIMIT_S)
-        self._jump(LADDER_TOP_S if drop_all else 2 * base_s)
+        for _ in range(4):  # KV that has no claim at two looks, half a `base_ttl` apart, gets one
+            self._jump(base_s / 2)
+            comes(lambda: self.door.ask("not_looked_for_s") < base_s / 4, 30.0)
+        if drop_all:
+            self._jump(LADDER_TOP_S)
 
         def left():
             copies = self.machine.copies()
@@ -483,9 +490,9 @@ class Part:
             state = json.dumps(self.machine.server_status())
             return [n for n in ("read_locked_count", "write_locked_count") if count_of(state, n)]
 
-        # LMCache keeps for 300 s what a killed engine has locked.
+        # For 300 s LMCache keeps what a killed engine has locked, or a look-up that was given up.
         engine_lives = time.monotonic() - self._engine_ended_s > 300
-        if engine_lives and (names := comes_empty(locked, 40, every_s=0.5)):
+        if drop_all and engine_lives and (names := comes_empty(locked, 310, every_s=0.5)):
             say(f"locks left in the LMCache server: {names}")
         strangers = [p.name for p in self.machine.disk.iterdir() if not p.name.endswith(".data")]
         if strangers:

@@ -307,6 +307,7 @@ def victims(scene, tier, count):
     best = best if scene.rng.random() < 0.8 else held
     chosen = scene.rng.sample(sorted(best), min(count, len(best)))
     scene.damaged.update(chosen)
+    scene.machine.damaged.update(chosen)
     scene.visit.update(chosen)
     return chosen
 

@@ -147,6 +147,10 @@ class Control:
         self._ended -= ended
         return ended
 
+    def not_looked_for_s(self):
+        """Return how long ago the manager has looked for KV without a claim."""
+        return abs(self.clock() - (self.cache._decider._looked_at_s or 0.0))
+
     def flush(self, limit_s):
         return self.cache.flush(limit_s)
 

@@ -55,7 +55,7 @@ class StackConfig(BaseModel):
     redis_connect_timeout_s, redis_timeout_s, redis_retries : float, float, int
         See `RedisLimits`.
     redis_verify_s : float
-        How often Redis is asked whether it still has all chunks, seconds.
+        How often Redis, and the disk, are asked whether they still have all chunks, seconds.
     prefetch_policy : str
         ``"retain"`` keeps what a hit loads from disk or Redis in the memory tier;
         ``"default"`` drops it again after the load.

@@ -13,12 +13,14 @@ import asyncio
 import errno
 import itertools
 import os
+from contextlib import suppress
 from typing import Any
 
 from lmcache.lmcache_native import Bitmap
 from lmcache.v1.distributed.l2_adapters import factory, fs_l2_adapter
 from lmcache.v1.mp_observability.event import Event, EventType
 
+from kvttl.background import Repeater
 from kvttl.lmcache.tiers import pages
 from kvttl.storage.checksum import CHECKSUM_BYTES, checksum
 from kvttl.storage.sealed import open_plain
@@ -58,15 +60,33 @@ class DiskAdapter(CountsDamage, fs_l2_adapter.FSL2Adapter):
     ----------
     config : FSL2AdapterConfig
         See LMCache's `fs`.
+    verify_every_s : float
+        How often the folder is looked through for what somebody has deleted, seconds.
     """
 
-    def __init__(self, config: fs_l2_adapter.FSL2AdapterConfig) -> None:
+    def __init__(
+        self, config: fs_l2_adapter.FSL2AdapterConfig, verify_every_s: float = 10.0
+    ) -> None:
         super().__init__(config)
         for half_written in self._base_path.glob("*@*@*@*.tmp"):  # by a server that was killed
             half_written.unlink(missing_ok=True)
         keys = map(fs_l2_adapter._filename_to_object_key, os.listdir(self._base_path))
         # Key -> bytes that LMCache has counted; nothing in an earlier life of the server.
         self._known = dict.fromkeys(filter(None, keys), 0)
+        self._verifier = Repeater(self.verify, verify_every_s)
+        self._verifier.start()
+
+    def verify(self) -> None:
+        """Report files that are gone: a demotion would trust them, and delete the last copy."""
+        with suppress(OSError):  # away: nothing is known, so nothing is said
+            there, name_of = set(os.listdir(self._base_path)), fs_l2_adapter._object_key_to_filename
+            gone = [key for key in tuple(self._known) if name_of(key) not in there]
+            self._loop.call_soon_threadsafe(self._report_gone, gone)
+
+    def close(self) -> None:
+        """Stop verifying, then as LMCache does."""
+        self._verifier.close()
+        super().close()
 
     async def _execute_store(self, keys, objects, task_id):
         names = (self._key_to_path(key).name for key in keys)
@@ -157,4 +177,6 @@ class _WithChecksum:
 def install_disk_adapter() -> None:
     """Let LMCache's servers in this process use `DiskAdapter` where they ask for `fs`."""
     factory.ensure_adapter_loaded("fs")
-    factory._L2_ADAPTER_FACTORY_REGISTRY["fs"] = lambda config, _l1=None: DiskAdapter(config)
+    factory._L2_ADAPTER_FACTORY_REGISTRY["fs"] = lambda config, _l1=None: DiskAdapter(
+        config, float(os.environ.get("KV_REDIS_VERIFY_S", "10"))
+    )
