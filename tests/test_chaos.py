@@ -84,6 +84,7 @@ def test_a_thousand_faults_have_each_kind_at_least_twenty_times():
     assert len(cards) == 1000
     counts = Counter(name for _, name in cards)
     assert set(counts) == set(DEALT) and min(counts.values()) >= 20
+    assert {(door, name) for name in DEALT for door in KINDS[name].doors} == set(cards)
 
 
 def test_a_seed_deals_the_same_deck_again_and_one_door_after_the_other():

@@ -187,11 +187,8 @@ def deck(seed: int, count: int, kinds: Iterable[str] | None = None) -> list[tupl
     dealt += [rng.choice(rest) for _ in range(count - len(dealt))]
     rng.shuffle(dealt)
     by_door: dict[str, list[str]] = {door: [] for door in ALL_DOORS}
-    turns: Counter[str] = Counter()
     for name in dealt:
-        doors, turns[name] = KINDS[name].doors, turns[name] + 1
-        second = turns[name] % (2 if KINDS[name].dear else 3) == 0
-        by_door[doors[0] if len(doors) == 1 else ALL_DOORS[second]].append(name)
+        by_door[rng.choice(KINDS[name].doors)].append(name)
     return [(door, name) for door in ALL_DOORS for name in by_door[door]]
 
 
