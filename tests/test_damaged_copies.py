@@ -196,7 +196,7 @@ def contents():
 
 
 def disk_tier(folder):
-    return Tier(DiskAdapter(FSL2AdapterConfig(str(folder)), verify_every_s=600), DiskPlace(folder))
+    return Tier(DiskAdapter(FSL2AdapterConfig(str(folder))), DiskPlace(folder))
 
 
 @pytest.fixture(params=["disk", "remote"])

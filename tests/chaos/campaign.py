@@ -31,6 +31,7 @@ MARGIN = 0.2  # of each token over the next best: a different order of sums chan
 POOL_PROMPTS, SYSTEMS, PROBES_A_FAULT = 48, 6, 3
 EXTRA_FILES = 40  # open files that a process may have more than at its start
 _STANDSTILL_S = 20.0  # without any progress: what is there then stays
+_LOCKED_S = 310.0
 LADDER_TOP_S = 60 * 86_400.0  # beyond the longest TTL on all rungs
 _WORDS = (
     "cache tensor prefix token block chunk tier model agent server queue worker river stone "
@@ -476,20 +477,21 @@ class Part:
             wanted = self._wanted(copies)
             return {k: t for k, t in copies.items() if drop_all or not wanted[k]}
 
-        ruined = any(KINDS[step.kind].sabotage for step in self.steps)
-        if orphans := comes_empty_or_stays(left, 3.0 if ruined else _STANDSTILL_S):
-            some = [f"{key[0][:12]}{key[1]} in {sorted(t)}" for key, t in list(orphans.items())[:3]]
-            what = "stay after all TTLs" if drop_all else "have no claim"
-            say(f"{len(orphans)} chunks {what}: {', '.join(some)}")
-            self._sweep_up(orphans)
-
         def locked():
             state = json.dumps(self.machine.server_status())
             return [n for n in ("read_locked_count", "write_locked_count") if count_of(state, n)]
 
         # For 300 s LMCache keeps what a killed engine has locked, or a look-up that was given up.
-        engine_lives = time.monotonic() - self._engine_ended_s > 300
-        if drop_all and engine_lives and (names := comes_empty(locked, 310, every_s=0.5)):
+        patience_s = _LOCKED_S if locked() else _STANDSTILL_S
+        ruined = any(KINDS[step.kind].sabotage for step in self.steps)
+        if orphans := comes_empty_or_stays(left, 3.0 if ruined else patience_s):
+            some = [f"{key[0][:12]}{key[1]} in {sorted(t)}" for key, t in list(orphans.items())[:3]]
+            what = "stay after all TTLs" if drop_all else "have no claim"
+            say(f"{len(orphans)} chunks {what}: {', '.join(some)}")
+            self._sweep_up(orphans)
+
+        engine_lives = time.monotonic() - self._engine_ended_s > _LOCKED_S
+        if drop_all and engine_lives and (names := comes_empty(locked, _LOCKED_S, every_s=0.5)):
             say(f"locks left in the LMCache server: {names}")
         strangers = [p.name for p in self.machine.disk.iterdir() if not p.name.endswith(".data")]
         if strangers:

@@ -113,12 +113,10 @@ class Directory:
         shown: dict[bool, list] = {False: [], True: []}
         for key, held in zip(layout.keys, layout.of(instance_id)):
             shown[bool(held)] += layout.handles[key]
-        if shown[False]:
-            self.http.delete(instance_id, TIERS, shown[False])
+        self.http.delete(instance_id, TIERS, shown[False])
         left = len(self._clear(layout, instance_id, None, 0.0)[2])
-        if shown[True]:
-            with suppress(LMCacheError):  # a tier that is away, or that this server does not have
-                self.http.delete(instance_id, TIERS, shown[True])
+        with suppress(LMCacheError):  # a tier that is away, or that this server does not have
+            self.http.delete(instance_id, TIERS, shown[True])
         return left
 
     def promote(

@@ -13,7 +13,6 @@ import asyncio
 import errno
 import itertools
 import os
-from contextlib import suppress
 from typing import Any
 
 from lmcache.lmcache_native import Bitmap
@@ -60,28 +59,23 @@ class DiskAdapter(CountsDamage, fs_l2_adapter.FSL2Adapter):
     ----------
     config : FSL2AdapterConfig
         See LMCache's `fs`.
-    verify_every_s : float
-        How often the folder is looked through for what somebody has deleted, seconds.
     """
 
-    def __init__(
-        self, config: fs_l2_adapter.FSL2AdapterConfig, verify_every_s: float = 10.0
-    ) -> None:
+    def __init__(self, config: fs_l2_adapter.FSL2AdapterConfig) -> None:
         super().__init__(config)
         for half_written in self._base_path.glob("*@*@*@*.tmp"):  # by a server that was killed
             half_written.unlink(missing_ok=True)
         keys = map(fs_l2_adapter._filename_to_object_key, os.listdir(self._base_path))
         # Key -> bytes that LMCache has counted; nothing in an earlier life of the server.
         self._known = dict.fromkeys(filter(None, keys), 0)
-        self._verifier = Repeater(self.verify, verify_every_s)
+        self._verifier = Repeater(self.verify, float(os.environ.get("KV_REDIS_VERIFY_S", "10")))
         self._verifier.start()
 
     def verify(self) -> None:
         """Report files that are gone: a demotion would trust them, and delete the last copy."""
-        with suppress(OSError):  # away: nothing is known, so nothing is said
-            there, name_of = set(os.listdir(self._base_path)), fs_l2_adapter._object_key_to_filename
-            gone = [key for key in tuple(self._known) if name_of(key) not in there]
-            self._loop.call_soon_threadsafe(self._report_gone, gone)
+        there, name_of = set(os.listdir(self._base_path)), fs_l2_adapter._object_key_to_filename
+        gone = [key for key in tuple(self._known) if name_of(key) not in there]
+        self._loop.call_soon_threadsafe(self._report_gone, gone)
 
     def close(self) -> None:
         """Stop verifying, then as LMCache does."""
@@ -177,6 +171,4 @@ class _WithChecksum:
 def install_disk_adapter() -> None:
     """Let LMCache's servers in this process use `DiskAdapter` where they ask for `fs`."""
     factory.ensure_adapter_loaded("fs")
-    factory._L2_ADAPTER_FACTORY_REGISTRY["fs"] = lambda config, _l1=None: DiskAdapter(
-        config, float(os.environ.get("KV_REDIS_VERIFY_S", "10"))
-    )
+    factory._L2_ADAPTER_FACTORY_REGISTRY["fs"] = lambda config, _l1=None: DiskAdapter(config)

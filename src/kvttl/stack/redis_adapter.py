@@ -109,7 +109,7 @@ class RedisClient:
         """Return each key's bytes, now, 0 where there is none; raises where Redis fails."""
         return [max(0, size - CHECKSUM_BYTES) for size in sizes_of(self._redis, keys)]
 
-    def names_after_new_connection(self) -> list[str]:
+    def names_of_new_redis(self) -> list[str]:
         """Return the names of all chunks if Redis may be another one than at the last call."""
         looks, self._has_new_connection = self._has_new_connection, False
         return chunk_names(self._redis) if looks else []
@@ -248,8 +248,7 @@ class RedisL2Adapter(CountsDamage, native_connector_l2_adapter.NativeConnectorL2
             for part in pages(list(self._doubtful), _VERIFY_KEYS):
                 self._report_found(part, self._client.sizes(part))
             # Looked at next time: a store that is under way reports its chunks itself.
-            back = self._client.names_after_new_connection()
-            self._doubt([name for name in back if name not in self._present])
+            self._doubt([n for n in self._client.names_of_new_redis() if n not in self._present])
         except (redis.RedisError, OSError):
             return  # away: nothing is known, so nothing is said
 
