@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import random
 import threading
 import time
@@ -214,7 +213,6 @@ class Part:
         self.steps: list[Step] = []
         self._rng = random.Random(f"part {seed}")
         self._baseline: dict[str, int] = {}
-        self._engine_ended_s = -math.inf
         self._log = LogReader(folder / "log")
 
     def run(self, cards: Sequence[tuple[str, str]], known: list[dict] | None = None) -> list[Step]:
@@ -333,7 +331,6 @@ class Part:
                 self.door.start()
             return
         comes(lambda: not self.door.alive())
-        self._engine_ended_s = time.monotonic()
         if left := comes_empty(lambda: [p for p in family if psutil.pid_exists(p)], 30):
             step.violations.append(f"processes {left} outlive the {self.door.role}")
             for pid in left:
@@ -469,7 +466,17 @@ class Part:
         for _ in range(4):  # KV that has no claim at two looks, half a `base_ttl` apart, gets one
             self._jump(base_s / 2)
             comes(lambda: self.door.ask("not_looked_for_s") < base_s / 4, 30.0)
+
+        def locked():
+            state = json.dumps(self.machine.server_status())
+            return [n for n in ("read_locked_count", "write_locked_count") if count_of(state, n)]
+
+        # For 300 s LMCache keeps what a killed engine has locked, or a look-up that was given up.
+        ruined = any(KINDS[step.kind].sabotage for step in self.steps)
+        patience_s = 3.0 if ruined else _LOCKED_S if locked() else _STANDSTILL_S
         if drop_all:
+            if not ruined and (names := comes_empty(locked, _LOCKED_S, every_s=0.5)):
+                say(f"locks left in the LMCache server: {names}")
             self._jump(LADDER_TOP_S)
 
         def left():
@@ -477,22 +484,12 @@ class Part:
             wanted = self._wanted(copies)
             return {k: t for k, t in copies.items() if drop_all or not wanted[k]}
 
-        def locked():
-            state = json.dumps(self.machine.server_status())
-            return [n for n in ("read_locked_count", "write_locked_count") if count_of(state, n)]
-
-        # For 300 s LMCache keeps what a killed engine has locked, or a look-up that was given up.
-        patience_s = _LOCKED_S if locked() else _STANDSTILL_S
-        ruined = any(KINDS[step.kind].sabotage for step in self.steps)
-        if orphans := comes_empty_or_stays(left, 3.0 if ruined else patience_s):
+        if orphans := comes_empty_or_stays(left, patience_s):
             some = [f"{key[0][:12]}{key[1]} in {sorted(t)}" for key, t in list(orphans.items())[:3]]
             what = "stay after all TTLs" if drop_all else "have no claim"
             say(f"{len(orphans)} chunks {what}: {', '.join(some)}")
             self._sweep_up(orphans)
 
-        engine_lives = time.monotonic() - self._engine_ended_s > _LOCKED_S
-        if drop_all and engine_lives and (names := comes_empty(locked, _LOCKED_S, every_s=0.5)):
-            say(f"locks left in the LMCache server: {names}")
         strangers = [p.name for p in self.machine.disk.iterdir() if not p.name.endswith(".data")]
         if strangers:
             say(f"files left in the disk tier: {strangers[:3]}")
