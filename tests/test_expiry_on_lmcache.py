@@ -199,7 +199,7 @@ def test_final_expiry_takes_copies_that_the_directory_does_not_show(
     tokens, here = controller.tokenize(text), controller.instance_id
     wait_until(lambda: controller.lookup(tokens).get(here) == ["gpu", "disk", "remote"])
     layout = controller.layout(tokens)
-    with redis.Redis(*stack.config.redis_address) as connection:
+    with redis.Redis.from_url(stack.config.redis_url) as connection:
         names = [n for n in connection.keys() if any(key in n.decode() for key in layout.keys)]
         values = connection.mget(names)
         handles = [handle for key in layout.keys for handle in layout.handles[key]]
