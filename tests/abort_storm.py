@@ -27,8 +27,10 @@ def random_prompts(count: int, seed: int) -> list[dict]:
     return [{"prompt_token_ids": [rng.randrange(10, 2000) for _ in range(n)]} for n in lengths]
 
 
-def storm(llm, sampling, prompts: list[dict], rounds: int, seed: int) -> tuple[int, list]:
-    """Send 1 to 4 prompts a round, abort most of them soon; 60 % of the prompts are known ones.
+def storm(
+    llm, sampling, prompts: list[dict], rounds: int, seed: int, most: int = 4
+) -> tuple[int, list]:
+    """Send 1 to `most` prompts a round, abort most of them soon; 60 % are known ones.
 
     Returns
     -------
@@ -40,7 +42,7 @@ def storm(llm, sampling, prompts: list[dict], rounds: int, seed: int) -> tuple[i
     aborted, texts = 0, []
     for number in range(rounds):
         sent = {}
-        for part in range(rng.randrange(1, 5)):
+        for part in range(rng.randint(1, most)):
             known = rng.randrange(len(prompts)) if rng.random() < 0.6 else None
             prompt = random_prompts(1, rng.getrandbits(32))[0] if known is None else prompts[known]
             name = f"storm-{seed}-{number}-{part}"
@@ -123,6 +125,7 @@ def main() -> int:
     be_quiet()
     folder = tempfile.TemporaryDirectory()
     fast = {"mq_timeout_s": 1.0, "engine_heartbeat_s": 0.5}  # or a killed server takes minutes
+    fast["start_timeout_s"] = 250  # on a loaded machine
     config = load_config(disk_path=folder.name, **fast)
     with folder, LMCacheStack(config, free_ports=True) as stack, engine(stack, model_path()) as llm:
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
@@ -130,7 +133,8 @@ def main() -> int:
         while sum(counts.values()) < options.aborts and time.monotonic() < until_s:
             trouble = rng.choice(["up", "up", "slow", "slow", "killed"])
             with troubled(stack, trouble, rng):
-                aborted, answers = storm(llm, sampling, prompts, 20, seed=rng.getrandbits(32))
+                seed, most = rng.getrandbits(32), rng.choice((1, 4, 16, 32))
+                aborted, answers = storm(llm, sampling, prompts, 20, seed, most)
             counts[trouble] += aborted
             wrong += sum(text != texts[known] for known, text in answers)
             leaks += not all_blocks_free(llm, 120.0)

@@ -15,18 +15,22 @@ from chaos.campaign import deck
 from chaos.faults import KINDS
 from chaos.proxy import Proxy
 from chaos.report import add, merged, percentiles, shortened
+from chaos.worker import note_ends
+
+from kvttl.manager.claims import ClaimLedger
 
 ROOT = Path(__file__).resolve().parents[1]
 DEALT = [name for name, kind in KINDS.items() if not kind.sabotage]
 
-# Cheap faults of every family, a manager that dies, then what the campaign must notice. Without
-# clock_forward, until docs/chaos.md can explain what it has found there.
+# Cheap faults of every family, and a library that dies and goes on as a gateway, where the campaign
+# has to notice the sabotage.
 SHORT = (
     "coordinator_stopped server_stopped redis_killed redis_slow redis_full redis_read_only "
     "redis_evicting disk_full disk_emptied files_flipped files_truncated values_flipped "
-    "values_swapped clock_back clock_broken http_dropped http_answers_lost "
+    "values_swapped clock_forward clock_back clock_broken http_dropped http_answers_lost "
     "http_delayed calls_interrupted coordinator_killed log_torn"
 ).split()
+GATEWAY = ["clients_gone"]
 SABOTAGE = {
     "sabotage_text": "wrong text",
     "sabotage_process": "processes left over",
@@ -39,7 +43,8 @@ SABOTAGE = {
 def short(tmp_path_factory):
     """The report and the output of a short campaign with sabotage at its end."""
     folder = tmp_path_factory.mktemp("chaos")
-    cards = [f"library:{name}" for name in (*SHORT, *SABOTAGE)]
+    cards = [f"library:{name}" for name in SHORT]
+    cards += [f"gateway:{name}" for name in (*GATEWAY, *SABOTAGE)]
     command = [sys.executable, "-m", "chaos", "--seed", "1", "--cards", ",".join(cards)]
     command += ["--out", str(folder / "chaos.json"), "--keep", str(folder / "kept")]
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
@@ -54,9 +59,10 @@ def short(tmp_path_factory):
 @pytest.mark.timeout(900)
 def test_a_short_campaign_ends_without_a_violation_but_those_of_the_sabotage(short):
     assert [v for v in short["violations"] if v["kind"] not in SABOTAGE] == []
-    assert short["faults"] == len(SHORT) + len(SABOTAGE)
-    assert {name: short["kinds"][name]["faults"] for name in SHORT} == dict.fromkeys(SHORT, 1)
-    assert all(short["kinds"][name]["recover_s"]["max"] is not None for name in SHORT)
+    dealt = [*SHORT, *GATEWAY]
+    assert short["faults"] == len(dealt) + len(SABOTAGE)
+    assert {name: short["kinds"][name]["faults"] for name in dealt} == dict.fromkeys(dealt, 1)
+    assert all(short["kinds"][name]["recover_s"]["max"] is not None for name in dealt)
     assert sum(row["calls"] for row in short["kinds"].values()) > 2 * len(SHORT)
 
 
@@ -66,8 +72,8 @@ def test_what_breaks_a_rule_is_reported_with_seed_and_step(short, kind):
     found = [v for v in short["violations"] if v["kind"] == kind]
     parts = SABOTAGE[kind].split("|")
     assert any(part in v["what"] for v in found for part in parts), found
-    assert {(v["seed"], v["door"]) for v in found} == {(1, "library")}
-    assert {v["step"] for v in found} <= set(range(len(SHORT) + 1, short["faults"] + 1))
+    assert {(v["seed"], v["door"]) for v in found} == {(1, "gateway")}
+    assert {v["step"] for v in found} <= set(range(len(SHORT) + 2, short["faults"] + 1))
 
 
 # ---- dealing ---------------------------------------------------------------------------------
@@ -78,6 +84,7 @@ def test_a_thousand_faults_have_each_kind_at_least_twenty_times():
     assert len(cards) == 1000
     counts = Counter(name for _, name in cards)
     assert set(counts) == set(DEALT) and min(counts.values()) >= 20
+    assert {(door, name) for name in DEALT for door in KINDS[name].doors} == set(cards)
 
 
 def test_a_seed_deals_the_same_deck_again_and_one_door_after_the_other():
@@ -89,6 +96,17 @@ def test_a_seed_deals_the_same_deck_again_and_one_door_after_the_other():
         "gateway",
     }
     assert all(door in KINDS[name].doors for door, name in cards)
+
+
+def test_a_chunk_is_excused_if_its_last_claim_ended_but_not_if_it_was_renewed_or_shared():
+    ledger, ended = ClaimLedger(), set()
+    note_ends(ledger, ended)
+    ledger.claim("0a", ["shared", "a"], "remote", now_s=0, ttl_s=100)
+    ledger.claim("0b", ["shared", "b"], "remote", now_s=0, ttl_s=5_000)
+    ledger.claim("0a", ["shared", "a"], "remote", now_s=50, ttl_s=100)
+    assert ended == set()
+    ledger.claim("0a", ["shared", "a"], "disk", now_s=3_600, ttl_s=100)
+    assert ledger.wanted(["shared", "a"], 3_600) == ["disk", "disk"] and ended == {"a"}
 
 
 # ---- the report ------------------------------------------------------------------------------

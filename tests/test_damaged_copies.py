@@ -246,16 +246,40 @@ def test_a_copy_that_vanishes_between_look_up_and_load_leaves_the_directory(tier
     assert key not in tier.heard.shown and tier.damaged_copies() == 0
 
 
-@pytest.mark.parametrize("notice", ["look-up", "delete"])
+@pytest.mark.parametrize("notice", ["look-up", "delete", "verify"])
 def test_a_copy_that_somebody_removed_leaves_the_directory(tier, contents, notice):
     tier.store(contents)
     key = next(iter(contents))
     tier.place.remove(tier.place.copies()[chunk_of(key)])
     if notice == "delete":
         tier.adapter.delete([key])
+    elif notice == "verify":  # as it does again and again: nobody may look a hot chunk up
+        tier.adapter.verify()
     else:
         assert tier.there([key]) == [False]
     wait_until(lambda: tier.heard.shown == set(contents) - {key})
+
+
+def test_what_redis_brings_back_from_a_snapshot_is_shown_again(redis_url, contents):
+    client, raw = redis.Redis.from_url(redis_url), redis.Redis.from_url(redis_url)
+    tier = Tier(RedisL2Adapter(RedisClient(client), verify_every_s=600), RedisPlace(redis_url))
+    try:
+        tier.store(contents)
+        key = next(iter(contents))
+        name = tier.place.copies()[chunk_of(key)]
+        value = raw.get(name)
+        tier.adapter.delete([key])
+        wait_until(lambda: key not in tier.heard.shown)
+        raw.set(name, value)
+        client.connection_pool.disconnect()  # as when it is started again
+        tier.adapter.verify()
+        assert key not in tier.heard.shown  # it might be a store that is under way
+        tier.adapter.verify()
+        assert key in tier.heard.shown and tier.load([key]) == [contents[key]]
+        tier.adapter.delete([key])
+        assert not raw.exists(name)
+    finally:
+        tier.adapter.close()
 
 
 def test_lmcaches_own_adapter_serves_what_is_damaged(tmp_path, contents):

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import redis
 from local_managers import assert_replay_decides_the_same
 from waiting import wait_for_checkpoint, wait_until
 
@@ -187,6 +188,35 @@ def test_kv_that_a_restarted_coordinator_has_forgotten_still_expires(
 
     wait_until(gone)
     assert cache.generate(text, greedy)[0].output.num_cached_tokens == 0  # not in memory either
+
+
+def test_final_expiry_takes_copies_that_the_directory_does_not_show(
+    managers, stack, greedy, fresh_text
+):
+    """As a Redis that comes back from a snapshot has them: they would stay for ever."""
+    now = [1000.0]
+    config = HeuristicConfig(base_ttl=2, min_ttl=0.1, disk_ttl_factor=1, remote_ttl_factor=1)
+    cache = managers(config=config, clock=lambda: now[0], sweep_every_s=None)
+    text, controller = fresh_text(), cache.controller
+    cache.generate_and_manage(text, greedy, HOT)
+    tokens, here = controller.tokenize(text), controller.instance_id
+    wait_until(lambda: controller.lookup(tokens).get(here) == ["gpu", "disk", "remote"])
+    layout = controller.layout(tokens)
+    with redis.Redis.from_url(stack.config.redis_url) as connection:
+        names = [n for n in connection.keys() if any(key in n.decode() for key in layout.keys)]
+        values = connection.mget(names)
+        handles = [handle for key in layout.keys for handle in layout.handles[key]]
+        controller._http.delete(here, ["remote"], handles)
+        wait_until(lambda: controller.lookup(tokens).get(here) == ["gpu", "disk"])
+        connection.mset(dict(zip(names, values)))
+        assert connection.exists(*names) == len(names) == len(layout.keys)
+
+        def gone():
+            now[0] += 1.0
+            cache.sweep()
+            return not connection.exists(*names)
+
+        wait_until(gone)
 
 
 def files_of(stack, cache, text):

@@ -314,6 +314,20 @@ def test_kv_that_is_wanted_during_the_drop_is_stored_anew_by_the_next_generation
     assert_nothing_is_immortal(cache)
 
 
+def test_a_copy_that_is_in_use_at_its_final_expiry_goes_later(cache):
+    cache.generate_and_manage(PROMPT, None, COLD)
+    cache.clock.now_s += CONFIG.ttl(COLD)
+    discard, cache.controller.discard = cache.controller.discard, len  # of each a copy stays
+    (record,) = cache.sweep()
+    assert record.error == "" and record.tier_after == {"remote": 2}
+    (move,) = record.moves
+    assert (move["to"], move["status"]) == ("dropped", "timeout") and "in use" in move["reason"]
+    cache.controller.discard = discard
+    settle(cache)
+    assert hottest(cache, PROMPT) == [None, None]
+    assert_nothing_is_immortal(cache)
+
+
 def test_a_move_that_fails_lets_go_of_its_chunks(cache):
     cache.generate_and_manage(PROMPT, None, HOT)
     cache.clock.now_s += HOT_TTL_S

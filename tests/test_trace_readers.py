@@ -530,6 +530,8 @@ def int32(*values):
         ({"offsets": np.array([0, 4, 3])}, "offsets must ascend"),
         ({"arrival_s": np.array([1.0, 0.0])}, "arrival_s must ascend"),
         ({"arrival_s": np.array([0.0, np.nan])}, "arrival_s must ascend"),
+        ({"arrival_s": np.array([0.0, 1.1e12])}, "arrival_s must ascend within 1e[+]12 s"),
+        ({"generation_s": np.array([0, 2e12], np.float32)}, "generation_s must be 0..1e[+]12"),
         ({"sessions": int32(0)}, "sessions must be one a request"),
         ({"prompt_tokens": int32(-1, 5)}, "tokens and skipped_lines >= 0"),
         ({"block_tokens": 0}, "block_tokens must be >= 1"),

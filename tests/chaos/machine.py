@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import secrets
@@ -29,6 +30,7 @@ from chaos.proxy import Proxy
 from kvttl.lmcache.tiers import parse_key
 from kvttl.session.demo_model import model_path
 from kvttl.stack.lifecycle import LMCacheStack, load_config
+from kvttl.storage.checksum import CHECKSUM_BYTES, checksum
 
 MARK = "KV_CHAOS_RUN"  # in the environment of all that a campaign starts
 LIMIT_S = 120.0  # of whatever must come by itself
@@ -172,6 +174,8 @@ class Machine:
         self.has_own_disk = all(mounted)  # both or none
         os.environ[MARK] = self.run_id
         os.environ["VLLM_LOGGING_LEVEL"] = os.environ["LMCACHE_LOG_LEVEL"] = "WARNING"
+        compiled = f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", compiled)  # or each part compiles anew
         os.environ["TMPDIR"] = str(folder / "tmp")
         self.environment = dict(os.environ)
         self.redis = Redis(folder / "redis", self.environment)
@@ -185,6 +189,7 @@ class Machine:
         self.stack = LMCacheStack(config, free_ports=True)
         self.model = model_path()
         self.offset_s, self._lives = 0.0, 0
+        self.damaged: set[Key] = set()  # chunks with a copy that a fault has harmed
 
     def start(self) -> None:
         """Start coordinator and server, and the proxies before them."""
@@ -239,9 +244,30 @@ class Machine:
                 found.setdefault((key.chunk_hash_hex, key.cache_salt), []).append(name)
         return found
 
-    def listed(self, tier: str) -> set[Key]:
+    def still_damaged(self) -> set[Key]:
+        """Return those of `damaged` whose harmed copy is neither gone nor stored anew by now.
+
+        Until it is loaded LMCache takes it for a copy, and a better one may go.
+        """
+        files, values = self.files(), self.values()
+        copies = [(k, f.name, f.read_bytes()) for k in self.damaged for f in files.get(k, ())]
+        copies += [
+            (k, n.decode(), self.redis.admin.get(n) or b"")
+            for k in self.damaged
+            for n in values.get(k, ())
+        ]
+        self.damaged = {k for k, name, data in copies if not _is_whole(name, data)}
+        return set(self.damaged)
+
+    def shown_but_gone(self) -> list[Key]:
+        """Return the chunks that the directory shows on disk or in Redis and that are not there."""
+        there = {"fs": self.files(), "resp": self.values()}
+        return [k for name in there for k in self.listed("l2", name) if k not in there[name]]
+
+    def listed(self, tier: str, backend: str = "") -> set[Key]:
         """Return the chunks that the directory shows in a tier of LMCache's (``l1``, ``l2``)."""
         rows, found = None, set()
+        tier += f"&backend={backend}" if backend else ""
         base = f"{self.stack.coordinator_url}/directory/keys?tier={tier}&limit=10000"
         while rows is None or rows:
             answer = requests.get(f"{base}&offset={len(found)}", timeout=10).json()
@@ -313,8 +339,15 @@ class Machine:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for name in _FILE_SYSTEMS_MB if self.has_own_disk else ():
+            if name == "log":  # `--keep` comes after this
+                shutil.copytree(self.folder / name, self.folder / "out" / name)
             subprocess.run(["umount", "-l", str(self.folder / name)], check=False)
         shutil.rmtree(self.sockets, ignore_errors=True)
+
+
+def _is_whole(name: str, data: bytes) -> bool:
+    payload, end = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
+    return end == checksum(name, payload)
 
 
 def _mount(folder: Path, size_mb: int) -> bool:

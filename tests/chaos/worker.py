@@ -77,13 +77,35 @@ class Clock:
         return time.time() + self.offset_s
 
 
+def note_ends(ledger, ended: set[str]) -> None:
+    """Have a ledger add the chunks whose last claim has ended, claimed again at once or not."""
+    drop = ledger._drop
+
+    def noted(claim):
+        keys = [chunk.key for chunk in ledger._path(claim)]
+        drop(claim)
+        ended.update(key for key in keys if key not in ledger._chunks)
+
+    ledger._drop = noted
+
+
 class Control:
     """Answers the campaign's questions about the manager in this process."""
 
     def __init__(self, spec) -> None:
-        self.cache, self.clock, self.calls = None, Clock(spec["offset_s"]), {}
+        self.clock, self.calls, self._ended = Clock(spec["offset_s"]), {}, set()
+        self._cache = None
         self._listener = Listener(spec["address"], "AF_UNIX")
         threading.Thread(target=self._accept, daemon=True, name="control").start()
+
+    @property
+    def cache(self):
+        return self._cache
+
+    @cache.setter
+    def cache(self, cache):
+        note_ends(cache.claims, self._ended)
+        self._cache = cache
 
     def _accept(self):
         while True:
@@ -118,6 +140,16 @@ class Control:
 
         names = [chunk_key(*key) for key in keys]
         return dict(zip(keys, self.cache.claims.wanted(names, self.clock())))
+
+    def ended(self):
+        """Return the chunks that no claim wanted for a moment since this was asked last."""
+        ended = set(self._ended)
+        self._ended -= ended
+        return ended
+
+    def not_looked_for_s(self):
+        """Return how long ago the manager has looked for KV without a claim."""
+        return abs(self.clock() - (self.cache._decider._looked_at_s or 0.0))
 
     def flush(self, limit_s):
         return self.cache.flush(limit_s)

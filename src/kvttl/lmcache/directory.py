@@ -2,11 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from caching_heuristics import TIERS
-from kvttl.lmcache.client import LMCacheHTTP
+from kvttl.lmcache.client import LMCacheError, LMCacheHTTP
 from kvttl.lmcache.layout import KVLayout, Outcome, check_tokens, outcome_of
 from kvttl.lmcache.salts import chunk_key, kept_under, salt_of
 from kvttl.lmcache.tiers import tier_of
@@ -102,13 +103,17 @@ class Directory:
     def discard(self, layout: KVLayout, instance_id: str) -> int:
         """Delete every copy of some chunks on one instance; returns how many keep one.
 
-        Those that the directory does not show too: it may have forgotten them.
+        Those that the directory does not show too: it may have forgotten them, or Redis may have
+        come back with what was deleted.
         """
-        unseen = [key for key, held in zip(layout.keys, layout.of(instance_id)) if not held]
-        handles = [handle for key in unseen for handle in layout.handles[key]]
-        if handles:
-            self.http.delete(instance_id, TIERS, handles)
-        return len(self._clear(layout, instance_id, None, 0.0)[2])
+        shown: dict[bool, list] = {False: [], True: []}
+        for key, held in zip(layout.keys, layout.of(instance_id)):
+            shown[bool(held)] += layout.handles[key]
+        self.http.delete(instance_id, TIERS, shown[False])
+        left = len(self._clear(layout, instance_id, None, 0.0)[2])
+        with suppress(LMCacheError):  # a tier that is away, or that this server does not have
+            self.http.delete(instance_id, TIERS, shown[True])
+        return left
 
     def promote(
         self, layout: KVLayout, instance_id: str, tokens: Sequence[int], timeout_s: float

@@ -215,8 +215,8 @@ class Settler:
         return left
 
     def _still_above(self, keys, target):
-        held = self._motion.tiers_of(keys)
-        return [key for key, tiers in held.items() if tiers and is_above(tiers[0], target)]
+        held = self._motion.tiers_of(keys).items()
+        return [k for k, tiers in held if tiers and (not target or is_above(tiers[0], target))]
 
     def _promote(self, item, held, now_s, others, doubtful):
         """Carry out a wish for gpu that another move was in the way of; returns what still is."""

@@ -53,7 +53,7 @@ class StackConfig(BaseModel):
     redis_connect_timeout_s, redis_timeout_s, redis_retries : float, float, int
         See `RedisLimits`.
     redis_verify_s : float
-        How often Redis is asked whether it still has all chunks, seconds.
+        How often Redis, and the disk, are asked whether they still have all chunks, seconds.
     trigger_watermark, eviction_ratio : float
         From which used share on LMCache evicts, once a second, and which share goes then.
         Its own defaults, 0.8 and 0.2, cost more hits than most policies win.

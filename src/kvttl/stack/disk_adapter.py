@@ -16,6 +16,7 @@ from lmcache.lmcache_native import Bitmap
 from lmcache.v1.distributed.l2_adapters import factory, fs_l2_adapter
 from lmcache.v1.mp_observability.event import Event, EventType
 
+from kvttl.background import Repeater
 from kvttl.lmcache.tiers import pages
 from kvttl.storage.checksum import CHECKSUM_BYTES, checksum
 from kvttl.storage.sealed import open_plain
@@ -64,6 +65,19 @@ class DiskAdapter(CountsDamage, fs_l2_adapter.FSL2Adapter):
         keys = map(fs_l2_adapter._filename_to_object_key, os.listdir(self._base_path))
         # Key -> bytes that LMCache has counted; nothing in an earlier life of the server.
         self._known = dict.fromkeys(filter(None, keys), 0)
+        self._verifier = Repeater(self.verify, float(os.environ.get("KV_REDIS_VERIFY_S", "10")))
+        self._verifier.start()
+
+    def verify(self) -> None:
+        """Report files that are gone: a demotion would trust them, and delete the last copy."""
+        there, name_of = set(os.listdir(self._base_path)), fs_l2_adapter._object_key_to_filename
+        gone = [key for key in tuple(self._known) if name_of(key) not in there]
+        self._loop.call_soon_threadsafe(self._report_gone, gone)
+
+    def close(self) -> None:
+        """Stop verifying, then as LMCache does."""
+        self._verifier.close()
+        super().close()
 
     async def _execute_store(self, keys, objects, task_id):
         names = (self._key_to_path(key).name for key in keys)

@@ -51,7 +51,8 @@ class RedisClient:
     """
 
     def __init__(self, connection: redis.Redis, workers: int = 8) -> None:
-        self._redis = connection
+        self._redis, self._has_new_connection = connection, False
+        connection.connection_pool.connection_kwargs["redis_connect_func"] = self._on_connect
         self._breaker = CircuitBreaker(_RETRY_AFTER_S)
         self._pool = ThreadPoolExecutor(workers, "redis-l2")
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -105,11 +106,20 @@ class RedisClient:
         """Return each key's bytes, now, 0 where there is none; raises where Redis fails."""
         return [max(0, size - CHECKSUM_BYTES) for size in sizes_of(self._redis, keys)]
 
+    def names_of_new_redis(self) -> list[str]:
+        """Return the names of all chunks if Redis may be another one than at the last call."""
+        looks, self._has_new_connection = self._has_new_connection, False
+        return chunk_names(self._redis) if looks else []
+
     def close(self) -> None:
         """End the threads, close the connections."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._redis.close()
         os.close(self._event_fd)
+
+    def _on_connect(self, connection):
+        self._has_new_connection = True
+        connection.on_connect()
 
     # ---- on a worker's thread ------------------------------------------------------
 
@@ -224,7 +234,10 @@ class RedisL2Adapter(CountsDamage, native_connector_l2_adapter.NativeConnectorL2
         self._present.update((name, _key_of(name)) for name in names)
 
     def verify(self) -> None:
-        """Report the chunks that Redis lost, and those that it has in spite of an error."""
+        """Report the chunks that Redis lost, and those that it has in spite of an error.
+
+        Or that it has again: one that comes back from a snapshot has what was deleted since.
+        """
         if not self._client.probe():
             return
         try:
@@ -232,6 +245,8 @@ class RedisL2Adapter(CountsDamage, native_connector_l2_adapter.NativeConnectorL2
                 self._report_absent(part)
             for part in pages(list(self._doubtful), _VERIFY_KEYS):
                 self._report_found(part, self._client.sizes(part))
+            # Looked at next time: a store that is under way reports its chunks itself.
+            self._doubt([n for n in self._client.names_of_new_redis() if n not in self._present])
         except (redis.RedisError, OSError):
             return  # away: nothing is known, so nothing is said
 

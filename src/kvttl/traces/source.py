@@ -24,7 +24,7 @@ _UNIT_NAMES = {name: unit for unit, word in _WORDS.items() for name in (unit, wo
 _UNIT_FIELDS = ("time_unit", "timestamp_unit")
 _SIZE_FIELDS = ("block_size", "trace_block_size", "kv_block_size", "block_tokens", "page_size")
 _SIZE_FIELDS += ("tokens_per_block", "chunk_size")
-_LATEST_S = 1e12  # 31,688 years: what is later is no time
+LATEST_S = 1e12  # 31,688 years: what is later is no time
 ASK_SIZE = "; say how many tokens a block has: --block-tokens, BLOCK_TOKENS="
 ASK_UNIT = "; say the unit of time: --time-unit, TIME_UNIT="
 _BAD = (ValueError, TypeError, KeyError, OverflowError, AttributeError, RecursionError, *DAMAGE)
@@ -161,8 +161,8 @@ class Source:
 
 def in_time(name: str, seconds: float) -> float:
     """Return seconds that are a possible time."""
-    if not abs(seconds) <= _LATEST_S:
-        raise ValueError(f"{name} must be a time within {_LATEST_S:g} s, got {seconds:g} s")
+    if not abs(seconds) <= LATEST_S:
+        raise ValueError(f"{name} must be a time within {LATEST_S:g} s, got {seconds:g} s")
     return seconds
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numba import njit
 
 from kvttl import whole_file
+from kvttl.traces.source import LATEST_S
 
 CACHE_VERSION = 2  # of the file that `save_trace` writes
 # Array of `Trace` -> dtype, in the order of its fields.
@@ -195,10 +196,10 @@ def _check_columns(values):
         _want(len(values[name]) == requests, f"{name} must be one a request")
     ends = offsets[0] == 0 and offsets[-1] == len(ids)
     _want(ends and np.all(offsets[1:] >= offsets[:-1]), "offsets must ascend over block_ids")
-    ascending = np.all(np.isfinite(arrival_s)) and np.all(arrival_s[1:] >= arrival_s[:-1])
-    _want(ascending, "arrival_s must ascend")
-    lasting = np.all(values["generation_s"] >= 0) and np.all(np.isfinite(values["generation_s"]))
-    _want(lasting, "generation_s must be >= 0 and finite")
+    ascending = np.all(abs(arrival_s) <= LATEST_S) and np.all(arrival_s[1:] >= arrival_s[:-1])
+    _want(ascending, f"arrival_s must ascend within {LATEST_S:g} s")
+    lasting = np.all(values["generation_s"] >= 0) and np.all(values["generation_s"] <= LATEST_S)
+    _want(lasting, f"generation_s must be 0..{LATEST_S:g}")
     codes = np.all((values["finish"] >= 0) & (values["finish"] < len(FINISH)))
     _want(codes, f"finish must be 0..{len(FINISH) - 1}")
     _want(0 <= unique <= len(ids), "unique_blocks must be <= the length of block_ids")
