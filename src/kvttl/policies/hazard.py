@@ -48,7 +48,7 @@ class Hazard(NamedTuple):
 class Learning(NamedTuple):
     """Settings of `Hazard`."""
 
-    rate: float = 0.08
+    rate: float = 0.05
     every_s: float = 30.0  # between two steps of forgetting and of the average
     average_s: float = 300.0  # half life
     forget_s: float = 1200.0  # half life of Adagrad's sums, never under 1
