@@ -222,8 +222,7 @@ class RedisL2Adapter(CountsDamage, native_connector_l2_adapter.NativeConnectorL2
         super().__init__(client, max_capacity_gb=max_capacity_gb, type_name="RedisClient")
         self._present: dict[str, object] = {}  # name in Redis -> LMCache's key
         self._doubtful: dict[str, int] = {}  # names of failed stores -> looks that are left
-        client.on_absent = self._report_absent
-        client.on_doubt = lambda names: self._doubtful.update(dict.fromkeys(names, _LOOKS))
+        client.on_absent, client.on_doubt = self._report_absent, self._doubt
         client.on_damaged = lambda names: self._count_damaged("remote", list(map(_key_of, names)))
         client.is_known = self._present.__contains__
         self._verifier = Repeater(self.verify, verify_every_s)
@@ -266,6 +265,9 @@ class RedisL2Adapter(CountsDamage, native_connector_l2_adapter.NativeConnectorL2
     def _notify_keys_stored(self, keys, sizes):
         self._present.update((_object_key_to_string(key), key) for key in keys)
         super()._notify_keys_stored(keys, sizes)
+
+    def _doubt(self, names):
+        self._doubtful.update(dict.fromkeys(names, _LOOKS))
 
     def _report_found(self, names, sizes):
         """Count what is there as stored; what is not may still come from a slow Redis."""
