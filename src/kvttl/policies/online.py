@@ -231,9 +231,10 @@ class OnlinePolicy:
     def load(self, state) -> None:
         copies = {name: np.array(value) for name, value in state.items()}
         for name, mine in self.state().items():  # compiled code would not look
-            given = copies[name]
-            if (given.dtype, given.ndim) != (mine.dtype, mine.ndim):
-                raise ValueError(f"{name} is not of this version: {given.dtype}, {given.ndim}-d")
+            given, grows = copies[name], name in Runs._fields[:-2]
+            shapes = [a.shape[1:] if grows else a.shape for a in (given, mine)]
+            if given.dtype != mine.dtype or given.ndim != mine.ndim or shapes[0] != shapes[1]:
+                raise ValueError(f"{name} is not of this version: {given.dtype}, {given.shape}")
         self.runs = Runs(**{name: copies[name] for name in Runs._fields})
         hazard = Hazard(**{name: copies[name] for name in Hazard._fields})
         self.now = Now(hazard, **{name: copies[name] for name in Now._fields[1:]})

@@ -268,7 +268,8 @@ def replay_online(
     rules = (0.0, 1.0, 0.0) if sweep is None else tuple(sweep)
     events = len(work.events) if any(policy.limits) else 0
     for first in progress(range(0, events, _STEP)):
-        _play(policy, work, first, min(first + _STEP, len(work.events)), rules, hits)
+        last = min(first + _STEP, len(work.events))
+        _play(policy, work, first, last, rules, hits, ends)
     return _result(trace, policy, name, hits)
 
 
@@ -285,9 +286,9 @@ def _work(trace, policy, ends):
     return kernel.Requests(keys, flat.offsets, arrival_s, end_s, *whole, events)
 
 
-def _play(policy, work, first, last, rules, hits):
+def _play(policy, work, first, last, rules, hits, ends):
     if type(policy).decide is not OnlinePolicy.decide:
-        _one_by_one(policy, work, first, last, rules, hits)
+        _one_by_one(policy, work, first, last, rules, hits, ends)
         return
     requests = work.events[first:last] >> 1
     chunks = int((work.offsets[requests + 1] - work.offsets[requests]).sum())
@@ -296,20 +297,22 @@ def _play(policy, work, first, last, rules, hits):
     kernel.play(*state, work, first, last, rules, policy.path, hits)
 
 
-def _one_by_one(policy, work, first, last, rules, hits):
-    """Replay events as a live caller tells them."""
-    for event in work.events[first:last].tolist():
-        request, is_end = event >> 1, event & 1
+def _one_by_one(policy, work, first, last, rules, hits, ends):
+    """Replay events as a live caller tells them; an end that is told early as of the arrival."""
+    told_s = work.end_s if ends == "due" else work.arrival_s
+    for at in range(first, last):
+        request, is_end = work.events[at] >> 1, work.events[at] & 1
+        now_s = float((told_s if is_end else work.arrival_s)[request])
         if is_end:
             told = _REASONS[work.finish[request]], work.output_tokens[request]
-            policy.end(request, work.arrival_s[request], *told)
+            policy.end(request, now_s, *told)
         else:
             keys = work.keys[work.offsets[request] : work.offsets[request + 1]]
-            policy.sweep(float(work.arrival_s[request]), rules)
-            policy.begin(keys, work.arrival_s[request], work.prompt_tokens[request])
+            policy.sweep(now_s, rules)
+            policy.begin(keys, now_s, work.prompt_tokens[request])
             hits[request] = policy.hits
-        if rules[0] == 0:
-            policy.sweep(float(work.arrival_s[request]), rules)
+        if rules[0] == 0 and 2 * request + 1 not in work.events[at + 1 : at + 2]:
+            policy.sweep(now_s, rules)
 
 
 def _result(trace, policy, name, hits):
