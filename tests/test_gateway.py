@@ -796,7 +796,8 @@ class FakeEngine:
         try:
             for token, finished in ((5, False), (6, True)):
                 rows = [{token: SimpleNamespace(logprob=0.0)}] if sampling_params.logprobs else None
-                answer = SimpleNamespace(index=0, text="x", logprobs=rows)
+                answer = SimpleNamespace(index=0, text="x", token_ids=[token], logprobs=rows)
+                answer.finish_reason = "stop" if finished else None
                 yield SimpleNamespace(
                     prompt_token_ids=[1, 2, 3, 4],
                     num_cached_tokens=0,

@@ -199,9 +199,8 @@ def main(argv: list[str] | None = None) -> int:
         replay(trace, "adaptive", options.shares[0])
         rates.append(trace.accesses / (time.perf_counter() - start_s))
     figures = gap_summary(rows, lazy) | speeds(options.chunks) | {"accesses_per_s": max(rates)}
-    publish(
-        options.report, about, figures | {"rows": rows, "lmcache": lazy}, policy_lines(rows, lazy)
-    )
+    tables = {"rows": rows, "lmcache": lazy}  # in the report only
+    publish(options.report, about | tables, figures, policy_lines(rows, lazy))
     return 0
 
 
