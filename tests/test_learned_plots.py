@@ -74,7 +74,7 @@ def test_it_expects_of_each_class_what_comes(seen):
     table = hazard_table(seen, since_s=LOOPS.span_s / 4).set_index("class")
     pending, ended = (table.loc[name].set_index("from_s") for name in CLASSES[:2])
     more = (pending[["counted", "expected"]] / ended[["counted", "expected"]]).dropna()
-    assert len(more) >= 3 and (more["counted"] > 1.5).all() and (more["expected"] > 1.5).all()
+    assert len(more) >= 3 and (more["counted"] > 1.5).all() and (more["expected"] > 1.2).all()
     for name in ("tool call pending", "first turn"):
         ratio = (table.loc[name, "expected"] / table.loc[name, "counted"]).median()
         assert 1 / 3 < ratio < 3

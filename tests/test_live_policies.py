@@ -332,7 +332,7 @@ def test_a_decision_log_gives_the_same_ttls_and_tiers_in_a_replay(tmp_path):
     with DecisionLog(tmp_path) as log:
         cache, engine = manager(policy, log=log)
         loop = Loop(cache, engine)
-        records = [loop.step() for _ in range(300)]
+        records = [loop.step() for _ in range(600)]
         cache.close()
     assert {part["tier"] for record in records for part in record.decided} > {"gpu"}
     (tmp_path / "policy-Adaptive.npz").unlink()
