@@ -182,12 +182,12 @@ def test_a_bug_anywhere_in_the_decision_path_costs_no_text(cache, greedy, fresh_
         (cache.controller, "layout"),
         (cache.claims, "claim"),
         (cache, "clock"),
-        (cache._records, "_notify"),
+        (cache._records, "notify"),
     ]:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, broken)
             assert cache.generate_and_manage(fresh_text(), greedy, WARM)
-            if name != "_notify":
+            if name != "notify":
                 assert cache.records[-1].error == "ZeroDivisionError: a bug"
 
 

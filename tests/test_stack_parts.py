@@ -263,7 +263,7 @@ def test_the_private_parts_of_lmcache_that_this_kit_uses_are_there():
         factory.ensure_adapter_loaded(name)
         assert name in factory._L2_ADAPTER_FACTORY_REGISTRY
     overridden = {name for name in vars(DiskAdapter) if not name.startswith("__")}
-    for name in overridden - {"_read_all", "_read", "_delete_damaged", "_report_gone"}:
+    for name in overridden - {"verify", "_read_all", "_read", "_delete_damaged", "_report_gone"}:
         assert hasattr(fs_l2_adapter.FSL2Adapter, name), name
     adapter = native_connector_l2_adapter.NativeConnectorL2Adapter
     assert callable(adapter._notify_keys_stored) and callable(adapter._notify_keys_deleted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -194,10 +195,11 @@ def test_a_restart_knows_whose_kv_it_is(tmp_path):
 
 
 def test_a_log_without_the_field_is_read():
-    line = DecisionRecord(1.0, "ab", chunk_keys=("00ff",)).to_json().replace('"cache_salt":""', "")
     from kvttl.decisions.record import parse_record
 
-    assert parse_record(line.replace(",}", "}")).cache_salt == ""
+    values = json.loads(DecisionRecord(1.0, "ab", chunk_keys=("00ff",)).to_json())
+    del values["cache_salt"]
+    assert parse_record(json.dumps(values)).cache_salt == ""
 
 
 def test_a_controller_of_one_tenant_takes_its_requests_only():
