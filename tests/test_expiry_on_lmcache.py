@@ -16,7 +16,7 @@ from local_managers import assert_replay_decides_the_same
 from waiting import wait_for_checkpoint, wait_until
 
 from cache_controller import LMCacheController
-from caching_heuristics import HeuristicConfig
+from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.decisions.log import DecisionLog, read_records
 from kvttl.policies.adaptive import Adaptive
 from kvttl.replay.costs import TierCosts
@@ -60,6 +60,12 @@ def tiers_of(cache, text):
     return [tiers[0] if tiers else None for tiers in layout.of(cache.controller.instance_id)]
 
 
+def written_down(cache, text):
+    """Whether LMCache has made all copies of a prompt's chunks that it makes by itself."""
+    layout = cache.controller.layout(cache.controller.tokenize(text))
+    return all(set(tiers) == set(TIERS) for tiers in layout.of(cache.controller.instance_id))
+
+
 def wait_for(cache, text, tier):
     wait_until(lambda: set(tiers_of(cache, text)) == {tier})
 
@@ -76,7 +82,7 @@ def test_one_prompt_goes_down_the_whole_ladder_and_a_renewed_one_stays(
     text, renewed = fresh_text(), fresh_text()
     first = cache.generate_and_manage(text, greedy, HOT)
     cache.generate_and_manage(renewed, greedy, HOT)
-    wait_for(cache, text, "gpu")
+    wait_until(lambda: written_down(cache, text))  # a demotion of less would wait for its turn
     served = []
     for passed_s, tier in ((2.3, "disk"), (2.3, "remote"), (4.6, None)):
         for _ in range(4):  # the other prompt is used four times in that time
