@@ -960,6 +960,7 @@ def test_a_tier_that_takes_no_writes_is_in_health_and_records(command, fresh_tex
     with openai.OpenAI(base_url=f"{command.url}/v1", api_key=KEY, max_retries=0) as client:
         client.completions.create(model="demo_model", prompt=fresh_text(), max_tokens=1)
     generations = (r for r in read_records(command.log) if r.kind == "generation")
+    wait_until(command.log.exists)  # by the first decision, which may be this one
     wait_until(lambda: any(r.tier_errors == {"disk": reason} for r in read_records(command.log)))
     assert not any(record.error for record in generations)
     headers = {"Authorization": f"Bearer {KEY}"}
