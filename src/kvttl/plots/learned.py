@@ -9,12 +9,12 @@ from kvttl.policies.adaptive import Adaptive
 from kvttl.policies.hazard import EDGES_S
 from kvttl.policies.state import REAL
 from kvttl.replay.baselines import next_accesses
+from kvttl.replay.engine import in_order_of_time
 from kvttl.replay.policies import capacities
-from kvttl.traces.trace import FINISH, Trace
+from kvttl.traces.trace import FINISH, REASONS, Trace
 
 CLASSES = (*FINISH[1:], "first turn", FINISH[0])  # of uses; a session's first is "first turn"
 LEAST_USES = 5  # of an age: with fewer nothing is said of how often chunks came back at it
-_REASONS = (None, "tool_calls", "stop")  # of `FINISH`
 
 
 class Watched(NamedTuple):
@@ -62,7 +62,7 @@ def watch(trace: Trace, capacity, session: int | None = None, **settings) -> Wat
     for request, is_end, now_s, is_over in _events(trace):
         keys = flat.request(request).astype(np.int64)
         if is_end:
-            told = _REASONS[trace.finish[request]], int(trace.output_tokens[request])
+            told = REASONS[trace.finish[request]], int(trace.output_tokens[request])
             policy.end(request, now_s, *told)
             code = policy.signals(keys)
             codes[request] = code, policy.hazards([code])[0]
@@ -109,7 +109,7 @@ class _Followed:
 def _events(trace):
     """Yield (request, whether it is its end, seconds, whether its own end does not come next)."""
     times_s = np.column_stack([trace.arrival_s, trace.arrival_s + trace.generation_s]).ravel()
-    events = np.lexsort((np.arange(len(times_s)), times_s))
+    events = in_order_of_time(times_s)
     next_is_end = np.append(events[1:] == events[:-1] + 1, False) & (events % 2 == 0)
     yield from zip((events // 2).tolist(), events % 2, times_s[events].tolist(), ~next_is_end)
 

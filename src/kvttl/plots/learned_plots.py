@@ -6,13 +6,12 @@ from matplotlib.figure import Figure
 
 from kvttl.plots.learned import CLASSES, Watched, classes
 from kvttl.plots.panels import open_axes, own_style
-from kvttl.policies.adaptive import Adaptive
+from kvttl.policies.adaptive import ATTENTION_TOKENS, Adaptive
 from kvttl.policies.hazard import EDGES_S, LEAST, Learning
 from kvttl.replay.engine import replay, replay_online
 from kvttl.replay.policies import POLICIES, capacities
 from kvttl.replay.result import ReplayResult
 
-ATTENTION_TOKENS = 30_500.0  # before a token for which attention costs as much as the rest: 8B
 _COLOURS = dict(zip(CLASSES, ("#D55E00", "#0072B2", "#009E73", "#666666")))
 _INDEX, _PRICE, _VALUE = "#D55E00", "#0072B2", "hits a chunk and second"
 _ABOVE = {"loc": "outside upper center", "ncols": 5, "frameon": False, "fontsize": 9}

@@ -11,6 +11,8 @@ from kvttl.policies.runs import SIGNALS, walk
 from kvttl.policies.state import INDEX, INDEX_SHADOW, REAL
 from kvttl.policies.worth import load_shares, with_costs
 
+ATTENTION_TOKENS = 30_500.0  # before a token for which attention costs as much as the rest: 8B
+
 
 class Adaptive(OnlinePolicy):
     """What goes first has the lowest index: hits per chunk and second, learned from a cold start.
@@ -67,7 +69,7 @@ class Adaptive(OnlinePolicy):
         **options,
     ):
         if deeper is None:
-            deeper = 0.0 if costs is None else 1 / 30_500
+            deeper = 0.0 if costs is None else 1 / ATTENTION_TOKENS
         self._given = learning or Learning(), refresh_s, turnovers, lead, price_memory, deeper
         self.costs = costs
         super().__init__(capacity, chunk_tokens, **options)

@@ -25,13 +25,12 @@ from kvttl.replay.result import ReplayResult
 from kvttl.replay.runs import RunIndex, index_runs
 from kvttl.replay.tier_kernel import Work, new_state, replay_requests
 from kvttl.replay.ttl_kernel import ladder_deadlines, replay_ttl
-from kvttl.traces.trace import Trace
+from kvttl.traces.trace import REASONS, Trace
 
 _CHUNK = 16_384  # requests between two steps of the progress bar
 _NO_LIMITS = (UNLIMITED,) * 3
 _STEP = 1024  # events between two steps of the progress bar
 _LEVELS = slice(REAL, REAL + 3)
-_REASONS = (None, "tool_calls", "stop")  # of FINISH
 
 
 class Sweep(NamedTuple):
@@ -278,12 +277,17 @@ def _work(trace, policy, ends):
     keys, arrival_s = flat.block_ids.astype(np.int64), trace.arrival_s
     end_s, events = arrival_s + trace.generation_s, np.arange(2 * trace.requests)
     if ends == "due":
-        events = events[np.lexsort((events, np.column_stack([arrival_s, end_s]).ravel()))]
+        events = in_order_of_time(np.column_stack([arrival_s, end_s]).ravel())
     elif ends != "told":
         raise ValueError(f"ends must be 'told' or 'due', got {ends!r}")
     told = trace.prompt_tokens, trace.finish, trace.output_tokens
     whole = [values.astype(np.int64) for values in told]  # one type, compiled once
     return kernel.Requests(keys, flat.offsets, arrival_s, end_s, *whole, events)
+
+
+def in_order_of_time(times_s: np.ndarray) -> np.ndarray:
+    """Return events, 2 x request and + 1 for its end, in order of their times, (2 x requests,)."""
+    return np.lexsort((np.arange(len(times_s)), times_s))
 
 
 def _play(policy, work, first, last, rules, hits, ends):
@@ -304,7 +308,7 @@ def _one_by_one(policy, work, first, last, rules, hits, ends):
         request, is_end = work.events[at] >> 1, work.events[at] & 1
         now_s = float((told_s if is_end else work.arrival_s)[request])
         if is_end:
-            told = _REASONS[work.finish[request]], work.output_tokens[request]
+            told = REASONS[work.finish[request]], work.output_tokens[request]
             policy.end(request, now_s, *told)
         else:
             keys = work.keys[work.offsets[request] : work.offsets[request + 1]]
@@ -346,7 +350,7 @@ def replay_any(trace: Trace, policy: CachePolicy, capacity: int, name: str = "")
         hits[request, 0] = missing[0] if missing else len(keys)
         now_s = float(trace.arrival_s[request])
         number = policy.begin(keys, now_s, int(trace.prompt_tokens[request]))
-        told = _REASONS[trace.finish[request]], int(trace.output_tokens[request])
+        told = REASONS[trace.finish[request]], int(trace.output_tokens[request])
         policy.end(number, now_s + trace.generation_s[request], *told)
         held |= set(keys.tolist())
         held -= set(policy.make_room(max(0, len(held) - capacity), now_s).tolist())

@@ -12,10 +12,8 @@ from kvttl.manager.clock import SessionClock, ends_on_the_way
 from kvttl.manager.policy import tell
 from kvttl.policies import Answer, CachePolicy
 from kvttl.replay.result import ReplayResult
-from kvttl.traces.trace import Trace
+from kvttl.traces.trace import REASONS, Trace
 from tiered_caching import MultiTierCache
-
-_REASONS = (None, "tool_calls", "stop")  # of FINISH
 
 
 class _Engine:
@@ -117,7 +115,7 @@ def answers_as_live(trace: Trace, policy: CachePolicy) -> list[Answer]:
     for request in np.argsort(end_s, kind="stable").tolist():
         keys = trace.request(request).astype(np.int64)
         span_s = float(trace.arrival_s[request]), float(end_s[request])
-        ended = _REASONS[trace.finish[request]], int(trace.output_tokens[request])
+        ended = REASONS[trace.finish[request]], int(trace.output_tokens[request])
         prompt = int(trace.prompt_tokens[request])
         told_s = tell(policy, told_s, keys, span_s, prompt, ended, {})
         answers[request] = policy.ask(keys, told_s)

@@ -26,6 +26,11 @@ _READERS = 4  # threads of one load
 _PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
 
 
+def verify_every_s() -> float:
+    """Return how often a tier is asked whether it still has all chunks, seconds."""
+    return float(os.environ.get("KV_REDIS_VERIFY_S", "10"))
+
+
 class CountsDamage:
     """What LMCache's L2 adapters have in common here: damaged copies are counted and said."""
 
@@ -65,7 +70,7 @@ class DiskAdapter(CountsDamage, fs_l2_adapter.FSL2Adapter):
         keys = map(fs_l2_adapter._filename_to_object_key, os.listdir(self._base_path))
         # Key -> bytes that LMCache has counted; nothing in an earlier life of the server.
         self._known = dict.fromkeys(filter(None, keys), 0)
-        self._verifier = Repeater(self.verify, float(os.environ.get("KV_REDIS_VERIFY_S", "10")))
+        self._verifier = Repeater(self.verify, verify_every_s())
         self._verifier.start()
 
     def verify(self) -> None:

@@ -23,7 +23,7 @@ from lmcache.v1.distributed.l2_adapters import factory, native_connector_l2_adap
 from kvttl.background import Repeater
 from kvttl.lmcache.client import CircuitBreaker
 from kvttl.lmcache.tiers import pages, parse_key
-from kvttl.stack.disk_adapter import CountsDamage
+from kvttl.stack.disk_adapter import CountsDamage, verify_every_s
 from kvttl.stack.reconcile import chunk_names, sizes_of
 from kvttl.storage.checksum import CHECKSUM_BYTES, checksum
 from kvttl.storage.redis_client import connect_as_server
@@ -310,7 +310,6 @@ def install_redis_adapter() -> None:
 def _create(config, l1_memory_desc=None):
     connection = connect_as_server(config.host, config.port, socket_read_size=_SOCKET_READ_BYTES)
     client = RedisClient(connection, config.num_workers)
-    verify_s = float(os.environ.get("KV_REDIS_VERIFY_S", "10"))
-    adapter = RedisL2Adapter(client, config.max_capacity_gb, verify_s)
+    adapter = RedisL2Adapter(client, config.max_capacity_gb, verify_every_s())
     adapter.know(chunk_names(connection))
     return adapter

@@ -21,6 +21,7 @@ COLUMNS |= dict.fromkeys(("prompt_tokens", "output_tokens", "sessions"), np.int3
 COLUMNS |= {"generation_s": np.float32, "finish": np.int8}
 OF_REQUESTS = tuple(COLUMNS)[2:]
 FINISH = ("unknown", "tool call pending", "end of turn")
+REASONS = (None, "tool_calls", "stop")  # each of `FINISH` as an engine says it
 
 
 @dataclass(frozen=True, eq=False)
