@@ -61,6 +61,8 @@ class DecisionRecord:
     cache_salt : str
         What keeps this KV apart from others' of the same text: the tenant's own, and after
         ``~`` a digest of the LoRA adapter, embeddings or images. Empty = nothing.
+    hints : mapping
+        What became of each hint that the request gave about its KV cache.
     """
 
     time_s: Number
@@ -84,6 +86,7 @@ class DecisionRecord:
     from_tier: str | None = None
     tier_errors: Mapping[str, str] = field(default_factory=dict)
     cache_salt: str = ""
+    hints: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the record as one line of strict JSON.
