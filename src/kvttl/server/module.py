@@ -270,6 +270,7 @@ class KvttlModule:
 
     def _refused(self, event):
         self._doubtful += event.metadata["keys"]
+        self.hands.done["refused"] += len(event.metadata["keys"])
 
     # ---- room in gpu -------------------------------------------------------------------------
 
