@@ -145,11 +145,12 @@ def test_tenants_have_their_own(client):
     assert all(key.endswith("@tenant-a") for key in record.chunk_keys)
 
 
-@pytest.mark.parametrize("transport", ["zmq", "grpc"])
-def test_no_store_is_refused_while_something_can_go(tmp_path, transport):
+@pytest.mark.parametrize("transport, save", [("zmq", "demotion"), ("zmq", "end"), ("grpc", "end")])
+def test_no_store_is_refused_while_something_can_go(tmp_path, transport, save):
     """Four clients, each of whose stores takes a quarter of gpu."""
     options = ("--transport", transport, "--max-workers", "4")
-    with inside_server(tmp_path, ONE_HOUR, l1_chunks=64, options=options) as running:
+    config = {**ONE_HOUR, "save": save}
+    with inside_server(tmp_path, config, l1_chunks=64, options=options) as running:
         clients = [Client(running.url, number) for number in range(1, 5)]
 
         def work(number, client):
@@ -219,7 +220,38 @@ def test_a_hook_that_raises_costs_no_request(tmp_path, module, name):
         client = Client(running.url)
         tokens = prompt(1, 5)
         assert client.serve(tokens) == 0 and client.serve(tokens) == 5
-        assert client.status()["chunks"] is not None
+        for number in range(2, 20):  # more than there is room for
+            client.serve(prompt(number, 5))
+            assert client.look_up(prompt(number, 5)) == 5
+        client.close()
+
+
+@pytest.mark.parametrize("feature", ["late writes", "policies"])
+def test_what_an_lmcache_lacks_switches_off_only_what_needs_it(tmp_path, feature):
+    lacking = f"""
+import sys
+from kvttl.server import compat
+missing = compat.missing
+compat.missing = lambda *of: missing(*of) | {{{feature!r}: ["some name"]}}
+from lmcache.cli.main import main
+main(sys.argv[1:])
+"""
+    with inside_server(tmp_path, ONE_HOUR, program=[sys.executable, "-c", lacking]) as running:
+        client = Client(running.url)
+        client.serve(prompt(1, 5), tier="disk")  # written through, as LMCache does
+        wait_until(lambda: client.status()["chunks"] == {"gpu": 0, "disk": 5})
+        assert client.status()["switched_off"] == {feature: ["some name"]}
+        assert client.look_up(prompt(1, 5)) == 5
+        client.close()
+
+
+def test_a_plain_lmcache_server_can_load_the_module(tmp_path):
+    plain = [sys.executable, "-m", "lmcache.cli.main"]
+    with inside_server(tmp_path, ONE_HOUR, program=plain) as running:
+        client = Client(running.url)
+        client.serve(prompt(1, 5), tier="disk")
+        (record,) = last(client)
+        assert record.tier_after == {"disk": 5} and client.status()["switched_off"] == {}
         client.close()
 
 

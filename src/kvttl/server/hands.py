@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 _DELETE_KEYS = 500  # LMCache objects a call: gpu's lock is held for 8 ms
 _COPY_CHUNKS = 64  # through gpu at once
 _WRITE_S = 10.0  # without any copy done, after which a tier counts as failing
+_ROOM_S = 0.25  # that a store waits at most for what is being copied
 _STALLED_S = 1.0  # the same while it does
 
 
@@ -75,7 +77,8 @@ class Hands:
         self._orders = _Orders()
         self.errors: dict[str, str] = {}
         self.done: Counter[str] = Counter()
-        self._promised, self._promising = 0, threading.Lock()
+        self._promised, self._storing, self._moving = 0, 0, 0
+        self._promising, self._guard = threading.Lock(), guard
         for tier, (_, adapter) in self._adapters().items():
             adapter.register_listener(_Listener(places, tier, guard))
 
@@ -113,6 +116,8 @@ class Hands:
             self._mark(chunks, False)
 
     def _mark(self, chunks, moving):
+        with self._promising:
+            self._moving += len(chunks) if moving else -len(chunks)
         for chunk in chunks:
             chunk.moving = moving
 
@@ -226,18 +231,32 @@ class Hands:
         """Make room for what is stored or loaded in a ``with`` block, and keep it until its end."""
         return _Room(self, size_bytes)
 
-    def promise(self, size_bytes: int) -> int:
-        """Count bytes that a store will take; returns all that are promised now."""
+    def promise(self, size_bytes: int, stores: int) -> int:
+        """Count a store and the bytes that it will take; returns all that are promised."""
         with self._promising:
             self._promised += size_bytes
+            self._storing += stores
             return self._promised
 
     def make_room(self, size_bytes: int) -> bool:
         """Give up what goes first until so many bytes fit into gpu; False: they do not.
 
-        Without any other copy of what goes: who wants it kept writes it down before.
+        Without any other copy of what goes: who wants it kept writes it down before. What is
+        being copied or stored is in use, but not for long: that is waited for, for a moment.
         """
-        return self.give_up(self._delete_hot, size_bytes)
+        until_s = time.monotonic() + _ROOM_S
+        while not (is_there := self.give_up(self._delete_hot, size_bytes)):
+            if not (self._moving or self._storing > 1) or time.monotonic() > until_s:
+                break
+            time.sleep(_ROOM_S / 50)
+        nothing_known = not self._places.hot_chunks and self._guard.failures
+        return is_there or bool(nothing_known) and self.clear()
+
+    def clear(self) -> bool:
+        """Empty gpu where nothing is known of what is there: nobody else makes room."""
+        self._sm.clear()  # not what is in use
+        self.done["cleared"] += 1
+        return True
 
     def give_up(
         self,
@@ -295,16 +314,17 @@ class _Room:
         self.refused = lambda: None  # called if there is not enough
 
     def __enter__(self):
-        promised = self._hands.promise(self._size_bytes)
+        promised = self._hands.promise(self._size_bytes, 1)
         try:
             if not self._hands.make_room(promised):
                 self.refused()
-        except Exception:  # a store matters more than room for it
-            logger.exception("no room could be made")
+        except Exception:
+            self._hands.clear()
+            logger.exception("no room could be made: gpu is emptied")
         return self
 
     def __exit__(self, *_exc_info):
-        self._hands.promise(-self._size_bytes)
+        self._hands.promise(-self._size_bytes, -1)
 
 
 class _Listener(L2AdapterListener):

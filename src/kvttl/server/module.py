@@ -192,6 +192,7 @@ class KvttlModule:
             "gpu_bytes": [used, total],
             "claims": {name: len(manager.claims) for name, manager in managers.items()},
             "open_requests": len(self.requests.open),
+            "unseen_requests": self.requests.unseen,
             "waiting_decisions": len(self._decisions),
             "shed_decisions": self.shed,
             "done": dict(self.hands.done),
@@ -245,7 +246,8 @@ class KvttlModule:
 
     def targets(self, keys: list, adapters: list) -> dict[int, list]:
         """Return what LMCache's store loop is to write down, by adapter."""
-        birth = [each.index for each in adapters] if self.settings.birth == "all" else []
+        writes_through = self.settings.birth == "all" or not self.hands.can_copy
+        birth = [each.index for each in adapters] if writes_through else []
         return self.hands.targets(keys, birth)
 
     def written(self, keys: list) -> None:

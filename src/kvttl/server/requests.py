@@ -42,6 +42,8 @@ class Requests:
     ----------
     open : dict
         Request id -> when it was looked up, Unix time.
+    unseen : int
+        Requests whose look-up did not come by here: another module has the handlers.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Requests:
     ) -> None:
         self._context, self._places, self._hands, self._tell = context, places, hands, ended
         self.open: dict[str, float] = {}
+        self.unseen = 0
         self._unsure: set[tuple[str, int]] = set()  # stores that there may have been no room for
         self._has_slots = bool(context.shm_pool_info["shm_name"])  # else `commit_store` allocates
         self._note_open = guard(self._opened, "look-up")
@@ -80,15 +83,15 @@ class Requests:
         """Make room where the data comes along; note what is stored."""
         with self._room_for(key) if data else contextlib.nullcontext():
             done = call(key, instance_id, data)
-        if done:
-            self._note_stored(key)
+            if done:  # noted before others look for room
+                self._note_stored(key)
         return done
 
     def store(self, call: Callable, key: Any, *rest: Any) -> Any:
         """Make room before a GPU's KV cache is copied; note what is stored."""
         with self._room_for(key):
             answer = call(key, *rest)
-        self._note_stored(key)
+            self._note_stored(key)
         return answer
 
     # ---- what that means ----------------------------------------------------------------------
@@ -131,6 +134,8 @@ class Requests:
         if began_s is not None and key is not None:  # else a store came after the request's end
             hits = max(session.prefetch_hit_chunks, 0) * self._context.chunk_size
             self._tell(Ended(key, session.token_ids, hits, began_s, time.time()))
+        elif session.prefetch_hit_chunks >= 0:
+            self.unseen += 1
 
     def forget_lost(self) -> None:
         """Forget requests that never had a session: shorter than a chunk, or of no known model."""
