@@ -251,6 +251,7 @@ MAY_IMPORT = {
     "manager": "caching_heuristics, background, lmcache, decisions",
     "tiered_caching": "caching_heuristics, background, storage, lmcache, decisions, manager",
     "cache_controller": "caching_heuristics, lmcache, tiered_caching",
+    "server": "caching_heuristics, background, lmcache, decisions, tiered_caching",
     "replay": ("caching_heuristics, traces, policies, settings, lmcache, manager, tiered_caching"),
     "plots": "caching_heuristics, decisions, replay",
     "session": "all above",

@@ -7,6 +7,7 @@ TTLs end, and one that keeps gpu below its watermark.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import threading
@@ -20,7 +21,9 @@ from lmcache.v1.mp_observability.event import EventType
 from lmcache.v1.multiprocess.ext_server_module import server_module_handler
 
 from caching_heuristics import HeuristicConfig, check_number, unknown_name
+from kvttl import user_path
 from kvttl.background import JobQueue, Repeater, check_whole
+from kvttl.decisions.log import DecisionLog
 from kvttl.lmcache.lease import ServerLease
 from kvttl.lmcache.tiers import LMCACHE_TIERS, pages
 from kvttl.server import compat, policies
@@ -34,7 +37,8 @@ from tiered_caching import MultiTierCache
 
 logger = logging.getLogger(__name__)
 
-_DECIDED = 1e300  # before every chunk that nothing is decided about
+_LONG_S = 60.0  # of a request, after which its chunks may go before it has ended
+_SOON_S = 2.0  # after a request's end it is decided about
 _RELIEF_CHUNKS = 256  # written down at once when gpu is too full
 
 
@@ -57,6 +61,7 @@ class ServerSettings:
     sweep_s: float = 0.2  # how often TTLs are looked at
     workers: int = 2  # decisions at the same time
     max_pin_s: float = 3600.0
+    log: str = ""  # folder of decision logs, from which a restart takes claims up again
     adapters: Mapping[str, str] = field(
         default_factory=lambda: {t: row.adapter for t, row in LMCACHE_TIERS.items() if row.adapter}
     )
@@ -216,13 +221,18 @@ class KvttlModule:
         """Return the manager of a model, the same one for all who ask."""
         with self._making:
             if model not in self._managers:
+                name = hashlib.sha256(f"{model.name}@{model.world_size}".encode()).hexdigest()[:16]
+                folder = self.settings.log and user_path(self.settings.log) / name
                 parts = self.places, self.hands, self._instance, self._lease
-                self._managers[model] = ModelManager(
+                manager = self._managers[model] = ModelManager(
                     InsideController(self._context, model, *parts),
                     config=_Hinted(HeuristicConfig(**self.settings.heuristics)),
                     notify=None,
                     sweep_every_s=self.settings.sweep_s,
+                    log=DecisionLog(folder) if folder else None,
                 )
+                if folder:
+                    self.guard(manager.recover, "recovery")(folder)
             return self._managers[model]
 
     def _manage(self, ended: Ended) -> None:
@@ -237,8 +247,8 @@ class KvttlModule:
         chunks = [chunk for chunk in chunks if chunk.bits]
         hot = record.wanted_tier == "gpu" and record.ttl_s
         self.places.decided(chunks, record.time_s + (record.ttl_s if hot else 0.0))
-        if hot and self.settings.save == "end" and self.hands.tiers:
-            below = self.hands.tiers[0]
+        below = next(iter(self.hands.tiers), None)
+        if hot and below and self.settings.save == "end" and below not in self.hands.errors:
             unsaved = [chunk for chunk in chunks if chunk.bits == BIT_OF["gpu"]]
             self.hands.copy(unsaved, below, 0.0)
 
@@ -286,7 +296,10 @@ class KvttlModule:
             self.places.went(chunks - self.hands.in_gpu(chunks), "gpu")
         used, total = self._sm.get_l1_usage()
         if used > self.settings.high * total:
-            self.hands.give_up(self._relieve, 0, self.settings.low, _DECIDED)
+            # Not the chunks of requests that run; a decision that was lost must not keep its own.
+            now_s = time.time()
+            oldest_s = max(min(list(self.requests.open.values()), default=now_s), now_s - _LONG_S)
+            self.hands.give_up(self._relieve, 0, self.settings.low, oldest_s - _SOON_S)
 
     def _relieve(self, chunks):
         """Write chunks down that are wanted and have no other copy; delete them from gpu."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from lmcache.v1.distributed.api import GroupedObjectKeys, ObjectKey
 
 from caching_heuristics import TIERS
+from kvttl.lmcache.client import LMCacheUnavailable
 from kvttl.lmcache.salts import chunk_key, salt_of
 
 BIT_OF = {tier: 1 << code for code, tier in enumerate(TIERS)}
@@ -179,12 +180,19 @@ class Places:
                 yield chunk
 
     def of_keys(self, model: Model, keys: Iterable[str]) -> list[Chunk]:
-        """Return the chunks of a manager's keys; those that are nowhere are new ones."""
+        """Return the chunks of a manager's keys; those that are nowhere are new ones.
+
+        Raises
+        ------
+        LMCacheUnavailable
+            No engine has said yet what the model's chunks look like.
+        """
         found = []
         for key in keys:
             digest, space = bytes.fromhex(key.partition("@")[0]), self.space(*model, salt_of(key))
-            if space is not None:
-                found.append(space.chunks.get(digest) or Chunk(space, digest))
+            if space is None:
+                raise LMCacheUnavailable(f"no engine of {model.name} has come to this server yet")
+            found.append(space.chunks.get(digest) or Chunk(space, digest))
         return found
 
     # ---- what goes first ---------------------------------------------------------------------
@@ -204,31 +212,35 @@ class Places:
                 waiting = (c for c in self._undecided if c.ends_s is UNDECIDED and c.bits & HOT)
                 self._undecided = deque(dict.fromkeys(waiting))
 
-    def first_to_go(self, size_bytes: int, ends_s: float = math.inf) -> list[Chunk]:
+    def first_to_go(self, size_bytes: int, before_s: float = math.inf) -> list[Chunk]:
         """Take chunks out of the order that have at least so many bytes, if there are.
 
-        Only those that end before `ends_s`; infinite: undecided ones too. Whoever takes them
-        tells `went` of those that are gone and `stay` of the others.
+        Of those that nothing is decided about only what came before `before_s`. Whoever takes
+        them tells `went` of those that are gone and `stay` of the others.
         """
-        taken, left, moving = {}, size_bytes, []
+        taken, left, moving, in_use = {}, size_bytes, [], []
         with self.lock:
-            while left > 0 and self._order and self._order[0][0] <= ends_s:
+            while left > 0 and self._order:
                 entry = heapq.heappop(self._order)
-                if not self._is_true(entry):
+                if not self._is_true(entry) or entry[-1] in taken:
                     continue
                 if entry[-1].moving:
                     moving.append(entry)
                     continue
-                if entry[-1] not in taken:
-                    taken[entry[-1]] = None
-                    left -= entry[-1].space.size_bytes
+                taken[entry[-1]] = None
+                left -= entry[-1].space.size_bytes
             for entry in moving:
                 heapq.heappush(self._order, entry)
-            while left > 0 and ends_s == math.inf and self._undecided:
+            while left > 0 and self._undecided and self._undecided[0].since_s < before_s:
                 chunk = self._undecided.popleft()
-                if chunk.bits & HOT and chunk.ends_s is UNDECIDED and not chunk.moving:
-                    taken[chunk] = None
-                    left -= chunk.space.size_bytes
+                if not chunk.bits & HOT or chunk.ends_s is not UNDECIDED:
+                    continue
+                if chunk.moving:
+                    in_use.append(chunk)
+                    continue
+                taken[chunk] = None
+                left -= chunk.space.size_bytes
+            self._undecided.extendleft(reversed(in_use))
         return list(taken)
 
     def stay(self, chunks: Iterable[Chunk]) -> None:
