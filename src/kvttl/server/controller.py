@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,9 @@ from kvttl.lmcache.layout import (
 from kvttl.lmcache.lease import ServerLease
 from kvttl.lmcache.salts import chunk_key, kept_under
 from kvttl.server.hands import Hands
-from kvttl.server.places import TIERS_OF, Model, Places
+from kvttl.server.places import TIERS_OF, UNDECIDED, Model, Places
 
+_NEW_S = 60.0
 _COMING_S = 2.0  # a store may come so long after its request's end
 
 
@@ -61,9 +63,13 @@ class InsideController(BaseController):
         return self.layout_of([chunk_key(digest.hex(), salt) for digest in digests])
 
     def layout_of(self, keys: Sequence[str] | None = None) -> KVLayout:
-        """Return where chunks are, by their keys (None: all of this model)."""
+        """Return where chunks are, by their keys.
+
+        None: all of this model, less what came just now and waits for its request's decision.
+        """
         if keys is None:
-            chunks = self._places.chunks(self._model)
+            new_s, chunks = time.time() - _NEW_S, self._places.chunks(self._model)
+            chunks = [c for c in chunks if c.ends_s is not UNDECIDED or c.since_s < new_s]
         else:
             chunks = self._places.of_keys(self._model, keys)
         held = tuple(TIERS_OF[chunk.bits] for chunk in chunks)
