@@ -239,10 +239,9 @@ class KvttlModule:
         """Decide about a request that has ended, and have its KV cache placed."""
         key, hints = ended.key, Hints(ended.key.request_configs, self.settings.max_pin_s)
         model = Model(key.model_name, key.world_size)
-        manager, began_s = self.manager(model), ended.ended_s - ended.began_s
-        output = SimpleNamespace(prompt_token_ids=ended.tokens, num_cached_tokens=ended.hit_tokens)
-        decision = manager.manage(None, output, hints, began_s, key.cache_salt)
-        record = decision.result()
+        output = _as_output(ended, hints)
+        took_s = ended.ended_s - ended.began_s
+        record = self.manager(model).manage(None, output, hints, took_s, key.cache_salt).result()
         chunks = self.places.of_keys(model, record.chunk_keys)
         chunks = [chunk for chunk in chunks if chunk.bits]
         hot = record.wanted_tier == "gpu" and record.ttl_s
@@ -312,6 +311,16 @@ class KvttlModule:
                 for part in pages(wanted, _RELIEF_CHUNKS):
                     self.hands.copy(part, self.hands.tiers[0], 0.0)
         return self.hands.delete(chunks, "gpu")
+
+
+def _as_output(ended, hints):
+    """Return what is known of an answer, as vLLM's RequestOutput has it."""
+    tokens = len(ended.tokens) - len(ended.key.token_ids)  # where an engine stores answers too
+    tokens = int(hints.wishes.get("output_tokens", max(tokens, 0)))
+    answer = {"finish_reason": hints.wishes.get("finish"), "token_ids": range(tokens)}
+    answer |= {"text": None, "logprobs": None}
+    prompt = {"prompt_token_ids": ended.tokens, "num_cached_tokens": ended.hit_tokens}
+    return SimpleNamespace(**prompt, outputs=[SimpleNamespace(**answer)])
 
 
 def build(build_context: Any) -> KvttlModule:
