@@ -192,7 +192,7 @@ def test_what_ends_last_is_kept_longest(tmp_path):
 
 
 HOOKS = """
-requests.Requests: _opened _room _stored _session_ended
+requests.RequestHooks: _opened _room _stored _session_ended
 module.KvttlModule: targets written retained keep_room _manage _gone
 places.Places: first_to_go stored
 """
@@ -270,9 +270,9 @@ def test_a_killed_servers_claims_end_in_the_next_one(tmp_path):
 def test_what_an_lmcache_lacks_switches_off_only_what_needs_it(tmp_path, feature):
     lacking = f"""
 import sys
-from kvttl.server import compat
-missing = compat.missing
-compat.missing = lambda *of: missing(*of) | {{{feature!r}: ["some name"]}}
+from kvttl.server import module
+missing = module.missing
+module.missing = lambda *of: missing(*of) | {{{feature!r}: ["some name"]}}
 from lmcache.cli.main import main
 main(sys.argv[1:])
 """

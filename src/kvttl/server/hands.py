@@ -18,7 +18,7 @@ from lmcache.v1.distributed.api import PrefetchLockMode, PrefetchTaskSpec
 from lmcache.v1.distributed.internal_api import L2AdapterListener
 
 from kvttl.lmcache.tiers import pages
-from kvttl.server import compat
+from kvttl.server.compat import offer
 from kvttl.server.guard import Guard
 from kvttl.server.places import BIT_OF, HOT, Chunk, Places
 
@@ -140,7 +140,7 @@ class Hands:
         }
         with orders.changed:
             orders.update({key: (index, tier, chunk) for key, chunk in objects.items()})
-        compat.offer(self._sm, list(objects))
+        offer(self._sm, list(objects))
         with orders.changed:
             waiting = objects.keys() & orders.keys()
             while waiting and orders.changed.wait(patience_s):

@@ -26,13 +26,14 @@ from kvttl.background import JobQueue, Repeater, check_whole
 from kvttl.decisions.log import DecisionLog
 from kvttl.lmcache.lease import ServerLease
 from kvttl.lmcache.tiers import LMCACHE_TIERS, pages
-from kvttl.server import compat, policies
+from kvttl.server.compat import LATE_WRITES, POLICIES, WRAPPED, missing, use_policies, wrapped
 from kvttl.server.controller import InsideController
 from kvttl.server.guard import Guard
 from kvttl.server.hands import Hands, by_space
 from kvttl.server.hints import Hints
 from kvttl.server.places import BIT_OF, TIERS_OF, Model, Places
-from kvttl.server.requests import Ended, Requests
+from kvttl.server.policies import KvttlPrefetchPolicy, KvttlStorePolicy, are_in_use, serve
+from kvttl.server.requests import Ended, RequestHooks
 from tiered_caching import MultiTierCache
 
 logger = logging.getLogger(__name__)
@@ -130,13 +131,11 @@ class KvttlModule:
         self.settings = ServerSettings.of(build_context.config)
         self.guard, self.places = Guard(), Places(context)
         self._sm, self._instance = context.storage_manager, build_context.mp_config.instance_id
-        self.absent = compat.missing(self._sm, build_context.modules)
-        by_name = policies.are_in_use()
-        can_copy = not {compat.LATE_WRITES, *([] if by_name else [compat.POLICIES])} & {
-            *self.absent
-        }
+        self.absent = missing(self._sm, build_context.modules)
+        by_name = are_in_use()
+        can_copy = not {LATE_WRITES, *([] if by_name else [POLICIES])} & {*self.absent}
         self.hands = Hands(self._sm, self.places, self.settings.adapters, self.guard, can_copy)
-        self.requests = Requests(context, self.places, self.hands, self.guard, self._ended)
+        self.requests = RequestHooks(context, self.places, self.hands, self.guard, self._ended)
         url = build_context.coordinator_config.url or f"port:{build_context.mp_config.port}"
         self._lease = ServerLease(f"{self._instance} at {url.rpartition('/')[2]}")
         self._managers: dict[Model, ModelManager] = {}
@@ -146,10 +145,10 @@ class KvttlModule:
         self._keeper = Repeater(self.guard(self.keep_room, "pass"), self.settings.pass_s)
         for name in ("targets", "written", "retained"):
             setattr(self, name, self.guard(getattr(self, name), name))
-        policies.serve(self)
-        if not by_name and compat.POLICIES not in self.absent:
-            both = policies.KvttlStorePolicy(), policies.KvttlPrefetchPolicy()
-            compat.use_policies(self._sm, *both)
+        serve(self)
+        if not by_name and POLICIES not in self.absent:
+            both = KvttlStorePolicy(), KvttlPrefetchPolicy()
+            use_policies(self._sm, *both)
         bus = context.event_bus
         bus.subscribe(EventType.L1_KEYS_EVICTED, self.guard(self._gone, "deletes"))
         bus.subscribe(EventType.L1_ALLOCATION_FAILED, self.guard(self._refused, "refusals"))
@@ -328,8 +327,8 @@ def build(build_context: Any) -> KvttlModule:
     holder: list[KvttlModule] = []
     around = {
         name: (lambda call, *args, _name=name: getattr(holder[0].requests, _name)(call, *args))
-        for name in compat.WRAPPED
+        for name in WRAPPED
     }
-    methods = compat.wrapped(build_context.modules, around)
+    methods = wrapped(build_context.modules, around)
     holder.append(type("KvttlServerModule", (KvttlModule,), methods)(build_context))
     return holder[0]

@@ -24,7 +24,7 @@ class Ended(NamedTuple):
     ended_s: float
 
 
-class Requests:
+class RequestHooks:
     """Makes room before stores, takes note of them, and hands ended requests on.
 
     Parameters
