@@ -138,14 +138,16 @@ class Hands:
             for space, some in by_space(chunks)
             for key, chunk in space.objects(some).items()
         }
-        with orders.changed:
-            orders.update({key: (index, tier, chunk) for key, chunk in objects.items()})
-        offer(self._sm, list(objects))
+        with orders.changed:  # two writes of one file at the same time would fail
+            mine = [key for key in objects if orders.get(key, ())[:1] != (index,)]
+            orders.update({key: (index, tier, objects[key]) for key in mine})
+        if mine:
+            offer(self._sm, mine)
         with orders.changed:
             waiting = objects.keys() & orders.keys()
             while waiting and orders.changed.wait(patience_s):
                 waiting = objects.keys() & orders.keys()
-            for key in waiting:
+            for key in waiting.intersection(mine):
                 orders.pop(key, None)
         if not waiting:
             self.errors.pop(tier, None)
