@@ -107,6 +107,11 @@ class InsideController(BaseController):
         """Return why tiers take no copies."""
         return dict(self._hands.errors)
 
+    def room_chunks(self) -> tuple[int | None, int | None, int | None]:
+        """Return how many chunks gpu has room for; of disk and remote nobody knows."""
+        space = self._places.space(*self._model, "")
+        return (self._hands.hot_bytes() // space.all_bytes if space else None, None, None)
+
     def close(self) -> None:
         """Leave the right to the server to its other models."""
 

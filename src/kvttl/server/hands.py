@@ -87,6 +87,10 @@ class Hands:
         """Tiers below gpu that this server has."""
         return tuple(tier for tier in BIT_OF if tier in self._adapters())
 
+    def hot_bytes(self) -> int:
+        """Return how large gpu is."""
+        return self._sm.get_l1_usage()[1]
+
     def _adapters(self):
         """Return the L2 adapters by tier; LMCache may change them at any time."""
         found = ((self._tier_of.get(d.type_name), d.index, a) for d, a in self._sm.l2_adapters())
@@ -176,7 +180,7 @@ class Hands:
         """Load chunks into gpu; returns the objects that are there now, locked if asked for."""
         loaded = {}
         for space, some in by_space(chunks):
-            with self.room_for(space.size_bytes * space.model.world_size * len(some)):
+            with self.room_for(space.all_bytes * len(some)):
                 rows = space.rows(some)
                 found = self._prefetch(rows, lock, _WRITE_S)
             for row, hits in zip(rows, found):

@@ -63,6 +63,11 @@ class Space:
     size_bytes: int
     chunks: dict[bytes, Chunk] = field(default_factory=dict)
 
+    @property
+    def all_bytes(self) -> int:
+        """What gpu needs for a chunk's objects on all ranks."""
+        return self.size_bytes * self.model.world_size
+
     def objects(self, chunks: Iterable[Chunk]) -> dict[ObjectKey, Chunk]:
         """Return LMCache's objects of chunks, on all ranks."""
         ranks = [self._rank(number) for number in range(self.model.world_size)]
