@@ -12,10 +12,11 @@ def with_policies(arguments: list[str]) -> list[str]:
 
     Examples
     --------
-    >>> with_policies(["server", "--l2-store-policy", "default"])[3:]
+    >>> with_policies(["server", "--l2-store-policy=default"])[2:]
     ['--l2-prefetch-policy', 'kvttl']
     """
-    missing = [o for o in ("--l2-store-policy", "--l2-prefetch-policy") if o not in arguments]
+    given = {argument.partition("=")[0] for argument in arguments}
+    missing = [o for o in ("--l2-store-policy", "--l2-prefetch-policy") if o not in given]
     return [*arguments, *(part for option in missing for part in (option, NAME))]
 
 
