@@ -195,7 +195,7 @@ def test_environment_variables_are_read_somewhere(page):
 @each_page
 def test_modules_that_are_run_are_commands_with_these_options(page):
     for name, arguments in re.findall(r"python -m ([\w.]+)(.*)", code(page)):
-        file = module_file(name)
+        file = module_file(f"{name}.__main__") or module_file(name)
         assert file and '__name__ == "__main__"' in file.read_text(), name
         for option in re.findall(r"--[a-z-]+", arguments):
             assert f'"{option}"' in file.read_text(), option

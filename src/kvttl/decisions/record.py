@@ -69,6 +69,8 @@ class DecisionRecord:
         ``ttl_s``, ``value`` and the tier's ``price``.
     policy_error : str
         Why it said nothing: the heuristics decided.
+    hints : mapping
+        What became of each hint that the request gave about its KV cache.
     """
 
     time_s: Number
@@ -97,6 +99,7 @@ class DecisionRecord:
     policy: str = ""
     decided: tuple[Mapping[str, Any], ...] = ()
     policy_error: str = ""
+    hints: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the record as one line of strict JSON.

@@ -154,6 +154,14 @@ class BaseController(ABC):
         """Return whether KV may be somewhere where `layout_of` does not show it."""
         return False
 
+    def reachable(self, tiers: Sequence[str], wanted: str | None) -> str | None:
+        """Return where a chunk with copies in `tiers` can go; see the function `reachable`."""
+        return reachable(tiers, wanted)
+
+    def has_nothing_colder(self, tiers: Sequence[str], wanted: str | None) -> bool:
+        """Say whether a chunk waits for a copy that only others can make."""
+        return has_nothing_colder(tiers, wanted)
+
     def lease(self) -> ServerLease | None:
         """Return a manager's right to the server; None where there is no server to share.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kvttl.lmcache.layout import by_hottest, has_nothing_colder, hits_by_tier, reachable
+from kvttl.lmcache.layout import by_hottest, hits_by_tier
 from kvttl.manager.draft import Draft, claim_record
 from kvttl.manager.generation import compact
 from kvttl.manager.motion import Motion
@@ -99,8 +99,8 @@ class KVPlacement:
             fresh = index >= fresh_from
             source = tiers[0] if tiers else "gpu"
             # A copy whose write failed may never come: said in the record, looked for again.
-            missing = fresh or not tiers or has_nothing_colder(tiers, tier)
-            target = tier if missing else reachable(tiers, tier)
+            missing = fresh or not tiers or self._controller.has_nothing_colder(tiers, tier)
+            target = tier if missing else self._controller.reachable(tiers, tier)
             if keys[index] not in others and source != target and target is not None:
                 # Only a store that is still under way is worth waiting for.
                 timeout_s = None if fresh or target == "gpu" else 0.0

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from kvttl.decisions.record import DecisionRecord
 from kvttl.lmcache.client import LMCacheUnavailable
-from kvttl.lmcache.layout import by_hottest, has_nothing_colder, is_above, reachable
+from kvttl.lmcache.layout import by_hottest, is_above
 from kvttl.lmcache.salts import salt_of
 from kvttl.manager.claims import ClaimLedger, owner_of
 from kvttl.manager.draft import Wish, claim_record
@@ -182,10 +182,14 @@ class Settler:
         wanted = dict(zip(held, self.ledger.wanted(list(held), now_s)))
         plan: dict[tuple[str, str | None], list[str]] = {}
         for key, tiers in held.items():
-            if way := _way_down(tiers, wanted[key]):
+            if way := self._way_down(tiers, wanted[key]):
                 plan.setdefault(way, []).append(key)
         # A chunk that has nothing colder to fall back on waits for a copy to appear.
-        alone = [key for key, tiers in held.items() if has_nothing_colder(tiers, wanted[key])]
+        alone = [
+            key
+            for key, tiers in held.items()
+            if self._controller.has_nothing_colder(tiers, wanted[key])
+        ]
         left = {key: (wanted[key], "no colder copy seen") for key in alone}
         for way, keys in plan.items():
             for start in range(0, len(keys), _BATCH_CHUNKS):
@@ -193,12 +197,23 @@ class Settler:
                 left |= self._lower_some(way, some, held, now_s, others)
         return left
 
+    def _way_down(self, tiers, wanted):
+        """Return the move of a chunk that is hotter than it is wanted, as (source, target).
+
+        The target None = dropped; the answer None = it stays.
+        """
+        target = self._controller.reachable(tiers, wanted) if tiers else None
+        goes = bool(tiers) and (target is None or is_above(tiers[0], target))
+        return (tiers[0], target) if goes else None
+
     def _lower_some(self, way, keys, held, now_s, others):
         """Move chunks that are still wanted there now; returns those that stay."""
         source, target = way
         with self._motion.lock:
             wanted = self.ledger.wanted(keys, now_s)
-            keys = [key for key, tier in zip(keys, wanted) if _way_down(held[key], tier) == way]
+            keys = [
+                key for key, tier in zip(keys, wanted) if self._way_down(held[key], tier) == way
+            ]
             left = dict.fromkeys(others.intersection(keys), (target, _OTHER_MOVE))
             mine = [key for key in keys if key not in left]
             self._motion.begin(mine, others)
@@ -348,16 +363,6 @@ class Settler:
         """Return the chunks that are hotter than any claim wants them."""
         wanted = zip(held.items(), self.ledger.wanted(list(held), now_s))
         return {key for (key, tiers), tier in wanted if tier and tiers and is_above(tiers[0], tier)}
-
-
-def _way_down(tiers, wanted):
-    """Return the move of a chunk that is hotter than it is wanted, as (source, target).
-
-    The target None = dropped; the answer None = it stays.
-    """
-    target = reachable(tiers, wanted) if tiers else None
-    goes = bool(tiers) and (target is None or is_above(tiers[0], target))
-    return (tiers[0], target) if goes else None
 
 
 def _record_of(item, before, after, now_s, **made):

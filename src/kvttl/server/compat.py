@@ -1,0 +1,71 @@
+"""What this kit uses of LMCache that is private, or whose behaviour nobody promises: all of it.
+
+`missing` says at the start what an LMCache lacks; only what needs it is switched off.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from lmcache.v1.multiprocess.request_handler import iter_request_handlers
+
+LATE_WRITES, POLICIES, REQUESTS = "late writes", "policies", "requests"
+WRAPPED = ("lookup", "prepare_store", "commit_store", "store")  # requests that are looked at
+
+
+def missing(storage_manager: Any, modules: Iterable[Any]) -> dict[str, list[str]]:
+    """Return by feature what it would need and this LMCache does not have."""
+    controllers = getattr(storage_manager, "_store_controllers", None) or {}
+    absent = {} if controllers else dict.fromkeys((LATE_WRITES, POLICIES), ["_store_controllers"])
+    for each in controllers.values():
+        listener = getattr(each, "_listener", None)
+        if not hasattr(listener, "on_l1_keys_write_finished"):
+            absent[LATE_WRITES] = ["StoreController._listener.on_l1_keys_write_finished"]
+        if not hasattr(each, "_policy"):
+            absent[POLICIES] = ["StoreController._policy"]
+    if not hasattr(getattr(storage_manager, "_prefetch_controller", None), "_policy"):
+        absent.setdefault(POLICIES, []).append("StorageManager._prefetch_controller._policy")
+    found = {bound.operation for module in modules for bound in iter_request_handlers(module)}
+    if "lookup" not in found or not found.intersection(("commit_store", "store")):
+        absent[REQUESTS] = sorted(set(WRAPPED) - found)
+    return absent
+
+
+def use_policies(storage_manager: Any, store_policy: Any, prefetch_policy: Any) -> None:
+    """Give running controllers these policies, which they read anew for every batch.
+
+    Not needed by the launcher, which registers them by public names.
+    """
+    for controller in storage_manager._store_controllers.values():
+        controller._policy = store_policy
+    storage_manager._prefetch_controller._policy = prefetch_policy
+
+
+def offer(storage_manager: Any, keys: list) -> None:
+    """Put resident objects before the store policy as if they had just been written."""
+    for controller in storage_manager._store_controllers.values():
+        controller._listener.on_l1_keys_write_finished(keys)
+
+
+def wrapped(modules: Iterable[Any], around: Mapping[str, Callable]) -> dict[str, Callable]:
+    """Return methods that run ``around[operation](built_in, *args)`` in place of built-in handlers.
+
+    LMCache takes the last handler of an operation, and external modules come last. What
+    `functools.wraps` takes over passes its check of signatures and scheduling options.
+    """
+    return {
+        bound.operation: _wrap(bound.handler, around[bound.operation])
+        for module in modules
+        for bound in iter_request_handlers(module)
+        if bound.operation in around
+    }
+
+
+def _wrap(built_in, around):
+    @functools.wraps(built_in.__func__)
+    def handler(_module, *args, **kwargs):
+        return around(built_in, *args, **kwargs)
+
+    return handler

@@ -1,0 +1,116 @@
+"""What a request says about its own KV cache: ``lmcache.kvttl.*`` of its ``kv_transfer_params``.
+
+Anybody who may send a request may send these: each is checked, and the decision's record says
+what has become of it. One that is refused counts as none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from caching_heuristics import METADATA_FIELDS, TIERS, check_number, unknown_name
+
+PREFIX = "lmcache.kvttl."
+MAX_TTL_S = 604_800.0
+_MAX_CHARS = 128
+_PERPLEXITY = METADATA_FIELDS["perplexity"]
+
+
+def _number(high, low=0.0, open_low=False):
+    return lambda name, value: check_number(name, value, low, high, open_low)
+
+
+def _text(name, value):
+    if not isinstance(value, str) or not 0 < len(value) <= _MAX_CHARS:
+        raise ValueError(
+            f"{name} must be a text of 1 to {_MAX_CHARS} characters, got {value!r:.80}"
+        )
+    return value
+
+
+def _tier(name, value):
+    if value not in TIERS:
+        raise ValueError(f"{name} must be one of {', '.join(TIERS)}, got {value!r:.80}")
+    return value
+
+
+def _flag(name, value):
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r:.80}")
+    return value
+
+
+HINTS: dict[str, Callable[[str, Any], Any]] = {
+    "ttl": _number(MAX_TTL_S),  # seconds in the tier that is asked for
+    "tier": _tier,
+    "perplexity": _number(_PERPLEXITY.high, _PERPLEXITY.low, _PERPLEXITY.open_low),
+    "pin": _number(MAX_TTL_S),  # seconds in gpu, however full it is; clipped
+    "session": _text,
+    "finish": _text,  # how the turn ended: "stop", "tool_calls", ...
+    "output_tokens": _number(2.0**53),
+    "store": _flag,  # false: not worth keeping
+}
+
+
+class Hints(Mapping):
+    """A request's hints as the metadata that they are (a mapping), and as wishes.
+
+    Parameters
+    ----------
+    configs : mapping or None
+        A request's settings for LMCache; those without `PREFIX` are others'.
+    max_pin_s : float
+        Longer pins are clipped.
+
+    Attributes
+    ----------
+    wishes : dict
+        Hint -> its value, of those that were accepted.
+    answers : dict
+        Hint -> ``"accepted"``, or what else became of it.
+
+    Examples
+    --------
+    >>> hints = Hints({"lmcache.kvttl.ttl": 60, "lmcache.kvttl.tier": "warm"}, max_pin_s=600)
+    >>> hints.wishes, hints.answers["tier"]
+    ({'ttl': 60.0}, "refused: tier must be one of gpu, disk, remote, got 'warm'")
+    """
+
+    def __init__(self, configs: Mapping[str, Any] | None, max_pin_s: float) -> None:
+        self.wishes: dict[str, Any] = {}
+        self.answers: dict[str, str] = {}
+        for name, value in (configs or {}).items():
+            if name.startswith(PREFIX):
+                self._take(name.removeprefix(PREFIX), value)
+        if self.wishes.get("pin", 0.0) > max_pin_s:
+            self.wishes["pin"] = max_pin_s
+            self.answers["pin"] = f"clipped to {max_pin_s:g} s"
+        self._metadata = {n: v for n, v in self.wishes.items() if n in METADATA_FIELDS}
+
+    def _take(self, name, value):
+        try:
+            if name not in HINTS:
+                raise ValueError(unknown_name("hint", name, HINTS))
+            self.wishes[name] = HINTS[name](name, value)
+            self.answers[name] = "accepted"
+        except ValueError as error:
+            self.answers[name[:_MAX_CHARS]] = f"refused: {error}"
+
+    def __getitem__(self, name: str) -> float:
+        return self._metadata[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._metadata)
+
+    def __len__(self) -> int:
+        return len(self._metadata)
+
+    def decided(self, tier: str, ttl_s: float) -> tuple[str, float]:
+        """Return what a policy has decided, where the request says nothing else."""
+        wishes = self.wishes
+        if not wishes.get("store", True):
+            return tier, 0.0
+        if "pin" in wishes:
+            return "gpu", wishes["pin"]
+        return wishes.get("tier", tier), wishes.get("ttl", ttl_s)

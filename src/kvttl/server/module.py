@@ -1,0 +1,334 @@
+"""The server module: one decider for an LMCache server, inside of it.
+
+Threads: LMCache's request workers (`requests`), its store loop and prefetch loop (`targets`,
+`written`, `retained`), its event bus; of this kit's own those that decide, one a model that lets
+TTLs end, and one that keeps gpu below its watermark.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from types import SimpleNamespace
+from typing import Any
+
+from lmcache.v1.mp_observability.event import EventType
+from lmcache.v1.multiprocess.ext_server_module import server_module_handler
+
+from caching_heuristics import HeuristicConfig, check_number, unknown_name
+from kvttl import user_path
+from kvttl.background import JobQueue, Repeater, check_whole
+from kvttl.decisions.log import DecisionLog
+from kvttl.lmcache.lease import ServerLease
+from kvttl.lmcache.tiers import LMCACHE_TIERS, pages
+from kvttl.server.compat import LATE_WRITES, POLICIES, WRAPPED, missing, use_policies, wrapped
+from kvttl.server.controller import InsideController
+from kvttl.server.guard import Guard
+from kvttl.server.hands import Hands, by_space
+from kvttl.server.hints import Hints
+from kvttl.server.places import BIT_OF, TIERS_OF, Model, Places
+from kvttl.server.policies import KvttlPrefetchPolicy, KvttlStorePolicy, are_in_use, serve
+from kvttl.server.requests import Ended, RequestHooks
+from tiered_caching import MultiTierCache
+
+logger = logging.getLogger(__name__)
+
+_LONG_S = 60.0  # of a request, after which its chunks may go before it has ended
+_SOON_S = 2.0  # after a request's end it is decided about
+_RELIEF_CHUNKS = 256  # written down at once when gpu is too full
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """``config`` of ``--server-module``.
+
+    Raises
+    ------
+    ValueError
+        Names the setting, the value and what is allowed.
+    """
+
+    heuristics: Mapping[str, float] = field(default_factory=dict)  # of `HeuristicConfig`
+    birth: str = "none"  # what is written down when it is stored: "none", or "all" as LMCache does
+    save: str = "end"  # what is wanted in gpu is written down at its request's "end", or "demotion"
+    high: float = 0.85  # gpu's share from which on it is relieved, down to `low`
+    low: float = 0.75
+    pass_s: float = 0.1  # how often that is looked at
+    sweep_s: float = 0.2  # how often TTLs are looked at
+    workers: int = 2  # decisions at the same time
+    max_pin_s: float = 3600.0
+    log: str = ""  # folder of decision logs, from which a restart takes claims up again
+    adapters: Mapping[str, str] = field(
+        default_factory=lambda: {t: row.adapter for t, row in LMCACHE_TIERS.items() if row.adapter}
+    )
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("birth", ("none", "all")), ("save", ("end", "demotion"))):
+            if getattr(self, name) not in allowed:
+                one = " or ".join(allowed)
+                raise ValueError(f"{name} must be {one}, got {getattr(self, name)!r:.80}")
+        check_number("high", self.high, 0.0, 1.0, open_low=True)
+        check_number("low", self.low, 0.0, self.high, open_low=True, high_name="high")
+        for name in ("pass_s", "sweep_s", "max_pin_s"):
+            check_number(name, getattr(self, name), 0.0, 604_800.0, open_low=True)
+        check_whole("workers", self.workers)
+        HeuristicConfig(**self.heuristics)
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> ServerSettings:
+        """Return the settings in a mapping; unknown ones are a ValueError."""
+        known = [each.name for each in fields(cls)]
+        for name in config:
+            if name not in known:
+                raise ValueError(unknown_name("setting of kvttl.server", name, known))
+        return cls(**config)
+
+
+class _Hinted:
+    """A manager's policy whose answers a request may have changed."""
+
+    def __init__(self, policy: Any) -> None:
+        self._policy, self.request = policy, threading.local()
+        self.base_ttl, self.ladder = policy.base_ttl, policy.ladder
+
+    def _decided(self, metadata):
+        decided = self._policy.tier(metadata), self._policy.ttl(metadata)
+        hints = getattr(self.request, "hints", None)
+        return decided if hints is None else hints.decided(*decided)
+
+    def tier(self, metadata: Mapping[str, float]) -> str:
+        return self._decided(metadata)[0]
+
+    def ttl(self, metadata: Mapping[str, float]) -> float:
+        return self._decided(metadata)[1]
+
+
+class ModelManager(MultiTierCache):
+    """The manager of one model's KV cache, as outside; a request's hints count for it."""
+
+    def _decide(self, draft, made):
+        draft.hints = made.metadata.answers
+        self.config.request.hints = made.metadata
+        super()._decide(draft, made)
+
+
+class KvttlModule:
+    """An LMCache ``EngineModule``; see `build`.
+
+    Parameters
+    ----------
+    build_context : ExtServerModuleBuildContext
+        LMCache's.
+    """
+
+    def __init__(self, build_context: Any) -> None:
+        self._context = context = build_context.server_context
+        self.settings = ServerSettings.of(build_context.config)
+        self.guard, self.places = Guard(), Places(context)
+        self._sm, self._instance = context.storage_manager, build_context.mp_config.instance_id
+        self.absent = missing(self._sm, build_context.modules)
+        by_name = are_in_use()
+        can_copy = not {LATE_WRITES, *([] if by_name else [POLICIES])} & {*self.absent}
+        self.hands = Hands(self._sm, self.places, self.settings.adapters, self.guard, can_copy)
+        self.requests = RequestHooks(context, self.places, self.hands, self.guard, self._ended)
+        url = build_context.coordinator_config.url or f"port:{build_context.mp_config.port}"
+        self._lease = ServerLease(f"{self._instance} at {url.rpartition('/')[2]}")
+        self._managers: dict[Model, ModelManager] = {}
+        self._making, self.shed, self._passed_s = threading.Lock(), 0, time.monotonic()
+        self._doubtful: list = []  # objects that LMCache had no room for
+        self._decisions = JobQueue(self._manage, self._shed, 1_000, workers=self.settings.workers)
+        self._keeper = Repeater(self.guard(self.keep_room, "pass"), self.settings.pass_s)
+        for name in ("targets", "written", "retained"):
+            setattr(self, name, self.guard(getattr(self, name), name))
+        serve(self)
+        if not by_name and POLICIES not in self.absent:
+            both = KvttlStorePolicy(), KvttlPrefetchPolicy()
+            use_policies(self._sm, *both)
+        bus = context.event_bus
+        bus.subscribe(EventType.L1_KEYS_EVICTED, self.guard(self._gone, "deletes"))
+        bus.subscribe(EventType.L1_ALLOCATION_FAILED, self.guard(self._refused, "refusals"))
+        self._keeper.start()
+        if self.absent:
+            logger.warning("switched off, since this LMCache lacks what they need: %s", self.absent)
+
+    # ---- LMCache's EngineModule --------------------------------------------------------------
+
+    @property
+    def context(self) -> Any:
+        """LMCache's server."""
+        return self._context
+
+    def report_status(self) -> dict[str, Any]:
+        """Return what LMCache's ``/status`` shows."""
+        return {"kvttl": self.guard(self.status, "status", {})()}
+
+    def close(self) -> None:
+        """Stop; LMCache goes on with its own shutdown whatever happens here."""
+        self._keeper.close()
+        self._decisions.close(timeout_s=5.0)
+        for manager in self._managers.values():
+            self.guard(manager.close, "close")()
+        self._lease.release()
+
+    @server_module_handler("kvttl.status")
+    def status_call(self, payload: bytes) -> bytes:
+        """Return `status` as JSON; for LMCache's own request clients."""
+        return json.dumps(self.status()).encode()
+
+    @server_module_handler("kvttl.decisions")
+    def decisions_call(self, payload: bytes) -> bytes:
+        """Return the last records, one a line of JSON."""
+        lines = [r.to_json() for manager in self._managers.values() for r in list(manager.records)]
+        return "\n".join(lines).encode()
+
+    def status(self) -> dict[str, Any]:
+        """Return what is where, what was done and what fails."""
+        chunks, (used, total) = self.places.chunks(), self._sm.get_l1_usage()
+        tiers = [tier for chunk in chunks for tier in TIERS_OF[chunk.bits]]
+        managers = {model.name: manager for model, manager in self._managers.items()}
+        return {
+            "chunks": {tier: tiers.count(tier) for tier in ("gpu", *self.hands.tiers)},
+            "gpu_bytes": [used, total],
+            "claims": {name: len(manager.claims) for name, manager in managers.items()},
+            "open_requests": len(self.requests.open),
+            "unseen_requests": self.requests.unseen,
+            "waiting_decisions": len(self._decisions),
+            "shed_decisions": self.shed,
+            "done": dict(self.hands.done),
+            "tier_errors": dict(self.hands.errors),
+            "switched_off": self.absent,
+            "failures": dict(self.guard.failures),
+            "left_out": self.guard.resting,
+            "seconds_since_pass": time.monotonic() - self._passed_s,
+            "settings": asdict(self.settings),
+        }
+
+    # ---- decisions -----------------------------------------------------------------------------
+
+    def _ended(self, ended):
+        self._decisions.put(ended)
+
+    def _shed(self, _ended):
+        self.shed += 1  # its chunks are strays, which the manager claims in time
+
+    def manager(self, model: Model) -> ModelManager:
+        """Return the manager of a model, the same one for all who ask."""
+        with self._making:
+            if model not in self._managers:
+                name = hashlib.sha256(f"{model.name}@{model.world_size}".encode()).hexdigest()[:16]
+                folder = self.settings.log and user_path(self.settings.log) / name
+                parts = self.places, self.hands, self._instance, self._lease
+                manager = self._managers[model] = ModelManager(
+                    InsideController(self._context, model, *parts),
+                    config=_Hinted(HeuristicConfig(**self.settings.heuristics)),
+                    notify=None,
+                    sweep_every_s=self.settings.sweep_s,
+                    log=DecisionLog(folder) if folder else None,
+                )
+                if folder:
+                    self.guard(manager.recover, "recovery")(folder)
+            return self._managers[model]
+
+    def _manage(self, ended: Ended) -> None:
+        """Decide about a request that has ended, and have its KV cache placed."""
+        key, hints = ended.key, Hints(ended.key.request_configs, self.settings.max_pin_s)
+        model = Model(key.model_name, key.world_size)
+        output = _as_output(ended, hints)
+        took_s = ended.ended_s - ended.began_s
+        record = self.manager(model).manage(None, output, hints, took_s, key.cache_salt).result()
+        chunks = self.places.of_keys(model, record.chunk_keys)
+        chunks = [chunk for chunk in chunks if chunk.bits]
+        hot = record.wanted_tier == "gpu" and record.ttl_s
+        self.places.decided(chunks, record.time_s + (record.ttl_s if hot else 0.0))
+        below = next(iter(self.hands.tiers), None)
+        if hot and below and self.settings.save == "end" and below not in self.hands.errors:
+            unsaved = [chunk for chunk in chunks if chunk.bits == BIT_OF["gpu"]]
+            self.hands.copy(unsaved, below, 0.0)
+
+    # ---- LMCache's loops ask ---------------------------------------------------------------------
+
+    def targets(self, keys: list, adapters: list) -> dict[int, list]:
+        """Return what LMCache's store loop is to write down, by adapter."""
+        writes_through = self.settings.birth == "all" or not self.hands.can_copy
+        birth = [each.index for each in adapters] if writes_through else []
+        return self.hands.targets(keys, birth)
+
+    def written(self, keys: list) -> None:
+        """Hear of copies that the store loop has made."""
+        self.hands.written(keys)
+
+    def retained(self, keys: list) -> list[bool]:
+        """Say which objects that a hit loads from below stay in gpu: what a claim wants there."""
+        wanted: dict[bytes, Any] = {}
+        for space, chunks in by_space(self.places.of_objects(keys)):
+            if manager := self._managers.get(space.model):
+                tiers = manager.claims.wanted([chunk.key for chunk in chunks], time.time())
+                hot = [chunk for chunk, tier in zip(chunks, tiers) if tier == "gpu"]
+                self.places.came(hot, "gpu")
+                wanted |= dict.fromkeys((chunk.digest for chunk in hot), True)
+        return [key.chunk_hash in wanted for key in keys]
+
+    def _gone(self, event):
+        self.places.went(
+            list(self.places.of_objects(event.metadata["keys"])), "gpu", event.timestamp
+        )
+
+    def _refused(self, event):
+        self._doubtful += event.metadata["keys"]
+        self.hands.done["refused"] += len(event.metadata["keys"])
+
+    # ---- room in gpu -------------------------------------------------------------------------
+
+    def keep_room(self) -> None:
+        """Keep gpu below its watermark: what goes first goes, written down if it is wanted."""
+        self._passed_s = time.monotonic()
+        self.requests.forget_lost()
+        if self._doubtful:
+            doubtful, self._doubtful = self._doubtful, []
+            chunks = set(self.places.of_objects(doubtful))
+            self.places.went(chunks - self.hands.in_gpu(chunks), "gpu")
+        used, total = self._sm.get_l1_usage()
+        if used > self.settings.high * total:
+            # Not the chunks of requests that run; a decision that was lost must not keep its own.
+            now_s = time.time()
+            oldest_s = max(min(list(self.requests.open.values()), default=now_s), now_s - _LONG_S)
+            self.hands.give_up(self._relieve, 0, self.settings.low, oldest_s - _SOON_S)
+
+    def _relieve(self, chunks):
+        """Write chunks down that are wanted and have no other copy; delete them from gpu."""
+        for space, some in by_space(chunks):
+            unsaved = [chunk for chunk in some if chunk.bits == BIT_OF["gpu"]]
+            manager = self._managers.get(space.model)
+            if manager and unsaved and self.hands.tiers:
+                tiers = manager.claims.wanted([chunk.key for chunk in unsaved], time.time())
+                wanted = [chunk for chunk, tier in zip(unsaved, tiers) if tier is not None]
+                for part in pages(wanted, _RELIEF_CHUNKS):
+                    self.hands.copy(part, self.hands.tiers[0], 0.0)
+        return self.hands.delete(chunks, "gpu")
+
+
+def _as_output(ended, hints):
+    """Return what is known of an answer, as vLLM's RequestOutput has it."""
+    tokens = len(ended.tokens) - len(ended.key.token_ids)  # where an engine stores answers too
+    tokens = int(hints.wishes.get("output_tokens", max(tokens, 0)))
+    answer = {"finish_reason": hints.wishes.get("finish"), "token_ids": range(tokens)}
+    answer |= {"text": None, "logprobs": None}
+    prompt = {"prompt_token_ids": ended.tokens, "num_cached_tokens": ended.hit_tokens}
+    return SimpleNamespace(**prompt, outputs=[SimpleNamespace(**answer)])
+
+
+def build(build_context: Any) -> KvttlModule:
+    """Make the module of one server; only wrong settings and another manager raise."""
+    holder: list[KvttlModule] = []
+    around = {
+        name: (lambda call, *args, _name=name: getattr(holder[0].requests, _name)(call, *args))
+        for name in WRAPPED
+    }
+    methods = wrapped(build_context.modules, around)
+    holder.append(type("KvttlServerModule", (KvttlModule,), methods)(build_context))
+    return holder[0]

@@ -1,0 +1,146 @@
+"""Looks at requests where LMCache's own handlers see them, for some microseconds each."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from kvttl.server.guard import Guard
+from kvttl.server.hands import Hands
+from kvttl.server.places import Chunk, Places
+
+_MAX_OPEN_S = 900.0  # LMCache ends a session that nobody ends after 600 s
+
+
+class Ended(NamedTuple):
+    """A request that has ended, as LMCache's session shows it."""
+
+    key: Any  # the look-up's: model, salt, and the request's settings
+    tokens: list[int]
+    hit_tokens: int
+    began_s: float
+    ended_s: float
+
+
+class RequestHooks:
+    """Makes room before stores, takes note of them, and hands ended requests on.
+
+    Parameters
+    ----------
+    context : MPCacheServerContext
+        LMCache's.
+    places, hands : Places, Hands
+        Of the server.
+    guard : Guard
+        Around all that is done here.
+    ended : callable
+        Gets each `Ended`, on the thread of LMCache that ends it: not to be kept waiting.
+
+    Attributes
+    ----------
+    open : dict
+        Request id -> when it was looked up, Unix time.
+    unseen : int
+        Requests whose look-up did not come by here: another module has the handlers.
+    """
+
+    def __init__(
+        self,
+        context: Any,
+        places: Places,
+        hands: Hands,
+        guard: Guard,
+        ended: Callable[[Ended], Any],
+    ) -> None:
+        self._context, self._places, self._hands, self._tell = context, places, hands, ended
+        self.open: dict[str, float] = {}
+        self.unseen = 0
+        self._unsure: set[tuple[str, int]] = set()  # stores that there may have been no room for
+        self._has_slots = bool(context.shm_pool_info["shm_name"])  # else `commit_store` allocates
+        self._note_open = guard(self._opened, "look-up")
+        self._room_for = guard(self._room, "room for a store", default=contextlib.nullcontext())
+        self._note_stored = guard(self._stored, "store")
+        listener = guard(self._session_ended, "end of a session")
+        context.session_manager.destroy_listeners.append(listener)
+
+    # ---- in place of LMCache's handlers ------------------------------------------------------
+
+    def lookup(self, call: Callable, key: Any, *rest: Any) -> Any:
+        """Note that a request has begun."""
+        self._note_open(key)
+        return call(key, *rest)
+
+    def prepare_store(self, call: Callable, key: Any, *rest: Any) -> Any:
+        """Make room where slots in shared memory are given out."""
+        if not self._has_slots:
+            return call(key, *rest)
+        with self._room_for(key):
+            return call(key, *rest)
+
+    def commit_store(self, call: Callable, key: Any, instance_id: int, data: bytes) -> Any:
+        """Make room where the data comes along; note what is stored."""
+        with self._room_for(key) if data else contextlib.nullcontext():
+            done = call(key, instance_id, data)
+            if done:  # noted before others look for room
+                self._note_stored(key)
+        return done
+
+    def store(self, call: Callable, key: Any, *rest: Any) -> Any:
+        """Make room before a GPU's KV cache is copied; note what is stored."""
+        with self._room_for(key):
+            answer = call(key, *rest)
+            self._note_stored(key)
+        return answer
+
+    # ---- what that means ----------------------------------------------------------------------
+
+    def _opened(self, key):
+        self.open[key.request_id] = time.time()
+
+    def _room(self, key):
+        space = self._places.space(key.model_name, key.world_size, key.cache_salt)
+        if space is None:
+            return contextlib.nullcontext()
+        chunks = (key.end - key.start) // self._context.chunk_size
+        room = self._hands.room_for(chunks * space.size_bytes)
+        room.refused = lambda: self._unsure.add((key.request_id, key.start))
+        return room
+
+    def _stored(self, key):
+        """Name the chunks by the hashes that LMCache has just made for itself."""
+        space = self._places.space(key.model_name, key.world_size, key.cache_salt)
+        if space is None:
+            return
+        digests, first = self._digests(key), key.start // self._context.chunk_size
+        unsure = (key.request_id, key.start)
+        if unsure in self._unsure:
+            self._unsure.discard(unsure)
+            there = self._hands.in_gpu([Chunk(space, digest) for digest in digests])
+            digests = [chunk.digest for chunk in there]
+        self._places.stored(space, first, digests)
+
+    def _digests(self, key):
+        session = self._context.session_manager.get(key.request_id)
+        hasher = self._context.token_hasher
+        if session is None or len(session.token_ids) < key.end:  # it has ended meanwhile
+            return hasher.compute_chunk_hashes(list(key.token_ids), None, key.start, key.end)
+        hashes = session.get_hashes(key.start, key.end)
+        return hashes if isinstance(hashes[0], bytes) else list(map(hasher.hash_to_bytes, hashes))
+
+    def _session_ended(self, session):
+        began_s, key = self.open.pop(session.request_id, None), session.lookup_ipc_key
+        if began_s is not None and key is not None:  # else a store came after the request's end
+            hits = max(session.prefetch_hit_chunks, 0) * self._context.chunk_size
+            self._tell(Ended(key, session.token_ids, hits, began_s, time.time()))
+        elif session.prefetch_hit_chunks >= 0:
+            self.unseen += 1
+
+    def forget_lost(self) -> None:
+        """Forget requests that never had a session: shorter than a chunk, or of no known model."""
+        limit_s = time.time() - _MAX_OPEN_S
+        for request_id, began_s in list(self.open.items()):
+            if began_s > limit_s:
+                break
+            self.open.pop(request_id, None)

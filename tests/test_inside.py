@@ -1,0 +1,311 @@
+"""The server module on a real LMCache server; no engine: clients speak as its worker does."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+
+import pytest
+import redis_fixtures
+from inside_server import CHUNK, Client, inside_server, prompt
+from waiting import wait_until
+
+from kvttl.lmcache.lease import AlreadyManaged, ServerLease
+from kvttl.server.hints import Hints
+
+ONE_HOUR = {"heuristics": {"base_ttl": 3600.0}}
+
+
+@pytest.fixture(scope="module")
+def redis_port(tmp_path_factory):
+    port = redis_fixtures.free_port()
+    server = redis_fixtures.start_redis(port, folder=str(tmp_path_factory.mktemp("redis")))
+    yield port
+    redis_fixtures.stop_redis(server)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, redis_port):
+    """Room for 64 chunks in gpu, disk and remote; TTLs of an hour."""
+    with inside_server(tmp_path_factory.mktemp("inside"), ONE_HOUR, redis=redis_port) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    client = Client(server.url)
+    yield client
+    client.close()
+
+
+def held(client):
+    """Chunks by tier, once nothing waits for a decision."""
+    status = wait_until(lambda: (s := client.status())["waiting_decisions"] == 0 and s)
+    return status["chunks"]
+
+
+def last(client, count=1):
+    """The newest records of generations, once there are so many."""
+    wait_until(lambda: len(made(client)) >= count)
+    return made(client)[-count:]
+
+
+def is_kept(client, tokens):
+    client.serve(tokens)
+    return client.serve(tokens) == len(tokens) // CHUNK
+
+
+def made(client):
+    return [record for record in client.records() if record.kind == "generation"]
+
+
+def test_a_ttl_ends_on_the_ladder_and_copies_are_made_where_they_are_missing(tmp_path, redis_port):
+    short = {"heuristics": {"base_ttl": 1.0, "min_ttl": 0.1, "remote_ttl_factor": 0.5}}
+    short["heuristics"]["disk_ttl_factor"] = 0.5
+    short["save"] = "demotion"
+    with inside_server(tmp_path, short, redis=redis_port) as running:
+        client = Client(running.url)
+        assert client.serve(prompt(1, 7), tier="gpu", ttl=1.0) == 0
+        seen = [{"gpu": 7, "disk": 0, "remote": 0}]  # nothing is written down at birth
+        assert held(client) == seen[0]
+
+        def ends():
+            if (now := client.status()["chunks"]) != seen[-1]:
+                seen.append(now)
+            return not any(now.values())
+
+        wait_until(ends)
+        tiers = [[tier for tier, count in each.items() if count == 7] for each in seen]
+        order = [step for at, step in enumerate(tiers) if step and step != tiers[at - 1]]
+        assert [step[-1] for step in order][-1] == "remote" and ["disk"] in tiers
+        kinds = [(r.kind, r.from_tier, r.wanted_tier) for r in client.records()]
+        assert kinds == [
+            ("generation", None, "gpu"),
+            ("expiry", "gpu", "disk"),
+            ("expiry", "disk", "remote"),
+            ("expiry", "remote", None),
+        ]
+        assert not any((tmp_path / "disk").iterdir())
+        assert client.look_up(prompt(1, 7)) == 0
+        client.close()
+
+
+def test_what_is_wanted_below_is_written_once_and_a_hit_gives_its_bytes(client):
+    tokens = prompt(2, 5)
+    client.serve(tokens, tier="disk")
+    (record,) = last(client)
+    assert (record.wanted_tier, record.tier_after, record.error) == ("disk", {"disk": 5}, "")
+    assert client.look_up(tokens) == 5
+    assert client.serve(tokens, tier="disk") == 5
+
+
+def test_copies_go_from_disk_to_remote_and_back_and_up(client):
+    tokens = prompt(3, 5)
+    for tier in ("disk", "remote", "disk", "gpu"):
+        count = len(made(client))
+        client.serve(tokens, tier=tier)
+        record = wait_until(lambda n=count: made(client)[n:])[0]
+        assert (record.error, list(record.tier_after)[:1]) == ("", [tier]), record
+    assert client.look_up(tokens) == 5
+
+
+def test_a_store_after_the_requests_end_is_managed(client):
+    tokens = prompt(4, 3)
+    count = len(made(client))
+    key = client._key(tokens, "late", 0, "", {"lmcache.kvttl.tier": "disk"})
+    client._call("lookup", key, 1)
+    client._call("wait_prefetch_status", "late", 60.0)
+    client._call("end_session", "late")
+    client.store(tokens, "late")
+    (record,) = wait_until(lambda: made(client)[count:])
+    assert (record.wanted_tier, record.chunks) == ("disk", 3)
+    wait_until(lambda: client.status()["done"].get("copied to disk", 0) >= 3)
+    assert client.look_up(tokens) == 3
+
+
+def test_hints_are_checked_and_answered_in_the_record(client):
+    count = len(made(client))
+    hints = {"perplexity": 12.5, "pin": 1e5, "tier": "warm", "ttl": -1, "colour": 1, "store": "no"}
+    client.serve(prompt(5, 2), **hints)
+    (record,) = wait_until(lambda: made(client)[count:])
+    assert record.metadata["perplexity"] == 12.5
+    assert record.metadata_sources["perplexity"] == "caller"
+    assert (record.wanted_tier, record.ttl_s) == ("gpu", 3600.0)
+    assert record.hints["pin"] == "clipped to 3600 s"
+    refused = {name for name, answer in record.hints.items() if answer.startswith("refused: ")}
+    assert refused == {"tier", "ttl", "colour", "store"}
+
+
+def test_what_is_not_worth_storing_goes_at_once(client):
+    tokens = prompt(6, 4)
+    client.serve(tokens, store=False)
+    wait_until(lambda: client.look_up(tokens) == 0)
+
+
+def test_tenants_have_their_own(client):
+    tokens = prompt(7, 3)
+    client.serve(tokens, salt="tenant-a", tier="gpu")
+    assert client.look_up(tokens) == 0 and client.look_up(tokens, "tenant-a") == 3
+    record = wait_until(lambda: made(client)[-1].cache_salt == "tenant-a" and made(client)[-1])
+    assert all(key.endswith("@tenant-a") for key in record.chunk_keys)
+
+
+@pytest.mark.parametrize("transport, save", [("zmq", "demotion"), ("zmq", "end"), ("grpc", "end")])
+def test_no_store_is_refused_while_something_can_go(tmp_path, transport, save):
+    """Four clients, each of whose stores takes a quarter of gpu."""
+    options = ("--transport", transport, "--max-workers", "4")
+    config = {**ONE_HOUR, "save": save}
+    with inside_server(tmp_path, config, l1_chunks=64, options=options) as running:
+        clients = [Client(running.url, number) for number in range(1, 5)]
+
+        def work(number, client):
+            for turn in range(8):
+                client.serve(prompt(100 * number + turn, 14))
+
+        threads = [threading.Thread(target=work, args=each) for each in enumerate(clients, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        log = running.log.read_text()
+        assert "Traceback" not in log
+        status = clients[0].status()
+        assert status["failures"] == {} and "refused" not in status["done"]
+        assert status["done"]["given up"] >= 32 * 14 - 64
+        for client in clients:
+            client.close()
+
+
+def test_what_ends_last_is_kept_longest(tmp_path):
+    with inside_server(tmp_path, {**ONE_HOUR, "save": "demotion"}, l1_chunks=64) as running:
+        client = Client(running.url)
+        client.serve(prompt(1, 10), tier="gpu", ttl=9000.0)
+        for number in range(2, 12):
+            client.serve(prompt(number, 10), tier="gpu", ttl=200.0)
+        record = last(client, 11)[0]
+        assert record.ttl_s == 9000.0
+        for _ in range(3):
+            client.serve(prompt(1, 10), tier="gpu", ttl=9000.0)
+        assert made(client)[-1].hit_tokens == {"gpu": 10 * CHUNK}
+        client.close()
+
+
+HOOKS = """
+requests.RequestHooks: _opened _room _stored _session_ended
+module.KvttlModule: targets written retained keep_room _manage _gone
+places.Places: first_to_go stored
+"""
+FAILING = """
+import functools, importlib, pathlib, sys
+flag, *names = sys.argv[1:sys.argv.index("server")]
+def may_fail(hook, name):
+    @functools.wraps(hook)
+    def call(*args, **kwargs):
+        if pathlib.Path(flag).read_text() == name:
+            raise RuntimeError("asked to fail")
+        return hook(*args, **kwargs)
+    return call
+for name in names:
+    owner, method = name.rsplit(".", 1)
+    module, cls = owner.split(".")
+    cls = getattr(importlib.import_module("kvttl.server." + module), cls)
+    setattr(cls, method, may_fail(getattr(cls, method), name))
+from kvttl.server.__main__ import with_policies
+from kvttl.server.policies import register
+register()
+from lmcache.cli.main import main
+main(with_policies(sys.argv[sys.argv.index("server"):]))
+"""
+
+
+def test_hooks_that_raise_cost_no_request(tmp_path):
+    """Each in turn, while more is stored than there is room for; then all is as before."""
+    lines = [line.partition(": ") for line in HOOKS.strip().splitlines()]
+    names = [f"{owner}.{method}" for owner, _, methods in lines for method in methods.split()]
+    (flag := tmp_path / "fails").write_text("")
+    program = [sys.executable, "-c", FAILING, str(flag), *names]
+    with inside_server(tmp_path, ONE_HOUR, program=program) as running:
+        client = Client(running.url)
+        for turn, name in enumerate(names):
+            flag.write_text(name)
+            numbers = itertools.count(1000 * turn)
+            for number in itertools.islice(numbers, 18):
+                assert client.serve(prompt(number, 5)) == 0, name
+            # Still there is room for more: if not at once, soon.
+            wait_until(lambda numbers=numbers: is_kept(client, prompt(next(numbers), 5)))
+        flag.write_text("")
+        client.serve(tokens := prompt(9999, 5), tier="disk")
+        wait_until(lambda: client.look_up(tokens) == 5 and client.serve(tokens, tier="disk") == 5)
+        hooks = {"look-up", "room for a store", "store", "end of a session", "targets", "pass"}
+        assert hooks <= client.status()["failures"].keys()
+        client.close()
+
+
+def test_a_killed_servers_claims_end_in_the_next_one(tmp_path):
+    """Nothing lives for ever that was on disk before."""
+    config = {"heuristics": {"base_ttl": 1.0, "min_ttl": 0.1, "remote_ttl_factor": 0.1}}
+    config["log"] = str(tmp_path / "log")
+    with inside_server(tmp_path, config) as running:
+        client = Client(running.url)
+        client.serve(prompt(1, 5), tier="disk", ttl=5.0)
+        (record,) = last(client)
+        assert record.tier_after == {"disk": 5}
+        client.close()
+        running.process.kill()
+        running.process.wait()
+    files = {file.name for file in (tmp_path / "disk").iterdir()}
+    assert len(files) == 5
+    with inside_server(tmp_path, config) as running:
+        client = Client(running.url)
+        client.serve(prompt(2, 5), tier="gpu", ttl=3600.0)
+        wait_until(lambda: not files.intersection(f.name for f in (tmp_path / "disk").iterdir()))
+        dropped = [r for r in client.records() if r.prompt_digest == record.prompt_digest]
+        assert dropped[-1].wanted_tier is None and dropped[-1].error == ""
+        assert client.look_up(prompt(1, 5)) == 0 and client.look_up(prompt(2, 5)) == 5
+        client.close()
+
+
+@pytest.mark.parametrize("feature", ["late writes", "policies"])
+def test_what_an_lmcache_lacks_switches_off_only_what_needs_it(tmp_path, feature):
+    lacking = f"""
+import sys
+from kvttl.server import module
+missing = module.missing
+module.missing = lambda *of: missing(*of) | {{{feature!r}: ["some name"]}}
+from lmcache.cli.main import main
+main(sys.argv[1:])
+"""
+    with inside_server(tmp_path, ONE_HOUR, program=[sys.executable, "-c", lacking]) as running:
+        client = Client(running.url)
+        client.serve(prompt(1, 5), tier="disk")  # written through, as LMCache does
+        wait_until(lambda: client.status()["chunks"] == {"gpu": 0, "disk": 5})
+        assert client.status()["switched_off"] == {feature: ["some name"]}
+        assert client.look_up(prompt(1, 5)) == 5
+        client.close()
+
+
+def test_a_plain_lmcache_server_can_load_the_module(tmp_path):
+    plain = [sys.executable, "-m", "lmcache.cli.main"]
+    with inside_server(tmp_path, ONE_HOUR, program=plain) as running:
+        client = Client(running.url)
+        client.serve(prompt(1, 5), tier="disk")
+        (record,) = last(client)
+        assert record.tier_after == {"disk": 5} and client.status()["switched_off"] == {}
+        client.close()
+
+
+def test_a_second_manager_of_the_server_is_refused(server):
+    port = server.url.rpartition(":")[2]
+    with pytest.raises(AlreadyManaged, match=f"process {server.process.pid}"):
+        ServerLease(f"inside-{port} at port:{port}")
+
+
+def test_wrong_settings_stop_the_start_with_a_sentence(tmp_path):
+    with pytest.raises(AssertionError, match="low must be > 0 and <= high"):
+        with inside_server(tmp_path, {"low": 0.9}):
+            pass
+
+
+def test_hints_without_the_prefix_are_others():
+    assert Hints({"lmcache.max_offload_tokens": 64}, 60.0).answers == {}
