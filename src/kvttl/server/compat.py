@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -47,6 +48,18 @@ def offer(storage_manager: Any, keys: list) -> None:
     """Put resident objects before the store policy as if they had just been written."""
     for controller in storage_manager._store_controllers.values():
         controller._listener.on_l1_keys_write_finished(keys)
+
+
+def http_app() -> Any:
+    """Return the application on the server's HTTP port; it takes routes until it is started.
+
+    A server that vLLM starts itself runs LMCache's HTTP frontend as ``__main__``: imported by its
+    name it would be a second one, which nobody serves.
+    """
+    app = getattr(sys.modules["__main__"], "app", None)
+    if app is None or not hasattr(app, "include_router"):
+        from lmcache.v1.multiprocess.http_server import app
+    return app
 
 
 def wrapped(modules: Iterable[Any], around: Mapping[str, Callable]) -> dict[str, Callable]:
