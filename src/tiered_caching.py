@@ -527,8 +527,11 @@ class MultiTierCache(contextlib.AbstractContextManager):
         engine, logprobs = self._ready_engine(), self._measured.logprobs_wanted
         sampling = one_each("sampling_params", sampling_params, prompts)
         loras = one_each("lora_request", lora_request, prompts)
-        requests = zip(prompts, sampling, loras)
-        prompts, salts = zip(*(self.admit(*each, cache_salt=cache_salt) for each in requests))
+        admitted = [
+            self.admit(prompt, params, lora_request=lora, cache_salt=cache_salt)
+            for prompt, params, lora in zip(prompts, sampling, loras)
+        ]
+        prompts, salts = zip(*admitted)
         options = {} if lora_request is None else {"lora_request": lora_request}
         asked = prompts[0] if one else list(prompts)
         return self._decider.managed_call(
@@ -564,13 +567,7 @@ class MultiTierCache(contextlib.AbstractContextManager):
     # ---- around them ----------------------------------------------------------------------
 
     def admit(
-        self,
-        prompt: Any,
-        sampling_params: Any,
-        lora_request: Any = None,
-        *,
-        cache_salt: str | None = None,
-        **options: Any,
+        self, prompt: Any, sampling_params: Any, *, cache_salt: str | None = None, **options: Any
     ) -> tuple[Any, str]:
         """Return the prompt as the engine is to get it, and the salt that its KV is kept under.
 
@@ -583,7 +580,7 @@ class MultiTierCache(contextlib.AbstractContextManager):
         """
         self._ready_engine()
         tenant = cache_salt or getattr(self.controller, "cache_salt", "") or cache_salt
-        return self._check(prompt, sampling_params, lora_request, cache_salt=tenant, **options)
+        return self._check(prompt, sampling_params, cache_salt=tenant, **options)
 
     def measurable(self, sampling_params: Any) -> Any:
         """Return sampling parameters from whose answer `manage` can measure a perplexity."""
