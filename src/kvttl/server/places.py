@@ -123,6 +123,9 @@ class Places:
                 found = self._spaces.setdefault((name, world_size, salt), found)
         return found
 
+    def set_budgets(self, budgets: Mapping[str, float]) -> None:
+        """Set which share of gpu tenants have: over it, their own chunks go before others'."""
+
     def chunks(self, model: Model | None = None) -> list[Chunk]:
         """Return what is somewhere, of one model or of all."""
         with self.lock:
