@@ -7,6 +7,7 @@ TTLs end, and one that keeps gpu below its watermark.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -24,7 +25,7 @@ from lmcache.v1.multiprocess.ext_server_module import server_module_handler
 from caching_heuristics import SETTINGS, HeuristicConfig, check_number, unknown_name
 from kvttl import user_path
 from kvttl.background import JobQueue, Repeater, check_whole
-from kvttl.decisions.log import DecisionLog
+from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.lmcache.lease import ServerLease
 from kvttl.lmcache.tiers import LMCACHE_TIERS, pages
 from kvttl.server.compat import LATE_WRITES, POLICIES, WRAPPED, missing, use_policies, wrapped
@@ -35,7 +36,7 @@ from kvttl.server.hints import Hinted, Hints, ModelManager, as_output
 from kvttl.server.places import BIT_OF, TIERS_OF, Model, Places
 from kvttl.server.policies import KvttlPrefetchPolicy, KvttlStorePolicy, are_in_use, serve
 from kvttl.server.requests import Ended, RequestHooks
-from kvttl.server.routes import mount
+from kvttl.server.routes import Shown, mount
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +159,8 @@ class KvttlModule:
             setattr(self, name, self.guard(getattr(self, name), name))
         serve(self)
         self.changes: deque = deque(maxlen=_CHANGES)
+        self.exits, self.shown = contextlib.ExitStack(), Shown()
+        self.shown.watch("queue_depth", lambda: len(self._decisions))
         self.places.set_budgets(self.settings.budgets)
         self.guard(mount, "routes")(self)
         if not by_name and POLICIES not in self.absent:
@@ -184,6 +187,7 @@ class KvttlModule:
 
     def close(self) -> None:
         """Stop; LMCache goes on with its own shutdown whatever happens here."""
+        self.guard(self.exits.close, "close")()
         self._keeper.close()
         self._decisions.close(timeout_s=5.0)
         for manager in self._managers.values():
@@ -198,8 +202,7 @@ class KvttlModule:
     @server_module_handler("kvttl.decisions")
     def decisions_call(self, payload: bytes) -> bytes:
         """Return the last records, one a line of JSON."""
-        lines = [r.to_json() for manager in self._managers.values() for r in list(manager.records)]
-        return "\n".join(lines).encode()
+        return "\n".join(record.to_json() for record in list(self.shown.records)).encode()
 
     def status(self) -> dict[str, Any]:
         """Return what is where, what was done and what fails."""
@@ -248,8 +251,10 @@ class KvttlModule:
     def _ended(self, ended):
         self._decisions.put(ended)
 
-    def _shed(self, _ended):
+    def _shed(self, ended):
         self.shed += 1  # its chunks are strays, which the manager claims in time
+        what = {"prompt_tokens": len(ended.tokens), "cache_salt": ended.key.cache_salt}
+        self.shown.observe(DecisionRecord(ended.ended_s, "", kind="shed", **what))
 
     def manager(self, model: Model) -> ModelManager:
         """Return the manager of a model, the same one for all who ask."""
@@ -264,6 +269,7 @@ class KvttlModule:
                     notify=None,
                     sweep_every_s=self.settings.sweep_s,
                     log=DecisionLog(folder) if folder else None,
+                    metrics=self.shown,
                 )
                 if folder:
                     self.guard(manager.recover, "recovery")(folder)
