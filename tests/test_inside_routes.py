@@ -3,28 +3,65 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from fastapi import Depends, FastAPI
 from inside_server import CHUNK, Client, inside_server, prompt
 from prometheus_client.parser import text_string_to_metric_families
+from redis_fixtures import free_port
 from starlette.testclient import TestClient
 from waiting import wait_until
 
 from kvttl.decisions.metrics import METRICS
 from kvttl.server import routes
+from kvttl.server.fleet import Fleet
 
 TOKEN = "of-the-tests"  # noqa: S105
 CONFIG = {"heuristics": {"base_ttl": 3600.0}, "save": "demotion"}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def coordinator(tmp_path_factory):
+    """Of this machine, without a token of its own."""
+    port, log = free_port(), tmp_path_factory.mktemp("fleet") / "coordinator.log"
+    extra = {"controller_packages": ["kvttl.server.fleet"], "kvttl": {"settings": {"low": 0.7}}}
+    options = ("--extra-config", json.dumps(extra), "--instance-timeout", "3600")
+    command = [sys.executable, "-m", "lmcache.v1.mp_coordinator", "--host", "127.0.0.1"]
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port), *options], stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        wait_until(lambda: is_listening(port) or process.poll() is not None)
+        assert process.poll() is None, log.read_text()[-3000:]
+        yield SimpleNamespace(port=port, process=process, log=log)
+    finally:
+        process.terminate()
+        process.wait(15)
+
+
+def is_listening(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, coordinator):
     """Reached by the network, with a token; room for 64 chunks in gpu."""
-    options = ("--http-host", "0.0.0.0")  # noqa: S104 - that is what is tried
+    options = (
+        *("--http-host", "0.0.0.0"),  # noqa: S104 - that is what is tried
+        *("--coordinator-url", f"http://127.0.0.1:{coordinator.port}"),
+        *("--coordinator-advertise-ip", "127.0.0.1", "--coordinator-heartbeat-interval", "0.5"),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVTTL_TOKEN", TOKEN)
         with inside_server(tmp_path_factory.mktemp("routes"), CONFIG, options=options) as running:
@@ -127,13 +164,13 @@ def test_what_a_proxy_forwards_needs_a_token(guarded_app):
     "changes, sentence",
     [
         ({"hihg": 0.5}, "unknown setting of kvttl.server 'hihg': did you mean 'high'?"),
-        ({"high": 1.5}, "high must be > 0 and <= 1, got 1.5"),
+        ({"high": 1.5}, "high must be 0..1, got 1.5"),
         ({"low": 0.9}, "low must be > 0 and <= high (0.85), got 0.9"),
         ({"birth": "some"}, "birth must be none or all, got 'some'"),
         ({"heuristics": {"gama": None}}, "unknown setting of heuristics 'gama'"),
         ({"heuristics": {"gamma": 2}}, "gamma must be"),
-        ({"heuristics": 3}, "heuristics must be a mapping of names, got 3"),
-        ({"budgets": {"tenant-a": 0}}, "budgets['tenant-a'] must be > 0 and <= 1, got 0"),
+        ({"heuristics": 3}, "heuristics must be a mapping, got 3"),
+        ({"budgets": {"tenant-a": 0}}, "budgets['tenant-a'] must be 0..1, got 0"),
         ({"workers": 4}, "workers cannot be changed while the server runs, got 4"),
         ([0.5], "the body must be a JSON object"),
         (b'{"high": ', "the body must be a JSON object"),
@@ -259,3 +296,84 @@ def test_a_tenant_over_its_budget_gives_up_its_own(server, client):
     for number in range(41, 49):
         client.serve(prompt(number, 10), salt="flood", pin=3600.0)
     assert client.look_up(mine, "quiet") < 16
+
+
+def fleet(coordinator, method="GET", body=None, token=TOKEN):
+    return ask(coordinator.port, "/kvttl/fleet", method, body, token)
+
+
+def settings(server):
+    return ask(server.http_port, "/kvttl/status")[1]["settings"]
+
+
+def register(coordinator, name, ip, port):
+    """As LMCache's servers do."""
+    body = {"instance_id": name, "ip": ip, "http_port": port}
+    headers = {"Content-Type": "application/json"}
+    assert ask(coordinator.port, "/instances", "POST", body, "", **headers)[0] == 200
+
+
+def leave(coordinator, name):
+    assert ask(coordinator.port, f"/instances/{name}", "DELETE")[0] in (200, 204)
+
+
+def test_the_fleet_shows_all_servers_and_sums_their_metrics(coordinator, server, client):
+    client.serve(prompt(50, 3))
+    wait_until(lambda: client.status()["waiting_decisions"] == 0)
+    (name,) = wait_until(lambda: fleet(coordinator)[1]["servers"])
+    register(coordinator, "again", "127.0.0.1", server.http_port)
+    register(coordinator, "away", "127.0.0.1", free_port())
+    status, answer = fleet(coordinator)
+    assert status == 200 and answer["servers"].keys() == {name, "again", "away"}
+    assert answer["servers"][name]["chunks"] == answer["servers"]["again"]["chunks"]
+    assert answer["servers"]["away"]["error"].startswith("no usable answer from http://127.0.0.1:")
+    of_one = metrics(server)["kvttl_decisions_total", "gpu"]
+    assert answer["metrics"]["kvttl_decisions_total{tier=gpu}"] == 2 * of_one > 0
+    leave(coordinator, "again")
+    leave(coordinator, "away")
+
+
+def test_the_fleets_settings_are_all_servers_also_of_those_that_come_later(coordinator, server):
+    (name,) = wait_until(lambda: fleet(coordinator)[1]["servers"])
+    register(coordinator, "away", "127.0.0.1", free_port())
+    status, answer = fleet(coordinator, "PATCH", {"max_pin_s": 60.0, "heuristics": {"alpha": 0.5}})
+    assert status == 200 and "no usable answer" in answer["servers"]["away"]["error"]
+    assert answer["servers"][name]["max_pin_s"] == 60.0
+    assert answer["settings"] == {"low": 0.7, "max_pin_s": 60.0, "heuristics": {"alpha": 0.5}}
+    assert settings(server)["heuristics"] == {"alpha": 0.5} and settings(server)["low"] == 0.7
+    status, answer = fleet(coordinator, "PATCH", {"max_pin_s": 30.0, "low": 0.99})
+    assert status == 400 and answer["detail"].startswith(f"{name}: low must be > 0 and <= high")
+    assert fleet(coordinator)[1]["settings"]["max_pin_s"] == settings(server)["max_pin_s"] == 60.0
+    change(server, max_pin_s=10.0)
+    register(coordinator, "away", "127.0.0.1", server.http_port)  # it has come back
+    wait_until(lambda: settings(server)["max_pin_s"] == 60.0)
+    leave(coordinator, "away")
+
+
+class Stranger(BaseHTTPRequestHandler):
+    asked = []
+
+    def do_GET(self):
+        self.asked.append((self.path, self.headers.get("Authorization")))
+        self.send_error(401)
+
+    def log_message(self, *_args):
+        pass
+
+
+def test_only_known_networks_are_given_the_token(coordinator, server):
+    with ThreadingHTTPServer(("0.0.0.0", 0), Stranger) as stranger:  # noqa: S104
+        threading.Thread(target=stranger.serve_forever).start()
+        # An address that reaches this machine and is not one of its loopback's.
+        register(coordinator, "stranger", "0.0.0.0", stranger.server_address[1])  # noqa: S104
+        assert fleet(coordinator)[1]["servers"]["stranger"]["error"].startswith("no usable answer")
+        leave(coordinator, "stranger")
+        stranger.shutdown()
+    assert ("/kvttl/status", None) in Stranger.asked
+    assert {token for _, token in Stranger.asked} == {None}
+
+
+def test_a_wrong_option_stops_the_coordinator_with_a_sentence():
+    config = SimpleNamespace(extra_config={"kvttl": {"setings": {}}}, host="127.0.0.1")
+    with pytest.raises(ValueError, match="option of kvttl.server.fleet 'setings': did you mean"):
+        Fleet.from_config(config, {})

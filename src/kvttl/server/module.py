@@ -7,7 +7,6 @@ TTLs end, and one that keeps gpu below its watermark.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -22,7 +21,7 @@ from typing import Any
 from lmcache.v1.mp_observability.event import EventType
 from lmcache.v1.multiprocess.ext_server_module import server_module_handler
 
-from caching_heuristics import SETTINGS, HeuristicConfig, check_number, unknown_name
+from caching_heuristics import SETTINGS, HeuristicConfig, check_number
 from kvttl import user_path
 from kvttl.background import JobQueue, Repeater, check_whole
 from kvttl.decisions.log import DecisionLog, DecisionRecord
@@ -36,7 +35,7 @@ from kvttl.server.hints import Hinted, Hints, ModelManager, as_output
 from kvttl.server.places import BIT_OF, TIERS_OF, Model, Places
 from kvttl.server.policies import KvttlPrefetchPolicy, KvttlStorePolicy, are_in_use, serve
 from kvttl.server.requests import Ended, RequestHooks
-from kvttl.server.routes import Shown, mount
+from kvttl.server.routes import Shown, check_names, merged, mount
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +83,8 @@ class ServerSettings:
         check_whole("workers", self.workers)
         for name in ("heuristics", "budgets", "adapters"):
             if not isinstance(getattr(self, name), Mapping):
-                problem = f"must be a mapping of names, got {getattr(self, name)!r:.80}"
-                raise ValueError(f"{name} {problem}")
-        _check_names("setting of heuristics", self.heuristics, SETTINGS)
+                raise ValueError(f"{name} must be a mapping, got {getattr(self, name)!r:.80}")
+        check_names("setting of heuristics", self.heuristics, SETTINGS)
         for salt, share in self.budgets.items():
             check_number(f"budgets[{salt!r:.80}]", share, 0.0, 1.0, open_low=True)
         _ = self.formula
@@ -99,7 +97,7 @@ class ServerSettings:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ServerSettings:
         """Return the settings in a mapping; unknown ones are a ValueError."""
-        _check_names("setting of kvttl.server", config, [each.name for each in fields(cls)])
+        check_names("setting of kvttl.server", config, [each.name for each in fields(cls)])
         return cls(**config)
 
     def changed(self, changes: Mapping[str, Any]) -> ServerSettings:
@@ -110,23 +108,16 @@ class ServerSettings:
         ValueError
             A setting is unknown, wrong, or cannot be changed while the server runs.
         """
-        settings = asdict(self)
-        for name, value in changes.items():
-            if name in settings and name not in LIVE:
-                problem = f"cannot be changed while the server runs, got {value!r:.80}"
+        for name in changes:
+            if name in vars(self) and name not in LIVE:
+                problem = f"cannot be changed while the server runs, got {changes[name]!r:.80}"
                 raise ValueError(f"{name} {problem}: it must be one of {', '.join(LIVE)}")
-            if isinstance(value, Mapping) and isinstance(settings.get(name), Mapping):
-                if name == "heuristics":
-                    _check_names("setting of heuristics", value, SETTINGS)
-                value = {n: v for n, v in {**settings[name], **value}.items() if v is not None}
-            settings[name] = value
+        settings = merged(asdict(self), changes)
+        for name, known in (("heuristics", SETTINGS), ("budgets", settings["budgets"])):
+            if isinstance(settings[name], dict):
+                check_names(f"setting of {name}", settings[name], known)
+                settings[name] = {n: v for n, v in settings[name].items() if v is not None}
         return self.of(settings)
-
-
-def _check_names(kind, given, known):
-    for name in given:
-        if name not in known:
-            raise ValueError(unknown_name(kind, name, known))
 
 
 class KvttlModule:
@@ -159,7 +150,7 @@ class KvttlModule:
             setattr(self, name, self.guard(getattr(self, name), name))
         serve(self)
         self.changes: deque = deque(maxlen=_CHANGES)
-        self.exits, self.shown = contextlib.ExitStack(), Shown()
+        self.shown = Shown(self)
         self.shown.watch("queue_depth", lambda: len(self._decisions))
         self.places.set_budgets(self.settings.budgets)
         self.guard(mount, "routes")(self)
@@ -187,7 +178,6 @@ class KvttlModule:
 
     def close(self) -> None:
         """Stop; LMCache goes on with its own shutdown whatever happens here."""
-        self.guard(self.exits.close, "close")()
         self._keeper.close()
         self._decisions.close(timeout_s=5.0)
         for manager in self._managers.values():
