@@ -23,7 +23,7 @@ from waiting import wait_until
 
 from kvttl.decisions.metrics import METRICS
 from kvttl.server import routes
-from kvttl.server.fleet import Fleet
+from kvttl.server.fleet.controller import Fleet
 
 TOKEN = "of-the-tests"  # noqa: S105
 CONFIG = {"heuristics": {"base_ttl": 3600.0}, "save": "demotion"}
@@ -285,13 +285,13 @@ def test_gauges_of_several_models_are_sums(server, client):
 
 def test_a_tenant_over_its_budget_gives_up_its_own(server, client):
     """The other's would go first: it ends first."""
-    change(server, budgets={"flood": 0.5})
+    change(server, high=0.85, budgets={"flood": 0.4})
     mine = prompt(30, 16)
-    client.serve(mine, salt="quiet", ttl=100.0)
+    client.serve(mine, salt="quiet", ttl=3600.0)
     for number in range(31, 41):
         client.serve(prompt(number, 10), salt="flood", pin=3600.0)
+    assert client.serve(mine, salt="quiet", ttl=3600.0) == 16
     wait_until(lambda: client.status()["waiting_decisions"] == 0)
-    assert client.serve(mine, salt="quiet", ttl=100.0) == 16
     change(server, budgets={"flood": None})
     for number in range(41, 49):
         client.serve(prompt(number, 10), salt="flood", pin=3600.0)
