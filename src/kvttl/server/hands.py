@@ -77,7 +77,6 @@ class Hands:
         self._orders = _Orders()
         self.errors: dict[str, str] = {}
         self.done: Counter[str] = Counter()
-        self._promised: Counter[str] = Counter()  # bytes of stores that are under way, by tenant
         self._storing, self._moving = 0, 0
         self._promising, self._guard = threading.Lock(), guard
         for tier, (_, adapter) in self._adapters().items():
@@ -241,11 +240,11 @@ class Hands:
     def promise(self, size_bytes: int, tenant: str, stores: int) -> int:
         """Count a store and the bytes that it will take; returns all that are promised."""
         with self._promising:
-            self._promised[tenant] += size_bytes
+            self._places.coming[tenant] += size_bytes
             self._storing += stores
-            if not self._promised[tenant]:
-                del self._promised[tenant]
-            return self._promised.total()
+            if not self._places.coming[tenant]:
+                del self._places.coming[tenant]
+            return self._places.coming.total()
 
     def make_room(self, size_bytes: int) -> bool:
         """Give up what goes first until so many bytes fit into gpu; False: they do not.
@@ -282,7 +281,7 @@ class Hands:
                 lacking = int(used + size_bytes - share * total)
                 if lacking <= 0:
                     return True
-                chunks = self._places.first_to_go(lacking, before_s, total, self._promised)
+                chunks = self._places.first_to_go(lacking, before_s, total)
                 if not chunks:
                     return False
                 staying += delete(chunks)

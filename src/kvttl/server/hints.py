@@ -126,13 +126,8 @@ class Hinted:
     def __init__(self, in_force: Callable[[], HeuristicConfig]) -> None:
         self.in_force, self.request = in_force, threading.local()
 
-    @property
-    def base_ttl(self) -> float:
-        return self.in_force().base_ttl
-
-    @property
-    def ladder(self) -> Mapping[str, float]:
-        return self.in_force().ladder
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.in_force(), name)  # `base_ttl` and `ladder`
 
     def _decided(self, metadata):
         policy, hints = getattr(self.request, "asks", (self.in_force(), None))

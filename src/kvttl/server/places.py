@@ -7,10 +7,9 @@ import itertools
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lmcache.v1.distributed.api import GroupedObjectKeys, ObjectKey
@@ -163,6 +162,11 @@ class Places:
     ----------
     context : MPCacheServerContext
         Knows the layouts of models.
+
+    Attributes
+    ----------
+    coming : Counter
+        Bytes that stores under way bring to gpu, by tenant.
     """
 
     def __init__(self, context: Any) -> None:
@@ -171,6 +175,7 @@ class Places:
         self._spaces: dict[tuple, Space] = {}
         self.lock = threading.Lock()
         self._everybody, self._own = _Order(), {}
+        self.coming: Counter[str] = Counter()
         self.hot_chunks = 0
 
     def space(self, name: str, world_size: int, salt: str) -> Space | None:
@@ -194,9 +199,8 @@ class Places:
             for space in self._spaces.values():
                 self._sort_in(space)
                 for order in space.orders[1:]:
-                    hot = [chunk for chunk in space.chunks.values() if chunk.bits & HOT]
-                    order.hot_bytes += len(hot) * space.all_bytes
-                    for chunk in hot:
+                    for chunk in [chunk for chunk in space.chunks.values() if chunk.bits & HOT]:
+                        order.hot_bytes += space.all_bytes
                         order.enter(chunk)
 
     def _sort_in(self, space):
@@ -299,22 +303,18 @@ class Places:
             self._trim()
 
     def first_to_go(
-        self,
-        size_bytes: int,
-        before_s: float = math.inf,
-        hot_bytes: int = 0,
-        coming: Mapping[str, int] = MappingProxyType({}),
+        self, size_bytes: int, before_s: float = math.inf, hot_bytes: int = 0
     ) -> list[Chunk]:
         """Take chunks out of the order that have at least so many bytes, if there are.
 
-        First of tenants that have more of gpu's `hot_bytes` than their budgets, with the bytes
-        that are `coming`. Of those that nothing is decided about only what came before
+        First of tenants that have more of gpu's `hot_bytes` than their budgets, with what is
+        coming. Of those that nothing is decided about only what came before
         `before_s`. Whoever takes them tells `went` of those that are gone and `stay` of the others.
         """
         taken: dict[Chunk, None] = {}
         with self.lock:
             for tenant, order in self._own.items():
-                over = order.hot_bytes + coming.get(tenant, 0) - int(order.share * hot_bytes)
+                over = order.hot_bytes + self.coming[tenant] - int(order.share * hot_bytes)
                 own = min(size_bytes, over)
                 if own > 0:
                     size_bytes -= own - order.take(own, before_s, taken)

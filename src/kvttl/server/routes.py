@@ -59,11 +59,12 @@ def guarded(host: str) -> Callable[[Request], None]:
     host : str
         What the HTTP server is bound to.
     """
+    secret = token().encode()
 
     def allow(request: Request) -> None:
-        if token():
+        if secret:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
-            same = hmac.compare_digest(given.strip().encode("latin-1"), token().encode())
+            same = hmac.compare_digest(given.strip().encode("latin-1"), secret)
             if not same or scheme.lower() != "bearer":
                 problem = "the token is missing or wrong: send `Authorization: Bearer <token>`"
                 raise HTTPException(401, problem, {"WWW-Authenticate": "Bearer"})
@@ -99,7 +100,7 @@ class Shown(DecisionMetrics):
         super().__init__()
         self.records = RecentRecords(_MAX_RECORDS, _MAX_BYTES)
         self._came_s: deque[float] = deque()  # of `records`; each later than the one before
-        self._forgot_s = 0.0  # when the newest came that is no longer there
+        self._forgot_s = time.time()  # when the newest came that is not there, or no longer
         self._keeping, self._watched = threading.Lock(), {}
         self._status = module.status
         self.collect = module.guard(lambda: list(self._collect()), "metrics", [])
@@ -198,7 +199,8 @@ async def json_object(request: Request) -> Mapping[str, Any]:
     """Return a request's body, which must be a JSON object; anything else is a 400."""
     try:
         body = await request.json()
-    except ValueError:
+        json.dumps(body, allow_nan=False)
+    except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
         raise HTTPException(400, "the body must be a JSON object")
@@ -216,9 +218,9 @@ def routes(module: Any) -> APIRouter:
     @router.get("/decisions")
     def decisions(since: str = "0", limit: str = "100") -> Response:
         with refusing():
-            since_s = check_number("since", _number(since), 0.0, 1e12)
-            count = check_number("limit", _number(limit), 1, 1_000)
-        return Response(module.shown.page(since_s, int(count)), media_type="application/json")
+            count = int(check_number("limit", _number(limit), 1, 1_000))
+            page = module.shown.page(check_number("since", _number(since), 0.0, 1e12), count)
+        return Response(page, media_type="application/json")
 
     @router.patch("/config")
     async def config(request: Request, trial: bool = False) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator
 from ipaddress import ip_address, ip_network
 from typing import Any
 
@@ -29,40 +29,37 @@ _THIS_MACHINE = ("127.0.0.0/8", "::1/128")
 class Fleet(Controller):
     """Shows what all servers do, and has all of them keep to the same settings.
 
-    Whoever registers with a coordinator is a server to it, without a login: the token is given
-    to this machine, and to `networks`.
+    Whoever registers with a coordinator is a server to it, without a login: only servers on this
+    machine, and in networks that are named, are asked and given the token.
 
     Parameters
     ----------
-    host : str
-        What the coordinator is bound to.
-    instances : InstanceRegistry
-        LMCache's list of servers.
-    settings : mapping
-        That every server is to have.
-    networks : sequence of str
-        Of servers.
+    config : MPCoordinatorConfig
+        Its ``extra_config["kvttl"]`` may have ``settings`` that every server is to have, and
+        ``networks`` of servers.
+    views : Registry
+        LMCache's, with the list of servers.
+
+    Raises
+    ------
+    ValueError
+        Another option.
     """
 
-    def __init__(
-        self,
-        host: str,
-        instances: Any,
-        settings: Mapping[str, Any] | None = None,
-        networks: Sequence[str] = (),
-    ) -> None:
-        self._host, self._instances, self._settings = host, instances, dict(settings or {})
-        self._networks = [ip_network(each) for each in (*networks, *_THIS_MACHINE)]
+    def __init__(self, config: Any, views: Any) -> None:
+        options = config.extra_config.get("kvttl", {})
+        check_names("option of kvttl.server.fleet", options, ("settings", "networks"))
+        self._host, self._instances = config.host, views.get(InstanceRegistry)
+        self._settings = dict(options.get("settings", {}))
+        self._networks = list(map(ip_network, (*options.get("networks", ()), *_THIS_MACHINE)))
         self._bearer = f"Bearer {token()}" if token() else ""
         self._told: dict[str, tuple] = {}  # server -> when it came, and the settings it was told
         self._telling = asyncio.Lock()
 
     @classmethod
     def from_config(cls, config: Any, views: Any) -> Fleet:
-        """Make it as LMCache's coordinator does; a wrong option stops its start."""
-        options = config.extra_config.get("kvttl", {})
-        check_names("option of kvttl.server.fleet", options, ("settings", "networks"))
-        return cls(config.host, views.get(InstanceRegistry), **options)
+        """Make it, as LMCache's coordinator does."""
+        return cls(config, views)
 
     @contextlib.asynccontextmanager
     async def run(self, runtime: Any) -> AsyncIterator[None]:
@@ -95,11 +92,12 @@ class Fleet(Controller):
         changes = await json_object(request)
         async with self._telling:
             self._bearer = _bearer(request) or self._bearer
-            tried = await self._ask_all("PATCH", "/kvttl/config?trial=true", self._bearer, changes)
+            settings = merged(self._settings, changes)
+            tried = await self._ask_all("PATCH", "/kvttl/config?trial=true", self._bearer, settings)
             for name, (code, said) in tried.items():
                 if code == 400:
                     raise HTTPException(400, f"{name}: {said}")
-            self._settings = merged(self._settings, changes)
+            self._settings = settings
             servers = _said(await self._tell(self._instances.all_instances()))
         return {"servers": servers, "settings": self._settings}
 
@@ -107,18 +105,16 @@ class Fleet(Controller):
         while True:
             await asyncio.sleep(_EVERY_S)
             async with self._telling:
-                there = self._instances.all_instances()
+                there = self._instances.all_instances() if self._settings else ()
                 self._told = {i.instance_id: self._told.get(i.instance_id) for i in there}
-                new = [i for i in there if self._told[i.instance_id] != self._wanted(i)]
-                await self._tell(new if self._settings else [])
+                await self._tell([i for i in there if self._told[i.instance_id] != self._wanted(i)])
 
     def _wanted(self, instance):
         return instance.registration_time, self._settings
 
     async def _tell(self, instances):
-        answers = await self._ask_all(
-            "PATCH", "/kvttl/config", self._bearer, self._settings, instances
-        )
+        asks = "PATCH", "/kvttl/config", self._bearer, self._settings
+        answers = await self._ask_all(*asks, instances)
         for each in instances:
             code, said = answers[each.instance_id]
             if code in (200, 400):  # else it is asked again
@@ -138,8 +134,9 @@ class Fleet(Controller):
         host = f"[{instance.ip}]" if ":" in instance.ip else instance.ip
         url = f"http://{host}:{instance.http_port}{path}"
         try:
-            is_known = bearer and any(ip_address(instance.ip) in each for each in self._networks)
-            options = {"headers": {"Authorization": bearer} if is_known else {}, "json": body}
+            if not any(ip_address(instance.ip) in each for each in self._networks):
+                raise ValueError("its address is in none of the fleet's `networks`")
+            options = {"headers": {"Authorization": bearer} if bearer else {}, "json": body}
             answer = await self._client.request(method, url, **options, timeout=_ANSWER_S)
             said = answer.text if path == "/metrics" else answer.json()
             return answer.status_code, said if answer.is_success else said["detail"]
