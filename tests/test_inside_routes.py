@@ -24,6 +24,7 @@ from waiting import wait_until
 from kvttl.decisions.metrics import METRICS
 from kvttl.server import routes
 from kvttl.server.fleet.controller import Fleet
+from kvttl.server.module import ServerSettings
 
 TOKEN = "of-the-tests"  # noqa: S105
 CONFIG = {"heuristics": {"base_ttl": 3600.0}, "save": "demotion"}
@@ -363,6 +364,20 @@ def test_a_server_outside_the_fleets_networks_is_not_asked(coordinator, server):
         leave(coordinator, "stranger")
         with pytest.raises(BlockingIOError):
             stranger.accept()
+
+
+@pytest.mark.parametrize(
+    "config, sentence",
+    [
+        ({"heuristics": {"base_tll": 1}}, "unknown setting of heuristics 'base_tll': did you mean"),
+        ({"heuristics": []}, r"heuristics must be a mapping, got \[\]"),
+        ({"adapters": "fs"}, "adapters must be a mapping, got 'fs'"),
+        ({"log": 5}, "log must be a text, got 5"),
+    ],
+)
+def test_wrong_settings_have_a_sentence(config, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ServerSettings.of(config)
 
 
 def test_a_wrong_option_stops_the_coordinator_with_a_sentence():

@@ -81,9 +81,11 @@ class ServerSettings:
         for name in ("pass_s", "sweep_s", "max_pin_s"):
             check_number(name, getattr(self, name), 0.0, 604_800.0, open_low=True)
         check_whole("workers", self.workers)
-        for name in ("heuristics", "budgets", "adapters"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"{name} must be a mapping, got {getattr(self, name)!r:.80}")
+        kinds = {"heuristics": Mapping, "budgets": Mapping, "adapters": Mapping, "log": str}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                a_kind = "a text" if kind is str else "a mapping"
+                raise ValueError(f"{name} must be {a_kind}, got {getattr(self, name)!r:.80}")
         check_names("setting of heuristics", self.heuristics, SETTINGS)
         for salt, share in self.budgets.items():
             check_number(f"budgets[{salt!r:.80}]", share, 0.0, 1.0, open_low=True)
@@ -108,11 +110,12 @@ class ServerSettings:
         ValueError
             A setting is unknown, wrong, or cannot be changed while the server runs.
         """
+        settings = asdict(self)
         for name in changes:
-            if name in vars(self) and name not in LIVE:
+            if name in settings and name not in LIVE:
                 problem = f"cannot be changed while the server runs, got {changes[name]!r:.80}"
                 raise ValueError(f"{name} {problem}: it must be one of {', '.join(LIVE)}")
-        settings = merged(asdict(self), changes)
+        settings = merged(settings, changes)
         for name, known in (("heuristics", SETTINGS), ("budgets", settings["budgets"])):
             if isinstance(settings[name], dict):
                 check_names(f"setting of {name}", settings[name], known)
