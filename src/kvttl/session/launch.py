@@ -15,7 +15,6 @@ from pathlib import Path
 
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
-from kvttl import user_path
 from kvttl.background import Repeater
 from kvttl.manager.clock import SessionClock
 from kvttl.manager.policy import POLICY_NAMES
@@ -26,9 +25,6 @@ from kvttl.stack.lifecycle import LMCacheStack, StackError, load_config
 from kvttl.stack.services import check_folders
 from tiered_caching import MultiTierCache
 
-RUNS_FOLDER = Path("data/runs")
-
-
 # vLLM and LMCache write some 80 lines before the first token, torch one a process,
 # and Python's resource tracker one about vLLM's shared memory at the end.
 _LOG_LEVELS = ("VLLM_LOGGING_LEVEL", "LMCACHE_LOG_LEVEL", "TORCH_CPP_LOG_LEVEL")
@@ -38,9 +34,9 @@ _QUIET = dict.fromkeys(_LOG_LEVELS, "ERROR") | {
 }
 
 
-def new_run_folder(runs: str | Path = RUNS_FOLDER) -> Path:
+def new_run_folder() -> Path:
     """Return the folder of a run's log and picture, named by the time (not made yet)."""
-    return user_path(runs) / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    return Path("data/runs") / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
 
 
 @contextmanager
