@@ -398,7 +398,11 @@ class MultiTierCache(contextlib.AbstractContextManager):
         self.config = HeuristicConfig() if config is None else config
         self.clock = clock
         self._records = RecordKeeper(max_records, log, metrics, notify)
-        advisor = advisor_of(policy, lmcache_controller, self.config, costs, log)
+        by_clock = {"clock": lambda: self.clock()}  # which may be replaced
+        handover = lmcache_controller.hand_over(self.config.ladder, policy, **by_clock)
+        advisor = None
+        if handover is None:
+            advisor = advisor_of(policy, lmcache_controller, self.config, costs, log)
         self._measured = RequestMetadata(None, perplexity_source, scorer)
         self._decider = Decider(
             self._decide,
@@ -406,13 +410,14 @@ class MultiTierCache(contextlib.AbstractContextManager):
             self.config,
             self._measured,
             self._records,
-            lambda: self.clock(),
+            **by_clock,
             workers=check_whole("workers", workers) if background else 0,
             max_queue=max_queue,
             max_queue_bytes=max_queue_bytes,
             sweep_every_s=sweep_every_s,
             keep_prompts=keep_prompts,
             advisor=advisor,
+            handover=handover,
         )
         self.records, self.claims = self._records.records, self._decider.claims
         self._llm: Any = None
@@ -426,7 +431,8 @@ class MultiTierCache(contextlib.AbstractContextManager):
 
     def set_llm(self, llm: Any) -> None:
         """Set the engine: anything with vLLM's ``generate(prompt, sampling_params)``."""
-        self._llm, self._engine = llm, Engine(llm)
+        self._llm = llm
+        self._engine = Engine(llm, hands_over=self._decider.handover is not None)
         self._check = RequestCheck()
         self.controller.attach_engine(llm)
         if self._engine.vocab_size:
@@ -585,9 +591,13 @@ class MultiTierCache(contextlib.AbstractContextManager):
         tenant = cache_salt or getattr(self.controller, "cache_salt", "") or cache_salt
         return self._check(prompt, sampling_params, lora_request, cache_salt=tenant, **options)
 
-    def measurable(self, sampling_params: Any) -> Any:
-        """Return sampling parameters from whose answer `manage` can measure a perplexity."""
-        return self._ready_engine().asking(sampling_params, self._measured.logprobs_wanted)
+    def measurable(self, sampling_params: Any, perplexity: bool = True) -> Any:
+        """Return sampling parameters that the engine is to get for `manage`, a copy.
+
+        A `perplexity` can be measured from its answer; a server that decides waits for `manage`.
+        """
+        logprobs = self._measured.logprobs_wanted if perplexity else 0
+        return self._ready_engine().asking(sampling_params, logprobs)
 
     def manage(
         self,

@@ -13,9 +13,8 @@ from fastapi import APIRouter, Depends, HTTPException, Request
 from starlette.concurrency import run_in_threadpool
 
 from kvttl.decisions.metrics import is_loopback
+from kvttl.lmcache.client import TOKEN_VARIABLE
 from kvttl.server.compat import http_app, http_host
-
-TOKEN_VARIABLE = "KVTTL_TOKEN"  # noqa: S105 - a name
 
 
 @functools.cache
@@ -69,7 +68,7 @@ def _is_of_this_machine(url):
 def mount(module: Any) -> None:
     """Add all routes of a module to its server, before that is started."""
     allowed = Depends(guarded(http_host()))
-    for router in (routes(module),):
+    for router in (routes(module), module.handover.router()):
         http_app().include_router(router, prefix="/kvttl", dependencies=[allowed])
 
 

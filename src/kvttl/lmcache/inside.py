@@ -1,0 +1,245 @@
+"""An LMCache server that decides by itself (`kvttl.server`), as a manager outside sees it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import socket
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kvttl.background import Repeater
+from kvttl.lmcache.client import LMCacheError, LMCacheHTTP
+from kvttl.lmcache.layout import KVLayout, Outcome
+from kvttl.lmcache.lease import AlreadyManaged
+from kvttl.lmcache.salts import chunk_key, salt_of
+from kvttl.lmcache.tiers import pages
+
+HINTED = {"lmcache.kvttl.manager": True}  # a request whose decision is handed over
+_PAGE_KEYS = 500  # of a move or a delete: a call has a time limit
+_HELLO_S = 2.0
+_UUID, _numbers = uuid.uuid4().hex[:8], itertools.count()
+# What a decision that was handed over comes back with.
+_MADE = (
+    "ttl_s wanted_tier chunks chunk_keys hit_tokens tier_before tier_after moves tier_errors "
+    "policy decided policy_error hints error"
+).split()
+
+
+class ServerModule:
+    """Where the KV cache of one model is, and what moves it: no directory, no delay.
+
+    Parameters
+    ----------
+    http : LMCacheHTTP
+        The calls.
+    instance_id : str
+        The server's.
+    about : callable
+        Returns the model's name, its world size, and the only tenant that is shown (empty: all).
+    """
+
+    def __init__(
+        self, http: LMCacheHTTP, instance_id: str, about: Callable[[], tuple[str, int, str]]
+    ) -> None:
+        self._http, self._instance, self._about = http, instance_id, about
+
+    def ask(self, name: str, **body: Any) -> Mapping[str, Any]:
+        """Return the answer to a call about the model.
+
+        Raises
+        ------
+        AlreadyManaged
+            Another manager leads.
+        LMCacheUnavailable, LMCacheError
+            The server does not answer, or refuses.
+        """
+        model, world_size, _ = self._about()
+        body |= {"model": model, "world_size": world_size}
+        try:
+            return self._http.ask_module(self._instance, f"/kvttl/{name}", body)
+        except LMCacheError as error:
+            if error.status != 409:
+                raise
+            raise AlreadyManaged(f"{error}".partition("409: ")[2]) from None
+
+    def decisions(self, since_s: float) -> Mapping[str, Any]:
+        """Return a page of the records that the server has made since, of all models."""
+        path = f"/kvttl/decisions?since={since_s!r}&limit=1000"
+        return self._http.ask_module(self._instance, path)
+
+    def layout(self, tokens: Sequence[int], cache_salt: str) -> KVLayout:
+        """Return where each complete chunk of a prompt is."""
+        salt = cache_salt or self._about()[2]
+        return self._read(self.ask("layout", tokens=tokens, cache_salt=salt))
+
+    def layout_of(self, keys: Sequence[str] | None) -> KVLayout:
+        """Return where chunks are (None: all)."""
+        if keys is not None:
+            return self._read(self.ask("layout", keys=self._named(keys)))
+        held: dict[str, tuple[str, ...]] = {}
+        offset = 0
+        while offset is not None:
+            answer = self.ask("layout", offset=offset)
+            page = self._read(answer)
+            held |= zip(page.keys, page.of(self._instance))
+            offset = answer["next"]
+        return KVLayout(tuple(held), {self._instance: tuple(held.values())})
+
+    def move(self, keys: Sequence[str], source: str, target: str, timeout_s: float | None):
+        """Move chunks from one tier to another."""
+        outcome = Outcome()
+        for page in pages(self._named(keys), _PAGE_KEYS):
+            what = {"source": source, "target": target, "timeout_s": timeout_s}
+            done = self.ask("move", keys=page, **what)
+            outcome.moved += done["moved"]
+            for reason, chunks in done["skipped"].items():
+                outcome.skip(reason, chunks)
+        outcome.layout = self.layout_of(keys)
+        return outcome
+
+    def discard(self, keys: Sequence[str]) -> int:
+        """Delete every copy of some chunks; returns how many chunks keep one."""
+        named = pages(self._named(keys), _PAGE_KEYS)
+        return sum(self.ask("discard", keys=page)["left"] for page in named)
+
+    def _named(self, keys):
+        """Return keys as the server has them: with the salt, also where one tenant is shown."""
+        salt = self._about()[2]
+        return [chunk_key(key.partition("@")[0], salt_of(key) or salt) for key in keys]
+
+    def _read(self, answer):
+        salt, held = self._about()[2], zip(answer["keys"], answer["tiers"])
+        held = [(key, tiers) for key, tiers in held if not salt or salt_of(key) == salt]
+        keys = tuple(key.partition("@")[0] if salt else key for key, _ in held)
+        tiers = tuple(tuple(tiers) for _, tiers in held)
+        return KVLayout(keys, {self._instance: tiers} if any(tiers) else {})
+
+
+class Handover:
+    """A manager whose decisions are carried out in the server: its claims, placement and lease.
+
+    Parameters
+    ----------
+    module : ServerModule
+        Of the server.
+    ladder : mapping
+        See `kvttl.manager.policy.Policy`.
+    clock : callable
+        The manager's; the server's managers follow it as long as this one leads.
+    policy : str or object
+        ``"formula"``: tier and TTL are decided here; else by the server's policy of this name.
+    """
+
+    def __init__(
+        self,
+        module: ServerModule,
+        ladder: Mapping[str, float],
+        clock: Callable[[], float],
+        policy: Any,
+    ) -> None:
+        self._module, self._clock = module, clock
+        self._policy = policy if isinstance(policy, str) else type(policy).__name__
+        process = f"process {os.getpid()} on {socket.gethostname()} ({_UUID})"
+        self._who = {"process": process, "number": next(_numbers), "ladder": dict(ladder)}
+        self._refusal, self._since_s = "", 0.0
+        self._hellos: Repeater | None = None
+
+    def begin(self) -> Handover:
+        """Lead from now on, until `release` or this process ends.
+
+        Raises
+        ------
+        AlreadyManaged
+            Another process leads; from then on, and from `check`: a later manager has taken over.
+        ValueError
+            The server has another policy.
+        """
+        answer = self._tell("hello")
+        self._since_s = answer["time_s"]
+        if answer["policy"] != self._policy:
+            self.release()
+            raise ValueError(
+                f"policy must be {answer['policy']!r}, which the LMCache server's module has as "
+                f"its setting, got {self._policy!r}: one of the two decides"
+            )
+        self._hellos = Repeater(self._hello, min(answer["silent_s"] / 4, _HELLO_S))
+        self._hellos.start()
+        return self
+
+    def _hello(self):
+        try:
+            self._tell("hello")
+        except AlreadyManaged:
+            self._hellos.close()
+        except LMCacheError:
+            pass  # each decision's record says it
+
+    def _tell(self, name, **body):
+        self.check()
+        try:
+            return self._module.ask(name, who={**self._who, "now_s": self._clock()}, **body)
+        except AlreadyManaged as error:
+            self._refusal = str(error)
+            raise
+
+    # ---- as a lease ------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise AlreadyManaged if another manager leads."""
+        if self._refusal:
+            raise AlreadyManaged(self._refusal)
+
+    def release(self) -> None:
+        """Let the server decide alone, or another manager lead."""
+        if self._hellos is not None:
+            self._hellos.close()
+        try:
+            self._tell("bye")
+        except LMCacheError:
+            pass  # it will notice
+
+    # ---- as a placement, and what settles ---------------------------------------------------
+
+    def place(self, draft: Any, tokens: Sequence[int], cached_tokens: int) -> None:
+        """Have a decision carried out; see `kvttl.manager.placement.KVPlacement`."""
+        names = "cache_salt time_s generate_s metadata finish_reason output_tokens".split()
+        facts = {name: getattr(draft, name) for name in names}
+        if self._policy == "formula":
+            facts |= {"ttl_s": draft.ttl_s, "wanted_tier": draft.wanted_tier}
+        made = self._tell("manage", tokens=tokens, cached_tokens=cached_tokens, **facts)["record"]
+        vars(draft).update({name: made[name] for name in _MADE}, claimed=True)
+        draft.chunk_keys = tuple(made["chunk_keys"])
+
+    def claim_later(self, *_wish: Any) -> None:
+        """Do nothing: what is not handed over the server decides alone."""
+
+    def sweep(self, until_s: float) -> list[Mapping[str, Any]]:
+        """Let TTLs end; returns the records that the server has made since, in order."""
+        self._tell("sweep", until_s=until_s)
+        records, more = [], True
+        while more:
+            answer = self._module.decisions(self._since_s)
+            self._since_s, more = answer["next"], answer["more"]
+            records += answer["records"]
+        return [each for each in records if each["hints"].get("manager") != "handed over"]
+
+    # ---- as a ledger of claims --------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self._module.ask("claims")["count"]
+
+    @property
+    def next_due_s(self) -> float:
+        """When the next claim ends, seconds; infinite if there is none, or nobody answers."""
+        try:
+            due_s = self._module.ask("claims")["next_due_s"]
+        except LMCacheError:
+            due_s = None
+        return math.inf if due_s is None else due_s
+
+    def wanted(self, chunks: Sequence[str], now_s: float) -> list[str | None]:
+        """Return the hottest tier that a live claim asks for, for each chunk."""
+        return self._module.ask("claims", keys=list(chunks), now_s=now_s)["wanted"]
