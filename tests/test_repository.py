@@ -247,7 +247,7 @@ MAY_IMPORT = {
     "settings": "caching_heuristics",
     "lmcache": "caching_heuristics",
     "decisions": "caching_heuristics, background, settings",
-    "stack": "caching_heuristics, background, storage, lmcache",
+    "stack": "caching_heuristics, background, storage, settings, lmcache",
     "manager": "caching_heuristics, background, policies, lmcache, decisions",
     "tiered_caching": "caching_heuristics, background, storage, lmcache, decisions, manager",
     "cache_controller": "caching_heuristics, lmcache, tiered_caching",

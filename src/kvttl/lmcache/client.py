@@ -232,6 +232,7 @@ def server_settings(url: str) -> dict[str, Any]:
         "server_port": answer["mp"]["port"],
         "chunk_size_tokens": answer["mp"]["chunk_size"],
         "coordinator": answer["coordinator"]["url"],
+        "inside": any(m["module_path"] == "kvttl.server" for m in answer["mp"]["server_modules"]),
         **{LMCACHE_TIERS[tier].setting: place for tier, place in places.items()},
     }
 
