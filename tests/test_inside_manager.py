@@ -63,9 +63,7 @@ def ask(stack, path, body=None):
         return error.code, error.read().decode()
 
 
-def test_a_prompt_goes_down_the_ladder_as_the_clock_outside_says(
-    managers, llm, greedy, fresh_text
-):
+def test_a_prompt_goes_down_the_ladder_as_the_clock_outside_says(managers, llm, greedy, fresh_text):
     now = [1000.0]
     cache = managers(clock=lambda: now[0])
     text = fresh_text()

@@ -7,6 +7,7 @@ TTLs end, and one that keeps gpu below its watermark.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -36,7 +37,7 @@ from kvttl.server.hints import Hinted, Hints, ModelManager, as_output
 from kvttl.server.places import BIT_OF, TIERS_OF, Model, Places
 from kvttl.server.policies import KvttlPrefetchPolicy, KvttlStorePolicy, are_in_use, serve
 from kvttl.server.requests import Ended, RequestHooks
-from kvttl.server.routes import mount
+from kvttl.server.routes import Shown, mount
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +162,8 @@ class KvttlModule:
         serve(self)
         self.changes: deque = deque(maxlen=_CHANGES)
         self.handover = Handover(self)
+        self.exits, self.shown = contextlib.ExitStack(), Shown()
+        self.shown.watch("queue_depth", lambda: len(self._decisions))
         self.places.set_budgets(self.settings.budgets)
         self.guard(mount, "routes")(self)
         if not by_name and POLICIES not in self.absent:
@@ -187,6 +190,7 @@ class KvttlModule:
 
     def close(self) -> None:
         """Stop; LMCache goes on with its own shutdown whatever happens here."""
+        self.guard(self.exits.close, "close")()
         self._keeper.close()
         self._decisions.close(timeout_s=5.0)
         for manager in self._managers.values():
@@ -201,8 +205,7 @@ class KvttlModule:
     @server_module_handler("kvttl.decisions")
     def decisions_call(self, payload: bytes) -> bytes:
         """Return the last records, one a line of JSON."""
-        lines = [r.to_json() for manager in self._managers.values() for r in list(manager.records)]
-        return "\n".join(lines).encode()
+        return "\n".join(record.to_json() for record in list(self.shown.records)).encode()
 
     def status(self) -> dict[str, Any]:
         """Return what is where, what was done and what fails."""
@@ -253,8 +256,10 @@ class KvttlModule:
         if not self.handover.leaves(ended):
             self._decisions.put(ended)
 
-    def _shed(self, _ended):
+    def _shed(self, ended):
         self.shed += 1  # its chunks are strays, which the manager claims in time
+        what = {"prompt_tokens": len(ended.tokens), "cache_salt": ended.key.cache_salt}
+        self.shown.observe(DecisionRecord(ended.ended_s, "", kind="shed", **what))
 
     def manager(self, model: Model) -> ModelManager:
         """Return the manager of a model, the same one for all who ask."""
@@ -270,6 +275,7 @@ class KvttlModule:
                     clock=self.handover.clock,
                     sweep_every_s=self.settings.sweep_s,
                     log=DecisionLog(folder) if folder else None,
+                    metrics=self.shown,
                 )
                 self.handover.lead(manager)
                 if folder:
