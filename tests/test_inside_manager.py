@@ -3,44 +3,84 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+import time
+import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
-from conftest import SharedEngine, new_stack
+from conftest import new_stack
+from inside_server import CHUNK, MODEL, Client, prompt
 from waiting import wait_until
 
+from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
+from kvttl.lmcache.client import LMCacheUnavailable
 from kvttl.lmcache.lease import AlreadyManaged
-from kvttl.session.launch import managed
+from kvttl.stack import services
+from kvttl.stack.services import module_arguments
 from tiered_caching import MultiTierCache
 
-HOT = {"perplexity": 5.0, "time_variance": 0.0}
+HOT, COLD = {"perplexity": 5.0, "time_variance": 0.0}, {"perplexity": 90.0, "time_variance": 0.9}
 CONFIG = HeuristicConfig(base_ttl=2, min_ttl=0.1, disk_ttl_factor=1, remote_ttl_factor=2)
+HANDOVER_S = 5.0
+PLAIN = SimpleNamespace(extra_args=None, logprobs=None, n=1)
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory, redis_url):
-    with new_stack(tmp_path_factory.mktemp("inside"), redis_url, inside=True) as running:
-        yield running
+    """A server that decides, and waits some seconds only for a manager outside."""
+
+    def arguments(config):
+        *others, module = module_arguments(config)
+        module = json.loads(module)
+        module["config"] |= {"handover_s": HANDOVER_S}
+        return [*others, json.dumps(module)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(services, "module_arguments", arguments)
+        with new_stack(tmp_path_factory.mktemp("inside"), redis_url, inside=True) as running:
+            yield running
+
+
+class Engine:
+    """Stores and loads KV cache as vLLM's worker does, and says so."""
+
+    def __init__(self, stack):
+        self.client = Client(f"tcp://{stack.host}:{stack.config.server_port}")
+        self.asked = []
+
+    def generate(self, tokens, sampling_params):
+        self.asked.append(sampling_params)
+        given = (sampling_params.extra_args or {}).get("kv_transfer_params", {})
+        hints = {name.removeprefix("lmcache.kvttl."): value for name, value in given.items()}
+        hits = self.client.serve(tokens, **hints)
+        text = SimpleNamespace(text=str(hits), token_ids=[1], finish_reason="stop", logprobs=None)
+        facts = {"prompt_token_ids": tokens, "num_cached_tokens": hits * CHUNK}
+        return [SimpleNamespace(**facts, outputs=[text])]
 
 
 @pytest.fixture(scope="module")
-def llm(stack):
-    engine = SharedEngine(stack)
-    yield engine.get()
-    engine.close()
+def engine(stack):
+    engine = Engine(stack)
+    yield engine
+    engine.client.close()
+
+
+def controller_of(stack):
+    return LMCacheController(stack.host, stack.port, MODEL, instance_id=stack.instance_id)
 
 
 @pytest.fixture
-def managers(stack, llm):
+def managers(stack, engine):
     """A function that makes managers of the engine; the last one leads."""
     made = []
 
     def make(config=CONFIG, **options):
-        made.append(managed(stack, llm, config, **{"sweep_every_s": None, **options}))
+        quiet = {"sweep_every_s": None, "notify": None, "config": config}
+        made.append(MultiTierCache(controller_of(stack), engine, **{**quiet, **options}))
         return made[-1]
 
     yield make
@@ -48,8 +88,8 @@ def managers(stack, llm):
         cache.close()
 
 
-def tiers_of(cache, text):
-    layout = cache.controller.layout(cache.controller.tokenize(text))
+def tiers_of(cache, tokens):
+    layout = cache.controller.layout(tokens)
     return [tiers[0] if tiers else None for tiers in layout.of(cache.controller.instance_id)]
 
 
@@ -63,23 +103,161 @@ def ask(stack, path, body=None):
         return error.code, error.read().decode()
 
 
-def test_a_prompt_goes_down_the_ladder_as_the_clock_outside_says(managers, llm, greedy, fresh_text):
-    now = [1000.0]
+def test_a_prompt_goes_down_the_ladder_as_the_clock_outside_says(managers, engine):
+    now, tokens = [1000.0], prompt(1, 5)
     cache = managers(clock=lambda: now[0])
-    text = fresh_text()
-    plain = llm.generate(text + " ", greedy, use_tqdm=False)[0]
-    first = cache.generate_and_manage(text, greedy, HOT)
+    cache.generate_and_manage(tokens, PLAIN, HOT)
     (record,) = cache.records
-    assert record.error == "" and record.time_s == 1000.0
-    assert (record.wanted_tier, record.chunks) == ("gpu", len(tiers_of(cache, text)))
-    assert set(record.metadata_sources.values()) == {"caller", "history"}
-    assert greedy.extra_args is None and plain.outputs
-    assert len(cache.claims) >= 1 and 1001.0 < cache.claims.next_due_s < 1003.0
-    wait_until(lambda: set(tiers_of(cache, text)) == {"gpu"})
-    for passed_s, tier in ((2.3, "disk"), (2.3, "remote"), (4.6, None)):
-        now[0] += passed_s
-        swept = cache.sweep()
-        mine = [each for each in swept if each.prompt_digest == record.prompt_digest]
-        assert [(each.wanted_tier, each.error) for each in mine] == [(tier, "")]
-        wait_until(lambda tier=tier: set(tiers_of(cache, text)) == {tier})
-    assert cache.generate_and_manage(text, greedy, HOT) == first
+    assert (record.error, record.time_s, record.wanted_tier, record.chunks) == (
+        "",
+        1000.0,
+        "gpu",
+        5,
+    )
+    assert record.metadata_sources["perplexity"] == "caller"
+    assert record.metadata_sources["access_count"] == "history"
+    assert PLAIN.extra_args is None and engine.asked[-1].extra_args is not None
+    assert len(cache.claims) == 1 and 1001.0 < cache.claims.next_due_s < 1003.0
+    assert cache.claims.wanted(record.chunk_keys, now[0]) == ["gpu"] * 5
+    assert set(tiers_of(cache, tokens)) == {"gpu"}
+    for tier in ("disk", "remote", None):
+        now[0] = cache.claims.next_due_s
+        (swept,) = cache.sweep()
+        assert (swept.wanted_tier, swept.error, swept.kind) == (tier, "", "expiry")
+        assert set(tiers_of(cache, tokens)) == {tier}
+    assert len(cache.claims) == 0 and engine.client.look_up(tokens) == 0
+    assert [record.kind for record in cache.records] == ["generation"] + 3 * ["expiry"]
+
+
+def test_the_controller_moves_in_every_direction(managers, engine, stack):
+    tokens = prompt(2, 5)
+    managers().generate_and_manage(tokens, PLAIN, HOT)
+    controller = controller_of(stack)
+    here, tiers = controller.instance_id, ["gpu", "disk", "remote", "disk", "gpu", "remote", "gpu"]
+    for source, target in zip(tiers, tiers[1:]):
+        moved = controller.move([here, source], [here, target], tokens)
+        assert (moved["status"], moved["moved_chunks"]) == ("done", 5), (source, target, moved)
+        found = controller.lookup(tokens)
+        assert found["found"] and found[here][0] == target
+        assert engine.client.look_up(tokens) == 5
+    keys = controller.layout(tokens).keys
+    moved = controller.move([here, "gpu"], [here, "disk"], keys=keys[:2])
+    assert moved["moved_chunks"] == 2 and controller.layout_of(keys).counts(here)["gpu"] == 3
+    assert set(keys) <= set(controller.layout_of().keys)
+    room, *unknown = controller.room_chunks()
+    assert room > 1000 and unknown == [None, None] and controller.tier_errors() == {}
+    assert controller.discard(keys) == 0
+    assert controller.lookup(tokens) == {"found": False} and engine.client.look_up(tokens) == 0
+
+
+def test_tenants_are_told_apart(managers, stack):
+    tokens, cache = prompt(3, 3), managers()
+    cache.manage({"prompt_token_ids": tokens, "cache_salt": "tenant-a"}, answer_of(tokens))
+    record = cache.records[-1]
+    assert record.cache_salt == "tenant-a" and record.error == ""
+    assert all(key.endswith("@tenant-a") for key in record.chunk_keys)
+    its = LMCacheController(
+        stack.host, stack.port, MODEL, instance_id=stack.instance_id, cache_salt="tenant-a"
+    )
+    assert [f"{key}@tenant-a" for key in its.layout(tokens).keys] == list(record.chunk_keys)
+
+
+def answer_of(tokens):
+    first = SimpleNamespace(text="", token_ids=[1], finish_reason="length", logprobs=None)
+    return SimpleNamespace(prompt_token_ids=tokens, num_cached_tokens=0, outputs=[first])
+
+
+def test_what_nobody_hands_over_the_server_decides_alone(managers, engine, stack):
+    cache, tokens = managers(), prompt(4, 4)
+    hinted = cache.measurable(PLAIN)
+    engine.generate(tokens, hinted)  # its manager dies now
+    (record,) = wait_until(cache.sweep)
+    assert (record.kind, record.chunks, record.error) == ("generation", 4, "")
+    assert record.ttl_s > 1000  # by the server's settings
+    engine.generate(prompt(5, 4), hinted)
+    cache.manage(prompt(5, 4), answer_of(prompt(5, 4)), HOT)
+    time.sleep(2 * HANDOVER_S)
+    assert cache.sweep() == []  # not decided about a second time
+    assert cache.records[-1].ttl_s < 10
+
+
+OTHER = """
+import sys
+from cache_controller import LMCacheController
+from kvttl.lmcache.lease import AlreadyManaged
+from tiered_caching import MultiTierCache
+host, port, instance = sys.argv[1:]
+try:
+    MultiTierCache(LMCacheController(host, int(port), instance_id=instance), sweep_every_s=None)
+    print("leads")
+except AlreadyManaged as error:
+    print(error)
+"""
+
+
+def other_process(stack):
+    where = [stack.host, str(stack.port), stack.instance_id]
+    return subprocess.run([sys.executable, "-c", OTHER, *where], capture_output=True, text=True)
+
+
+def test_one_manager_leads(managers, stack):
+    first = managers()
+    refused = other_process(stack)
+    assert "has a manager already, process" in refused.stdout, refused.stderr
+    second = managers()  # of this process: it takes over
+    with pytest.raises(AlreadyManaged, match="later manager of this process"):
+        first.sweep()
+    first.manage(prompt(6, 2), answer_of(prompt(6, 2)))
+    assert "later manager of this process" in first.records[-1].error
+    second.close()
+    assert other_process(stack).stdout == "leads\n"
+    wait_until(lambda: managers().sweep() == [])  # which ended without a word
+
+
+def test_a_manager_that_decides_by_itself_is_refused(managers, stack, monkeypatch):
+    controller = controller_of(stack)
+    controller._http._has_module[stack.instance_id] = False  # as on the day before
+    with pytest.raises(AlreadyManaged, match="has a manager already"):
+        MultiTierCache(controller)
+    monkeypatch.setattr(LMCacheController, "lease", lambda self: None)  # on another machine
+    cache = MultiTierCache(controller, sweep_every_s=None, notify=None)
+    controller._http._has_module.clear()
+    cache.manage(prompt(7, 2), answer_of(prompt(7, 2)))
+    assert "decides by itself now (kvttl.server): make a new manager" in cache.records[-1].error
+
+
+def test_another_policy_than_the_servers_is_refused(managers):
+    with pytest.raises(ValueError, match="policy must be 'formula', which .* got 'recency'"):
+        managers(policy="recency")
+    managers()
+
+
+@pytest.mark.parametrize(
+    "call, body, sentence",
+    [
+        ("layout", {"world_size": 1}, "missing required field `model`"),
+        ("layout", {"model": "nobody's"}, "no engine of"),
+        ("manage", {"model": MODEL}, "missing required field `who`"),
+        ("move", {"model": MODEL, "keys": [], "source": "gpu", "target": "tape"}, "tape"),
+        ("discard", {"model": MODEL, "keys": ["no hash"]}, "hexadecimal"),
+        ("claims", [], "Expected `object`, got `array`"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_a_sentence(stack, engine, call, body, sentence):
+    status, answer = ask(stack, f"/kvttl/{call}", body)
+    assert status == 400 and sentence in answer
+
+
+def test_a_server_that_is_away_costs_no_text_and_is_found_again(managers, engine, stack):
+    cache = managers()
+    stack.kill("server")
+    cache.manage(prompt(8, 3), answer_of(prompt(8, 3)), HOT)
+    assert "LMCacheUnavailable" in cache.records[-1].error and cache.sweep() == []
+    with pytest.raises(LMCacheUnavailable):
+        len(cache.claims)
+    stack.start_one("server")
+    engine.client = Client(f"tcp://{stack.host}:{stack.config.server_port}")
+    wait_until(
+        lambda: cache.generate_and_manage(prompt(8, 3), PLAIN, HOT) and not cache.records[-1].error
+    )
+    assert len(cache.claims) == 1
