@@ -26,12 +26,11 @@ from kvttl.lmcache.layout import (
     InProcessController,
     KVLayout,
     bytes_of_token,
-    check_tokens,
     unseen,
     vllm_config,
 )
 from kvttl.lmcache.lease import AlreadyManaged, ServerLease
-from kvttl.lmcache.salts import check_salt, kept_under, salted
+from kvttl.lmcache.salts import check_salt, salted
 from tiered_caching import BaseBackend, InMemoryBackend, LocalDiskBackend, RemoteBackend
 
 
@@ -131,12 +130,10 @@ class LMCacheController(BaseController):
         """
         if (module := self._module) is None:
             return self._directory.layout(tokens, cache_salt)
-        layout = module.layout(check_tokens(tokens), kept_under(cache_salt))
-        with contextlib.suppress(LMCacheError):
-            shown = self._directory.layout(tokens, cache_salt)
-            for instance in shown.tiers.keys() - {self.instance_id}:
-                held = dict(zip(shown.keys, shown.tiers[instance]))
-                layout.tiers[instance] = tuple(held.get(key, ()) for key in layout.keys)
+        layout = module.layout(tokens, cache_salt)
+        with contextlib.suppress(LMCacheError):  # it knows the other servers
+            shown = self._directory.layout(tokens, cache_salt).tiers
+            return replace(layout, tiers={**shown, **layout.tiers})
         return layout
 
     def layout_of(self, keys: Sequence[str] | None = None) -> KVLayout:
@@ -147,17 +144,15 @@ class LMCacheController(BaseController):
         LMCacheUnavailable, LMCacheError
             The coordinator does not answer, or refuses.
         """
-        if (module := self._module) is not None:
-            return module.layout_of(keys)
+        where = self._module or self._directory
         if keys is None:
-            return self._directory.listed(self.instance_id)
-        return self._directory.layout_of(keys, self.instance_id)
+            return where.listed(self.instance_id)
+        return where.layout_of(keys, self.instance_id)
 
     def discard(self, keys: Sequence[str]) -> int:
         """Delete every copy of some chunks on this instance; returns how many chunks keep one."""
-        if (module := self._module) is not None:
-            return module.discard(keys)
-        return self._directory.discard(self.layout_of(keys), self.instance_id)
+        where = self._module or self._directory
+        return where.discard(self.layout_of(keys), self.instance_id)
 
     def check_health(self) -> None:
         """Raise LMCacheUnavailable if the coordinator or the server is away."""
@@ -242,7 +237,7 @@ class LMCacheController(BaseController):
     def _move(self, request, layout, due):
         instance, tier, timeout_s = request.here, request.target, request.timeout_s
         if (module := self._module) is not None:
-            return module.move(layout.select(due).keys, request.source, tier, timeout_s)
+            return module.move(layout.select(due), request.source, tier, timeout_s)
         if timeout_s is None:
             timeout_s = 0.0 if tier in self._stalled_tiers else self.move_timeout_s
         if tier == "gpu":

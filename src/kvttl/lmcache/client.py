@@ -341,7 +341,7 @@ class LMCacheHTTP:
         """Return whether a server decides by itself; asked again after it was away."""
         if instance_id not in self._has_module:
             try:
-                self._call_server(instance_id, "GET", "/kvttl/status")
+                self.ask_module(instance_id, "/kvttl/status")
                 self._has_module[instance_id] = True
             except LMCacheError as error:
                 if error.status != 404:  # away, or it does not let this process in

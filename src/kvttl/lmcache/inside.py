@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import math
 import os
 import socket
@@ -12,13 +14,13 @@ from typing import Any
 
 from kvttl.background import Repeater
 from kvttl.lmcache.client import LMCacheError, LMCacheHTTP
-from kvttl.lmcache.layout import KVLayout, Outcome
+from kvttl.lmcache.layout import KVLayout, Outcome, check_tokens
 from kvttl.lmcache.lease import AlreadyManaged
-from kvttl.lmcache.salts import chunk_key, salt_of
-from kvttl.lmcache.tiers import pages
+from kvttl.lmcache.salts import kept_under
+
+logger = logging.getLogger(__name__)
 
 HINTED = {"lmcache.kvttl.manager": True}  # a request whose decision is handed over
-_PAGE_KEYS = 500  # of a move or a delete: a call has a time limit
 _HELLO_S = 2.0
 _UUID, _numbers = uuid.uuid4().hex[:8], itertools.count()
 # What a decision that was handed over comes back with.
@@ -70,52 +72,33 @@ class ServerModule:
         path = f"/kvttl/decisions?since={since_s!r}&limit=1000"
         return self._http.ask_module(self._instance, path)
 
-    def layout(self, tokens: Sequence[int], cache_salt: str) -> KVLayout:
-        """Return where each complete chunk of a prompt is."""
-        salt = cache_salt or self._about()[2]
-        return self._read(self.ask("layout", tokens=tokens, cache_salt=salt))
+    def layout(self, tokens: Sequence[int], cache_salt: str = "") -> KVLayout:
+        """Return where each complete chunk of a prompt is, under a salt."""
+        salt = kept_under(cache_salt) or self._about()[2]
+        return self._read(self.ask("layout", tokens=check_tokens(tokens), cache_salt=salt))
 
-    def layout_of(self, keys: Sequence[str] | None) -> KVLayout:
-        """Return where chunks are (None: all)."""
-        if keys is not None:
-            return self._read(self.ask("layout", keys=self._named(keys)))
-        held: dict[str, tuple[str, ...]] = {}
-        offset = 0
-        while offset is not None:
-            answer = self.ask("layout", offset=offset)
-            page = self._read(answer)
-            held |= zip(page.keys, page.of(self._instance))
-            offset = answer["next"]
-        return KVLayout(tuple(held), {self._instance: tuple(held.values())})
+    def layout_of(self, keys: Sequence[str], _instance_id: str = "") -> KVLayout:
+        """Return where chunks are, by their keys; these have the salt in any case."""
+        return self._read(self.ask("layout", keys=list(keys)))
 
-    def move(self, keys: Sequence[str], source: str, target: str, timeout_s: float | None):
+    def listed(self, _instance_id: str = "") -> KVLayout:
+        """Return where all chunks are."""
+        layout, salt = self._read(self.ask("layout")), self._about()[2]
+        return layout.under(salt) if salt else layout
+
+    def move(self, layout: KVLayout, source: str, target: str, timeout_s: float | None) -> Outcome:
         """Move chunks from one tier to another."""
-        outcome = Outcome()
-        for page in pages(self._named(keys), _PAGE_KEYS):
-            what = {"source": source, "target": target, "timeout_s": timeout_s}
-            done = self.ask("move", keys=page, **what)
-            outcome.moved += done["moved"]
-            for reason, chunks in done["skipped"].items():
-                outcome.skip(reason, chunks)
-        outcome.layout = self.layout_of(keys)
-        return outcome
+        what = {"source": source, "target": target, "timeout_s": timeout_s}
+        done = self.ask("move", keys=list(layout.keys), **what)
+        return Outcome(moved=done["moved"], skipped=done["skipped"], layout=self._read(done))
 
-    def discard(self, keys: Sequence[str]) -> int:
+    def discard(self, layout: KVLayout, _instance_id: str = "") -> int:
         """Delete every copy of some chunks; returns how many chunks keep one."""
-        named = pages(self._named(keys), _PAGE_KEYS)
-        return sum(self.ask("discard", keys=page)["left"] for page in named)
-
-    def _named(self, keys):
-        """Return keys as the server has them: with the salt, also where one tenant is shown."""
-        salt = self._about()[2]
-        return [chunk_key(key.partition("@")[0], salt_of(key) or salt) for key in keys]
+        return self.ask("discard", keys=list(layout.keys))["left"]
 
     def _read(self, answer):
-        salt, held = self._about()[2], zip(answer["keys"], answer["tiers"])
-        held = [(key, tiers) for key, tiers in held if not salt or salt_of(key) == salt]
-        keys = tuple(key.partition("@")[0] if salt else key for key, _ in held)
-        tiers = tuple(tuple(tiers) for _, tiers in held)
-        return KVLayout(keys, {self._instance: tiers} if any(tiers) else {})
+        tiers = tuple(map(tuple, answer["tiers"]))
+        return KVLayout(tuple(answer["keys"]), {self._instance: tiers} if any(tiers) else {})
 
 
 class Handover:
@@ -174,8 +157,8 @@ class Handover:
             self._tell("hello")
         except AlreadyManaged:
             self._hellos.close()
-        except LMCacheError:
-            pass  # each decision's record says it
+        except LMCacheError as error:
+            logger.info("the server does not hear of its manager: %s", error)
 
     def _tell(self, name, **body):
         self.check()
@@ -196,10 +179,8 @@ class Handover:
         """Let the server decide alone, or another manager lead."""
         if self._hellos is not None:
             self._hellos.close()
-        try:
+        with contextlib.suppress(LMCacheError):  # it will notice
             self._tell("bye")
-        except LMCacheError:
-            pass  # it will notice
 
     # ---- as a placement, and what settles ---------------------------------------------------
 
@@ -217,13 +198,21 @@ class Handover:
         """Do nothing: what is not handed over the server decides alone."""
 
     def sweep(self, until_s: float) -> list[Mapping[str, Any]]:
-        """Let TTLs end; returns the records that the server has made since, in order."""
-        self._tell("sweep", until_s=until_s)
+        """Let TTLs end; returns the records that the server has made since, in order.
+
+        None while the server is away: they come later.
+        """
         records, more = [], True
-        while more:
-            answer = self._module.decisions(self._since_s)
-            self._since_s, more = answer["next"], answer["more"]
-            records += answer["records"]
+        try:
+            self._tell("hello", until_s=until_s)
+            while more:
+                answer = self._module.decisions(self._since_s)
+                self._since_s, more = answer["next"], answer["more"]
+                records += answer["records"]
+        except AlreadyManaged:
+            raise
+        except LMCacheError as error:
+            logger.info("a sweep failed: %s", error)
         return [each for each in records if each["hints"].get("manager") != "handed over"]
 
     # ---- as a ledger of claims --------------------------------------------------------------

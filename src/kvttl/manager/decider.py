@@ -266,7 +266,8 @@ class Decider:
         while not (self._sweeper and self._sweeper.must_stop):  # `recover` takes the rest up again
             until_s = self._known_until(self.clock() if now_s is None else now_s)
             if self.handover is not None:
-                return [self.records.keep(each) for each in self._handed_back(until_s)]
+                made = map(parse_record, map(json.dumps, self.handover.sweep(until_s)))
+                return [self.records.keep(record) for record in made]
             adopt_unclaimed(self.settler, until_s, self.policy.base_ttl)
             records = self.settler.sweep(until_s)
             if not records:
@@ -274,15 +275,6 @@ class Decider:
                 break
             swept += [self.records.keep(record) for record in records]
         return swept
-
-    def _handed_back(self, until_s):
-        try:
-            return [parse_record(json.dumps(each)) for each in self.handover.sweep(until_s)]
-        except AlreadyManaged:
-            raise
-        except LMCacheError as error:
-            logger.info("a sweep failed: %s", error)
-            return []
 
     def _sweep_in_turn(self):
         with contextlib.suppress(AlreadyManaged):  # each decision's record says it

@@ -27,16 +27,10 @@ from kvttl.server.hints import PREFIX, Hints
 from kvttl.server.places import Model
 
 _MAX_BYTES = 64 * 2**20  # of a call
-_MAX_WAITING = 10_000  # requests whose decision may still come
-_PAGE_CHUNKS = 10_000
+_MAX_WAITING = 10_000  # requests whose decision may still come, and decisions that came
 HANDED_OVER = "handed over"
 
 _Tier = Literal["gpu", "disk", "remote"]
-
-
-class _About(msgspec.Struct):
-    model: str
-    world_size: int = 1
 
 
 class Who(msgspec.Struct):
@@ -50,13 +44,28 @@ class Who(msgspec.Struct):
 
 class _Hello(msgspec.Struct):
     who: Who
+    until_s: float | None = None  # TTLs are to end until then
+
+
+class _About(msgspec.Struct):
+    model: str
+    world_size: int = 1
+    keys: list[str] | None = None
+    tokens: list[int] | None = None
+    cache_salt: str = ""
+    now_s: float = 0.0
+
+
+class _Move(_About, kw_only=True):
+    source: _Tier
+    target: _Tier
+    timeout_s: float | None = None
 
 
 class _Manage(_About, kw_only=True):
     who: Who
     tokens: list[int]
     cached_tokens: int
-    cache_salt: str
     time_s: float
     generate_s: float
     metadata: dict[str, float]
@@ -64,29 +73,6 @@ class _Manage(_About, kw_only=True):
     output_tokens: int
     ttl_s: float | None = None
     wanted_tier: _Tier | None = None
-
-
-class _Sweep(_Hello, kw_only=True):
-    until_s: float
-
-
-class _Claims(_About, kw_only=True):
-    keys: list[str] = []
-    now_s: float = 0.0
-
-
-class _Chunks(_About, kw_only=True):
-    tokens: list[int] | None = None
-    keys: list[str] | None = None
-    cache_salt: str = ""
-    offset: int = 0  # of a listing: neither tokens nor keys
-
-
-class _Move(_About, kw_only=True):
-    keys: list[str]
-    source: _Tier
-    target: _Tier
-    timeout_s: float | None = None
 
 
 class _Given(Hints):
@@ -168,8 +154,10 @@ class Handover:
             manager.claims.set_ladder(self._who.ladder)
 
     def hello(self, ask: _Hello) -> dict[str, Any]:
-        """Begin or go on to lead."""
+        """Begin or go on to lead, and let TTLs end if that is asked for."""
         self._meet(ask.who)
+        for manager in self._module.managers.values() if ask.until_s is not None else ():
+            manager.sweep(ask.until_s)
         settings = self._module.settings
         policy = getattr(settings, "policy", "formula")
         return {"silent_s": settings.handover_s, "policy": policy, "time_s": time.time()}
@@ -218,35 +206,23 @@ class Handover:
             if self._handed.get(request, 0.0) < ended.began_s:
                 yield ended
 
-    def sweep(self, ask: _Sweep) -> dict[str, Any]:
-        """Let TTLs end; the records are among ``/kvttl/decisions``."""
-        self._meet(ask.who)
-        for manager in self._module.managers.values():
-            manager.sweep(ask.until_s)
-        return {}
+    # ---- where KV cache is, and what is wanted where -----------------------------------------
 
-    def claims(self, ask: _Claims) -> dict[str, Any]:
-        """Return how many claims live, when the next one ends, and what is wanted where."""
-        manager = self._module.managers.get(Model(ask.model, ask.world_size))
+    def claims(self, ask: _About) -> dict[str, Any]:
+        """Return how many claims live, when the next one ends, and where they want chunks."""
+        manager, keys = self._module.managers.get(Model(ask.model, ask.world_size)), ask.keys or []
         if manager is None:
-            return {"count": 0, "next_due_s": None, "wanted": [None] * len(ask.keys)}
+            return {"count": 0, "next_due_s": None, "wanted": [None] * len(keys)}
         claims = manager.claims  # a step that waits is due at once
-        wanted, due_s = claims.wanted(ask.keys, ask.now_s), max(claims.next_due_s, 0.0)
+        wanted, due_s = claims.wanted(keys, ask.now_s), max(claims.next_due_s, 0.0)
         return {"count": len(claims), "next_due_s": due_s, "wanted": wanted}  # infinity is null
 
-    # ---- where KV cache is -------------------------------------------------------------------
-
-    def layout(self, ask: _Chunks) -> dict[str, Any]:
-        """Return where chunks are: of a prompt, by their keys, or all, `_PAGE_CHUNKS` at once."""
+    def layout(self, ask: _About) -> dict[str, Any]:
+        """Return where chunks are: of a prompt, by their keys, or all of a model."""
         controller = self._controller(ask)
         if ask.tokens is not None:
             return self._shown(controller.layout(ask.tokens, ask.cache_salt))
-        if ask.keys is not None:
-            return self._shown(controller.layout_of(ask.keys))
-        layout = controller.layout_of()
-        end = ask.offset + _PAGE_CHUNKS
-        page = self._shown(layout.select(range(ask.offset, min(end, len(layout.keys)))))
-        return page | {"next": end if end < len(layout.keys) else None}
+        return self._shown(controller.layout_of(ask.keys))
 
     def move(self, ask: _Move) -> dict[str, Any]:
         """Move chunks from one tier to another."""
@@ -256,7 +232,7 @@ class Handover:
         moved = {"moved": done["moved_chunks"], "skipped": done["skipped"]}
         return moved | self._shown(controller.layout_of(ask.keys))
 
-    def discard(self, ask: _Chunks) -> dict[str, Any]:
+    def discard(self, ask: _About) -> dict[str, Any]:
         """Delete every copy of some chunks; returns how many keep one."""
         return {"left": self._controller(ask).discard(ask.keys or [])}
 
