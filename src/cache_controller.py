@@ -132,8 +132,10 @@ class LMCacheController(BaseController):
             return self._directory.layout(tokens, cache_salt)
         layout = module.layout(tokens, cache_salt)
         with contextlib.suppress(LMCacheError):  # it knows the other servers
-            shown = self._directory.layout(tokens, cache_salt).tiers
-            return replace(layout, tiers={**shown, **layout.tiers})
+            shown = self._directory.layout(tokens, cache_salt)
+            if shown.keys == layout.keys:
+                others = {n: held for n, held in shown.tiers.items() if n != self.instance_id}
+                return replace(layout, tiers={**others, **layout.tiers})
         return layout
 
     def layout_of(self, keys: Sequence[str] | None = None) -> KVLayout:

@@ -31,7 +31,7 @@ _PAGE_KEYS = 10_000  # the directory's own limit of a listing
 class LMCacheError(RuntimeError):
     """LMCache answered, and said no, or nothing that makes sense."""
 
-    status = 0  # of the HTTP answer
+    status, text = 0, ""  # of the HTTP answer
 
 
 class LMCacheUnavailable(LMCacheError, ConnectionError):
@@ -166,9 +166,9 @@ class Service:
         self._breaker.succeeded()
         call = f"{method} {self.url}{path}"
         if not response.ok:
-            problem = f"{call} answered {response.status_code}: {response.text[:300]}"
-            error = LMCacheError(problem)
-            error.status = response.status_code
+            status, text = response.status_code, response.text
+            error = LMCacheError(f"{call} answered {status}: {text[:300]}")
+            error.status, error.text = status, text
             raise error
         return _Answer(response, call)
 

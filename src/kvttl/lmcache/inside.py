@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import logging
 import math
 import os
@@ -65,7 +66,7 @@ class ServerModule:
         except LMCacheError as error:
             if error.status != 409:
                 raise
-            raise AlreadyManaged(f"{error}".partition("409: ")[2]) from None
+            raise AlreadyManaged(json.loads(error.text)["detail"]) from None
 
     def decisions(self, since_s: float) -> Mapping[str, Any]:
         """Return a page of the records that the server has made since, of all models."""
@@ -186,11 +187,11 @@ class Handover:
 
     def place(self, draft: Any, tokens: Sequence[int], cached_tokens: int) -> None:
         """Have a decision carried out; see `kvttl.manager.placement.KVPlacement`."""
-        names = "cache_salt time_s generate_s metadata finish_reason output_tokens".split()
-        facts = {name: getattr(draft, name) for name in names}
-        if self._policy == "formula":
-            facts |= {"ttl_s": draft.ttl_s, "wanted_tier": draft.wanted_tier}
-        made = self._tell("manage", tokens=tokens, cached_tokens=cached_tokens, **facts)["record"]
+        decided = json.loads(draft.record("generation", "").to_json())
+        if self._policy != "formula":
+            decided["wanted_tier"] = None
+        what = {"tokens": tokens, "cached_tokens": cached_tokens, "decided": decided}
+        made = self._tell("manage", **what)["record"]
         vars(draft).update({name: made[name] for name in _MADE}, claimed=True)
         draft.chunk_keys = tuple(made["chunk_keys"])
 

@@ -17,16 +17,16 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import PlainTextResponse, Response
 
+from kvttl.decisions.record import DecisionRecord
 from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
 from kvttl.lmcache.lease import AlreadyManaged
 from kvttl.server.hints import PREFIX, Hints
 from kvttl.server.places import Model
+from kvttl.server.routes import json_object
 
-_MAX_BYTES = 64 * 2**20  # of a call
 _MAX_WAITING = 10_000  # requests whose decision may still come, and decisions that came
 HANDED_OVER = "handed over"
 
@@ -66,23 +66,17 @@ class _Manage(_About, kw_only=True):
     who: Who
     tokens: list[int]
     cached_tokens: int
-    time_s: float
-    generate_s: float
-    metadata: dict[str, float]
-    finish_reason: str | None
-    output_tokens: int
-    ttl_s: float | None = None
-    wanted_tier: _Tier | None = None
+    decided: DecisionRecord  # as far as it goes outside
 
 
 class _Given(Hints):
-    """What a manager outside has measured and decided."""
+    """What a manager outside has measured and decided; nothing, where the policy here decides."""
 
-    def __init__(self, ask: _Manage) -> None:
+    def __init__(self, made: DecisionRecord) -> None:
         super().__init__(None, 0.0)
-        self.answers["manager"], self._metadata = HANDED_OVER, ask.metadata
-        wish = {"ttl": ask.ttl_s, "tier": ask.wanted_tier}
-        self.wishes = {name: value for name, value in wish.items() if value is not None}
+        self.answers["manager"], self._metadata = HANDED_OVER, made.metadata
+        if made.wanted_tier is not None:
+            self.wishes = {"ttl": made.ttl_s, "tier": made.wanted_tier}
 
 
 class Handover:
@@ -173,18 +167,16 @@ class Handover:
     def manage(self, ask: _Manage) -> dict[str, Any]:
         """Carry a decision out; returns the record."""
         self._meet(ask.who)
-        model = self._model(ask)
-        answer = {"finish_reason": ask.finish_reason, "token_ids": range(ask.output_tokens)}
+        model, made = self._model(ask), ask.decided
+        answer = {"finish_reason": made.finish_reason, "token_ids": range(made.output_tokens)}
         answer |= {"text": None, "logprobs": None}
         prompt = {"prompt_token_ids": ask.tokens, "num_cached_tokens": ask.cached_tokens}
         output = SimpleNamespace(**prompt, outputs=[SimpleNamespace(**answer)])
-        while len(self._handed) >= _MAX_WAITING:
-            self._handed.pop(next(iter(self._handed)), None)
-        request = _request(model, ask.cache_salt, ask.tokens)
-        self._handed.pop(request, None)
-        self._handed[request] = time.time()
-        what = output, _Given(ask), ask.generate_s, ask.cache_salt
-        record = self._module.decide(model, *what, lambda: ask.time_s)
+        if len(self._handed) >= _MAX_WAITING:
+            del self._handed[next(iter(self._handed))]
+        self._handed[_request(model, made.cache_salt, ask.tokens)] = time.time()
+        what = output, _Given(made), made.generate_s, made.cache_salt
+        record = self._module.decide(model, *what, lambda: made.time_s)
         return {"record": msgspec.Raw(record.to_json().encode())}
 
     def leaves(self, ended: Any) -> bool:
@@ -258,23 +250,16 @@ def _request(model, salt, tokens):
 
 def _endpoint(method: Callable[[Any], dict]) -> Callable:
     shape = inspect.signature(method, eval_str=True).parameters["ask"].annotation
-    decode = msgspec.json.Decoder(shape).decode
 
     def answer(body):
-        try:
-            made = msgspec.json.encode(method(decode(body)))
-            return Response(made, media_type="application/json")
-        except AlreadyManaged as error:
-            return PlainTextResponse(str(error), 409)
-        except (ValueError, TypeError, LMCacheError, msgspec.MsgspecError) as error:
-            return PlainTextResponse(str(error), 400)
+        return Response(msgspec.json.encode(method(msgspec.convert(body, shape))))
 
     async def endpoint(request: Request) -> Response:
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > _MAX_BYTES:
-                return PlainTextResponse(f"a body must be at most {_MAX_BYTES} bytes", 413)
-        return await run_in_threadpool(answer, body)
+        body = await json_object(request)
+        try:
+            return await run_in_threadpool(answer, body)
+        except (ValueError, LMCacheError) as error:
+            status = 409 if isinstance(error, AlreadyManaged) else 400
+            raise HTTPException(status, str(error)) from None
 
     return endpoint

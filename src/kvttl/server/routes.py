@@ -182,7 +182,10 @@ def _number(text):
 
 
 async def json_object(request: Request) -> Mapping[str, Any]:
-    """Return a request's body, which must be a JSON object; anything else is a 400."""
+    """Return a request's body, which must be a JSON object; anything else is a 400 or a 413."""
+    size = request.headers.get("content-length", "")
+    if not size.isdigit() or int(size) > _MAX_BYTES:
+        raise HTTPException(413, f"content-length must be 0..{_MAX_BYTES}, got {size!r:.80}")
     try:
         body = await request.json()
     except ValueError:
