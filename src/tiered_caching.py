@@ -40,7 +40,7 @@ from kvttl.manager.generation import (
     text_of,
 )
 from kvttl.manager.metadata import RequestMetadata
-from kvttl.manager.policy import Policy, advisor_of
+from kvttl.manager.policy import Policy, who_decides
 from kvttl.manager.settling import under
 from kvttl.storage import redis_client, sealed
 from kvttl.storage.probes import reason_of
@@ -398,11 +398,7 @@ class MultiTierCache(contextlib.AbstractContextManager):
         self.config = HeuristicConfig() if config is None else config
         self.clock = clock
         self._records = RecordKeeper(max_records, log, metrics, notify)
-        by_clock = {"clock": lambda: self.clock()}  # which may be replaced
-        handover = lmcache_controller.hand_over(self.config.ladder, policy, **by_clock)
-        advisor = None
-        if handover is None:
-            advisor = advisor_of(policy, lmcache_controller, self.config, costs, log)
+        options = lmcache_controller, self.config, lambda: self.clock(), costs, log
         self._measured = RequestMetadata(None, perplexity_source, scorer)
         self._decider = Decider(
             self._decide,
@@ -410,14 +406,13 @@ class MultiTierCache(contextlib.AbstractContextManager):
             self.config,
             self._measured,
             self._records,
-            **by_clock,
+            lambda: self.clock(),
             workers=check_whole("workers", workers) if background else 0,
             max_queue=max_queue,
             max_queue_bytes=max_queue_bytes,
             sweep_every_s=sweep_every_s,
             keep_prompts=keep_prompts,
-            advisor=advisor,
-            handover=handover,
+            **who_decides(policy, *options),
         )
         self.records, self.claims = self._records.records, self._decider.claims
         self._llm: Any = None
@@ -431,8 +426,7 @@ class MultiTierCache(contextlib.AbstractContextManager):
 
     def set_llm(self, llm: Any) -> None:
         """Set the engine: anything with vLLM's ``generate(prompt, sampling_params)``."""
-        self._llm = llm
-        self._engine = Engine(llm, hands_over=self._decider.handover is not None)
+        self._llm, self._engine = llm, Engine(llm, self._decider.handover is not None)
         self._check = RequestCheck()
         self.controller.attach_engine(llm)
         if self._engine.vocab_size:
@@ -596,8 +590,8 @@ class MultiTierCache(contextlib.AbstractContextManager):
 
         A `perplexity` can be measured from its answer; a server that decides waits for `manage`.
         """
-        logprobs = self._measured.logprobs_wanted if perplexity else 0
-        return self._ready_engine().asking(sampling_params, logprobs)
+        wanted = self._measured.logprobs_wanted
+        return self._ready_engine().asking(sampling_params, perplexity * wanted)
 
     def manage(
         self,
