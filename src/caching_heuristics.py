@@ -12,6 +12,7 @@ variance 0.05 one of 0.95, hence 3600 s x 1.08 x 0.95 = 3693.6 s.
 import difflib
 import functools
 import math
+import numbers
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -478,7 +479,7 @@ def check_number(
         ...
     ValueError: gamma must be 0..1, got 2
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise _no_number(name, range_text(low, high, open_low, high_name), value)
     try:
         number = float(value)  # a float32 would compare and compute in its own precision

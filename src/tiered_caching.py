@@ -32,13 +32,7 @@ from kvttl.lmcache.layout import BaseController
 from kvttl.lmcache.requests import RequestCheck
 from kvttl.manager.decider import Decider
 from kvttl.manager.engine_calls import EngineDied as EngineDied  # for callers, to catch
-from kvttl.manager.generation import (
-    Engine,
-    ManagedOutput,
-    is_one_prompt,
-    one_each,
-    text_of,
-)
+from kvttl.manager.generation import Engine, ManagedOutput, is_one_prompt, one_each, text_of
 from kvttl.manager.metadata import RequestMetadata
 from kvttl.manager.policy import Policy, who_decides
 from kvttl.manager.settling import under
@@ -564,17 +558,19 @@ class MultiTierCache(contextlib.AbstractContextManager):
     # ---- around them ----------------------------------------------------------------------
 
     def admit(
-        self,
-        prompt: Any,
-        sampling_params: Any,
-        lora_request: Any = None,
-        *,
-        cache_salt: str | None = None,
-        **options: Any,
+        self, *request: Any, cache_salt: str | None = None, **options: Any
     ) -> tuple[Any, str]:
         """Return the prompt as the engine is to get it, and the salt that its KV is kept under.
 
-        For a server, before its engine; `generate` asks it too. See `RequestCheck`.
+        For a server, before its engine; `generate` asks it too.
+
+        Parameters
+        ----------
+        *request, **options
+            The prompt, its sampling parameters and its adapter, and what else the engine is
+            called with, as `RequestCheck` takes them.
+        cache_salt : str, optional
+            The tenant; None = the controller's.
 
         Raises
         ------
@@ -583,7 +579,7 @@ class MultiTierCache(contextlib.AbstractContextManager):
         """
         self._ready_engine()
         tenant = cache_salt or getattr(self.controller, "cache_salt", "") or cache_salt
-        return self._check(prompt, sampling_params, lora_request, cache_salt=tenant, **options)
+        return self._check(*request, cache_salt=tenant, **options)
 
     def measurable(self, sampling_params: Any, perplexity: bool = True) -> Any:
         """Return sampling parameters that the engine is to get for `manage`, a copy.

@@ -18,6 +18,7 @@ import time
 from contextlib import contextmanager
 
 _PAUSES_S = (0, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08)
+_MARGIN = 0.2  # of each token over the next best: a different order of sums changes no text
 
 
 def random_prompts(count: int, seed: int) -> list[dict]:
@@ -108,6 +109,27 @@ def troubled(stack, trouble: str, rng: random.Random):
             stack.start_one("server")
 
 
+def _clear_ones(llm, count):
+    """Return prompts whose every token is clearly the likeliest, and their texts.
+
+    Nothing is in LMCache yet.
+    """
+    from kvttl.session.launch import greedy
+
+    prompts = random_prompts(40 * count, seed=7)
+    outputs = llm.generate(prompts, greedy(6, logprobs=2), use_tqdm=False)
+    clear = [at for at, each in enumerate(outputs) if _margin(each) >= _MARGIN][:count]
+    assert len(clear) == count, f"only {len(clear)} prompts have clear answers"
+    return [prompts[at] for at in clear], [outputs[at].outputs[0].text for at in clear]
+
+
+def _margin(output):
+    """Return the smallest lead of a chosen token over the next best, in log-probability."""
+    steps = (each.values() for each in output.outputs[0].logprobs)
+    ranked = [sorted((entry.logprob for entry in step), reverse=True) for step in steps]
+    return min(first - second for first, second, *_ in ranked)
+
+
 def main() -> int:
     """Storm until enough requests were aborted; the exit status says whether all went well."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -119,7 +141,7 @@ def main() -> int:
     from kvttl.session.launch import be_quiet, engine, greedy
     from kvttl.stack.lifecycle import LMCacheStack, load_config
 
-    rng, sampling, prompts = random.Random(options.seed), greedy(6), random_prompts(12, seed=7)
+    rng, sampling = random.Random(options.seed), greedy(6)
     counts, wrong, leaks, turns = dict.fromkeys(("up", "slow", "killed"), 0), 0, 0, 0
     until_s = time.monotonic() + options.minutes * 60
     be_quiet()
@@ -128,15 +150,17 @@ def main() -> int:
     fast["start_timeout_s"] = 250  # on a loaded machine
     config = load_config(disk_path=folder.name, **fast)
     with folder, LMCacheStack(config, free_ports=True) as stack, engine(stack, model_path()) as llm:
-        outputs = llm.generate(prompts, sampling, use_tqdm=False)
-        texts = [output.outputs[0].text for output in outputs]  # nothing was in LMCache
+        prompts, texts = _clear_ones(llm, 12)
         while sum(counts.values()) < options.aborts and time.monotonic() < until_s:
             trouble = rng.choice(["up", "up", "slow", "slow", "killed"])
             with troubled(stack, trouble, rng):
                 seed, most = rng.getrandbits(32), rng.choice((1, 4, 16, 32))
                 aborted, answers = storm(llm, sampling, prompts, 20, seed, most)
             counts[trouble] += aborted
-            wrong += sum(text != texts[known] for known, text in answers)
+            for known, text in answers:
+                if text != texts[known]:
+                    wrong += 1
+                    print(f"{trouble}: prompt {known} {text!r}, not {texts[known]!r}", flush=True)
             leaks += not all_blocks_free(llm, 120.0)
             turns += 1
             if turns % 10 == 0:

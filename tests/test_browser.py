@@ -41,7 +41,7 @@ def test_sliders_readouts_save_and_export(opened):
     server, project, open_page = opened
     explorer = open_page()
     assert explorer.values() == HeuristicConfig().to_dict()
-    assert "0 of 102 decisions change tier" in explorer.readout
+    assert "0 of 76 decisions change tier" in explorer.readout
 
     with explorer.new_picture():  # by keyboard
         explorer.press("hot_threshold", "ArrowLeft", 30)

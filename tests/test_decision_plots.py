@@ -18,7 +18,7 @@ from PIL import Image
 
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.decisions.log import DecisionRecord, read_records
-from kvttl.decisions.sample import latest_log, sample_records
+from kvttl.decisions.sample import latest_log
 from kvttl.plots.decision_plots import (
     decision_distributions,
     plot_session,
@@ -30,6 +30,7 @@ from kvttl.plots.decision_plots import (
 from kvttl.plots.export import all_figures, export_plots
 from kvttl.plots.panels import TIER_COLOURS, duration
 from kvttl.plots.what_if import changes, decisions_of, held_seconds
+from kvttl.session.sample import sample_records
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = [
@@ -422,8 +423,8 @@ def test_the_generators_command(tmp_path):
         command = [
             sys.executable,
             "-m",
-            "kvttl.decisions.sample",
-            "--prompts",
+            "kvttl.session.sample",
+            "--requests",
             "3",
             "--out",
             str(out),

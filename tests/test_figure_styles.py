@@ -20,7 +20,6 @@ from caching_heuristics import HeuristicConfig
 from kvttl.agents.loop import LoopRun, plot_chunks
 from kvttl.bench.speedup_report import picture, read_report
 from kvttl.decisions.log import DecisionRecord
-from kvttl.decisions.sample import sample_records
 from kvttl.plots.decision_plots import plot_session, plot_timeline
 from kvttl.plots.export import all_figures
 from kvttl.plots.learned import hazard_table, watch
@@ -28,6 +27,7 @@ from kvttl.plots.learned_plots import plot_hazards, plot_life, plot_price, plot_
 from kvttl.plots.replay_plots import plot_over_time, plot_policies, plot_trade_off
 from kvttl.replay import index_runs, replay_without_capacity
 from kvttl.replay.tables import policy_table, trade_off
+from kvttl.session.sample import sample_records
 from kvttl.sliders.explorer import Explorer
 from kvttl.sliders.replay_tab import ReplayTab
 from kvttl.traces.reading import read_trace

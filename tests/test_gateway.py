@@ -27,6 +27,7 @@ import requests
 import yaml
 from http_bodies import hostile_request
 from lora_adapters import make_adapter
+from vllm.outputs import CompletionOutput, RequestOutput
 from waiting import children_of, is_gone, take_ctrl_c, wait_until
 
 from cache_controller import LocalLMCacheController
@@ -783,7 +784,7 @@ def test_the_pinned_vllm_has_its_parts_and_another_one_is_named(monkeypatch):
 
 
 class FakeEngine:
-    """Answers in two parts; `fails` ends it after the first."""
+    """Answers in two parts, of two sequences the second one first; `fails` ends it after one."""
 
     def __init__(self, fails=None):
         self.fails, self.asked, self.closed = fails, None, False
@@ -793,26 +794,30 @@ class FakeEngine:
 
     async def generate(self, prompt, sampling_params, request_id):
         self.asked = sampling_params
+        whole = sampling_params.output_kind.name == "CUMULATIVE"
+        parts = [("<tool", [5]), ("_call>", [6, 7])]
         try:
-            for token, finished in ((5, False), (6, True)):
-                rows = [{token: SimpleNamespace(logprob=0.0)}] if sampling_params.logprobs else None
-                answer = SimpleNamespace(index=0, text="x", token_ids=[token], logprobs=rows)
-                answer.finish_reason = "stop" if finished else None
-                yield SimpleNamespace(
-                    prompt_token_ids=[1, 2, 3, 4],
-                    num_cached_tokens=0,
-                    outputs=[answer],
-                    finished=finished,
-                )
+            for at, finished in ((0, False), (1, True)):
+                texts, ids = zip(*(parts[: at + 1] if whole else parts[at : at + 1]))
+                for index in reversed(range(sampling_params.n)):
+                    tokens = [token + 100 * index for each in ids for token in each]
+                    rows = [{token: SimpleNamespace(logprob=0.0)} for token in tokens]
+                    rows = rows if sampling_params.logprobs else None
+                    text = "".join(texts) if index == 0 else "other"
+                    answer = CompletionOutput(index, text, tokens, 0.0, rows)
+                    answer.finish_reason = ("stop", "length")[index] if finished else None
+                    made = RequestOutput(request_id, None, [1, 2, 3, 4], None, [answer], finished)
+                    made.num_cached_tokens = 0
+                    yield made
                 if self.fails:
                     raise self.fails
         finally:
             self.closed = True
 
 
-def sampling(kind="DELTA"):
+def sampling(kind="DELTA", n=1):
     return SimpleNamespace(
-        n=1, logprobs=None, prompt_logprobs=None, output_kind=SimpleNamespace(name=kind)
+        n=n, logprobs=None, prompt_logprobs=None, output_kind=SimpleNamespace(name=kind)
     )
 
 
@@ -824,19 +829,19 @@ def local_cache():
         yield cache
 
 
-def ask(engine, cache, parts=2, kv=None, kind="DELTA"):
+def ask(engine, cache, parts=2, kv=None, **asked):
     """Read some parts of an answer, then let go of it."""
-    managed = ManagedEngine(engine, cache)
+    managed, asked = ManagedEngine(engine, cache), sampling(**asked)
 
     async def read():
         token = KV_METADATA.set(kv)
-        outputs = managed.generate({"prompt": "p", "prompt_token_ids": [1, 2]}, sampling(kind), "1")
+        outputs = managed.generate({"prompt": "p", "prompt_token_ids": [1, 2]}, asked, "1")
         KV_METADATA.reset(token)
         async with contextlib.aclosing(outputs):
             for _ in range(parts):
                 await anext(outputs)
             if parts == 2:
-                assert [part async for part in outputs] == []
+                assert len([part async for part in outputs]) == 2 * asked.n - 2
 
     asyncio.run(read())
     assert engine.closed
@@ -854,6 +859,20 @@ def test_the_engine_is_asked_for_what_the_perplexity_needs(local_cache, monkeypa
     record = ask(engine, local_cache, kv={"perplexity": 9.0})
     assert engine.asked.logprobs is None  # there is nothing to measure: no cost
     assert record.metadata["perplexity"] == 9.0 and record.wanted_tier == "gpu"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("kind", ["DELTA", "CUMULATIVE"])
+def test_an_answer_in_parts_says_how_its_first_sequence_ended(local_cache, kind, n):
+    record = ask(FakeEngine(), local_cache, kind=kind, n=n)
+    assert (record.finish_reason, record.output_tokens) == ("tool_calls", 3)
+
+
+def test_a_request_that_fails_before_its_first_part_is_managed(local_cache):
+    with pytest.raises(RuntimeError):
+        ask(FakeEngine(RuntimeError("dead")), local_cache, n=0)
+    (record,) = local_cache.records
+    assert record.error == "" and record.prompt_tokens == 2 and record.output_tokens == 0
 
 
 def test_a_request_that_is_given_up_is_managed(local_cache):

@@ -21,7 +21,6 @@ from kvttl.manager.generation import end_of
 from kvttl.manager.policy import POLICY_NAMES
 from kvttl.policies import FAMILIES, Answer
 from kvttl.policies.adaptive import Adaptive
-from kvttl.serve.engine import _Answer
 
 PROMPT = "what is KV cache good for, in a word?"  # 4 chunks
 
@@ -409,17 +408,3 @@ def test_a_tool_call_is_known_by_its_marks(text, reason):
 @pytest.mark.parametrize("output", [None, "text", SimpleNamespace(outputs=None), ValueError("x")])
 def test_what_says_nothing_of_its_end(output):
     assert end_of(output) == (None, 0)
-
-
-@pytest.mark.parametrize("kind", ["DELTA", "CUMULATIVE"])
-def test_an_answer_in_parts_says_how_it_ended(kind):
-    answer = _Answer([1, 2], SimpleNamespace(output_kind=SimpleNamespace(name=kind)))
-    parts = [("<tool", [5], None), ("_call>", [6, 7], "stop")]
-    for at, (text, ids, reason) in enumerate(parts):
-        if kind == "CUMULATIVE":
-            text, ids = "".join(p[0] for p in parts[: at + 1]), [5, 6, 7][: len(ids) + at]
-        said = SimpleNamespace(
-            index=0, text=text, token_ids=ids, finish_reason=reason, logprobs=None
-        )
-        answer.add(SimpleNamespace(prompt_token_ids=[1, 2], num_cached_tokens=0, outputs=[said]))
-    assert end_of(answer) == ("tool_calls", 3)

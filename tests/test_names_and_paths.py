@@ -11,11 +11,12 @@ import pytest
 
 from caching_heuristics import HeuristicConfig
 from kvttl.decisions.log import DecisionLog, read_records, write_records
-from kvttl.decisions.sample import latest_log, sample_records, settings_of
+from kvttl.decisions.sample import latest_log, settings_of
 from kvttl.plots.decision_plots import plot_timeline
 from kvttl.plots.export import export_plots
 from kvttl.replay.tables import export
 from kvttl.serve import gateway
+from kvttl.session.sample import sample_records
 from kvttl.settings import default_path, load_settings, save_settings
 from kvttl.sliders.explorer import Explorer
 from kvttl.stack.config import load_config

@@ -17,7 +17,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from kvttl.lmcache import requests as checks
 from kvttl.lmcache.requests import RequestCheck, check_fields, salt_of_answer
-from kvttl.lmcache.salts import kept_under, salted
+from kvttl.lmcache.salts import LoadedAdapters, kept_under, salted
 from kvttl.serve.vllm_parts import vllm_parts
 
 PLAIN = SamplingParams(max_tokens=1)
@@ -234,7 +234,7 @@ def connector():
     from kvttl.stack.engine_connector import LMCacheMPConnector
 
     made = LMCacheMPConnector.__new__(LMCacheMPConnector)  # without its connections
-    made._adapters = {}
+    made._adapters = LoadedAdapters()
     return made
 
 

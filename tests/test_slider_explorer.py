@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from caching_heuristics import SETTINGS, HeuristicConfig
-from kvttl.decisions.sample import sample_records, settings_of
+from kvttl.decisions.sample import settings_of
 from kvttl.plots import what_if
 from kvttl.plots.what_if import changes, decisions_of
+from kvttl.session.sample import sample_records
 from kvttl.settings import default_path, load_settings, save_settings, to_yaml
 from kvttl.sliders.explorer import PRESETS, Explorer
 
@@ -57,7 +58,7 @@ def test_the_plain_function_sets_draws_and_tells(explorer, records):
     assert explorer.image.value != before[0] and explorer.readout.value != before[1]
     assert drawn_ttls(explorer)[0] == pytest.approx(400 * (1 + 0.24 * 25 / 35))
     found = changes(decisions_of(records), config, HeuristicConfig())
-    assert f"<b>{found.changed} of 102 decisions change tier: gpu→disk" in explorer.readout.value
+    assert f"<b>{found.changed} of 76 decisions change tier: gpu→disk" in explorer.readout.value
     for value in found.after_token_s / 1e6:
         assert f"→ {value:,.2f}<" in explorer.readout.value
 
@@ -328,7 +329,7 @@ def test_the_export_button_writes_the_plots(explorer, tmp_path):
     press(explorer, "Export plots")
     assert "Exported 19 files" in explorer.status.value
     sidecar = json.loads((tmp_path / "exports" / "my paper" / "settings.json").read_text())
-    assert sidecar["settings"]["alpha"] == 0.61 and sidecar["decisions"] == 102
+    assert sidecar["settings"]["alpha"] == 0.61 and sidecar["decisions"] == 76
 
 
 def test_what_cannot_be_written_is_said_and_never_raised(explorer, tmp_path):

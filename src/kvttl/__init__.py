@@ -94,10 +94,13 @@ def _is_no_letter(sign):
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+def whole_file(
+    path: str | Path, mode: int = 0o644, moving: contextlib.AbstractContextManager | None = None
+) -> Iterator[BinaryIO]:
     """Write a file, its folder made if need be, that no reader ever sees half written.
 
-    An error inside the block leaves what was there before.
+    An error inside the block leaves what was there before. `moving` is entered while the new
+    file takes the old one's place.
     """
     path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,8 +108,11 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     try:
         with open(handle, "wb") as file:
             yield file
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name on no data
+        os.chmod(scratch, mode)
+        with moving or contextlib.nullcontext():
+            os.replace(scratch, path)
     except BaseException:
         os.unlink(scratch)
         raise

@@ -12,6 +12,49 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
+class BoundedDeque(deque):
+    """What was put last, bounded in number and in bytes: what was put first gives way.
+
+    Parameters
+    ----------
+    max_items, max_bytes : int
+        The newest one is kept whatever it takes.
+    size_bytes : callable
+        Item -> what it takes.
+
+    Examples
+    --------
+    >>> last = BoundedDeque(10, 5, len)
+    >>> last.append("123"), last.append("45"), last.append("6"), list(last)
+    ([], [], ['123'], ['45', '6'])
+    """
+
+    def __init__(self, max_items: int, max_bytes: float, size_bytes: Callable[[Any], int]) -> None:
+        super().__init__()
+        self._max_items, self._max_bytes = max_items, max_bytes
+        self._size_bytes, self._bytes = size_bytes, 0
+
+    def append(self, item: Any) -> list[Any]:
+        """Keep an item as the newest; return those that gave way."""
+        self._bytes += self._size_bytes(item)
+        super().append(item)
+        gone = []
+        while len(self) > 1 and (len(self) > self._max_items or self._bytes > self._max_bytes):
+            gone.append(self.popleft())
+        return gone
+
+    def popleft(self) -> Any:
+        """Take the oldest item out and return it."""
+        item = super().popleft()
+        self._bytes -= self._size_bytes(item)
+        return item
+
+    def clear(self) -> None:
+        """Forget all items."""
+        super().clear()
+        self._bytes = 0
+
+
 class JobQueue:
     """Hands jobs to worker threads in order; a full queue sheds its oldest jobs.
 
@@ -48,11 +91,11 @@ class JobQueue:
         max_bytes: float = math.inf,
         size_bytes: Callable[[Any], int] = lambda _job: 0,
     ) -> None:
-        self._work, self._shed, self._size_bytes = work, shed, size_bytes
-        self._max_jobs = check_whole("max_jobs", max_jobs)
+        self._work, self._shed = work, shed
         self._max_workers = check_whole("workers", workers)
-        self._max_bytes, self._bytes = max_bytes, 0
-        self._waiting: deque[tuple[int, Any]] = deque()  # (number, job), by number
+        max_jobs = check_whole("max_jobs", max_jobs)
+        # (number, job), by number
+        self._waiting = BoundedDeque(max_jobs, max_bytes, lambda waiting: size_bytes(waiting[1]))
         self._under_way: set[int] = set()
         self._last_number = 0
         self._closed = False
@@ -64,18 +107,14 @@ class JobQueue:
 
     def put(self, job: Any) -> bool:
         """Add a job without waiting; False if the queue is closed."""
-        shed, size_bytes = [], self._size_bytes(job)
         with self._changed:
             if self._closed:
                 return False
             self._start_a_worker()
-            while self._is_full(size_bytes):
-                shed.append(self._take()[1])
             self._last_number += 1
-            self._waiting.append((self._last_number, job))
-            self._bytes += size_bytes
+            gone = self._waiting.append((self._last_number, job))
             self._changed.notify_all()
-        for old in shed:
+        for _, old in gone:
             self._shed(old)
         return True
 
@@ -107,15 +146,6 @@ class JobQueue:
             else:
                 self._threads.append(thread)
 
-    def _is_full(self, more_bytes):
-        too_many = len(self._waiting) >= self._max_jobs
-        return self._waiting and (too_many or self._bytes + more_bytes > self._max_bytes)
-
-    def _take(self):
-        number, job = self._waiting.popleft()
-        self._bytes -= self._size_bytes(job)
-        return number, job
-
     def _oldest(self):
         """Return the number of the first job that is not done."""
         waiting = self._waiting[0][0] if self._waiting else math.inf
@@ -127,7 +157,7 @@ class JobQueue:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if not self._waiting:
                     return
-                number, job = self._take()
+                number, job = self._waiting.popleft()
                 self._under_way.add(number)
             try:
                 self._work(job)

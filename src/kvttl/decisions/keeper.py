@@ -5,11 +5,11 @@ None of them can break a generation: what fails is logged, and said in the recor
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from caching_heuristics import TIERS
+from kvttl.background import BoundedDeque
 from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.decisions.metrics import DecisionMetrics
 
@@ -18,32 +18,6 @@ logger = logging.getLogger(__name__)
 _MAX_BYTES = 64 * 2**20  # of the records in memory
 _RECORD_BYTES, _KEY_BYTES = 2_000, 120  # a record without its text, and each chunk key
 _PART_BYTES = 400  # of what a policy has decided
-
-
-class RecentRecords(deque):
-    """The last records, bounded in number and in bytes: what was kept first goes first.
-
-    Parameters
-    ----------
-    max_records, max_bytes : int
-        The newest one is kept whatever it takes.
-    """
-
-    def __init__(self, max_records: int, max_bytes: int) -> None:
-        super().__init__()
-        self._max_records, self._max_bytes, self._bytes = max_records, max_bytes, 0
-
-    def append(self, record: DecisionRecord) -> None:
-        """Keep a record as the newest."""
-        super().append(record)
-        self._bytes += _size_bytes(record)
-        while len(self) > 1 and (len(self) > self._max_records or self._bytes > self._max_bytes):
-            self._bytes -= _size_bytes(self.popleft())
-
-    def clear(self) -> None:
-        """Forget all records."""
-        super().clear()
-        self._bytes = 0
 
 
 def _size_bytes(record):
@@ -74,7 +48,7 @@ class RecordKeeper:
     notify: Callable[[str], object] | None = None
 
     def __post_init__(self) -> None:
-        self.records = RecentRecords(self.max_records, _MAX_BYTES)
+        self.records = BoundedDeque(self.max_records, _MAX_BYTES, _size_bytes)
         self._keeping = threading.Lock()
 
     def keep(self, record: DecisionRecord) -> DecisionRecord:

@@ -65,16 +65,16 @@ class CircuitBreaker:
 
     Examples
     --------
-    >>> now = [0.0]
+    >>> now, trials = [0.0], []
     >>> breaker = CircuitBreaker(retry_after_s=1.0, timer=lambda: now[0])
-    >>> breaker.admit()  # closed: an ordinary call
-    'call'
-    >>> breaker.failed("refused"); breaker.admit() is None
-    True
-    >>> now[0] = 1.5; breaker.admit(), breaker.admit()  # one trial a second
-    ('trial', None)
-    >>> breaker.succeeded(); breaker.admit()
-    'call'
+    >>> asked = "Redis", ConnectionError, lambda: trials.append(now[0])
+    >>> breaker.check(*asked)  # closed: an ordinary call
+    >>> breaker.failed("refused"); now[0] = 1.5
+    >>> breaker.check(*asked)
+    Traceback (most recent call last):
+    ConnectionError: Redis is away: refused
+    >>> breaker.succeeded(); breaker.check(*asked); trials  # one a second
+    [1.5]
     """
 
     retry_after_s: float | None = 1.0
@@ -84,23 +84,16 @@ class CircuitBreaker:
         self.reason, self._lock = "", threading.Lock()
         self._retry_at_s: float | None = None
 
-    def admit(self) -> str | None:
-        """Return ``"call"``, ``"trial"`` (see if it is back), or None: do not even try."""
-        with self._lock:
-            if self._retry_at_s is None:
-                return "call"
-            if self.timer() < self._retry_at_s:
-                return None
-            self._retry_at_s = self.timer() + self.retry_after_s
-            return "trial"
-
     def check(self, name: str, error: type[Exception], start_trial: Callable[[], Any]) -> None:
         """Raise `error` if the service `name` is away; start a trial, beside the caller, if due."""
-        admitted = self.admit()
-        if admitted == "trial":
+        with self._lock:
+            if self._retry_at_s is None:
+                return
+            if is_due := self.timer() >= self._retry_at_s:
+                self._retry_at_s = self.timer() + self.retry_after_s
+        if is_due:
             start_trial()
-        if admitted != "call":
-            raise error(f"{name} is away: {self.reason}")
+        raise error(f"{name} is away: {self.reason}")
 
     def failed(self, reason: str) -> None:
         """Open, or stay open."""

@@ -155,12 +155,26 @@ class BaseController(ABC):
         return False
 
     def reachable(self, tiers: Sequence[str], wanted: str | None) -> str | None:
-        """Return where a chunk with copies in `tiers` can go; see the function `reachable`."""
-        return reachable(tiers, wanted)
+        """Return where a chunk can go that wants `wanted`: there, else the next colder copy.
+
+        LMCache cannot write a missing L2 copy, so a chunk in gpu and remote that
+        wants disk goes to remote; one that only remote holds stays there.
+
+        Examples
+        --------
+        >>> BaseController.reachable(None, ("gpu", "remote"), "disk")
+        'remote'
+        >>> BaseController.reachable(None, ("gpu", "disk"), "remote")
+        'gpu'
+        """
+        if wanted in (None, "gpu") or wanted in tiers:
+            return wanted
+        colder = [tier for tier in tiers if TIER_CODES[tier] > TIER_CODES[wanted]]
+        return colder[0] if colder else tiers[0]
 
     def has_nothing_colder(self, tiers: Sequence[str], wanted: str | None) -> bool:
-        """Say whether a chunk waits for a copy that only others can make."""
-        return has_nothing_colder(tiers, wanted)
+        """Say whether a chunk waits for a copy that only others can make, to go where it wants."""
+        return wanted not in (None, "gpu") and bool(tiers) and is_above(tiers[-1], wanted)
 
     def lease(self) -> ServerLease | None:
         """Return a manager's right to the server; None where there is no server to share.
@@ -424,23 +438,6 @@ def unseen(tier: str) -> str:
     return f"no copy in {tier} seen"
 
 
-def reachable(tiers: Sequence[str], wanted: str | None) -> str | None:
-    """Return where a chunk can go that wants `wanted`: there, else the next colder copy.
-
-    LMCache cannot write a missing L2 copy, so a chunk in gpu and remote that
-    wants disk goes to remote; one that only remote holds stays there.
-
-    Examples
-    --------
-    >>> reachable(("gpu", "remote"), "disk"), reachable(("gpu", "disk"), "remote")
-    ('remote', 'gpu')
-    """
-    if wanted in (None, "gpu") or wanted in tiers:
-        return wanted
-    colder = [tier for tier in tiers if TIER_CODES[tier] > TIER_CODES[wanted]]
-    return colder[0] if colder else tiers[0]
-
-
 def by_hottest(held: Iterable[Sequence[str]]) -> Mapping[str, int]:
     """Count chunks by their hottest tier; ``none`` are not seen anywhere (yet).
 
@@ -456,11 +453,6 @@ def by_hottest(held: Iterable[Sequence[str]]) -> Mapping[str, int]:
 def is_above(tier: str, other: str) -> bool:
     """Say whether a tier is hotter than another."""
     return TIER_CODES[tier] < TIER_CODES[other]
-
-
-def has_nothing_colder(tiers: Sequence[str], wanted: str | None) -> bool:
-    """Say whether a chunk still waits for the copy that would let it go where it is wanted."""
-    return wanted not in (None, "gpu") and bool(tiers) and is_above(tiers[-1], wanted)
 
 
 def hits_by_tier(held: Sequence[Sequence], cached_tokens: int, chunk_tokens: int) -> dict[str, int]:

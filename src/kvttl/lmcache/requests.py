@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from kvttl import read_names
-from kvttl.lmcache.salts import adapter_content, check_salt, kept_under, salted
+from kvttl.lmcache.salts import LoadedAdapters, adapter_content, check_salt, kept_under, salted
 
 _NAMES = read_names(Path(__file__).with_suffix(".toml"))  # fields of vLLM 0.30
 SAMPLING_FIELDS, EXTRA_ARGS, ENGINE_OPTIONS = map(_NAMES.get, ("sampling", "extra_args", "engine"))
@@ -45,7 +45,7 @@ class RequestCheck:
     """
 
     def __init__(self) -> None:
-        self._loaded: dict[int, Any] = {}  # adapter's number -> its content
+        self._adapters = LoadedAdapters()
 
     def __call__(
         self,
@@ -81,27 +81,13 @@ class RequestCheck:
             kinds = "a text, token ids or one of vLLM's mappings"
             raise ValueError(f"prompt must be {kinds}, got {type(prompt).__name__}")
         fields = prompt if isinstance(prompt, Mapping) else {}
-        content = _content_of(fields, adapter=self._adapter(lora_request))
+        content = _content_of(fields, adapter=self._adapters.content_of(lora_request))
         salt = salted(_tenant(fields.get("cache_salt"), cache_salt), **content)
         if not salt:
             return prompt, salt
         if not fields:
             fields = {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
         return {**fields, "cache_salt": salt}, salt
-
-    def _adapter(self, lora_request):
-        """Return an adapter's content; two under one number are refused."""
-        content = adapter_content(lora_request)
-        if content is None:
-            return None
-        number, in_place = lora_request.lora_int_id, getattr(lora_request, "load_inplace", False)
-        if self._loaded.get(number, content) != content and not in_place:
-            raise ValueError(
-                f"lora_int_id {number} of {lora_request.lora_name!r} is not possible: the engine "
-                "has other weights under this number; take a new one, or load_inplace=True"
-            )
-        self._loaded[number] = content
-        return content
 
 
 def _tenant(own, call):
@@ -138,10 +124,8 @@ def check_sampling(sampling_params: Any) -> None:
     ValueError
         Names the field.
     """
-    for name in ("prompt_logprobs", "beam_width"):
-        if getattr(sampling_params, name, None) is not None:
-            raise ValueError(f"{name} {REFUSED[name]}")
-    _refuse_set(sampling_params, _unknown_fields(type(sampling_params)))
+    refused = dict.fromkeys(("prompt_logprobs", "beam_width"))
+    _refuse_set(sampling_params, refused | _unknown_fields(type(sampling_params)))
     _refuse_unknown(getattr(sampling_params, "extra_args", None) or {}, EXTRA_ARGS)
 
 
@@ -171,7 +155,7 @@ def check_fields(request: Any) -> None:
 
 def _refuse_set(values, unset):
     for name, default in unset.items():
-        if getattr(values, name) != default:
+        if getattr(values, name, default) != default:
             raise ValueError(f"{name} {REFUSED.get(name, _UNKNOWN)}")
 
 

@@ -110,6 +110,29 @@ def adapter_content(lora_request: Any) -> dict[str, Any] | None:
     return {"weights": _files_digest(stamps), "is_3d_lora_weight": stacked}
 
 
+class LoadedAdapters(dict):
+    """What an engine has loaded: an adapter's number -> its content."""
+
+    def content_of(self, lora_request: Any) -> dict[str, Any] | None:
+        """Return an adapter's content, as `adapter_content` does, and remember it.
+
+        Raises
+        ------
+        ValueError
+            Another one is under its number: it is that one which the engine uses.
+        """
+        if (content := adapter_content(lora_request)) is None:
+            return None
+        number, in_place = lora_request.lora_int_id, getattr(lora_request, "load_inplace", False)
+        if self.get(number, content) != content and not in_place:
+            raise ValueError(
+                f"lora_int_id {number} of {lora_request.lora_name!r} is not possible: the engine "
+                "has other weights under this number; take a new one, or load_inplace=True"
+            )
+        self[number] = content
+        return content
+
+
 @functools.lru_cache(maxsize=256)
 def _files_digest(stamps):
     """Digest files; what they were when they were read last is part of the question."""

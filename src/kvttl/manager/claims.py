@@ -9,7 +9,6 @@ goes down the ladder gpu -> disk -> remote -> dropped; a `RenewedLedger` asks a 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import math
 import re
 import threading
@@ -17,11 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from sortedcontainers import SortedList
+
 from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
 from kvttl.lmcache.salts import salt_of
 
 _DIGEST = re.compile("[0-9a-fA-F]{1,16}")
-_FEW_ENTRIES = 1_000  # of the heap, below which stale ones are not worth rebuilding it
 _RENEWED = 128  # claims that a sweep asks about although their time is not up
 _LEAST_S = 1.0  # between two questions about a claim
 
@@ -67,7 +67,7 @@ class _Claim:
     tier: int
     access_s: float  # when the access was that made it
     ttl_s: float
-    deadline_s: float
+    deadline_s: float = -math.inf
 
 
 class ClaimLedger:
@@ -84,8 +84,7 @@ class ClaimLedger:
 
     Notes
     -----
-    650 bytes for a claim with a chunk of its own, at most 800 with stale deadlines. A renewed
-    claim leaves its old deadline in the heap, which is built again once half of it is stale.
+    650 bytes for a claim with a chunk of its own.
 
     Examples
     --------
@@ -106,7 +105,7 @@ class ClaimLedger:
         self.set_ladder(ladder or HeuristicConfig().ladder)
         self._chunks: dict[str, _Chunk] = {}
         self._claims: dict[tuple[str, str], _Claim] = {}  # by owner and last chunk
-        self._deadlines: list[tuple[float, tuple[str, str]]] = []  # a heap; some are stale
+        self._deadlines: SortedList[tuple[float, tuple[str, str]]] = SortedList()  # of all claims
         self._steps: list[Step] = []  # taken, not yet handed out by sweep
         self._lock = threading.Lock()
 
@@ -123,8 +122,6 @@ class ClaimLedger:
         with self._lock:
             if self._steps:
                 return -math.inf
-            while self._deadlines and self._is_stale(*self._deadlines[0]):
-                heapq.heappop(self._deadlines)
             return self._deadlines[0][0] if self._deadlines else math.inf
 
     def claim(
@@ -187,8 +184,8 @@ class ClaimLedger:
         if earlier is not None and earlier.access_s > access_s:
             return
         if earlier is not None and (earlier.length, earlier.tier) == (len(chunks), tier):
-            earlier.access_s, earlier.ttl_s, earlier.deadline_s = access_s, ttl_s, access_s + ttl_s
-            self._set_deadline(earlier)
+            earlier.access_s, earlier.ttl_s = access_s, ttl_s
+            self._set_deadline(earlier, access_s + ttl_s)
             return
         path = self._chained(chunks)
         for chunk in path:
@@ -196,29 +193,21 @@ class ClaimLedger:
         if earlier is not None:  # only now, so that the chunks are never without a claim
             self._drop(earlier)
         key = earlier.key if earlier is not None else (owner, path[-1].key)
-        claim = _Claim(key, len(path), tier, access_s, ttl_s, access_s + ttl_s)
-        self._claims[key] = claim
-        self._set_deadline(claim)
+        claim = self._claims[key] = _Claim(key, len(path), tier, access_s, ttl_s)
+        self._set_deadline(claim, access_s + ttl_s)
 
-    def _set_deadline(self, claim):
-        heapq.heappush(self._deadlines, (claim.deadline_s, claim.key))
-        if len(self._deadlines) > 2 * len(self._claims) + _FEW_ENTRIES:
-            self._deadlines = [(each.deadline_s, each.key) for each in self._claims.values()]
-            heapq.heapify(self._deadlines)
-
-    def _is_stale(self, deadline_s, key):
-        """Say whether the claim was renewed or dropped since it got that deadline."""
-        claim = self._claims.get(key)
-        return claim is None or claim.deadline_s != deadline_s
+    def _set_deadline(self, claim, deadline_s):
+        self._deadlines.discard((claim.deadline_s, claim.key))
+        claim.deadline_s = deadline_s
+        self._deadlines.add((deadline_s, claim.key))
 
     def _advance(self, now_s):
         """Move every claim that is due down its ladder, earliest deadline first."""
         stepped = 0
         while stepped < self.AT_ONCE and self._deadlines and self._deadlines[0][0] <= now_s:
-            deadline_s, key = heapq.heappop(self._deadlines)
-            if not self._is_stale(deadline_s, key):
-                self._note(self._step(self._claims[key], now_s))
-                stepped += 1
+            _, key = self._deadlines[0]
+            self._note(self._step(self._claims[key], now_s))
+            stepped += 1
 
     def _note(self, step):
         if step is not None:
@@ -239,8 +228,8 @@ class ClaimLedger:
         for chunk in path:
             chunk.live[before] -= 1
             chunk.live[tier] += 1
-        claim.tier, claim.deadline_s = tier, deadline_s
-        self._set_deadline(claim)
+        claim.tier = tier
+        self._set_deadline(claim, deadline_s)
         return Step(owner, chunks, TIERS[before], TIERS[tier], ttl_s)
 
     # ---- chunks ------------------------------------------------------------------
@@ -272,6 +261,7 @@ class ClaimLedger:
             if not any(chunk.live):
                 del self._chunks[chunk.key]
                 chunk.parent = None  # chunks that stay may name this one
+        self._deadlines.discard((claim.deadline_s, claim.key))
         del self._claims[claim.key]
 
 

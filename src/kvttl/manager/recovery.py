@@ -75,29 +75,25 @@ def _claim_again(settler, record):
 
 def adopt_unclaimed(settler: Settler, now_s: float, ttl_s: float) -> None:
     """Claim KV whose claim had to give way to others in a full table."""
-    if not settler.has_unclaimed:
-        return
-    settler.has_unclaimed = False  # before looking: another one may give way meanwhile
-    try:
-        settler.adopt(settler.held(), frozenset(), now_s, ttl_s)
-    except LMCacheError as error:
-        settler.has_unclaimed = True
-        logger.info("adopting KV without a claim waits: %s", error)
+    if settler.has_unclaimed:
+        adopt_strays(settler, now_s, ttl_s)
 
 
 def adopt_strays(settler: Settler, now_s: float, ttl_s: float) -> None:
     """Claim KV that had no claim at the last look either, so that none lives for ever.
 
     It was stored by others, or its claim was lost. What a decision under way is about
-    has one at the next look.
+    has one at the next look. Where a claim gave way, there is no wait for that.
     """
+    at_once, settler.has_unclaimed = settler.has_unclaimed, False  # another may give way meanwhile
     try:
         held = settler.held()
     except LMCacheError as error:
+        settler.has_unclaimed |= at_once
         logger.info("looking for KV without a claim waits: %s", error)
         return
     unclaimed = settler.unclaimed(held, now_s)
-    stray = {key: held[key] for key in unclaimed & settler.strays}
+    stray = {key: held[key] for key in (unclaimed if at_once else unclaimed & settler.strays)}
     if stray:
         settler.adopt(stray, frozenset(), now_s, ttl_s)
     settler.strays = unclaimed - stray.keys()

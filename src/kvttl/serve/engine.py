@@ -1,10 +1,11 @@
 """An asynchronous vLLM engine whose every generation is managed: servers are built on it."""
 
+import copy
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from contextvars import ContextVar
-from types import SimpleNamespace
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -63,47 +64,25 @@ class ManagedEngine:
         return self._managed(outputs, prompt, sampling_params, metadata, salt)
 
     async def _managed(self, outputs, prompt, sampling_params, metadata, salt):
-        start_s = time.perf_counter()
-        answer = _Answer(prompt, sampling_params)
+        start_s, answer = time.perf_counter(), None
+        kind = getattr(sampling_params, "output_kind", None)
+        in_parts = getattr(kind, "name", "") == "DELTA"
         vllm, refused = vllm_parts(), False
         try:
             async with aclosing(outputs):  # whoever closes this one ends the request at once
                 async for output in outputs:
-                    answer.add(output)
+                    if answer is None:
+                        answer = copy.deepcopy(output)  # the client's own does not grow
+                    else:
+                        answer.add(output, aggregate=in_parts)
+                        answer.num_cached_tokens = output.num_cached_tokens
                     yield output
         except (vllm.VLLMClientError, vllm.GracefulHTTPError):
             refused = True  # the engine did not take it: there is no KV cache of it
             raise
         finally:
             if not refused:
+                if answer is not None:  # of several sequences the first one counts
+                    answer.outputs.sort(key=attrgetter("index"))
                 took_s = time.perf_counter() - start_s
                 self._cache.manage(prompt, answer, metadata, took_s, salt)
-
-
-class _Answer:
-    """What the manager reads of an answer that comes in parts, as of a `RequestOutput`."""
-
-    def __init__(self, prompt, sampling_params):
-        known = prompt if isinstance(prompt, Mapping) else {}
-        self.prompt_token_ids = known.get("prompt_token_ids")
-        self.num_cached_tokens = None
-        self.outputs = [SimpleNamespace(logprobs=[], text="", token_ids=[], finish_reason=None)]
-        kind = getattr(sampling_params, "output_kind", None)
-        self._in_parts = getattr(kind, "name", "") == "DELTA"
-
-    def add(self, output):
-        self.prompt_token_ids = output.prompt_token_ids or self.prompt_token_ids
-        self.num_cached_tokens = output.num_cached_tokens
-        (answer,) = self.outputs
-        for sequence in output.outputs:
-            if sequence.index == 0:
-                if not self._in_parts:
-                    answer.text = ""
-                    answer.token_ids.clear()
-                answer.text += sequence.text
-                answer.token_ids.extend(sequence.token_ids)
-                answer.finish_reason = sequence.finish_reason
-                if sequence.logprobs:
-                    if not self._in_parts:
-                        answer.logprobs.clear()
-                    answer.logprobs.extend(sequence.logprobs)

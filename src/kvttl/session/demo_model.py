@@ -95,16 +95,13 @@ def cached_snapshot(hub_id: str, cache_dir: str | None = None) -> Path | None:
     cache_dir : str, optional
         The cache to look in; by default the user's.
     """
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        config = try_to_load_from_cache(hub_id, "config.json", cache_dir=cache_dir)
-    except HFValidationError:
+        folder = Path(snapshot_download(hub_id, cache_dir=cache_dir, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
         return None
-    if not isinstance(config, str):  # None, or the marker of a file known not to exist
-        return None
-    folder = Path(config).parent
     return folder if has_weights(folder) else None
 
 

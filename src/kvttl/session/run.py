@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 from caching_heuristics import TIERS
-from kvttl import user_path
+from kvttl import exit_status, user_path
 from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.manager.clock import ends_on_the_way
@@ -34,15 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the session; returns the exit status."""
     options = _options(argv)
     launch.ends_with_parent()
-    try:
-        _run(options)
-    except KeyboardInterrupt:
-        print("\nstopped; all services are down", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError) as error:  # settings, StackError
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: _run(options), "stopped; all services are down")
 
 
 def _options(argv):

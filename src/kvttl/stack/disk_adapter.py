@@ -31,10 +31,19 @@ def verify_every_s() -> float:
     return float(os.environ.get("KV_REDIS_VERIFY_S", "10"))
 
 
-class CountsDamage:
-    """What LMCache's L2 adapters have in common here: damaged copies are counted and said."""
+class ChecksCopies:
+    """What LMCache's L2 adapters have in common here: they say what is damaged or lost."""
 
     _damaged = 0
+
+    def _verify_every(self, every_s: float) -> None:
+        self._verifier = Repeater(self.verify, every_s)
+        self._verifier.start()
+
+    def close(self) -> None:
+        """Stop verifying, then as LMCache does."""
+        self._verifier.close()
+        super().close()
 
     def report_status(self) -> dict[str, object]:
         """Return LMCache's status of the adapter, and the damaged copies since its start."""
@@ -54,7 +63,7 @@ class CountsDamage:
         self._event_bus.publish(Event(EventType.L2_PREFETCH_FAILED, metadata=reason))
 
 
-class DiskAdapter(CountsDamage, fs_l2_adapter.FSL2Adapter):
+class DiskAdapter(ChecksCopies, fs_l2_adapter.FSL2Adapter):
     """LMCache's adapter with checked files; also tells the directory of files that are gone.
 
     Parameters
@@ -70,19 +79,13 @@ class DiskAdapter(CountsDamage, fs_l2_adapter.FSL2Adapter):
         keys = map(fs_l2_adapter._filename_to_object_key, os.listdir(self._base_path))
         # Key -> bytes that LMCache has counted; nothing in an earlier life of the server.
         self._known = dict.fromkeys(filter(None, keys), 0)
-        self._verifier = Repeater(self.verify, verify_every_s())
-        self._verifier.start()
+        self._verify_every(verify_every_s())
 
     def verify(self) -> None:
         """Report files that are gone: a demotion would trust them, and delete the last copy."""
         there, name_of = set(os.listdir(self._base_path)), fs_l2_adapter._object_key_to_filename
         gone = [key for key in tuple(self._known) if name_of(key) not in there]
         self._loop.call_soon_threadsafe(self._report_gone, gone)
-
-    def close(self) -> None:
-        """Stop verifying, then as LMCache does."""
-        self._verifier.close()
-        super().close()
 
     async def _execute_store(self, keys, objects, task_id):
         names = (self._key_to_path(key).name for key in keys)

@@ -25,7 +25,7 @@ from uuid import uuid4
 from vllm.distributed.kv_transfer.kv_connector.v1 import lmcache_mp_connector
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from kvttl.lmcache.salts import adapter_content, kept_under
+from kvttl.lmcache.salts import LoadedAdapters, kept_under
 from kvttl.stack.cpu_lora import spare_tokens_without_adapter
 from kvttl.stack.engine_watch import watch_owner
 
@@ -51,7 +51,7 @@ class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
         super().__init__(vllm_config, *args, **options)
         self._loading: set[str] = set()  # scheduler: a load was ordered and not yet reported
         self._aborted_loads: set[str] = set()  # scheduler: finished meanwhile; for the workers
-        self._adapters: dict[int, Any] = {}  # scheduler: an adapter's number -> its content
+        self._adapters = LoadedAdapters()  # scheduler
         self._finished: set[str] = set()  # worker: finished, while a store is under way
 
     # ---- in the scheduler's process -----------------------------------------
@@ -70,12 +70,7 @@ class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
         content = {"images": images or None, "prompt_embeds": request.prompt_embeds}
         content["prompt_is_token_ids"] = request.prompt_is_token_ids
         try:
-            if (lora := request.lora_request) is not None:
-                content["adapter"] = weights = adapter_content(lora)
-                loaded = weights if lora.load_inplace else self._adapters.get(lora.adapter_id)
-                self._adapters[lora.adapter_id] = loaded or weights
-                if loaded not in (None, weights):
-                    raise ValueError("the engine has other weights under this adapter's number")
+            content["adapter"] = self._adapters.content_of(request.lora_request)
             return kept_under(request.cache_salt, **content)
         except Exception:  # nothing may end the engine; this request's KV is not shared
             logger.exception("no salt for request %s", request.request_id)

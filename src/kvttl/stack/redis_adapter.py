@@ -20,10 +20,9 @@ import redis
 from lmcache.v1.distributed.api import ObjectKey
 from lmcache.v1.distributed.l2_adapters import factory, native_connector_l2_adapter
 
-from kvttl.background import Repeater
 from kvttl.lmcache.client import CircuitBreaker
 from kvttl.lmcache.tiers import pages, parse_key
-from kvttl.stack.disk_adapter import CountsDamage, verify_every_s
+from kvttl.stack.disk_adapter import ChecksCopies, verify_every_s
 from kvttl.stack.reconcile import chunk_names, sizes_of
 from kvttl.storage.checksum import CHECKSUM_BYTES, checksum
 from kvttl.storage.redis_client import connect_as_server
@@ -200,7 +199,7 @@ def _fill(key, view, value):
     return True
 
 
-class RedisL2Adapter(CountsDamage, native_connector_l2_adapter.NativeConnectorL2Adapter):
+class RedisL2Adapter(ChecksCopies, native_connector_l2_adapter.NativeConnectorL2Adapter):
     """LMCache's adapter over `RedisClient`; also tells the directory of chunks that are gone.
 
     LMCache's own reports the deletion of what it has stored in this life of the server, if it
@@ -225,8 +224,7 @@ class RedisL2Adapter(CountsDamage, native_connector_l2_adapter.NativeConnectorL2
         client.on_absent, client.on_doubt = self._report_absent, self._doubt
         client.on_damaged = lambda names: self._count_damaged("remote", list(map(_key_of, names)))
         client.is_known = self._present.__contains__
-        self._verifier = Repeater(self.verify, verify_every_s)
-        self._verifier.start()
+        self._verify_every(verify_every_s)
 
     def know(self, names: Iterable[str]) -> None:
         """Take up what an earlier life of the server has stored."""
@@ -256,11 +254,6 @@ class RedisL2Adapter(CountsDamage, native_connector_l2_adapter.NativeConnectorL2
             self._client.delete(names)
             self._present.update(zip(names, keys))  # perhaps stored by another server
             self._report_gone(names)
-
-    def close(self) -> None:
-        """Stop verifying, then as LMCache does."""
-        self._verifier.close()
-        super().close()
 
     def _notify_keys_stored(self, keys, sizes):
         self._present.update((_object_key_to_string(key), key) for key in keys)

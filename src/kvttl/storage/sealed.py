@@ -10,18 +10,17 @@ import hashlib
 import hmac
 import logging
 import math
-import numbers
 import os
 import pickle
 import secrets
 import struct
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kvttl import user_path
+from caching_heuristics import FINITE, check_number
+from kvttl import user_path, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +32,7 @@ STALE_TEMP_S = 3600.0  # a temp file this old is a crashed writer's, not a slow 
 
 def check_seconds(field: str, seconds: Any) -> float:
     """Return a time span as a float, or raise a ValueError that names the field."""
-    if isinstance(seconds, numbers.Real) and not isinstance(seconds, bool):
-        with contextlib.suppress(OverflowError):  # an int too big for a float
-            if 0 < float(seconds) < math.inf:  # false for NaN
-                return float(seconds)
-    raise ValueError(f"{field} must be a number of seconds > 0, got {seconds!r:.60}")
+    return check_number(field, seconds, 0, FINITE, open_low=True)
 
 
 def key_bytes(key: Any) -> bytes:
@@ -154,11 +149,12 @@ class SealedFolder:
 
     def write(self, name: bytes, payload: bytes, ttl_s: float) -> None:
         """Keep a payload for `ttl_s` seconds."""
-        expires_at_s, target = self._timer() + ttl_s, self._path / name.hex()
+        expires_at_s = self._timer() + ttl_s
         hint_s = min(expires_at_s, MAX_MTIME_S)  # spares purge() the reading; the signed one rules
-        with self._staged(self._signer.seal(name, payload, expires_at_s)) as temp, self._locked():
-            os.replace(temp, target)
-            os.utime(target, (hint_s, hint_s))
+        with whole_file(self._path / name.hex(), 0o600, self._locked()) as file:
+            file.write(self._signer.seal(name, payload, expires_at_s))
+            file.flush()  # a later write would change the time
+            os.utime(file.fileno(), (hint_s, hint_s))
 
     def delete(self, name: bytes) -> bool:
         """Remove a record; return whether it was there and had not expired."""
@@ -169,7 +165,7 @@ class SealedFolder:
 
     def purge(self) -> int:
         """Remove expired records, and what crashes left behind; return how many records went."""
-        for temp in self._path.glob(".tmp-*"):
+        for temp in self._path.glob(".*.part"):
             if time.time() - _mtime_s(temp) > STALE_TEMP_S:
                 temp.unlink(missing_ok=True)
         files = self._path.glob("[0-9a-f]" * 64)
@@ -195,18 +191,6 @@ class SealedFolder:
         return expired
 
     @contextlib.contextmanager
-    def _staged(self, content: bytes) -> Iterator[str]:
-        descriptor, temp = tempfile.mkstemp(prefix=".tmp-", dir=self._path)  # mode 0600
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())  # or a power cut could leave the new name on no data
-            yield temp
-        finally:
-            Path(temp).unlink(missing_ok=True)  # still there only if it was not moved into place
-
-    @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         descriptor = os.open(self._path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
@@ -219,8 +203,8 @@ class SealedFolder:
         path = self._path / ".hmac_key"
         with self._locked():  # so that all who share the folder agree on one
             if not os.path.lexists(path):
-                with self._staged(secrets.token_bytes(SECRET_BYTES)) as temp:
-                    os.replace(temp, path)
+                with whole_file(path, 0o600) as file:
+                    file.write(secrets.token_bytes(SECRET_BYTES))
             with open(path, "rb", opener=open_plain) as file:
                 info, secret = os.fstat(file.fileno()), file.read(SECRET_BYTES + 1)
         if info.st_uid != os.geteuid() or info.st_mode & 0o077 or len(secret) != SECRET_BYTES:
