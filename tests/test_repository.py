@@ -245,7 +245,7 @@ MAY_IMPORT = {
     "traces": "nothing",
     "policies": "caching_heuristics",
     "settings": "caching_heuristics",
-    "lmcache": "caching_heuristics",
+    "lmcache": "caching_heuristics, background",
     "decisions": "caching_heuristics, background, settings",
     "stack": "caching_heuristics, background, storage, settings, lmcache",
     "manager": "caching_heuristics, background, policies, lmcache, decisions",

@@ -79,7 +79,7 @@ class _Given(Hints):
             self.wishes = {"ttl": made.ttl_s, "tier": made.wanted_tier}
 
 
-class Handover:
+class ManagerOutside:
     """Lets one manager outside lead a server's module; its public methods with `ask` are routes.
 
     Parameters

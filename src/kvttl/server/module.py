@@ -31,7 +31,7 @@ from kvttl.lmcache.tiers import LMCACHE_TIERS, pages
 from kvttl.server.compat import LATE_WRITES, POLICIES, WRAPPED, missing, use_policies, wrapped
 from kvttl.server.controller import InsideController
 from kvttl.server.guard import Guard
-from kvttl.server.handover import Handover
+from kvttl.server.handover import ManagerOutside
 from kvttl.server.hands import Hands, by_space
 from kvttl.server.hints import Hinted, Hints, ModelManager, as_output
 from kvttl.server.places import BIT_OF, TIERS_OF, Model, Places
@@ -161,7 +161,7 @@ class KvttlModule:
             setattr(self, name, self.guard(getattr(self, name), name))
         serve(self)
         self.changes: deque = deque(maxlen=_CHANGES)
-        self.handover = Handover(self)
+        self.handover = ManagerOutside(self)
         self.exits, self.shown = contextlib.ExitStack(), Shown()
         self.shown.watch("queue_depth", lambda: len(self._decisions))
         self.places.set_budgets(self.settings.budgets)
