@@ -170,7 +170,11 @@ class LMCacheController(BaseController):
 
     def tier_errors(self) -> dict[str, str]:
         """Return why tiers take no writes, as a server that this kit has started says it."""
-        return self._http.tier_errors(self.instance_id)
+        errors = self._http.tier_errors(self.instance_id)
+        with contextlib.suppress(LMCacheError):  # away, or no engine has come yet
+            if (module := self._module) is not None:
+                return {**module.ask("room")["errors"], **errors}
+        return errors
 
     def hand_over(
         self, ladder: Mapping[str, float], policy: Any, clock: Callable[[], float]

@@ -18,6 +18,8 @@ from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
 from kvttl.lmcache.client import LMCacheUnavailable
 from kvttl.lmcache.lease import AlreadyManaged
+from kvttl.session import launch
+from kvttl.session.demo_model import model_path
 from kvttl.stack import services
 from kvttl.stack.services import module_arguments
 from tiered_caching import MultiTierCache
@@ -146,7 +148,7 @@ def test_the_controller_moves_in_every_direction(managers, engine, stack):
     assert moved["moved_chunks"] == 2 and controller.layout_of(keys).counts(here)["gpu"] == 3
     assert set(keys) <= set(controller.layout_of().keys)
     room, *unknown = controller.room_chunks()
-    assert room > 1000 and unknown == [None, None] and controller.tier_errors() == {}
+    assert room > 100 and unknown == [None, None] and controller.tier_errors() == {}
     assert controller.discard(keys) == 0
     assert controller.lookup(tokens) == {"found": False} and engine.client.look_up(tokens) == 0
 
@@ -252,6 +254,32 @@ def test_another_policy_than_the_servers_is_refused(managers):
 def test_what_is_wrong_is_refused_with_a_sentence(stack, engine, call, body, sentence):
     status, answer = ask(stack, f"/kvttl/{call}", body)
     assert status == 400 and sentence in answer
+
+
+def test_a_real_engine_is_managed_with_the_same_texts(stack, greedy, fresh_text):
+    texts, before = [fresh_text(), fresh_text()], alone(stack)
+    with launch.engine(stack, model_path()) as llm:
+        with launch.managed(stack, llm, CONFIG, sweep_every_s=None) as cache:
+            first = cache.generate_and_manage_batch(texts, greedy, [HOT, COLD])
+            assert [(r.wanted_tier, r.error) for r in cache.records] == [
+                ("gpu", ""),
+                ("remote", ""),
+            ]
+            cold = cache.controller.tokenize(texts[1])
+            wait_until(lambda: cache.sweep() is None or set(tiers_of(cache, cold)) == {"remote"})
+            assert cache.generate_and_manage_batch(texts, greedy, [HOT, COLD]) == first
+            again = made(cache)[2:]
+            assert sum(again[1].hit_tokens.values()) >= len(cold) // CHUNK * CHUNK - 1
+            assert greedy.extra_args is None
+            wait_until(lambda: ask(stack, "/kvttl/status")[1]["open_requests"] == 0)
+    assert alone(stack) == before
+
+
+def alone(stack):
+    """How many requests the server has decided about by itself."""
+    records = ask(stack, "/kvttl/decisions?limit=1000")[1]["records"]
+    generations = [record for record in records if record["kind"] == "generation"]
+    return sum(record["hints"].get("manager") != "handed over" for record in generations)
 
 
 def test_a_server_that_is_away_costs_no_text_and_is_found_again(managers, engine, stack):

@@ -92,7 +92,7 @@ class ManagerOutside:
         self._module, self._lock = module, threading.Lock()
         self._who: Who | None = None
         self._heard_s, self._until_s = 0.0, -math.inf  # monotonic
-        self._handed: dict[tuple, float] = {}  # request -> when its decision came, Unix time
+        self._handed: dict[tuple, tuple] = {}  # request -> when its decision came, and the record
         self._waiting: deque[tuple[float, Any]] = deque()
 
     def router(self) -> APIRouter:
@@ -172,11 +172,15 @@ class ManagerOutside:
         answer |= {"text": None, "logprobs": None}
         prompt = {"prompt_token_ids": ask.tokens, "num_cached_tokens": ask.cached_tokens}
         output = SimpleNamespace(**prompt, outputs=[SimpleNamespace(**answer)])
-        if len(self._handed) >= _MAX_WAITING:
-            del self._handed[next(iter(self._handed))]
-        self._handed[_request(model, made.cache_salt, ask.tokens)] = time.time()
+        request, now_s = _request(model, made.cache_salt, ask.tokens), time.time()
+        with self._lock:
+            self._handed.pop(request, None)
+            if len(self._handed) >= _MAX_WAITING:
+                del self._handed[next(iter(self._handed))]
+            self._handed[request] = now_s, None
         what = output, _Given(made), made.generate_s, made.cache_salt
         record = self._module.decide(model, *what, lambda: made.time_s)
+        self._handed[request] = now_s, record
         return {"record": msgspec.Raw(record.to_json().encode())}
 
     def leaves(self, ended: Any) -> bool:
@@ -195,8 +199,11 @@ class ManagerOutside:
             key = ended.key
             model = Model(key.model_name, key.world_size)
             request = _request(model, key.cache_salt, key.token_ids)
-            if self._handed.get(request, 0.0) < ended.began_s:
+            came_s, record = self._handed.get(request, (0.0, None))
+            if came_s < ended.began_s:
                 yield ended
+            elif record is not None:  # by now all that was under way is stored
+                self._module.note(model, record)
 
     # ---- where KV cache is, and what is wanted where -----------------------------------------
 
@@ -229,8 +236,9 @@ class ManagerOutside:
         return {"left": self._controller(ask).discard(ask.keys or [])}
 
     def room(self, ask: _About) -> dict[str, Any]:
-        """Return how many chunks the tiers have room for."""
-        return {"chunks": self._controller(ask).room_chunks()}
+        """Return how many chunks the tiers have room for, and why some take none."""
+        controller = self._controller(ask)
+        return {"chunks": controller.room_chunks(), "errors": controller.tier_errors()}
 
     def _shown(self, layout):
         return {"keys": layout.keys, "tiers": layout.of(self._module.instance_id)}

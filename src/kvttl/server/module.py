@@ -34,7 +34,7 @@ from kvttl.server.guard import Guard
 from kvttl.server.handover import ManagerOutside
 from kvttl.server.hands import Hands, by_space
 from kvttl.server.hints import Hinted, Hints, ModelManager, as_output
-from kvttl.server.places import BIT_OF, TIERS_OF, Model, Places
+from kvttl.server.places import BIT_OF, TIERS_OF, Chunk, Model, Places
 from kvttl.server.policies import KvttlPrefetchPolicy, KvttlStorePolicy, are_in_use, serve
 from kvttl.server.requests import Ended, RequestHooks
 from kvttl.server.routes import Shown, mount
@@ -300,15 +300,20 @@ class KvttlModule:
     ) -> DecisionRecord:
         """Have a model's manager decide about a request, and take note of it; see `manage`."""
         record = self.manager(model).decide(output, hints, took_s, cache_salt, now)
-        chunks = self.places.of_keys(model, record.chunk_keys)
-        chunks = [chunk for chunk in chunks if chunk.bits]
-        hot = record.wanted_tier == "gpu" and record.ttl_s
-        self.places.decided(chunks, record.time_s + (record.ttl_s if hot else 0.0))
+        chunks, hot = self.note(model, record)
         below = next(iter(self.hands.tiers), None)
         if hot and below and self.settings.save == "end" and below not in self.hands.errors:
             unsaved = [chunk for chunk in chunks if chunk.bits == BIT_OF["gpu"]]
             self.hands.copy(unsaved, below, 0.0)
         return record
+
+    def note(self, model: Model, record: DecisionRecord) -> tuple[list[Chunk], bool]:
+        """Have gpu's order follow a decision; returns its chunks, and if it wants them there."""
+        chunks = self.places.of_keys(model, record.chunk_keys)
+        chunks = [chunk for chunk in chunks if chunk.bits]
+        hot = record.wanted_tier == "gpu" and bool(record.ttl_s)
+        self.places.decided(chunks, record.time_s + (record.ttl_s if hot else 0.0))
+        return chunks, hot
 
     @property
     def managers(self) -> dict[Model, ModelManager]:
