@@ -15,6 +15,8 @@ LLM ?=
 REDIS_URL ?=
 # POLICY=adaptive: TTLs that learn; of run, serve and bench formula, of replay lru by default.
 POLICY ?=
+# INSIDE=1 of run, serve and up: the decisions are made inside LMCache's server (config.yaml's inside).
+INSIDE ?=
 # make serve HOST=... PORT=8000 LOG=<folder> ATTACH=1 OPTIONS="--max-model-len 4096 --enable-lora"
 HOST ?=
 PORT ?=
@@ -41,9 +43,9 @@ TIME_UNIT ?=
 SUBAGENT_TIMES ?=
 
 # What each target takes on the command line; anything else is refused by name.
-TAKES_run := CONFIG LLM REDIS_URL POLICY N SEED METRICS_PORT PERPLEXITY
-TAKES_serve := CONFIG LLM REDIS_URL POLICY HOST PORT LOG ATTACH OPTIONS API_KEY_ENV
-TAKES_up := CONFIG
+TAKES_run := CONFIG LLM REDIS_URL POLICY INSIDE N SEED METRICS_PORT PERPLEXITY
+TAKES_serve := CONFIG LLM REDIS_URL POLICY INSIDE HOST PORT LOG ATTACH OPTIONS API_KEY_ENV
+TAKES_up := CONFIG INSIDE
 TAKES_down := CONFIG
 TAKES_status := CONFIG
 TAKES_bench := CONFIG POLICY QUICK
@@ -102,7 +104,7 @@ run serve bench bench-gateway bench-overhead: export KV_END_WITH_PARENT := 1
 run: $(READY) ## real generations, placed across real tiers (LLM= REDIS_URL= POLICY= N= SEED= METRICS_PORT=)
 	@$(PY) -m kvttl.session.run --config $(CONFIG) --generations $(N) --seed $(SEED) \
 		--perplexity $(PERPLEXITY) $(if $(LLM),--llm '$(LLM)') $(if $(POLICY),--policy '$(POLICY)') \
-		$(if $(REDIS_URL),--redis-url '$(REDIS_URL)') \
+		$(if $(REDIS_URL),--redis-url '$(REDIS_URL)') $(if $(INSIDE),--inside '$(INSIDE)') \
 		$(if $(METRICS_PORT),--metrics-port $(METRICS_PORT))
 
 test: $(AGENTS) ## all tests, on the real stack, notebooks included
@@ -112,12 +114,12 @@ serve: $(READY) ## OpenAI-compatible server, every request managed (LLM= PORT= P
 	@$(PY) -m kvttl.serve.gateway --config $(CONFIG) --api-key-env '$(API_KEY_ENV)' \
 		$(if $(PORT),--port $(PORT)) $(if $(HOST),--host '$(HOST)') \
 		$(if $(LLM),--llm '$(LLM)') $(if $(REDIS_URL),--redis-url '$(REDIS_URL)') \
-		$(if $(POLICY),--policy '$(POLICY)') \
+		$(if $(POLICY),--policy '$(POLICY)') $(if $(INSIDE),--inside '$(INSIDE)') \
 		$(if $(LOG),--log '$(LOG)') $(if $(ATTACH),--attach) \
 		$(if $(OPTIONS),--server-options="$$OPTIONS")
 
 up: $(READY) ## start coordinator, LMCache server and Redis, and leave them running
-	@$(PY) -m kvttl.stack.commands up --config $(CONFIG)
+	@$(PY) -m kvttl.stack.commands up --config $(CONFIG) $(if $(INSIDE),--inside '$(INSIDE)')
 
 down: $(READY) ## stop what `make up` started
 	@$(PY) -m kvttl.stack.commands down --config $(CONFIG)

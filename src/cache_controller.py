@@ -5,19 +5,22 @@ directory) and, through it, the LMCache servers. `LocalLMCacheController` keeps
 real bytes in this package's own three backends and needs no server.
 """
 
+import contextlib
 import itertools
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from operator import attrgetter
+from typing import Any
 
 from caching_heuristics import TIERS
 from kvttl.lmcache.client import LMCacheError as LMCacheError
 from kvttl.lmcache.client import LMCacheHTTP
 from kvttl.lmcache.client import LMCacheUnavailable as LMCacheUnavailable
 from kvttl.lmcache.directory import Directory
+from kvttl.lmcache.inside import Handover, ServerModule
 from kvttl.lmcache.layout import (
     BaseController,
     InProcessController,
@@ -26,7 +29,7 @@ from kvttl.lmcache.layout import (
     unseen,
     vllm_config,
 )
-from kvttl.lmcache.lease import ServerLease
+from kvttl.lmcache.lease import AlreadyManaged, ServerLease
 from kvttl.lmcache.salts import check_salt, salted
 from tiered_caching import BaseBackend, InMemoryBackend, LocalDiskBackend, RemoteBackend
 
@@ -58,7 +61,8 @@ class LMCacheController(BaseController):
     -----
     The directory follows an event stream, so it lags behind the servers by the
     flush interval. remote -> disk is refused: the server has no L2-to-L2 copy,
-    and it writes L2 only when KV is first stored.
+    and it writes L2 only when KV is first stored. A server that runs `kvttl.server` is asked
+    itself, moves in every direction, and takes a manager's decisions over.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class LMCacheController(BaseController):
             allowed = "1 to 64 letters, digits and . _ -"
             raise ValueError(f"cache_salt of a controller must be {allowed}, got {cache_salt!r}")
         self._directory = Directory(self._http, model, world_size, salt)
+        self._inside = ServerModule(self._http, instance_id, self._about)
         # Tiers whose last demotion waited in vain (a dead Redis, a full disk):
         # later moves there look once and do not wait, until one succeeds.
         self._stalled_tiers: set[str] = set()
@@ -102,6 +107,17 @@ class LMCacheController(BaseController):
             self._directory = replace(self._directory, model=config.model_config.model)
             self._token_bytes = bytes_of_token(config)
 
+    def _about(self):
+        return self.model, self._directory.world_size, self.cache_salt
+
+    @property
+    def _module(self) -> ServerModule | None:
+        """The server's own decider; None where it has none, or is away."""
+        try:
+            return self._inside if self._http.has_module(self.instance_id) else None
+        except LMCacheUnavailable:
+            return None
+
     def layout(self, tokens: Sequence[int], cache_salt: str = "") -> KVLayout:
         """Return where the directory says that each complete chunk is, under a salt.
 
@@ -112,7 +128,15 @@ class LMCacheController(BaseController):
         LMCacheUnavailable, LMCacheError
             The coordinator does not answer, or refuses.
         """
-        return self._directory.layout(tokens, cache_salt)
+        if (module := self._module) is None:
+            return self._directory.layout(tokens, cache_salt)
+        layout = module.layout(tokens, cache_salt)
+        with contextlib.suppress(LMCacheError):  # it knows the other servers
+            shown = self._directory.layout(tokens, cache_salt)
+            if shown.keys == layout.keys:
+                others = {n: held for n, held in shown.tiers.items() if n != self.instance_id}
+                return replace(layout, tiers={**others, **layout.tiers})
+        return layout
 
     def layout_of(self, keys: Sequence[str] | None = None) -> KVLayout:
         """Return where the directory says that chunks are, by their keys (None: all).
@@ -122,13 +146,15 @@ class LMCacheController(BaseController):
         LMCacheUnavailable, LMCacheError
             The coordinator does not answer, or refuses.
         """
+        where = self._module or self._directory
         if keys is None:
-            return self._directory.listed(self.instance_id)
-        return self._directory.layout_of(keys, self.instance_id)
+            return where.listed(self.instance_id)
+        return where.layout_of(keys, self.instance_id)
 
     def discard(self, keys: Sequence[str]) -> int:
         """Delete every copy of some chunks on this instance; returns how many chunks keep one."""
-        return self._directory.discard(self.layout_of(keys), self.instance_id)
+        where = self._module or self._directory
+        return where.discard(self.layout_of(keys), self.instance_id)
 
     def check_health(self) -> None:
         """Raise LMCacheUnavailable if the coordinator or the server is away."""
@@ -144,7 +170,24 @@ class LMCacheController(BaseController):
 
     def tier_errors(self) -> dict[str, str]:
         """Return why tiers take no writes, as a server that this kit has started says it."""
-        return self._http.tier_errors(self.instance_id)
+        errors = self._http.tier_errors(self.instance_id)
+        with contextlib.suppress(LMCacheError):  # away, or no engine has come yet
+            if (module := self._module) is not None:
+                return {**module.ask("room")["errors"], **errors}
+        return errors
+
+    def hand_over(
+        self, ladder: Mapping[str, float], policy: Any, clock: Callable[[], float]
+    ) -> Handover | None:
+        """Return the `Handover` of a manager if the server decides."""
+        module = self._module
+        return None if module is None else Handover(module, ladder, clock, policy)
+
+    def check_alone(self) -> None:
+        """Raise AlreadyManaged if the server has come to decide by itself."""
+        if self._module is not None:
+            decides = f"LMCache server {self.instance_id} decides by itself now (kvttl.server)"
+            raise AlreadyManaged(f"{decides}: make a new manager, which hands its decisions over")
 
     def fleet(self) -> dict[str, dict[str, int]]:
         """Return how many objects each server under the coordinator holds in each tier.
@@ -169,6 +212,8 @@ class LMCacheController(BaseController):
         LMCacheUnavailable, LMCacheError
             The server does not answer, or refuses.
         """
+        if (module := self._module) is not None:
+            return tuple(module.ask("room")["chunks"])
         if self._token_bytes is None:
             return super().room_chunks()
         chunk_bytes = self._token_bytes * self.chunk_size_tokens
@@ -179,6 +224,8 @@ class LMCacheController(BaseController):
         self._http.close()
 
     def _refusal(self, request):
+        if self._module is not None:
+            return super()._refusal(request)
         if (request.source, request.target) == ("remote", "disk"):
             return "the LMCache server has no L2-to-L2 copy; promote to gpu instead"
         if request.tokens is None and request.target == "gpu" and request.source != "gpu":
@@ -186,13 +233,17 @@ class LMCacheController(BaseController):
         return super()._refusal(request)
 
     def _look(self, request, keys):
-        if keys is None and request.tokens is None:  # everything at the old position
+        if (
+            keys is None and request.tokens is None and self._module is None
+        ):  # everything at the old position
             listed = self._directory.listed(request.here, [request.source])
             return listed.under("" if request.cache_salt == self.cache_salt else request.cache_salt)
         return super()._look(request, keys)
 
     def _move(self, request, layout, due):
         instance, tier, timeout_s = request.here, request.target, request.timeout_s
+        if (module := self._module) is not None:
+            return module.move(layout.select(due), request.source, tier, timeout_s)
         if timeout_s is None:
             timeout_s = 0.0 if tier in self._stalled_tiers else self.move_timeout_s
         if tier == "gpu":

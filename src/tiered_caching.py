@@ -34,7 +34,7 @@ from kvttl.manager.decider import Decider
 from kvttl.manager.engine_calls import EngineDied as EngineDied  # for callers, to catch
 from kvttl.manager.generation import Engine, ManagedOutput, is_one_prompt, one_each, text_of
 from kvttl.manager.metadata import RequestMetadata
-from kvttl.manager.policy import Policy, advisor_of
+from kvttl.manager.policy import Policy, who_decides
 from kvttl.manager.settling import under
 from kvttl.storage import redis_client, sealed
 from kvttl.storage.probes import reason_of
@@ -392,7 +392,7 @@ class MultiTierCache(contextlib.AbstractContextManager):
         self.config = HeuristicConfig() if config is None else config
         self.clock = clock
         self._records = RecordKeeper(max_records, log, metrics, notify)
-        advisor = advisor_of(policy, lmcache_controller, self.config, costs, log)
+        options = lmcache_controller, self.config, lambda: self.clock(), costs, log
         self._measured = RequestMetadata(None, perplexity_source, scorer)
         self._decider = Decider(
             self._decide,
@@ -406,7 +406,7 @@ class MultiTierCache(contextlib.AbstractContextManager):
             max_queue_bytes=max_queue_bytes,
             sweep_every_s=sweep_every_s,
             keep_prompts=keep_prompts,
-            advisor=advisor,
+            **who_decides(policy, *options),
         )
         self.records, self.claims = self._records.records, self._decider.claims
         self._llm: Any = None
@@ -420,7 +420,7 @@ class MultiTierCache(contextlib.AbstractContextManager):
 
     def set_llm(self, llm: Any) -> None:
         """Set the engine: anything with vLLM's ``generate(prompt, sampling_params)``."""
-        self._llm, self._engine = llm, Engine(llm)
+        self._llm, self._engine = llm, Engine(llm, self._decider.handover is not None)
         self._check = RequestCheck()
         self.controller.attach_engine(llm)
         if self._engine.vocab_size:
@@ -581,9 +581,13 @@ class MultiTierCache(contextlib.AbstractContextManager):
         tenant = cache_salt or getattr(self.controller, "cache_salt", "") or cache_salt
         return self._check(*request, cache_salt=tenant, **options)
 
-    def measurable(self, sampling_params: Any) -> Any:
-        """Return sampling parameters from whose answer `manage` can measure a perplexity."""
-        return self._ready_engine().asking(sampling_params, self._measured.logprobs_wanted)
+    def measurable(self, sampling_params: Any, perplexity: bool = True) -> Any:
+        """Return sampling parameters that the engine is to get for `manage`, a copy.
+
+        A `perplexity` can be measured from its answer; a server that decides waits for `manage`.
+        """
+        wanted = self._measured.logprobs_wanted
+        return self._ready_engine().asking(sampling_params, perplexity * wanted)
 
     def manage(
         self,

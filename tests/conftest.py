@@ -58,7 +58,7 @@ def redis_url(real_redis):
     return real_redis.url
 
 
-def new_stack(folder, redis_url=None):
+def new_stack(folder, redis_url=None, **settings):
     """A coordinator and an LMCache server on free ports, disk tier in a scratch folder."""
     from kvttl.stack.lifecycle import LMCacheStack, load_config
 
@@ -67,6 +67,7 @@ def new_stack(folder, redis_url=None):
         disk_path=str(folder / "disk"),
         run_dir=str(folder / "run"),
         start_timeout_s=250,
+        **settings,
     )
     return LMCacheStack(config, free_ports=True)
 

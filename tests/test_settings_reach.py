@@ -51,7 +51,7 @@ OTHER = {
     "chunk_size_tokens": 96,
     "block_size_tokens": 16,
     "l1_size_gb": 0.24,
-    "eviction_policy": "ARC",
+    "eviction_policy": "noop",
     "trigger_watermark": 0.91,
     "eviction_ratio": 0.07,
     "prefetch_policy": "retain",
@@ -64,12 +64,13 @@ OTHER = {
     "registration_heartbeat_s": 1.28,
     "event_flush_interval_s": 0.0129,
     "directory_checkpoint_s": 1.3,
+    "inside": True,
 }
 # What an entry has of its own, and says so by name; everything else it takes from config.yaml.
 OF_A_SESSION = set(PORT_FIELDS)
 OF_THE_BENCHMARK = OF_A_SESSION | {
     "redis_url", "redis_client", "prefetch_policy", "l1_size_gb", "chunk_size_tokens",
-    "block_size_tokens", "trigger_watermark", "eviction_ratio",
+    "block_size_tokens", "trigger_watermark", "eviction_ratio", "inside",
 }  # fmt: skip
 ENTRIES = {
     "make up": (lambda file: commands.main(["up", "--config", file]), set()),
@@ -164,9 +165,24 @@ def test_a_setting_changes_what_is_started(name):
     with_it, without = started_with(StackConfig(**{name: value})), started_with(StackConfig())
     new = set(re.findall(r"[^\s\"',{}]+", with_it)) - set(re.findall(r"[^\s\"',{}]+", without))
     wanted = f"{value:g}" if isinstance(value, float) else str(value)
+    wanted = "--server-module" if name == "inside" else wanted
     assert any(wanted in word for word in new) or name in IN_THE_STACK_ITSELF, name
     if name == "redis_url":
         assert "redis.example" in with_it and "19105" in with_it
+
+
+def test_inside_the_module_has_the_same_rules_of_room(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("base_ttl: 77")
+    monkeypatch.setenv("KV_HEURISTICS_FILE", str(tmp_path / "mine.yaml"))
+    rules = {"trigger_watermark": 0.8, "eviction_ratio": 0.25, "prefetch_policy": "retain"}
+    arguments = arguments_of("server", StackConfig(inside=True, **rules))
+    module = json.loads(arguments[arguments.index("--server-module") + 1])
+    assert module["module_path"] == "kvttl.server"
+    assert module["config"] == {"high": 0.8, "low": 0.6, "heuristics": {"base_ttl": 77.0}}
+    assert arguments[arguments.index("--l2-prefetch-policy") + 1] == "retain"
+    assert "--l2-prefetch-policy" not in arguments_of("server", StackConfig(inside=True))
+    with pytest.raises(ValueError, match="eviction_policy = 'ARC' is not allowed: LRU or noop"):
+        StackConfig(inside=True, eviction_policy="ARC")
 
 
 def test_settings_of_the_stack_itself(tmp_path, monkeypatch):
@@ -211,14 +227,15 @@ def test_the_documents_table_says_the_same():
 # --- the Makefile ---------------------------------------------------------------------------
 
 VARIABLES = {  # of make, each with a value that no recipe has by itself
-    "CONFIG": "other.yaml", "LLM": "some/model", "REDIS_URL": "redis://h:7", "N": "4711",
-    "SEED": "4712", "METRICS_PORT": "4713", "PERPLEXITY": "generation", "HOST": "::1",
+    "CONFIG": "other.yaml", "INSIDE": "1", "LLM": "some/model", "REDIS_URL": "redis://h:7",
+    "N": "4711", "SEED": "4712", "METRICS_PORT": "4713", "PERPLEXITY": "generation", "HOST": "::1",
     "PORT": "4714", "LOG": "some/log", "ATTACH": "1", "API_KEY_ENV": "SOME_KEY", "QUICK": "1",
     "OPTIONS": "--seed 4715", "TRACE": "some.jsonl", "POLICY": "fifo", "CAPACITY": "4716",
     "SET": "alpha=0.4717", "SKIP_BAD": "1",
     "FORMAT": "mooncake", "BLOCK_TOKENS": "4718", "TIME_UNIT": "ms", "SUBAGENT_TIMES": "relative",
 }  # fmt: skip
 SWITCHES = {"ATTACH": "--attach", "QUICK": "--quick", "SKIP_BAD": "--skip-bad"}
+SWITCHES |= {"INSIDE": "--inside '1'"}
 SWITCHES |= {"OPTIONS": '--server-options="$OPTIONS"'}  # the shell's, so that quotes stay
 
 

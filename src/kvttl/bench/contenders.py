@@ -36,6 +36,7 @@ ANSWER_TOKENS = 4  # a TTFT needs one; a perplexity from the answer some more
 # Settings that are the same for all, whatever config.yaml says: one Redis for several servers
 # would mix them up.
 _OWN = {"redis_url": None, "chunk_size_tokens": CHUNK_TOKENS, "block_size_tokens": CHUNK_TOKENS}
+_OWN |= {"inside": False}
 _QUIET_S = 3.0  # the longest wait for LMCache to have stored and evicted
 _POLL_S = 0.02
 _ENGINE_BLOCKS = 192  # of an engine without a prefix cache: three of the longest prompts

@@ -7,6 +7,7 @@ them looks every `retry_after_s`, so that managing resumes by itself.
 
 import contextlib
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,12 +22,16 @@ from kvttl.lmcache.tiers import LMCACHE_TIERS, addresses, pages
 # uvicorn closes connections idle for 5 s, so a first try may meet a dead one.
 _CONNECTION_RETRIES = 2
 _MAX_DELETE_KEYS = 10_000  # the server's own limit (object_service.MAX_DELETE_BATCH)
+TOKEN_VARIABLE = "KVTTL_TOKEN"  # noqa: S105 - a name: what lets into a server's /kvttl routes
+_MODULE_S = 60.0  # a decision there waits for its moves
 TIERS_PATH = "/kvttl/tiers"  # of a server that this kit starts: why tiers take no writes
 _PAGE_KEYS = 10_000  # the directory's own limit of a listing
 
 
 class LMCacheError(RuntimeError):
     """LMCache answered, and said no, or nothing that makes sense."""
+
+    status, text = 0, ""  # of the HTTP answer
 
 
 class LMCacheUnavailable(LMCacheError, ConnectionError):
@@ -124,7 +129,6 @@ class Service:
     retry_after_s: float | None = None
 
     def __post_init__(self) -> None:
-        self._timeout_s = (self.connect_timeout_s, self.read_timeout_s)
         self._breaker = CircuitBreaker(self.retry_after_s)
         self._session = _new_session()
 
@@ -132,7 +136,9 @@ class Service:
         """Close the connections."""
         self._session.close()
 
-    def call(self, method: str, path: str, body: Any = None) -> _Answer:
+    def call(
+        self, method: str, path: str, body: Any = None, read_timeout_s: float | None = None
+    ) -> _Answer:
         """Return the answer to one call.
 
         Raises
@@ -144,7 +150,8 @@ class Service:
         """
         self._breaker.check(self.url, LMCacheUnavailable, self._probe_beside)
         try:
-            response = self._request(method, path, body)
+            timeout_s = self.connect_timeout_s, read_timeout_s or self.read_timeout_s
+            response = self._request(method, path, body, timeout_s)
         except requests.RequestException as error:
             reason = _plain_reason(error)
             self._breaker.failed(reason)
@@ -152,7 +159,10 @@ class Service:
         self._breaker.succeeded()
         call = f"{method} {self.url}{path}"
         if not response.ok:
-            raise LMCacheError(f"{call} answered {response.status_code}: {response.text[:300]}")
+            status, text = response.status_code, response.text
+            error = LMCacheError(f"{call} answered {status}: {text[:300]}")
+            error.status, error.text = status, text
+            raise error
         return _Answer(response, call)
 
     def _probe_beside(self):
@@ -162,18 +172,21 @@ class Service:
         """Ask a service that was away once more, with the ordinary limits; any answer counts."""
         try:
             with _new_session() as session:  # the other one is the callers'
-                session.get(f"{self.url}/healthcheck", timeout=self._timeout_s)
+                limits_s = self.connect_timeout_s, self.read_timeout_s
+                session.get(f"{self.url}/healthcheck", timeout=limits_s)
         except requests.RequestException as error:
             self._breaker.failed(_plain_reason(error))
         else:
             self._breaker.succeeded()
 
-    def _request(self, method, path, body):
+    def _request(self, method, path, body, timeout_s):
         """Retry connection errors only (all calls here may safely be sent twice)."""
         for attempt in range(_CONNECTION_RETRIES + 1):
             try:
                 url = self.url + path
-                return self._session.request(method, url, json=body, timeout=self._timeout_s)
+                headers = _bearer() if path.startswith("/kvttl/") else {}
+                options = {"json": body, "headers": headers, "timeout": timeout_s}
+                return self._session.request(method, url, **options)
             except requests.ConnectionError as error:
                 if attempt == _CONNECTION_RETRIES or _is_timeout(error):
                     raise
@@ -183,6 +196,11 @@ def _new_session():
     session = requests.Session()
     session.trust_env = False  # a proxy of the environment must not stand before loopback
     return session
+
+
+def _bearer():
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def get_json(url: str, path: str) -> dict[str, Any]:
@@ -207,6 +225,7 @@ def server_settings(url: str) -> dict[str, Any]:
         "server_port": answer["mp"]["port"],
         "chunk_size_tokens": answer["mp"]["chunk_size"],
         "coordinator": answer["coordinator"]["url"],
+        "inside": any(m["module_path"] == "kvttl.server" for m in answer["mp"]["server_modules"]),
         **{LMCACHE_TIERS[tier].setting: place for tier, place in places.items()},
     }
 
@@ -238,6 +257,7 @@ class LMCacheHTTP:
         self._answered_s: dict[str, float] = {}  # instance id -> when its server last did
         self._registered_s: dict[str, float | None] = {}  # its first sign-up
         self._tier_errors: dict[str, tuple[float, dict[str, str]]] = {}  # with when it was asked
+        self._has_module: dict[str, bool] = {}  # instance id -> whether its server decides
 
     def close(self) -> None:
         """Close the connections."""
@@ -310,6 +330,24 @@ class LMCacheHTTP:
             self._tier_errors[instance_id] = now_s, found
         return found
 
+    def has_module(self, instance_id: str) -> bool:
+        """Return whether a server decides by itself; asked again after it was away."""
+        if instance_id not in self._has_module:
+            try:
+                self.ask_module(instance_id, "/kvttl/status")
+                self._has_module[instance_id] = True
+            except LMCacheError as error:
+                if error.status != 404:  # away, or it does not let this process in
+                    raise
+                self._has_module[instance_id] = False
+        return self._has_module[instance_id]
+
+    def ask_module(self, instance_id: str, path: str, body: Any = None) -> dict[str, Any]:
+        """Return the answer of a server's own decider; a GET without a body."""
+        self.ping(instance_id)  # its limit is shorter
+        method = "GET" if body is None else "POST"
+        return self._call_server(instance_id, method, path, body, _MODULE_S)
+
     def memory_bytes(self, instance_id: str) -> int:
         """Return the size of a server's memory tier."""
         status = self._call_server(instance_id, "GET", "/status")
@@ -338,11 +376,12 @@ class LMCacheHTTP:
     def _instances(self):
         return self._coordinator.call("GET", "/instances")["instances"]
 
-    def _call_server(self, instance_id, method, path, body=None):
+    def _call_server(self, instance_id, method, path, body=None, read_timeout_s=None):
         server = self._servers.get(instance_id) or self._find_server(instance_id)
         try:
-            return server.call(method, path, body)
+            return server.call(method, path, body, read_timeout_s)
         except LMCacheUnavailable:
+            self._has_module.pop(instance_id, None)
             self._servers.pop(instance_id, None)  # it may come back at another port
             self._answered_s.pop(instance_id, None)
             raise

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -180,6 +180,14 @@ class BaseController(ABC):
         AlreadyManaged
             Another process manages it.
         """
+
+    def hand_over(
+        self, ladder: Mapping[str, float], policy: Any, clock: Callable[[], float]
+    ) -> Any:
+        """Return the `Handover` of a manager whose server decides; None: the manager does."""
+
+    def check_alone(self) -> None:
+        """Raise AlreadyManaged if the server has come to decide by itself."""
 
     def tier_errors(self) -> Mapping[str, str]:
         """Return why tiers take no writes now, by tier; empty if all do, or nobody knows."""

@@ -7,6 +7,7 @@ cache about which nothing could be decided is claimed by a default wish all the 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import threading
 import time
@@ -22,7 +23,9 @@ from kvttl.background import JobQueue, Repeater
 from kvttl.decisions.keeper import RecordKeeper
 from kvttl.decisions.log import DecisionRecord, each_record
 from kvttl.decisions.metrics import DecisionMetrics
+from kvttl.decisions.record import parse_record
 from kvttl.lmcache.client import LMCacheError
+from kvttl.lmcache.inside import Handover
 from kvttl.lmcache.layout import BaseController
 from kvttl.lmcache.lease import AlreadyManaged
 from kvttl.lmcache.requests import salt_of_answer
@@ -86,11 +89,15 @@ class Decider:
         Show the prompts' text in records.
     advisor : Advisor, optional
         Has the last word; None: what `decide` fills in counts.
+    handover : Handover, optional
+        Has KV cache placed, and lets TTLs end, in the LMCache server; None: done here.
 
     Attributes
     ----------
     shed : int
         Decisions that were given up.
+    is_led : callable
+        Says whether somebody else says when TTLs end.
     """
 
     decide: Callable[[Draft, Generation], None]
@@ -105,15 +112,13 @@ class Decider:
     sweep_every_s: float | None
     keep_prompts: bool
     advisor: Advisor | None = None
+    handover: Handover | None = None
+    is_led: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
-        motion, advisor = Motion(self.controller), self.advisor
-        self.claims = ClaimLedger(self.policy.ladder)
-        if advisor is not None:
-            self.claims = RenewedLedger(self.policy.ladder, advisor.ask)
-        self.settler = Settler(self.claims, motion, self.records.write_ahead)
-        advise = advisor.decide if advisor is not None else lambda _draft, _keys: None
-        self.placement = KVPlacement(self.settler, motion, advise)
+        self.claims = self.settler = self.placement = self.handover
+        if self.handover is None:
+            self._place_here()
         limits = {"max_bytes": self.max_queue_bytes, "size_bytes": lambda job: job.made.size_bytes}
         queue = JobQueue(self._run, self._shed, self.max_queue, workers=self.workers or 1, **limits)
         self._jobs = queue if self.workers else None
@@ -122,8 +127,18 @@ class Decider:
         self._lock = threading.Lock()
         self._open: dict[_Job, float] = {}  # decisions that are not made yet -> their access
         self.shed = 0
-        self._lease = self.controller.lease()
+        lease = self.controller.lease if self.handover is None else self.handover.begin
+        self._lease = lease()
         self._looked_at_s: float | None = None
+
+    def _place_here(self):
+        motion, advisor = Motion(self.controller), self.advisor
+        self.claims = ClaimLedger(self.policy.ladder)
+        if advisor is not None:
+            self.claims = RenewedLedger(self.policy.ladder, advisor.ask)
+        self.settler = Settler(self.claims, motion, self.records.write_ahead)
+        advise = advisor.decide if advisor is not None else lambda _draft, _keys: None
+        self.placement = KVPlacement(self.settler, motion, advise)
 
     def watch(self, metrics: DecisionMetrics) -> None:
         """Show how many claims live, decisions wait, patterns are tracked and tiers fail."""
@@ -250,6 +265,9 @@ class Decider:
         self.check_lease()
         while not (self._sweeper and self._sweeper.must_stop):  # `recover` takes the rest up again
             until_s = self._known_until(self.clock() if now_s is None else now_s)
+            if self.handover is not None:
+                made = map(parse_record, map(json.dumps, self.handover.sweep(until_s)))
+                return [self.records.keep(record) for record in made]
             adopt_unclaimed(self.settler, until_s, self.policy.base_ttl)
             records = self.settler.sweep(until_s)
             if not records:
@@ -260,7 +278,8 @@ class Decider:
 
     def _sweep_in_turn(self):
         with contextlib.suppress(AlreadyManaged):  # each decision's record says it
-            self.sweep()
+            if not self.is_led():
+                self.sweep()
             if self.advisor is not None:
                 self.advisor.save(_SAVE_EVERY_S)
 
@@ -277,6 +296,8 @@ class Decider:
         self.start()  # what is claimed again must end without a generation too
         if self.advisor is not None:
             self.advisor.prepare()
+        if self.handover is not None:  # they are in the server, and live on without a manager
+            return {"claims": len(self.handover), "adopted": 0, "unsettled": 0}
         if isinstance(log, (str, Path)):
             is_there = user_path(log).exists()  # not at the first start
             log = each_record(log, kinds=None) if is_there else ()
@@ -301,6 +322,8 @@ class Decider:
         """Raise AlreadyManaged if a later manager has taken the LMCache server over."""
         if self._lease is not None:
             self._lease.check()
+        if self.handover is None:
+            self.controller.check_alone()
 
     def _known_until(self, now_s):
         """Return the time up to which all accesses are claimed: one that is not yet renews."""

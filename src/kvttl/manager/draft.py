@@ -43,6 +43,7 @@ class Draft(SimpleNamespace):
 
     claimed = False  # made, or waiting for LMCache; no record has this
     parts: Sequence[Part] = ()  # of a policy that decides as it goes; nor this
+    error = ""  # of one that was handed over
 
     def __init__(self, time_s: float, generate_s: float = 0.0) -> None:
         known = {"prompt_digest": "", "prompt_tokens": 0, "metadata": {}, "moves": []}
@@ -57,9 +58,9 @@ class Draft(SimpleNamespace):
     def record(self, kind: str, error: str) -> DecisionRecord:
         """Return the record of what is known so far."""
         known = {**vars(self), "moves": tuple(self.moves)}
-        for name in ("claimed", "parts"):
+        for name in ("claimed", "parts", "error"):
             known.pop(name, None)
-        return DecisionRecord(kind=kind, error=error, **known)
+        return DecisionRecord(kind=kind, error=error or self.error, **known)
 
 
 def claim_record(owner: str, keys: tuple[str, ...], wish: Wish) -> DecisionRecord:

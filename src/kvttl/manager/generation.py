@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import logging
@@ -15,6 +16,7 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from kvttl.decisions.record import DecisionRecord
+from kvttl.lmcache.inside import HINTED
 from kvttl.lmcache.layout import vllm_config
 from kvttl.manager.engine_calls import EngineCalls, is_vllm
 from kvttl.manager.metadata import with_logprobs
@@ -84,9 +86,12 @@ class Engine:
     ----------
     llm : vllm.LLM
         Or a stand-in without vLLM's configuration.
+    hands_over : bool
+        Whether requests say that an LMCache server that decides is to wait for a manager.
     """
 
-    def __init__(self, llm: Any) -> None:
+    def __init__(self, llm: Any, hands_over: bool = False) -> None:
+        self._hands_over = hands_over
         # vLLM draws a progress bar for every call unless told not to.
         takes_tqdm = "use_tqdm" in inspect.signature(llm.generate).parameters
         self._options = {"use_tqdm": False} if takes_tqdm else {}
@@ -124,15 +129,24 @@ class Engine:
     def asking(self, sampling_params: Any, logprobs: int) -> Any:
         """Return sampling parameters that ask for `logprobs` a token, or as many as it gives."""
         logprobs = min(logprobs, self._max_logprobs)
-        if logprobs <= 0:
+        if logprobs <= 0 and not self._hands_over:
             return sampling_params
         try:
             if isinstance(sampling_params, (list, tuple)):
-                return [with_logprobs(each, logprobs) for each in sampling_params]
-            return with_logprobs(sampling_params, logprobs)
+                return [self._asking(each, logprobs) for each in sampling_params]
+            return self._asking(sampling_params, logprobs)
         except Exception:  # the engine judges the caller's object, not we
             logger.exception("log-probabilities cannot be asked for")
             return sampling_params
+
+    def _asking(self, sampling_params, logprobs):
+        if logprobs > 0:
+            sampling_params = with_logprobs(sampling_params, logprobs)
+        if self._hands_over and hasattr(sampling_params, "extra_args"):
+            sampling_params = copy.copy(sampling_params)
+            hinted = {"kv_transfer_params": dict(HINTED)}
+            sampling_params.extra_args = {**(sampling_params.extra_args or {}), **hinted}
+        return sampling_params
 
 
 def is_one_prompt(prompts: Any) -> bool:

@@ -247,6 +247,21 @@ def _checked(answer, chunks):
     return answer._replace(value=value, ttl_s=ttl_s, tier=tier)
 
 
+def who_decides(
+    policy: str | CachePolicy,
+    controller: BaseController,
+    config: Policy,
+    clock: Callable[[], float],
+    costs: Any = None,
+    log: Any = None,
+) -> dict[str, Any]:
+    """Return a `Decider`'s ``handover`` where the server decides, else its ``advisor``."""
+    handover = controller.hand_over(config.ladder, policy, clock)
+    if handover is not None:
+        return {"handover": handover}
+    return {"advisor": advisor_of(policy, controller, config, costs, log)}
+
+
 def advisor_of(
     policy: str | CachePolicy,
     controller: BaseController,

@@ -54,8 +54,8 @@ class ManagedEngine:
         """
         prompt, salt = self._cache.admit(prompt, sampling_params, **options)
         metadata = KV_METADATA.get()
-        if "perplexity" not in (metadata or ()):  # else there is nothing left to measure
-            sampling_params = self._cache.measurable(sampling_params)
+        is_unknown = "perplexity" not in (metadata or ())  # else there is nothing to measure
+        sampling_params = self._cache.measurable(sampling_params, is_unknown)
         try:  # vLLM would fail later, without a word
             msgspec.msgpack.encode(sampling_params, enc_hook=repr)
         except OverflowError:

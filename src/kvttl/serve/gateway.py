@@ -31,6 +31,7 @@ from kvttl.serve.options import options_of_engine, read_options, server_argument
 from kvttl.serve.vllm_parts import vllm_parts
 from kvttl.session import launch
 from kvttl.session.demo_model import model_path
+from kvttl.stack.config import add_inside_option, overrides_of
 from kvttl.stack.lifecycle import LMCacheStack, load_config
 from tiered_caching import EngineDied, MultiTierCache
 
@@ -184,6 +185,7 @@ def _options(argv):
     parser.add_argument("--config", default="config.yaml")
     parser.add_argument("--redis-url", help="use this Redis instead of the embedded one")
     launch.add_policy_option(parser)
+    add_inside_option(parser)
     parser.add_argument("--attach", action="store_true", help="use what `make up` runs")
     parser.add_argument("--api-key-env", default=KEY_VARIABLE, metavar="NAME")
     parser.add_argument("--api-key-file", type=user_path, help="file; its first line is the key")
@@ -234,8 +236,7 @@ def _until_dead(engine):
 
 def _stack(options):
     """Return a context manager of the stack: one of its own, or the one that runs."""
-    overrides = {"redis_url": options.redis_url} if options.redis_url else {}
-    config = load_config(options.config, **overrides)
+    config = load_config(options.config, **overrides_of(options.inside, options.redis_url))
     return launch.started(LMCacheStack(config, attach=options.attach))
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from caching_heuristics import METADATA_FIELDS, TIERS, HeuristicConfig, check_number, unknown_name
+from kvttl.decisions.record import DecisionRecord
 from kvttl.server.requests import Ended
 from tiered_caching import MultiTierCache
 
@@ -54,6 +55,7 @@ HINTS: dict[str, Callable[[str, Any], Any]] = {
     "finish": _text,  # how the turn ended: "stop", "tool_calls", ...
     "output_tokens": _number(2.0**53),
     "store": _flag,  # false: not worth keeping
+    "manager": _flag,  # true: a manager outside hands its decision over
 }
 
 
@@ -148,6 +150,17 @@ class ModelManager(MultiTierCache):
         draft.hints = made.metadata.answers
         self.config.request.asks = self.config.in_force(), made.metadata  # one for both answers
         super()._decide(draft, made)
+
+    def be_led(self, is_led: Callable[[], bool]) -> None:
+        """End TTLs by itself only while nobody leads."""
+        self._decider.is_led = is_led
+
+    def decide(
+        self, output: Any, hints: Hints, took_s: float, salt: str, now: Callable[[], float] | None
+    ) -> DecisionRecord:
+        """Decide about a request as of `now`, and return the record."""
+        self._decider.start()
+        return self._decider.submit(None, output, hints, took_s, now or self.clock, salt).result()
 
 
 def as_output(ended: Ended, hints: Hints) -> Any:

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -30,9 +30,10 @@ from kvttl.lmcache.tiers import LMCACHE_TIERS, pages
 from kvttl.server.compat import LATE_WRITES, POLICIES, WRAPPED, missing, use_policies, wrapped
 from kvttl.server.controller import InsideController
 from kvttl.server.guard import Guard
+from kvttl.server.handover import ManagerOutside
 from kvttl.server.hands import Hands, by_space
 from kvttl.server.hints import Hinted, Hints, ModelManager, as_output
-from kvttl.server.places import BIT_OF, TIERS_OF, Model, Places
+from kvttl.server.places import BIT_OF, TIERS_OF, Chunk, Model, Places
 from kvttl.server.policies import KvttlPrefetchPolicy, KvttlStorePolicy, are_in_use, serve
 from kvttl.server.requests import Ended, RequestHooks
 from kvttl.server.routes import Shown, check_names, merged, mount
@@ -65,6 +66,7 @@ class ServerSettings:
     sweep_s: float = 0.2  # how often TTLs are looked at
     workers: int = 2  # decisions at the same time
     max_pin_s: float = 3600.0
+    handover_s: float = 10.0  # how long a manager outside may be silent, and its decision take
     budgets: Mapping[str, float] = field(default_factory=dict)  # `cache_salt` -> share of gpu
     log: str = ""  # folder of decision logs, from which a restart takes claims up again
     adapters: Mapping[str, str] = field(
@@ -78,7 +80,7 @@ class ServerSettings:
                 raise ValueError(f"{name} must be {one}, got {getattr(self, name)!r:.80}")
         check_number("high", self.high, 0.0, 1.0, open_low=True)
         check_number("low", self.low, 0.0, self.high, open_low=True, high_name="high")
-        for name in ("pass_s", "sweep_s", "max_pin_s"):
+        for name in ("pass_s", "sweep_s", "max_pin_s", "handover_s"):
             check_number(name, getattr(self, name), 0.0, 604_800.0, open_low=True)
         check_whole("workers", self.workers)
         kinds = {"heuristics": Mapping, "budgets": Mapping, "adapters": Mapping, "log": str}
@@ -136,14 +138,14 @@ class KvttlModule:
         self._context = context = build_context.server_context
         self.settings = ServerSettings.of(build_context.config)
         self.guard, self.places = Guard(), Places(context)
-        self._sm, self._instance = context.storage_manager, build_context.mp_config.instance_id
+        self._sm, self.instance_id = context.storage_manager, build_context.mp_config.instance_id
         self.absent = missing(self._sm, build_context.modules)
         by_name = are_in_use()
         can_copy = not {LATE_WRITES, *([] if by_name else [POLICIES])} & {*self.absent}
         self.hands = Hands(self._sm, self.places, self.settings.adapters, self.guard, can_copy)
         self.requests = RequestHooks(context, self.places, self.hands, self.guard, self._ended)
         url = build_context.coordinator_config.url or f"port:{build_context.mp_config.port}"
-        self._lease = ServerLease(f"{self._instance} at {url.rpartition('/')[2]}")
+        self._lease = ServerLease(f"{self.instance_id} at {url.rpartition('/')[2]}")
         self._managers: dict[Model, ModelManager] = {}
         self._making, self.shed, self._passed_s = threading.Lock(), 0, time.monotonic()
         self._doubtful: list = []  # objects that LMCache had no room for
@@ -153,6 +155,7 @@ class KvttlModule:
             setattr(self, name, self.guard(getattr(self, name), name))
         serve(self)
         self.changes: deque = deque(maxlen=_CHANGES)
+        self.handover = ManagerOutside(self)
         self.shown = Shown(self)
         self.shown.watch("queue_depth", lambda: len(self._decisions))
         self.places.set_budgets(self.settings.budgets)
@@ -206,6 +209,7 @@ class KvttlModule:
             "chunks": {tier: tiers.count(tier) for tier in ("gpu", *self.hands.tiers)},
             "gpu_bytes": [used, total],
             "claims": {name: len(manager.claims) for name, manager in managers.items()},
+            "manager_outside": self.handover.leader,
             "open_requests": len(self.requests.open),
             "unseen_requests": self.requests.unseen,
             "waiting_decisions": len(self._decisions),
@@ -242,7 +246,8 @@ class KvttlModule:
     # ---- decisions -----------------------------------------------------------------------------
 
     def _ended(self, ended):
-        self._decisions.put(ended)
+        if not self.handover.leaves(ended):
+            self._decisions.put(ended)
 
     def _shed(self, ended):
         self.shed += 1  # its chunks are strays, which the manager claims in time
@@ -255,15 +260,17 @@ class KvttlModule:
             if model not in self._managers:
                 name = hashlib.sha256(f"{model.name}@{model.world_size}".encode()).hexdigest()[:16]
                 folder = self.settings.log and user_path(self.settings.log) / name
-                parts = self.places, self.hands, self._instance, self._lease
+                parts = self.places, self.hands, self.instance_id, self._lease
                 manager = self._managers[model] = ModelManager(
                     InsideController(self._context, model, *parts),
                     config=Hinted(lambda: self.settings.formula),
                     notify=None,
+                    clock=self.handover.clock,
                     sweep_every_s=self.settings.sweep_s,
                     log=DecisionLog(folder) if folder else None,
                     metrics=self.shown,
                 )
+                self.handover.lead(manager)
                 if folder:
                     self.guard(manager.recover, "recovery")(folder)
             return self._managers[model]
@@ -273,16 +280,38 @@ class KvttlModule:
         key, hints = ended.key, Hints(ended.key.request_configs, self.settings.max_pin_s)
         model = Model(key.model_name, key.world_size)
         output = as_output(ended, hints)
-        took_s = ended.ended_s - ended.began_s
-        record = self.manager(model).manage(None, output, hints, took_s, key.cache_salt).result()
-        chunks = self.places.of_keys(model, record.chunk_keys)
-        chunks = [chunk for chunk in chunks if chunk.bits]
-        hot = record.wanted_tier == "gpu" and record.ttl_s
-        self.places.decided(chunks, record.time_s + (record.ttl_s if hot else 0.0))
+        self.decide(model, output, hints, ended.ended_s - ended.began_s, key.cache_salt)
+
+    def decide(
+        self,
+        model: Model,
+        output: Any,
+        hints: Hints,
+        took_s: float,
+        cache_salt: str,
+        now: Callable[[], float] | None = None,
+    ) -> DecisionRecord:
+        """Have a model's manager decide about a request, and take note of it; see `manage`."""
+        record = self.manager(model).decide(output, hints, took_s, cache_salt, now)
+        chunks, hot = self.note(model, record)
         below = next(iter(self.hands.tiers), None)
         if hot and below and self.settings.save == "end" and below not in self.hands.errors:
             unsaved = [chunk for chunk in chunks if chunk.bits == BIT_OF["gpu"]]
             self.hands.copy(unsaved, below, 0.0)
+        return record
+
+    def note(self, model: Model, record: DecisionRecord) -> tuple[list[Chunk], bool]:
+        """Have gpu's order follow a decision; returns its chunks, and if it wants them there."""
+        chunks = self.places.of_keys(model, record.chunk_keys)
+        chunks = [chunk for chunk in chunks if chunk.bits]
+        hot = record.wanted_tier == "gpu" and bool(record.ttl_s)
+        self.places.decided(chunks, record.time_s + (record.ttl_s if hot else 0.0))
+        return chunks, hot
+
+    @property
+    def managers(self) -> dict[Model, ModelManager]:
+        """Those of all models that anything was decided about."""
+        return dict(self._managers)
 
     # ---- LMCache's loops ask ---------------------------------------------------------------------
 
@@ -301,7 +330,7 @@ class KvttlModule:
         wanted: dict[bytes, Any] = {}
         for space, chunks in by_space(self.places.of_objects(keys)):
             if manager := self._managers.get(space.model):
-                tiers = manager.claims.wanted([chunk.key for chunk in chunks], time.time())
+                tiers = manager.claims.wanted([chunk.key for chunk in chunks], manager.clock())
                 hot = [chunk for chunk, tier in zip(chunks, tiers) if tier == "gpu"]
                 self.places.came(hot, "gpu")
                 wanted |= dict.fromkeys((chunk.digest for chunk in hot), True)
@@ -322,6 +351,8 @@ class KvttlModule:
         """Keep gpu below its watermark: what goes first goes, written down if it is wanted."""
         self._passed_s = time.monotonic()
         self.requests.forget_lost()
+        for ended in self.handover.overdue():
+            self._decisions.put(ended)
         if self._doubtful:
             doubtful, self._doubtful = self._doubtful, []
             chunks = set(self.places.of_objects(doubtful))
@@ -339,7 +370,8 @@ class KvttlModule:
             unsaved = [chunk for chunk in some if chunk.bits == BIT_OF["gpu"]]
             manager = self._managers.get(space.model)
             if manager and unsaved and self.hands.tiers:
-                tiers = manager.claims.wanted([chunk.key for chunk in unsaved], time.time())
+                keys = [chunk.key for chunk in unsaved]
+                tiers = manager.claims.wanted(keys, manager.clock())
                 wanted = [chunk for chunk, tier in zip(unsaved, tiers) if tier is not None]
                 for part in pages(wanted, _RELIEF_CHUNKS):
                     self.hands.copy(part, self.hands.tiers[0], 0.0)

@@ -23,6 +23,7 @@ from caching_heuristics import check_number, unknown_name
 from kvttl.decisions.keeper import RecentRecords
 from kvttl.decisions.metrics import DecisionMetrics, is_loopback
 from kvttl.decisions.record import DecisionRecord
+from kvttl.lmcache.client import TOKEN_VARIABLE
 from kvttl.server.compat import http_app, http_host
 
 _MAX_RECORDS, _MAX_BYTES = 10_000, 64 * 2**20
@@ -35,7 +36,6 @@ _STATUS = {  # what of the status is a metric -> its name, what it says, its lab
     "failures": ("kvttl_hook_failures_total", "Errors of this kit in LMCache, by hook.", "hook"),
     "seconds_since_pass": ("kvttl_pass_age_seconds", "Time since gpu's room was looked at."),
 }
-TOKEN_VARIABLE = "KVTTL_TOKEN"  # noqa: S105 - a name
 
 
 @functools.cache
@@ -155,7 +155,7 @@ class Shown(DecisionMetrics):
 def mount(module: Any) -> None:
     """Add all routes of a module to its server, before that is started."""
     allowed = Depends(guarded(http_host()))
-    for router in (routes(module),):
+    for router in (routes(module), module.handover.router()):
         http_app().include_router(router, prefix="/kvttl", dependencies=[allowed])
 
 
@@ -196,7 +196,10 @@ def _number(text):
 
 
 async def json_object(request: Request) -> Mapping[str, Any]:
-    """Return a request's body, which must be a JSON object; anything else is a 400."""
+    """Return a request's body, which must be a JSON object; anything else is a 400 or a 413."""
+    size = request.headers.get("content-length", "")
+    if not size.isdigit() or int(size) > _MAX_BYTES:
+        raise HTTPException(413, f"content-length must be 0..{_MAX_BYTES}, got {size!r:.80}")
     try:
         body = await request.json()
         json.dumps(body, allow_nan=False)

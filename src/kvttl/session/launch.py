@@ -20,7 +20,7 @@ from kvttl.manager.clock import SessionClock
 from kvttl.manager.policy import POLICY_NAMES
 from kvttl.session.demo_model import prompt_perplexity
 from kvttl.settings import load_settings
-from kvttl.stack.config import PORT_FIELDS, StackConfig
+from kvttl.stack.config import PORT_FIELDS, StackConfig, overrides_of
 from kvttl.stack.lifecycle import LMCacheStack, StackError, load_config
 from kvttl.stack.services import check_folders
 from tiered_caching import MultiTierCache
@@ -40,14 +40,17 @@ def new_run_folder() -> Path:
 
 
 @contextmanager
-def session_stack(config_path: str | Path = "config.yaml", redis_url: str | None = None):
+def session_stack(
+    config_path: str | Path = "config.yaml",
+    redis_url: str | None = None,
+    inside: int | None = None,
+):
     """Start a stack of the session's own: free ports, an empty disk tier, gone afterwards.
 
     Its disk tier is a folder in `disk_path`: KV that an earlier run left there would be hits
     that nobody manages.
     """
-    overrides = {"redis_url": redis_url} if redis_url else {}
-    config = load_config(config_path, **overrides)
+    config = load_config(config_path, **overrides_of(inside, redis_url))
     say_unused(config, PORT_FIELDS, "a session takes free ports")
     with session_folder(config) as folder:
         with started(LMCacheStack(config.replaced(disk_path=folder), free_ports=True)) as stack:

@@ -24,6 +24,7 @@ from kvttl.session import launch
 from kvttl.session.demo_model import model_path
 from kvttl.session.workload import Request, session_requests
 from kvttl.settings import FILE_NAME, save_settings
+from kvttl.stack.config import add_inside_option
 from tiered_caching import MultiTierCache
 
 MAX_TOKENS = 12  # of each answer: the session is about prompts
@@ -42,6 +43,7 @@ def _options(argv):
     parser.add_argument("--llm", help="model folder or hub id that is on this machine")
     parser.add_argument("--redis-url", help="use this Redis instead of the embedded one")
     launch.add_policy_option(parser)
+    add_inside_option(parser)
     parser.add_argument("--generations", type=int, default=48, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--perplexity", choices=PERPLEXITY_SOURCES, default="prompt")
@@ -58,7 +60,7 @@ def _run(options):
     with (
         _metrics(options.metrics_port) as metrics,
         DecisionLog(folder) as log,
-        launch.session_stack(options.config, options.redis_url) as stack,
+        launch.session_stack(options.config, options.redis_url, options.inside) as stack,
         launch.engine(stack, model) as llm,
         launch.session_manager(stack, llm, log=log, metrics=metrics, **made) as cache,
     ):

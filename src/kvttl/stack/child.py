@@ -4,6 +4,7 @@
 """
 
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -41,8 +42,6 @@ def _run_lmcache(arguments: list[str]) -> None:
 
     # One access line per heartbeat and event batch would fill the disk.
     LOGGING_CONFIG["loggers"]["uvicorn.access"].update(handlers=[], propagate=False)
-    from lmcache.cli.main import main
-
     if arguments[0] == "server":
         from kvttl.stack.reconcile import reconcile_for
         from kvttl.stack.tier_watch import watch_tiers
@@ -52,7 +51,9 @@ def _run_lmcache(arguments: list[str]) -> None:
         watch_tiers(arguments)
         reconcile_for(arguments)
     sys.argv = ["lmcache", *arguments]
-    main(arguments)
+    # As ``python -m`` does; the launcher of this kit also knows its policies by name.
+    is_inside = any('"kvttl.server"' in argument for argument in arguments)
+    runpy.run_module("kvttl.server" if is_inside else "lmcache.cli.main", run_name="__main__")
 
 
 def install_adapters(own_redis_client: bool) -> None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from kvttl import exit_status
+from kvttl.stack.config import add_inside_option, overrides_of
 from kvttl.stack.lifecycle import LMCacheStack, StackConfig, load_config
 from kvttl.stack.process import STOP_SIGNALS, load_state, save_state
 from kvttl.stack.services import SERVICES
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=("up", "down", "status"))
     parser.add_argument("--config", default="config.yaml", help="settings (default: config.yaml)")
     parser.add_argument("--free-ports", action="store_true", help="up: pick free ports")
+    add_inside_option(parser)
     arguments = parser.parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGHUP):  # must clean up like Ctrl-C does
         if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments):
-    config = load_config(arguments.config)
+    config = load_config(arguments.config, **overrides_of(arguments.inside))
     if arguments.command == "status":
         return _status(config)
     with _lock(config):

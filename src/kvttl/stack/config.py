@@ -62,6 +62,9 @@ class StackConfig(BaseModel):
         ``"default"`` drops it again after the load.
     directory_checkpoint_s : float
         How often the coordinator saves its directory for a restart, seconds; 0 = never.
+    inside : bool
+        Whether `kvttl.server` decides inside the server. Then its TTLs say what leaves the memory
+        tier, between the same watermark and ratio.
 
     Raises
     ------
@@ -100,6 +103,7 @@ class StackConfig(BaseModel):
     registration_heartbeat_s: float = Field(1.0, ge=0.1, le=10)
     event_flush_interval_s: float = Field(1e-5, ge=1e-6, le=10)
     directory_checkpoint_s: float = Field(1.0, ge=0, le=3600)
+    inside: bool = Field(False, description="true or false")
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -128,6 +132,8 @@ class StackConfig(BaseModel):
         if self.redis_client == "lmcache" and str(self.redis_url).startswith("rediss:"):
             allowed = "kit with rediss://; LMCache's own client has no TLS"
             raise _refusal("redis_client", "lmcache", allowed)
+        if self.inside and self.eviction_policy == "ARC":
+            raise _refusal("eviction_policy", "ARC", "LRU or noop with inside, whose TTLs evict")
         return self
 
     def replaced(self, **changes: Any) -> "StackConfig":
@@ -207,6 +213,17 @@ def engine_kwargs(config: StackConfig, model: str, **overrides) -> dict:
         "worker_extension_cls": "kvttl.stack.engine_watch.EndsWithOwner",
         **overrides,
     }
+
+
+def add_inside_option(parser: Any) -> None:
+    """Let a command be told where the decisions are made."""
+    parser.add_argument("--inside", type=int, choices=(0, 1), help="1: in LMCache's server")
+
+
+def overrides_of(inside: int | None, redis_url: str | None = None) -> dict[str, Any]:
+    """Return overrides for `load_config`: of a command's options those that were used."""
+    options = {"redis_url": redis_url} if redis_url else {}
+    return options if inside is None else {**options, "inside": bool(inside)}
 
 
 def load_config(path: str | Path = "config.yaml", **overrides) -> StackConfig:

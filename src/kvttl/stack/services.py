@@ -10,8 +10,10 @@ from pathlib import Path
 import psutil
 import redis
 
+from caching_heuristics import HeuristicConfig
 from kvttl.lmcache.client import get_json, server_settings
 from kvttl.lmcache.tiers import LMCACHE_TIERS, adapter_settings
+from kvttl.settings import load_settings
 from kvttl.stack.config import StackConfig
 from kvttl.stack.process import StackError
 from kvttl.storage.probes import TierError, probe_folder, probe_redis
@@ -48,7 +50,21 @@ def arguments_of(name: str, config: StackConfig) -> list[str]:
         return arguments
     adapters = map(adapter_settings, config.storage.keys(), config.storage.values())
     named = (part for adapter in adapters for part in ("--l2-adapter", json.dumps(adapter)))
-    return [*_SERVER.format(config).split(), *named]
+    rules = module_arguments(config) if config.inside else _RULES.format(config).split()
+    return [*_SERVER.format(config).split(), *rules, *named]
+
+
+def module_arguments(config: StackConfig) -> list[str]:
+    """Arguments of a server that decides by itself, with the saved settings of `load_settings`."""
+    saved, default = load_settings().to_dict(), HeuristicConfig().to_dict()
+    high = config.trigger_watermark
+    low = max(1e-3, round(high * (1 - config.eviction_ratio), 4))
+    settings = {"high": high, "low": min(low, high)}
+    settings["heuristics"] = {name: saved[name] for name in saved if saved[name] != default[name]}
+    module = {"module_path": "kvttl.server", "config": settings}
+    # By default the module says what a hit leaves in the memory tier.
+    keeps = ["--l2-prefetch-policy", "retain"] if config.prefetch_policy == "retain" else []
+    return [*_RULES_INSIDE.split(), *keeps, "--server-module", json.dumps(module)]
 
 
 # No value in them has a space in it.
@@ -60,14 +76,17 @@ _COORDINATOR = (
 _SERVER = (
     "--host {0.host} --port {0.server_port} --http-host {0.host} --http-port {0.server_http_port} "
     "--instance-id {0.instance_id} --chunk-size {0.chunk_size_tokens} --l1-size-gb {0.l1_size_gb} "
-    "--eviction-policy {0.eviction_policy} --l2-prefetch-policy {0.prefetch_policy} "
-    "--eviction-trigger-watermark {0.trigger_watermark} --eviction-ratio {0.eviction_ratio} "
     "--coordinator-url {0.coordinator_url} --coordinator-advertise-ip {0.host} "
     "--coordinator-heartbeat-interval {0.registration_heartbeat_s} --coordinator-event-reporting "
     "--coordinator-event-flush-interval {0.event_flush_interval_s} "
     # CPU engines copy KV themselves, GPU engines let the server do it.
     "--supported-transfer-mode auto --no-run-script-api-enabled"
 )
+_RULES = (
+    "--eviction-policy {0.eviction_policy} --l2-prefetch-policy {0.prefetch_policy} "
+    "--eviction-trigger-watermark {0.trigger_watermark} --eviction-ratio {0.eviction_ratio}"
+)
+_RULES_INSIDE = "--eviction-policy noop --eviction-trigger-watermark 1.0"
 
 
 def child_env(config: StackConfig) -> dict[str, str]:
@@ -191,7 +210,7 @@ def _is_our_server(config: StackConfig) -> bool:
     settings = server_settings(config.server_http_url)
     if not settings:
         return False
-    same = ("instance_id", "server_port", "chunk_size_tokens")
+    same = ("instance_id", "server_port", "chunk_size_tokens", "inside")
     wanted = {field: getattr(config, field) for field in same}
     wanted |= {"coordinator": config.coordinator_url, **_storage(config)}
     for field, value in wanted.items():
