@@ -135,7 +135,7 @@ class DecisionMetrics:
         """
         if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65_535:
             raise ValueError(f"port must be a whole number in 0..65535, got {port!r}")
-        if not _is_loopback(host):
+        if not is_loopback(host):
             raise ValueError(f"host must be a loopback address (127.0.0.1, ::1), got {host!r}")
         try:
             server, thread = start_http_server(port, addr=host, registry=self.registry)
@@ -212,7 +212,8 @@ def _value(name, function):
         return math.nan
 
 
-def _is_loopback(host):
+def is_loopback(host: str) -> bool:
+    """Say whether a host's name or address is this machine's own, which no network reaches."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

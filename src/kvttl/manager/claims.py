@@ -103,8 +103,7 @@ class ClaimLedger:
     AT_ONCE = math.inf  # claims that step in one call; the rest is wanted a little longer
 
     def __init__(self, ladder: Mapping[str, float] | None = None) -> None:
-        ladder = ladder or HeuristicConfig().ladder
-        self._factors = [float(ladder[tier]) for tier in TIERS]
+        self.set_ladder(ladder or HeuristicConfig().ladder)
         self._chunks: dict[str, _Chunk] = {}
         self._claims: dict[tuple[str, str], _Claim] = {}  # by owner and last chunk
         self._deadlines: list[tuple[float, tuple[str, str]]] = []  # a heap; some are stale
@@ -113,6 +112,10 @@ class ClaimLedger:
 
     def __len__(self) -> int:
         return len(self._claims)
+
+    def set_ladder(self, ladder: Mapping[str, float]) -> None:
+        """Set by what the TTLs of claims are multiplied that come down from now on."""
+        self._factors = [float(ladder[tier]) for tier in TIERS]
 
     @property
     def next_due_s(self) -> float:

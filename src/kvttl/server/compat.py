@@ -62,6 +62,12 @@ def http_app() -> Any:
     return app
 
 
+def http_host() -> str:
+    """Return what the HTTP port is bound to; every address where LMCache does not say it."""
+    configs = getattr(http_app().state, "configs", {})
+    return getattr(configs.get("http"), "http_host", "0.0.0.0")  # noqa: S104 - the safe guess
+
+
 def wrapped(modules: Iterable[Any], around: Mapping[str, Callable]) -> dict[str, Callable]:
     """Return methods that run ``around[operation](built_in, *args)`` in place of built-in handlers.
 

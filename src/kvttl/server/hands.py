@@ -77,7 +77,8 @@ class Hands:
         self._orders = _Orders()
         self.errors: dict[str, str] = {}
         self.done: Counter[str] = Counter()
-        self._promised, self._storing, self._moving = 0, 0, 0
+        self._promised: Counter[str] = Counter()  # bytes of stores that are under way, by tenant
+        self._storing, self._moving = 0, 0
         self._promising, self._guard = threading.Lock(), guard
         for tier, (_, adapter) in self._adapters().items():
             adapter.register_listener(_Listener(places, tier, guard))
@@ -180,7 +181,7 @@ class Hands:
         """Load chunks into gpu; returns the objects that are there now, locked if asked for."""
         loaded = {}
         for space, some in by_space(chunks):
-            with self.room_for(space.all_bytes * len(some)):
+            with self.room_for(space.all_bytes * len(some), space.tenant):
                 rows = space.rows(some)
                 found = self._prefetch(rows, lock, _WRITE_S)
             for row, hits in zip(rows, found):
@@ -233,16 +234,18 @@ class Hands:
 
     # ---- room in gpu -------------------------------------------------------------------------
 
-    def room_for(self, size_bytes: int) -> _Room:
+    def room_for(self, size_bytes: int, tenant: str) -> _Room:
         """Make room for what is stored or loaded in a ``with`` block, and keep it until its end."""
-        return _Room(self, size_bytes)
+        return _Room(self, size_bytes, tenant)
 
-    def promise(self, size_bytes: int, stores: int) -> int:
+    def promise(self, size_bytes: int, tenant: str, stores: int) -> int:
         """Count a store and the bytes that it will take; returns all that are promised."""
         with self._promising:
-            self._promised += size_bytes
+            self._promised[tenant] += size_bytes
             self._storing += stores
-            return self._promised
+            if not self._promised[tenant]:
+                del self._promised[tenant]
+            return self._promised.total()
 
     def make_room(self, size_bytes: int) -> bool:
         """Give up what goes first until so many bytes fit into gpu; False: they do not.
@@ -279,7 +282,7 @@ class Hands:
                 lacking = int(used + size_bytes - share * total)
                 if lacking <= 0:
                     return True
-                chunks = self._places.first_to_go(lacking, before_s)
+                chunks = self._places.first_to_go(lacking, before_s, total, self._promised)
                 if not chunks:
                     return False
                 staying += delete(chunks)
@@ -315,12 +318,12 @@ class Hands:
 
 
 class _Room:
-    def __init__(self, hands, size_bytes):
-        self._hands, self._size_bytes = hands, size_bytes
+    def __init__(self, hands, size_bytes, tenant):
+        self._hands, self._size_bytes, self._tenant = hands, size_bytes, tenant
         self.refused = lambda: None  # called if there is not enough
 
     def __enter__(self):
-        promised = self._hands.promise(self._size_bytes, 1)
+        promised = self._hands.promise(self._size_bytes, self._tenant, 1)
         try:
             if not self._hands.make_room(promised):
                 self.refused()
@@ -330,7 +333,7 @@ class _Room:
         return self
 
     def __exit__(self, *_exc_info):
-        self._hands.promise(-self._size_bytes, -1)
+        self._hands.promise(-self._size_bytes, self._tenant, -1)
 
 
 class _Listener(L2AdapterListener):

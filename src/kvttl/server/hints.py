@@ -6,10 +6,14 @@ what has become of it. One that is refused counts as none.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
-from caching_heuristics import METADATA_FIELDS, TIERS, check_number, unknown_name
+from caching_heuristics import METADATA_FIELDS, TIERS, HeuristicConfig, check_number, unknown_name
+from kvttl.server.requests import Ended
+from tiered_caching import MultiTierCache
 
 PREFIX = "lmcache.kvttl."
 MAX_TTL_S = 604_800.0
@@ -114,3 +118,48 @@ class Hints(Mapping):
         if "pin" in wishes:
             return "gpu", wishes["pin"]
         return wishes.get("tier", tier), wishes.get("ttl", ttl_s)
+
+
+class Hinted:
+    """A manager's policy: the one in force, whose answers a request may have changed."""
+
+    def __init__(self, in_force: Callable[[], HeuristicConfig]) -> None:
+        self.in_force, self.request = in_force, threading.local()
+
+    @property
+    def base_ttl(self) -> float:
+        return self.in_force().base_ttl
+
+    @property
+    def ladder(self) -> Mapping[str, float]:
+        return self.in_force().ladder
+
+    def _decided(self, metadata):
+        policy, hints = getattr(self.request, "asks", (self.in_force(), None))
+        decided = policy.tier(metadata), policy.ttl(metadata)
+        return decided if hints is None else hints.decided(*decided)
+
+    def tier(self, metadata: Mapping[str, float]) -> str:
+        return self._decided(metadata)[0]
+
+    def ttl(self, metadata: Mapping[str, float]) -> float:
+        return self._decided(metadata)[1]
+
+
+class ModelManager(MultiTierCache):
+    """The manager of one model's KV cache, as outside; a request's hints count for it."""
+
+    def _decide(self, draft, made):
+        draft.hints = made.metadata.answers
+        self.config.request.asks = self.config.in_force(), made.metadata  # one for both answers
+        super()._decide(draft, made)
+
+
+def as_output(ended: Ended, hints: Hints) -> Any:
+    """Return what is known of an answer, as vLLM's RequestOutput has it."""
+    tokens = len(ended.tokens) - len(ended.key.token_ids)  # where an engine stores answers too
+    tokens = int(hints.wishes.get("output_tokens", max(tokens, 0)))
+    answer = {"finish_reason": hints.wishes.get("finish"), "token_ids": range(tokens)}
+    answer |= {"text": None, "logprobs": None}
+    prompt = {"prompt_token_ids": ended.tokens, "num_cached_tokens": ended.hit_tokens}
+    return SimpleNamespace(**prompt, outputs=[SimpleNamespace(**answer)])

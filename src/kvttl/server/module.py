@@ -7,40 +7,44 @@ TTLs end, and one that keeps gpu below its watermark.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from types import SimpleNamespace
 from typing import Any
 
 from lmcache.v1.mp_observability.event import EventType
 from lmcache.v1.multiprocess.ext_server_module import server_module_handler
 
-from caching_heuristics import HeuristicConfig, check_number, unknown_name
+from caching_heuristics import SETTINGS, HeuristicConfig, check_number, unknown_name
 from kvttl import user_path
 from kvttl.background import JobQueue, Repeater, check_whole
-from kvttl.decisions.log import DecisionLog
+from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.lmcache.lease import ServerLease
 from kvttl.lmcache.tiers import LMCACHE_TIERS, pages
 from kvttl.server.compat import LATE_WRITES, POLICIES, WRAPPED, missing, use_policies, wrapped
 from kvttl.server.controller import InsideController
 from kvttl.server.guard import Guard
 from kvttl.server.hands import Hands, by_space
-from kvttl.server.hints import Hints
+from kvttl.server.hints import Hinted, Hints, ModelManager, as_output
 from kvttl.server.places import BIT_OF, TIERS_OF, Model, Places
 from kvttl.server.policies import KvttlPrefetchPolicy, KvttlStorePolicy, are_in_use, serve
 from kvttl.server.requests import Ended, RequestHooks
-from tiered_caching import MultiTierCache
+from kvttl.server.routes import Shown, mount
 
 logger = logging.getLogger(__name__)
 
 _LONG_S = 60.0  # of a request, after which its chunks may go before it has ended
 _SOON_S = 2.0  # after a request's end it is decided about
 _RELIEF_CHUNKS = 256  # written down at once when gpu is too full
+_CHANGES = 100  # of settings, that the status shows
+LIVE = ("heuristics", "birth", "save", "high", "low", "max_pin_s", "budgets")  # can be changed
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class ServerSettings:
     sweep_s: float = 0.2  # how often TTLs are looked at
     workers: int = 2  # decisions at the same time
     max_pin_s: float = 3600.0
+    budgets: Mapping[str, float] = field(default_factory=dict)  # `cache_salt` -> share of gpu
     log: str = ""  # folder of decision logs, from which a restart takes claims up again
     adapters: Mapping[str, str] = field(
         default_factory=lambda: {t: row.adapter for t, row in LMCACHE_TIERS.items() if row.adapter}
@@ -77,44 +82,51 @@ class ServerSettings:
         for name in ("pass_s", "sweep_s", "max_pin_s"):
             check_number(name, getattr(self, name), 0.0, 604_800.0, open_low=True)
         check_whole("workers", self.workers)
-        HeuristicConfig(**self.heuristics)
+        for name in ("heuristics", "budgets", "adapters"):
+            if not isinstance(getattr(self, name), Mapping):
+                problem = f"must be a mapping of names, got {getattr(self, name)!r:.80}"
+                raise ValueError(f"{name} {problem}")
+        _check_names("setting of heuristics", self.heuristics, SETTINGS)
+        for salt, share in self.budgets.items():
+            check_number(f"budgets[{salt!r:.80}]", share, 0.0, 1.0, open_low=True)
+        _ = self.formula
+
+    @functools.cached_property
+    def formula(self) -> HeuristicConfig:
+        """What decides."""
+        return HeuristicConfig(**self.heuristics)
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ServerSettings:
         """Return the settings in a mapping; unknown ones are a ValueError."""
-        known = [each.name for each in fields(cls)]
-        for name in config:
-            if name not in known:
-                raise ValueError(unknown_name("setting of kvttl.server", name, known))
+        _check_names("setting of kvttl.server", config, [each.name for each in fields(cls)])
         return cls(**config)
 
+    def changed(self, changes: Mapping[str, Any]) -> ServerSettings:
+        """Return other settings: of a mapping's names only those in `changes`, without null ones.
 
-class _Hinted:
-    """A manager's policy whose answers a request may have changed."""
+        Raises
+        ------
+        ValueError
+            A setting is unknown, wrong, or cannot be changed while the server runs.
+        """
+        settings = asdict(self)
+        for name, value in changes.items():
+            if name in settings and name not in LIVE:
+                problem = f"cannot be changed while the server runs, got {value!r:.80}"
+                raise ValueError(f"{name} {problem}: it must be one of {', '.join(LIVE)}")
+            if isinstance(value, Mapping) and isinstance(settings.get(name), Mapping):
+                if name == "heuristics":
+                    _check_names("setting of heuristics", value, SETTINGS)
+                value = {n: v for n, v in {**settings[name], **value}.items() if v is not None}
+            settings[name] = value
+        return self.of(settings)
 
-    def __init__(self, policy: Any) -> None:
-        self._policy, self.request = policy, threading.local()
-        self.base_ttl, self.ladder = policy.base_ttl, policy.ladder
 
-    def _decided(self, metadata):
-        decided = self._policy.tier(metadata), self._policy.ttl(metadata)
-        hints = getattr(self.request, "hints", None)
-        return decided if hints is None else hints.decided(*decided)
-
-    def tier(self, metadata: Mapping[str, float]) -> str:
-        return self._decided(metadata)[0]
-
-    def ttl(self, metadata: Mapping[str, float]) -> float:
-        return self._decided(metadata)[1]
-
-
-class ModelManager(MultiTierCache):
-    """The manager of one model's KV cache, as outside; a request's hints count for it."""
-
-    def _decide(self, draft, made):
-        draft.hints = made.metadata.answers
-        self.config.request.hints = made.metadata
-        super()._decide(draft, made)
+def _check_names(kind, given, known):
+    for name in given:
+        if name not in known:
+            raise ValueError(unknown_name(kind, name, known))
 
 
 class KvttlModule:
@@ -146,6 +158,11 @@ class KvttlModule:
         for name in ("targets", "written", "retained"):
             setattr(self, name, self.guard(getattr(self, name), name))
         serve(self)
+        self.changes: deque = deque(maxlen=_CHANGES)
+        self.exits, self.shown = contextlib.ExitStack(), Shown()
+        self.shown.watch("queue_depth", lambda: len(self._decisions))
+        self.places.set_budgets(self.settings.budgets)
+        self.guard(mount, "routes")(self)
         if not by_name and POLICIES not in self.absent:
             both = KvttlStorePolicy(), KvttlPrefetchPolicy()
             use_policies(self._sm, *both)
@@ -164,11 +181,13 @@ class KvttlModule:
         return self._context
 
     def report_status(self) -> dict[str, Any]:
-        """Return what LMCache's ``/status`` shows."""
-        return {"kvttl": self.guard(self.status, "status", {})()}
+        """Return what LMCache's ``/status`` shows to anybody: nothing of tenants and settings."""
+        status = self.guard(self.status, "status", {})()
+        return {"kvttl": {n: v for n, v in status.items() if n not in ("settings", "changes")}}
 
     def close(self) -> None:
         """Stop; LMCache goes on with its own shutdown whatever happens here."""
+        self.guard(self.exits.close, "close")()
         self._keeper.close()
         self._decisions.close(timeout_s=5.0)
         for manager in self._managers.values():
@@ -183,8 +202,7 @@ class KvttlModule:
     @server_module_handler("kvttl.decisions")
     def decisions_call(self, payload: bytes) -> bytes:
         """Return the last records, one a line of JSON."""
-        lines = [r.to_json() for manager in self._managers.values() for r in list(manager.records)]
-        return "\n".join(lines).encode()
+        return "\n".join(record.to_json() for record in list(self.shown.records)).encode()
 
     def status(self) -> dict[str, Any]:
         """Return what is where, what was done and what fails."""
@@ -206,15 +224,37 @@ class KvttlModule:
             "left_out": self.guard.resting,
             "seconds_since_pass": time.monotonic() - self._passed_s,
             "settings": asdict(self.settings),
+            "changes": list(self.changes),
         }
+
+    def change(self, changes: Mapping[str, Any], is_trial: bool = False) -> dict[str, Any]:
+        """Put other settings in force, all of `changes` or none; returns all that hold then.
+
+        Raises
+        ------
+        ValueError
+            See `ServerSettings.changed`.
+        """
+        with self._making:
+            settings = self.settings.changed(changes)
+            if not is_trial:
+                self.settings = settings
+                self.places.set_budgets(settings.budgets)
+                for manager in self._managers.values():
+                    manager.claims.set_ladder(settings.formula.ladder)
+                self.changes.append({"time_s": time.time(), "settings": dict(changes)})
+                logger.warning("settings changed: %s", json.dumps(changes))
+        return asdict(settings)
 
     # ---- decisions -----------------------------------------------------------------------------
 
     def _ended(self, ended):
         self._decisions.put(ended)
 
-    def _shed(self, _ended):
+    def _shed(self, ended):
         self.shed += 1  # its chunks are strays, which the manager claims in time
+        what = {"prompt_tokens": len(ended.tokens), "cache_salt": ended.key.cache_salt}
+        self.shown.observe(DecisionRecord(ended.ended_s, "", kind="shed", **what))
 
     def manager(self, model: Model) -> ModelManager:
         """Return the manager of a model, the same one for all who ask."""
@@ -225,10 +265,11 @@ class KvttlModule:
                 parts = self.places, self.hands, self._instance, self._lease
                 manager = self._managers[model] = ModelManager(
                     InsideController(self._context, model, *parts),
-                    config=_Hinted(HeuristicConfig(**self.settings.heuristics)),
+                    config=Hinted(lambda: self.settings.formula),
                     notify=None,
                     sweep_every_s=self.settings.sweep_s,
                     log=DecisionLog(folder) if folder else None,
+                    metrics=self.shown,
                 )
                 if folder:
                     self.guard(manager.recover, "recovery")(folder)
@@ -238,7 +279,7 @@ class KvttlModule:
         """Decide about a request that has ended, and have its KV cache placed."""
         key, hints = ended.key, Hints(ended.key.request_configs, self.settings.max_pin_s)
         model = Model(key.model_name, key.world_size)
-        output = _as_output(ended, hints)
+        output = as_output(ended, hints)
         took_s = ended.ended_s - ended.began_s
         record = self.manager(model).manage(None, output, hints, took_s, key.cache_salt).result()
         chunks = self.places.of_keys(model, record.chunk_keys)
@@ -292,12 +333,12 @@ class KvttlModule:
             doubtful, self._doubtful = self._doubtful, []
             chunks = set(self.places.of_objects(doubtful))
             self.places.went(chunks - self.hands.in_gpu(chunks), "gpu")
-        used, total = self._sm.get_l1_usage()
-        if used > self.settings.high * total:
+        (used, total), settings = self._sm.get_l1_usage(), self.settings
+        if used > settings.high * total:
             # Not the chunks of requests that run; a decision that was lost must not keep its own.
             now_s = time.time()
             oldest_s = max(min(list(self.requests.open.values()), default=now_s), now_s - _LONG_S)
-            self.hands.give_up(self._relieve, 0, self.settings.low, oldest_s - _SOON_S)
+            self.hands.give_up(self._relieve, 0, settings.low, oldest_s - _SOON_S)
 
     def _relieve(self, chunks):
         """Write chunks down that are wanted and have no other copy; delete them from gpu."""
@@ -310,16 +351,6 @@ class KvttlModule:
                 for part in pages(wanted, _RELIEF_CHUNKS):
                     self.hands.copy(part, self.hands.tiers[0], 0.0)
         return self.hands.delete(chunks, "gpu")
-
-
-def _as_output(ended, hints):
-    """Return what is known of an answer, as vLLM's RequestOutput has it."""
-    tokens = len(ended.tokens) - len(ended.key.token_ids)  # where an engine stores answers too
-    tokens = int(hints.wishes.get("output_tokens", max(tokens, 0)))
-    answer = {"finish_reason": hints.wishes.get("finish"), "token_ids": range(tokens)}
-    answer |= {"text": None, "logprobs": None}
-    prompt = {"prompt_token_ids": ended.tokens, "num_cached_tokens": ended.hit_tokens}
-    return SimpleNamespace(**prompt, outputs=[SimpleNamespace(**answer)])
 
 
 def build(build_context: Any) -> KvttlModule:

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lmcache.v1.distributed.api import GroupedObjectKeys, ObjectKey
@@ -49,6 +50,67 @@ class Chunk:
         return chunk_key(self.digest.hex(), self.space.salt)
 
 
+class _Order:
+    """In which order gpu gives some chunks up.
+
+    What ends first goes first, and of one prompt the last chunk first. Chunks that nothing is
+    decided about, whose requests still run, go last, the oldest first.
+    """
+
+    def __init__(self, share: float = 1.0) -> None:
+        self.share, self.hot_bytes = share, 0  # of gpu, that these chunks may have, and have
+        self.decided: list[tuple] = []  # a heap of (ends_s, -depth, number, chunk); some are stale
+        self.undecided: deque[Chunk] = deque()
+        self._number = itertools.count()
+
+    def enter(self, chunk: Chunk) -> None:
+        if chunk.ends_s is UNDECIDED:
+            self.undecided.append(chunk)
+        else:
+            entry = (chunk.ends_s, -chunk.depth, next(self._number), chunk)
+            heapq.heappush(self.decided, entry)
+
+    def take(self, left: int, before_s: float, taken: dict[Chunk, None]) -> int:
+        """Move the first to go to `taken` until nothing is `left` of so many bytes; returns it."""
+        moving, in_use = [], []
+        while left > 0 and self.decided:
+            entry = heapq.heappop(self.decided)
+            if not self._is_true(entry) or entry[-1] in taken:
+                continue
+            if entry[-1].moving:
+                moving.append(entry)
+                continue
+            taken[entry[-1]] = None
+            left -= entry[-1].space.size_bytes
+        for entry in moving:
+            heapq.heappush(self.decided, entry)
+        while left > 0 and self.undecided and self.undecided[0].since_s < before_s:
+            chunk = self.undecided.popleft()
+            if not chunk.bits & HOT or chunk.ends_s is not UNDECIDED or chunk in taken:
+                continue
+            if chunk.moving:
+                in_use.append(chunk)
+                continue
+            taken[chunk] = None
+            left -= chunk.space.size_bytes
+        self.undecided.extendleft(reversed(in_use))
+        return left
+
+    def trim(self, most: int) -> None:
+        """Forget what is stale, or there twice, where that may be much."""
+        if len(self.decided) > most:
+            true = {entry[-1]: entry for entry in self.decided if self._is_true(entry)}
+            self.decided = list(true.values())
+            heapq.heapify(self.decided)
+        if len(self.undecided) > most:
+            waiting = (c for c in self.undecided if c.ends_s is UNDECIDED and c.bits & HOT)
+            self.undecided = deque(dict.fromkeys(waiting))
+
+    def _is_true(self, entry):
+        chunk = entry[-1]
+        return bool(chunk.bits & HOT) and chunk.ends_s == entry[0]
+
+
 @dataclass(slots=True, eq=False)
 class Space:
     """All chunks of a model under one salt.
@@ -62,6 +124,12 @@ class Space:
     layouts: Mapping[int, Any]
     size_bytes: int
     chunks: dict[bytes, Chunk] = field(default_factory=dict)
+    orders: Sequence[_Order] = ()  # that its chunks are in: everybody's, and the tenant's own
+
+    @property
+    def tenant(self) -> str:
+        """Whose chunks these are: what is added to a salt makes no other tenant of it."""
+        return self.salt.partition("~")[0]
 
     @property
     def all_bytes(self) -> int:
@@ -91,9 +159,6 @@ class Space:
 class Places:
     """Chunks by place, and the order in which gpu gives them up; safe for concurrent use.
 
-    What ends first goes first, and of one prompt the last chunk first. Chunks that nothing is
-    decided about, whose requests still run, go last, the oldest first.
-
     Parameters
     ----------
     context : MPCacheServerContext
@@ -105,9 +170,7 @@ class Places:
         self._align = 4096 if sm.is_multi_l1 else sm.l1_memory_desc.align_bytes
         self._spaces: dict[tuple, Space] = {}
         self.lock = threading.Lock()
-        self._order: list[tuple] = []  # a heap of (ends_s, -depth, number, chunk); some are stale
-        self._undecided: deque[Chunk] = deque()
-        self._number = itertools.count()
+        self._everybody, self._own = _Order(), {}
         self.hot_chunks = 0
 
     def space(self, name: str, world_size: int, salt: str) -> Space | None:
@@ -120,8 +183,25 @@ class Places:
             size = sum(map(self._size_bytes, layouts.values()))
             found = Space(Model(name, world_size), salt, dict(layouts), size)
             with self.lock:
+                self._sort_in(found)
                 found = self._spaces.setdefault((name, world_size, salt), found)
         return found
+
+    def set_budgets(self, budgets: Mapping[str, float]) -> None:
+        """Set which share of gpu tenants have: over it, their own chunks go before others'."""
+        with self.lock:
+            self._own = {tenant: _Order(share) for tenant, share in budgets.items()}
+            for space in self._spaces.values():
+                self._sort_in(space)
+                for order in space.orders[1:]:
+                    hot = [chunk for chunk in space.chunks.values() if chunk.bits & HOT]
+                    order.hot_bytes += len(hot) * space.all_bytes
+                    for chunk in hot:
+                        order.enter(chunk)
+
+    def _sort_in(self, space):
+        own = self._own.get(space.tenant)
+        space.orders = [self._everybody] if own is None else [self._everybody, own]
 
     def chunks(self, model: Model | None = None) -> list[Chunk]:
         """Return what is somewhere, of one model or of all."""
@@ -147,8 +227,10 @@ class Places:
                     chunk.bits |= HOT
                     chunk.ends_s, chunk.since_s = UNDECIDED, now_s
                     come.append(chunk)
-            self._undecided.extend(come)
             self.hot_chunks += len(come)
+            for order in space.orders:
+                order.undecided.extend(come)
+                order.hot_bytes += len(come) * space.all_bytes
 
     def came(self, chunks: Iterable[Chunk], tier: str) -> None:
         """Take note of copies that are now in a tier; in gpu they keep the end they had."""
@@ -157,7 +239,9 @@ class Places:
             for chunk in chunks:
                 if bit == HOT and not chunk.bits & HOT:
                     chunk.since_s, self.hot_chunks = now_s, self.hot_chunks + 1
-                    self._enter(chunk)
+                    for order in chunk.space.orders:
+                        order.hot_bytes += chunk.space.all_bytes
+                        order.enter(chunk)
                 chunk.bits |= bit
                 chunk.space.chunks.setdefault(chunk.digest, chunk)
 
@@ -169,7 +253,10 @@ class Places:
                 if not chunk.bits & bit or (bit == HOT and chunk.since_s > at_s):
                     continue
                 chunk.bits &= ~bit
-                self.hot_chunks -= bit == HOT
+                if bit == HOT:
+                    self.hot_chunks -= 1
+                    for order in chunk.space.orders:
+                        order.hot_bytes -= chunk.space.all_bytes
                 if not chunk.bits:
                     chunk.space.chunks.pop(chunk.digest, None)
 
@@ -209,43 +296,29 @@ class Places:
                 if chunk.ends_s is UNDECIDED or chunk.ends_s < ends_s:
                     chunk.depth, chunk.ends_s = depth, ends_s
                     self._enter(chunk)
-            most = 2 * self.hot_chunks + _FEW_ENTRIES
-            if len(self._order) > most:
-                self._order = [entry for entry in self._order if self._is_true(entry)]
-                heapq.heapify(self._order)
-            if len(self._undecided) > most:
-                waiting = (c for c in self._undecided if c.ends_s is UNDECIDED and c.bits & HOT)
-                self._undecided = deque(dict.fromkeys(waiting))
+            self._trim()
 
-    def first_to_go(self, size_bytes: int, before_s: float = math.inf) -> list[Chunk]:
+    def first_to_go(
+        self,
+        size_bytes: int,
+        before_s: float = math.inf,
+        hot_bytes: int = 0,
+        coming: Mapping[str, int] = MappingProxyType({}),
+    ) -> list[Chunk]:
         """Take chunks out of the order that have at least so many bytes, if there are.
 
-        Of those that nothing is decided about only what came before `before_s`. Whoever takes
-        them tells `went` of those that are gone and `stay` of the others.
+        First of tenants that have more of gpu's `hot_bytes` than their budgets, with the bytes
+        that are `coming`. Of those that nothing is decided about only what came before
+        `before_s`. Whoever takes them tells `went` of those that are gone and `stay` of the others.
         """
-        taken, left, moving, in_use = {}, size_bytes, [], []
+        taken: dict[Chunk, None] = {}
         with self.lock:
-            while left > 0 and self._order:
-                entry = heapq.heappop(self._order)
-                if not self._is_true(entry) or entry[-1] in taken:
-                    continue
-                if entry[-1].moving:
-                    moving.append(entry)
-                    continue
-                taken[entry[-1]] = None
-                left -= entry[-1].space.size_bytes
-            for entry in moving:
-                heapq.heappush(self._order, entry)
-            while left > 0 and self._undecided and self._undecided[0].since_s < before_s:
-                chunk = self._undecided.popleft()
-                if not chunk.bits & HOT or chunk.ends_s is not UNDECIDED:
-                    continue
-                if chunk.moving:
-                    in_use.append(chunk)
-                    continue
-                taken[chunk] = None
-                left -= chunk.space.size_bytes
-            self._undecided.extendleft(reversed(in_use))
+            for tenant, order in self._own.items():
+                over = order.hot_bytes + coming.get(tenant, 0) - int(order.share * hot_bytes)
+                own = min(size_bytes, over)
+                if own > 0:
+                    size_bytes -= own - order.take(own, before_s, taken)
+            self._everybody.take(size_bytes, before_s, taken)
         return list(taken)
 
     def stay(self, chunks: Iterable[Chunk]) -> None:
@@ -253,14 +326,12 @@ class Places:
         with self.lock:
             for chunk in chunks:
                 self._enter(chunk)
+            self._trim()
 
     def _enter(self, chunk):
-        if chunk.ends_s is UNDECIDED:
-            self._undecided.append(chunk)
-        else:
-            entry = (chunk.ends_s, -chunk.depth, next(self._number), chunk)
-            heapq.heappush(self._order, entry)
+        for order in chunk.space.orders:
+            order.enter(chunk)
 
-    def _is_true(self, entry):
-        chunk = entry[-1]
-        return bool(chunk.bits & HOT) and chunk.ends_s == entry[0]
+    def _trim(self):
+        for order in (self._everybody, *self._own.values()):
+            order.trim(2 * self.hot_chunks + _FEW_ENTRIES)

@@ -104,7 +104,7 @@ class RequestHooks:
         if space is None:
             return contextlib.nullcontext()
         chunks = (key.end - key.start) // self._context.chunk_size
-        room = self._hands.room_for(chunks * space.size_bytes)
+        room = self._hands.room_for(chunks * space.size_bytes, space.tenant)
         room.refused = lambda: self._unsure.add((key.request_id, key.start))
         return room
 
