@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +19,9 @@ from inside_server import CHUNK, Client, prompt
 from waiting import wait_until
 
 from kvttl.lmcache.client import get_json, server_settings
-from kvttl.session.show_start import running
-from kvttl.stack.config import ENGINE_ENV, PORT_FIELDS, load_config
+from kvttl.session.show_start import running, start_blocks
+from kvttl.session.workload import session_requests
+from kvttl.stack.config import ENGINE_ENV, PORT_FIELDS, StackConfig, load_config
 from kvttl.stack.lifecycle import LMCacheStack, StackError
 from kvttl.stack.services import pick_ports
 
@@ -104,6 +108,55 @@ def shown(folder):
     )
 
 
+def blocks_of(page, start):
+    """Fenced blocks of a page that start with a word, in the shell's words, JSON read."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+    return [words_of(block) for block in blocks if block.startswith(start)]
+
+
+def words_of(command):
+    """The shell's words; JSON as what it means, and in it a server's arguments."""
+    words = [
+        json.loads(w) if w.startswith("{") else w for w in shlex.split(command.replace("\\\n", ""))
+    ]
+    for extra in (w.get("kv_connector_extra_config") for w in words if isinstance(w, dict)):
+        if extra:
+            arguments = "lmcache.mp.autostart.server_args"
+            extra[arguments] = words_of(extra[arguments])
+    return words
+
+
+def test_the_documents_show_what_is_printed():
+    config = StackConfig(disk_path="/var/lib/kv", l1_size_gb=20)
+    printed = start_blocks(config, "google/gemma-3-270m-it")
+    page = "docs/inside.md"
+    assert blocks_of(page, "lmcache server") == [words_of(printed["server"])]
+    assert blocks_of(page, "python -m kvttl.server") == [words_of(printed["launcher"])]
+    (shown,), engine = blocks_of(page, "vllm serve"), words_of(printed["engine"])
+    assert shown[shown.index("--block-size") :] == engine[engine.index("--block-size") :]
+    (short,) = blocks_of("README.md", "vllm serve")
+    assert set(short[:-1]) <= set(shown[:-1])
+    long, short = shown[-1], short[-1]
+    few, all_of_them = short.pop("kv_connector_extra_config"), long["kv_connector_extra_config"]
+    assert short.items() <= long.items()
+    arguments = few.pop("lmcache.mp.autostart.server_args")
+    assert few == {"lmcache.mp.autostart": True}
+    assert all(
+        word in (*all_of_them["lmcache.mp.autostart.server_args"], "20") for word in arguments[:-1]
+    )
+    assert arguments[-2:] == ["--server-module", {"module_path": "kvttl.server"}]
+
+
+def test_what_only_the_kits_own_stack_can_follow_is_refused_and_no_password_is_shown():
+    with pytest.raises(ValueError, match="redis_url: LMCache's own client has no TLS"):
+        start_blocks(StackConfig(redis_url="rediss://redis.example"), "model")
+    blocks = start_blocks(StackConfig(redis_url="redis://u:sesame@redis.example:7"), "a model's")
+    assert "sesame" not in "".join(blocks.values())
+    assert "LMCACHE_RESP_PASSWORD=..." in blocks["setup"]
+    assert {"type": "resp", "host": "redis.example", "port": 7} in words_of(blocks["launcher"])
+    assert "a model's" in words_of(blocks["engine"])
+
+
 @pytest.mark.parametrize("way", ["server", "launcher"])
 def test_a_server_starts_as_shown(way, shown, tmp_path):
     block = f"{shown.setup}\n{shown.ways[way]}"
@@ -143,7 +196,7 @@ def ask(served):
     def call(text, **hints):
         hints = {f"lmcache.kvttl.{name}": value for name, value in hints.items()}
         body = {"kv_transfer_params": hints} if hints else None
-        options = {"max_tokens": 4, "temperature": 0, "extra_body": body}
+        options = {"max_tokens": 8, "temperature": 0, "extra_body": body}
         answer = client.completions.create(model=model, prompt=text, **options)
         return answer.choices[0].text, answer.usage.prompt_tokens_details.cached_tokens
 
@@ -168,14 +221,16 @@ def about(topic):
 
 @pytest.mark.timeout(900)
 def test_an_unmodified_vllm_hits_in_the_second_round(served, ask):
-    prompts = [about(topic) for topic in ("a forecast", "a recipe", "a proof", "a poem")]
+    prompts = list(dict.fromkeys(each.prompt for each in session_requests(12, 0)))[:4]
     first = [ask(prompt) for prompt in prompts]
     decided(served, 3)
     second = [ask(prompt) for prompt in prompts]
-    assert [text for text, _ in second] == [text for text, _ in first]
-    assert [cached for _, cached in first + second] == [0] * 4 + [4 * CHUNK] * 4
+    texts = [text for text, _ in first]
+    assert [text for text, _ in second] == texts and len(set(texts)) > 1
     records = decided(served, 7)
-    assert [r.hit_tokens for r in records] == [{}] * 4 + [{"gpu": 4 * CHUNK}] * 4
+    assert [sum(r.hit_tokens.values()) for r in records] == [hits for _, hits in first + second]
+    for record in records[4:]:
+        assert record.hit_tokens == {"gpu": record.prompt_tokens // CHUNK * CHUNK}
     assert {(r.wanted_tier, r.error) for r in records} == {("gpu", "")}
     assert [r.metadata["access_count"] for r in records] == [0] * 4 + [1] * 4
 

@@ -77,7 +77,8 @@ def _module_arguments(config):
     high = config.trigger_watermark
     low = max(1e-3, round(high * (1 - config.eviction_ratio), 4))
     settings = {"high": high, "low": min(low, high)}
-    settings["heuristics"] = {name: saved[name] for name in saved if saved[name] != default[name]}
+    if own := {name: value for name, value in saved.items() if value != default[name]}:
+        settings["heuristics"] = own
     module = {"module_path": "kvttl.server", "config": settings}
     # By default the module says what a hit leaves in the memory tier.
     keeps = ["--l2-prefetch-policy", "retain"] if config.prefetch_policy == "retain" else []
