@@ -19,11 +19,17 @@ from pathlib import Path
 from kvttl import PROJECT, exit_status
 from kvttl.lmcache.client import get_json
 from kvttl.session.demo_model import model_path
+from kvttl.session.launch import say_unused
 from kvttl.stack.config import StackConfig, kv_transfer_settings, load_config
 from kvttl.stack.process import Child, StackError, comes_true, spawn_command
 from kvttl.stack.services import standalone_arguments
 
 _LINE_CHARS = 96
+_OF_OUR_STACK = (
+    "coordinator_port redis_port redis_client redis_connect_timeout_s redis_timeout_s "
+    "redis_retries redis_verify_s stop_timeout_s registration_heartbeat_s event_flush_interval_s "
+    "directory_checkpoint_s eviction_policy"
+).split()
 _TEXT = """# Once in each shell:
 {setup}
 
@@ -58,9 +64,8 @@ def start_blocks(config: StackConfig, model: str, options: Sequence[str] = ()) -
     ValueError
         A setting that only the kit's own stack can follow.
     """
-    bin_folder = Path(sys.executable).parent
-    setup = f"export PATH={shlex.quote(str(bin_folder))}:$PATH PYTHONPATH="
-    setup += shlex.quote(str(PROJECT / "src")) + "${PYTHONPATH:+:$PYTHONPATH}"
+    programs, kit = (shlex.quote(str(at)) for at in (Path(sys.executable).parent, PROJECT / "src"))
+    setup = f"export PATH={programs}:$PATH PYTHONPATH={kit}${{PYTHONPATH:+:$PYTHONPATH}}"
     if config.redis_url and "@" in config.redis_url:  # nobody is shown a password
         setup += " LMCACHE_RESP_USERNAME=... LMCACHE_RESP_PASSWORD=..."
     own = standalone_arguments(config)
@@ -129,13 +134,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--llm", help="model folder or hub id that is on this machine")
     parser.add_argument("--server-options", type=shlex.split, default=(), help="of `vllm serve`")
     options = parser.parse_args(argv)
-    return exit_status(lambda: print(_TEXT.format(**_blocks(options)), end=""))
+    return exit_status(lambda: _show(options))
 
 
-def _blocks(options):
-    return start_blocks(
-        load_config(options.config), model_path(options.llm), options.server_options
-    )
+def _show(options):
+    config = load_config(options.config)
+    say_unused(config, _OF_OUR_STACK, "they are of this kit's own stack (make up INSIDE=1)")
+    blocks = start_blocks(config, model_path(options.llm), options.server_options)
+    print(_TEXT.format(**blocks), end="")
 
 
 if __name__ == "__main__":
