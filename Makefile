@@ -46,6 +46,7 @@ SUBAGENT_TIMES ?=
 TAKES_run := CONFIG LLM REDIS_URL POLICY INSIDE N SEED METRICS_PORT PERPLEXITY
 TAKES_serve := CONFIG LLM REDIS_URL POLICY INSIDE HOST PORT LOG ATTACH OPTIONS API_KEY_ENV
 TAKES_up := CONFIG INSIDE
+TAKES_show-start := CONFIG LLM OPTIONS
 TAKES_down := CONFIG
 TAKES_status := CONFIG
 TAKES_bench := CONFIG POLICY QUICK
@@ -71,7 +72,7 @@ export PYTHONPATH := $(CURDIR)/src
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-agents run test up down status notebooks clean-notebooks check-notebooks lint \
-	serve bench bench-gateway bench-overhead bench-sliders replay bench-replay bench-policy app lab demo-model chaos clean
+	show-start serve bench bench-gateway bench-overhead bench-sliders replay bench-replay bench-policy app lab demo-model chaos clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -120,6 +121,10 @@ serve: $(READY) ## OpenAI-compatible server, every request managed (LLM= PORT= P
 
 up: $(READY) ## start coordinator, LMCache server and Redis, and leave them running
 	@$(PY) -m kvttl.stack.commands up --config $(CONFIG) $(if $(INSIDE),--inside '$(INSIDE)')
+
+show-start: $(READY) ## what to type for a server that decides inside: three ways, by config.yaml (LLM= OPTIONS=)
+	@$(PY) -m kvttl.session.show_start --config $(CONFIG) $(if $(LLM),--llm '$(LLM)') \
+		$(if $(OPTIONS),--server-options="$$OPTIONS")
 
 down: $(READY) ## stop what `make up` started
 	@$(PY) -m kvttl.stack.commands down --config $(CONFIG)

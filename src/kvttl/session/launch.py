@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
@@ -20,7 +21,7 @@ from kvttl.manager.clock import SessionClock
 from kvttl.manager.policy import POLICY_NAMES
 from kvttl.session.demo_model import prompt_perplexity
 from kvttl.settings import load_settings
-from kvttl.stack.config import PORT_FIELDS, StackConfig, overrides_of
+from kvttl.stack.config import PORT_FIELDS, StackConfig
 from kvttl.stack.lifecycle import LMCacheStack, StackError, load_config
 from kvttl.stack.services import check_folders
 from tiered_caching import MultiTierCache
@@ -40,17 +41,13 @@ def new_run_folder() -> Path:
 
 
 @contextmanager
-def session_stack(
-    config_path: str | Path = "config.yaml",
-    redis_url: str | None = None,
-    inside: int | None = None,
-):
+def session_stack(config_path: str | Path = "config.yaml", **overrides: Any):
     """Start a stack of the session's own: free ports, an empty disk tier, gone afterwards.
 
     Its disk tier is a folder in `disk_path`: KV that an earlier run left there would be hits
     that nobody manages.
     """
-    config = load_config(config_path, **overrides_of(inside, redis_url))
+    config = load_config(config_path, **overrides)
     say_unused(config, PORT_FIELDS, "a session takes free ports")
     with session_folder(config) as folder:
         with started(LMCacheStack(config.replaced(disk_path=folder), free_ports=True)) as stack:

@@ -24,7 +24,7 @@ from kvttl.session import launch
 from kvttl.session.demo_model import model_path
 from kvttl.session.workload import Request, session_requests
 from kvttl.settings import FILE_NAME, save_settings
-from kvttl.stack.config import add_inside_option
+from kvttl.stack.config import add_inside_option, overrides_of
 from tiered_caching import MultiTierCache
 
 MAX_TOKENS = 12  # of each answer: the session is about prompts
@@ -57,10 +57,11 @@ def _run(options):
     folder = options.out or launch.new_run_folder()
     started_s, model = time.perf_counter(), model_path(options.llm)
     made = {**launch.measuring(model, options.perplexity), "policy": options.policy}
+    given = overrides_of(options.inside, options.redis_url)
     with (
         _metrics(options.metrics_port) as metrics,
         DecisionLog(folder) as log,
-        launch.session_stack(options.config, options.redis_url, options.inside) as stack,
+        launch.session_stack(options.config, **given) as stack,
         launch.engine(stack, model) as llm,
         launch.session_manager(stack, llm, log=log, metrics=metrics, **made) as cache,
     ):
