@@ -128,6 +128,7 @@ def inside_server(folder, config=None, *, l1_chunks=64, redis=None, options=(), 
         *options,
     ]
     env = {**os.environ, "LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1"}
+    env["LMCACHE_LOG_LEVEL"] = "INFO"  # whatever an engine in this process has set
     log = Path(folder) / "server.log"
     with open(log, "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)

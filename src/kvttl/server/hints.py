@@ -14,7 +14,6 @@ from caching_heuristics import METADATA_FIELDS, TIERS, check_number, unknown_nam
 PREFIX = "lmcache.kvttl."
 MAX_TTL_S = 604_800.0
 _MAX_CHARS = 128
-_PERPLEXITY = METADATA_FIELDS["perplexity"]
 
 
 def _number(high, low=0.0, open_low=False):
@@ -44,12 +43,12 @@ def _flag(name, value):
 HINTS: dict[str, Callable[[str, Any], Any]] = {
     "ttl": _number(MAX_TTL_S),  # seconds in the tier that is asked for
     "tier": _tier,
-    "perplexity": _number(_PERPLEXITY.high, _PERPLEXITY.low, _PERPLEXITY.open_low),
     "pin": _number(MAX_TTL_S),  # seconds in gpu, however full it is; clipped
     "session": _text,
     "finish": _text,  # how the turn ended: "stop", "tool_calls", ...
     "output_tokens": _number(2.0**53),
     "store": _flag,  # false: not worth keeping
+    **{name: _number(f.high, f.low, f.open_low) for name, f in METADATA_FIELDS.items()},
 }
 
 

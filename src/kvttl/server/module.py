@@ -7,6 +7,7 @@ TTLs end, and one that keeps gpu below its watermark.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -30,7 +31,7 @@ from kvttl.server.compat import LATE_WRITES, POLICIES, WRAPPED, missing, use_pol
 from kvttl.server.controller import InsideController
 from kvttl.server.guard import Guard
 from kvttl.server.hands import Hands, by_space
-from kvttl.server.hints import Hints
+from kvttl.server.hints import HINTS, Hints
 from kvttl.server.places import BIT_OF, TIERS_OF, Model, Places
 from kvttl.server.policies import KvttlPrefetchPolicy, KvttlStorePolicy, are_in_use, serve
 from kvttl.server.requests import Ended, RequestHooks
@@ -170,6 +171,7 @@ class KvttlModule:
     def close(self) -> None:
         """Stop; LMCache goes on with its own shutdown whatever happens here."""
         self._keeper.close()
+        self.requests.endings.release(0.0)
         self._decisions.close(timeout_s=5.0)
         for manager in self._managers.values():
             self.guard(manager.close, "close")()
@@ -185,6 +187,15 @@ class KvttlModule:
         """Return the last records, one a line of JSON."""
         lines = [r.to_json() for manager in self._managers.values() for r in list(manager.records)]
         return "\n".join(lines).encode()
+
+    @server_module_handler("kvttl.ended")
+    def ended_call(self, payload: bytes) -> bytes:
+        """Hear from an engine how a request ended: its id, finish reason and answer's tokens."""
+        request_id, finish, tokens = json.loads(payload)
+        finish = None if finish is None else HINTS["finish"]("finish", finish)
+        tokens = int(HINTS["output_tokens"]("output_tokens", tokens))
+        self.requests.endings.meet(request_id, {"finish": finish, "output_tokens": tokens})
+        return b""
 
     def status(self) -> dict[str, Any]:
         """Return what is where, what was done and what fails."""
@@ -314,9 +325,9 @@ class KvttlModule:
 
 def _as_output(ended, hints):
     """Return what is known of an answer, as vLLM's RequestOutput has it."""
-    tokens = len(ended.tokens) - len(ended.key.token_ids)  # where an engine stores answers too
-    tokens = int(hints.wishes.get("output_tokens", max(tokens, 0)))
-    answer = {"finish_reason": hints.wishes.get("finish"), "token_ids": range(tokens)}
+    stored = max(len(ended.tokens) - len(ended.key.token_ids), 0)  # of the answer, if it is too
+    tokens = int(hints.wishes.get("output_tokens", ended.output_tokens or stored))
+    answer = {"finish_reason": hints.wishes.get("finish", ended.finish), "token_ids": range(tokens)}
     answer |= {"text": None, "logprobs": None}
     prompt = {"prompt_token_ids": ended.tokens, "num_cached_tokens": ended.hit_tokens}
     return SimpleNamespace(**prompt, outputs=[SimpleNamespace(**answer)])
@@ -331,4 +342,6 @@ def build(build_context: Any) -> KvttlModule:
     }
     methods = wrapped(build_context.modules, around)
     holder.append(type("KvttlServerModule", (KvttlModule,), methods)(build_context))
+    gc.collect()
+    gc.freeze()  # what is here now stays: no collection has to look at it, for 0.1 s, again
     return holder[0]

@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -88,6 +88,24 @@ class Space:
         return ObjectKey.ComputeKVRank(self.model.world_size, number, self.model.world_size, number)
 
 
+class _Lock:
+    """A lock whose taker first enters what stores have left: stores themselves wait for nobody."""
+
+    def __init__(self, enter_stored: Callable[[], None]) -> None:
+        self._lock, self._enter_stored = threading.Lock(), enter_stored
+
+    def __enter__(self):
+        self._lock.acquire()
+        try:
+            self._enter_stored()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, *_exc_info):
+        self._lock.release()
+
+
 class Places:
     """Chunks by place, and the order in which gpu gives them up; safe for concurrent use.
 
@@ -104,7 +122,8 @@ class Places:
         self._registry, sm = context.layout_desc_registry, context.storage_manager
         self._align = 4096 if sm.is_multi_l1 else sm.l1_memory_desc.align_bytes
         self._spaces: dict[tuple, Space] = {}
-        self.lock = threading.Lock()
+        self.lock = _Lock(self._enter_stored)
+        self._stored: deque[tuple] = deque()  # by requests, and not entered yet
         self._order: list[tuple] = []  # a heap of (ends_s, -depth, number, chunk); some are stale
         self._undecided: deque[Chunk] = deque()
         self._number = itertools.count()
@@ -137,8 +156,12 @@ class Places:
 
     def stored(self, space: Space, first: int, digests: Sequence[bytes]) -> None:
         """Take note of chunks that a request has stored; `first` is the first one's number."""
-        chunks, now_s, come = space.chunks, time.time(), []
-        with self.lock:
+        self._stored.append((space, first, digests, time.time()))
+
+    def _enter_stored(self):
+        while self._stored:
+            space, first, digests, now_s = self._stored.popleft()
+            chunks, come = space.chunks, []
             for depth, digest in enumerate(digests, first):
                 chunk = chunks.get(digest)
                 if chunk is None:
@@ -175,6 +198,8 @@ class Places:
 
     def of_objects(self, keys: Iterable[ObjectKey], new: bool = False) -> Iterator[Chunk]:
         """Yield the chunks of LMCache's objects; unknown ones only if they are `new`."""
+        with self.lock:  # all that was stored is entered
+            pass
         for key in keys:
             size = ObjectKey.WorldSizeFromKVRank(key.kv_rank)
             space = self.space(key.model_name, size, key.cache_salt)
@@ -193,6 +218,8 @@ class Places:
             No engine has said yet what the model's chunks look like.
         """
         found = []
+        with self.lock:  # as above
+            pass
         for key in keys:
             digest, space = bytes.fromhex(key.partition("@")[0]), self.space(*model, salt_of(key))
             if space is None:

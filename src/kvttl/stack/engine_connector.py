@@ -14,16 +14,23 @@ and the report of a store waits for the request's last store.
 
 LMCache keys KV by token ids, model and ``cache_salt`` (vLLM issue 44250). Here a LoRA adapter,
 embeddings and images are part of the salt, also of requests that no manager has seen.
+
+A server with this kit's module (`kvttl.server`) is told how each request ended and how many tokens
+its answer has: nothing else that an engine sends says it.
 """
 
+import contextlib
 import inspect
+import json
 import logging
 import time
 from typing import Any
 from uuid import uuid4
 
+from lmcache.v1.multiprocess.protocols.server_module import ServerModuleCallRequest
 from vllm.distributed.kv_transfer.kv_connector.v1 import lmcache_mp_connector
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 
 from kvttl.lmcache.salts import LoadedAdapters, kept_under
 from kvttl.stack.cpu_lora import spare_tokens_without_adapter
@@ -32,6 +39,7 @@ from kvttl.stack.engine_watch import watch_owner
 logger = logging.getLogger(__name__)
 
 _LOOK_UP_S = 1.0  # the longest that an abort waits for a look-up that is under way
+_ASK_AGAIN_S = 600.0  # a server without the module: LMCache logs two lines about such a call
 
 
 class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
@@ -53,6 +61,9 @@ class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
         self._aborted_loads: set[str] = set()  # scheduler: finished meanwhile; for the workers
         self._adapters = LoadedAdapters()  # scheduler
         self._finished: set[str] = set()  # worker: finished, while a store is under way
+        self._asked: dict[str, tuple[Any, float]] = {}  # scheduler: whether a server listens, when
+        if hasattr(self, "scheduler_adapter"):
+            list(self._listeners())
 
     # ---- in the scheduler's process -----------------------------------------
 
@@ -94,12 +105,33 @@ class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
             request.kv_transfer_params = None  # aborted unseen: LMCache has nothing to tell of it
         elif tracker.state.name == "PREFETCHING":
             self._unlock(request.request_id, tracker)
+        self._tell_end(request)  # before the session's end, over the same queue
         waits_for_store, parameters = super().request_finished(request, block_ids)
         if request.request_id in self._loading:  # then vLLM waits for the load by itself
             self._loading.remove(request.request_id)
             self._aborted_loads.add(request.request_id)
             waits_for_store = False
         return waits_for_store, parameters
+
+    def _listeners(self):
+        """Yield the servers that have this kit's module; they are asked, and not waited for."""
+        adapter = self.scheduler_adapter
+        for url, client in adapter.req_clients.items() if adapter.is_healthy else ():
+            asked, asked_s = self._asked.get(url, (None, -_ASK_AGAIN_S))
+            if _is_success(asked):
+                yield client
+            elif time.monotonic() - asked_s >= _ASK_AGAIN_S:
+                call = client.server_module_call(ServerModuleCallRequest("kvttl.status", b""))
+                self._asked[url] = call, time.monotonic()
+
+    def _tell_end(self, request):
+        """Tell servers how a request ended; the scheduler waits for no answer."""
+        try:
+            word = json.dumps([request.request_id, *end_of(request)]).encode()
+            for client in self._listeners():
+                client.server_module_call(ServerModuleCallRequest("kvttl.ended", word))
+        except Exception:  # nothing may end the engine
+            logger.exception("no word of the end of request %s", request.request_id)
 
     def _unlock(self, request_id, tracker):
         """Free what the look-up of a request has locked that is aborted before its load.
@@ -133,9 +165,26 @@ class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
         return stored, loaded
 
 
+def _is_success(call):
+    with contextlib.suppress(Exception):  # no call yet, or one unknown over gRPC
+        return call.query() and call.result(0).success
+    return False
+
+
+def end_of(request: Any) -> tuple[str | None, int]:
+    """Return a request's finish reason and its answer's tokens, as its engine knows them.
+
+    A client that leaves and a stop string are both an abort there: None if it may be the latter.
+    """
+    reason = RequestStatus.get_finished_reason(request.status)
+    if f"{reason}" == "abort" and getattr(request.sampling_params, "stop", None):
+        reason = None
+    return reason and f"{reason}", request.num_output_tokens
+
+
 def _check_versions() -> None:
     """Refuse a vLLM or LMCache that would not call, or not heed, the methods above."""
-    own = ("__", "_abc", "_salt_of", "_unlock")
+    own = ("__", "_abc", "_salt_of", "_listeners", "_tell_end", "_unlock")
     hooks = [name for name in vars(LMCacheMPConnector) if not name.startswith(own)]
     base = lmcache_mp_connector.LMCacheMPConnector
     missing = [name for name in hooks if not hasattr(base, name)]
