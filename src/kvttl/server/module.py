@@ -335,13 +335,8 @@ def _as_output(ended, hints):
 
 def build(build_context: Any) -> KvttlModule:
     """Make the module of one server; only wrong settings and another manager raise."""
-    holder: list[KvttlModule] = []
-    around = {
-        name: (lambda call, *args, _name=name: getattr(holder[0].requests, _name)(call, *args))
-        for name in WRAPPED
-    }
-    methods = wrapped(build_context.modules, around)
-    holder.append(type("KvttlServerModule", (KvttlModule,), methods)(build_context))
+    methods = wrapped(build_context.modules, WRAPPED)
+    module = type("KvttlServerModule", (KvttlModule,), methods)(build_context)
     gc.collect()
     gc.freeze()  # what is here now stays: no collection has to look at it, for 0.1 s, again
-    return holder[0]
+    return module
