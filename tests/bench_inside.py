@@ -38,6 +38,7 @@ from inside_server import (
     Client,
     inside_server,
     prompt,
+    stack_of,
 )
 from waiting import wait_until
 
@@ -133,7 +134,7 @@ def pressure_with_engine(prompts: int, seed: int, config_path: str) -> dict[str,
         with (
             tempfile.TemporaryDirectory() as folder,
             _server(program, size, folder) as running,
-            engine(_stack_of(running, folder, config_path), model_path()) as llm,
+            engine(stack_of(running, folder, config_path), model_path()) as llm,
         ):
             made = []
             for at in range(0, prompts, AT_ONCE):
@@ -148,17 +149,6 @@ def _chunk_bytes(model):
     shape = json.loads((Path(model) / "config.json").read_text())
     heads = shape["num_key_value_heads"] * shape["head_dim"]
     return 2 * 2 * shape["num_hidden_layers"] * heads * CHUNK  # keys and values, of bfloat16
-
-
-def _stack_of(running, folder, config_path):
-    """What `kvttl.session.launch.engine` needs to know of a server."""
-    from kvttl.stack.config import engine_kwargs, load_config
-
-    port, folders = int(running.url.rpartition(":")[2]), Path(folder)
-    paths = {"run_dir": str(folders / "run"), "disk_path": str(folders / "disk")}
-    config = load_config(config_path, server_port=port, **paths)
-    assert config.chunk_size_tokens == CHUNK, config.chunk_size_tokens
-    return types.SimpleNamespace(engine_kwargs=functools.partial(engine_kwargs, config))
 
 
 # ---- costs ---------------------------------------------------------------------------------
@@ -401,6 +391,7 @@ def _of_many_chunks(module):
 def main(argv: list[str] | None = None) -> None:
     """Run all three parts, write the report, print the figures."""
     from kvttl.bench.figures import machine, publish
+    from kvttl.session.launch import ends_with_parent
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="config.yaml")
@@ -408,11 +399,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)
+    ends_with_parent()
     quick = options.quick
     about = {"seed": options.seed, "goals": GOALS, **machine()}
-    figures = costs(30 if quick else 100)
-    figures |= pressure_without_engine(5 if quick else 25)
-    figures |= pressure_with_engine(12 if quick else 40, options.seed, options.config)
+    figures: dict[str, object] = {}
+    parts = (
+        lambda: costs(30 if quick else 100),
+        lambda: pressure_without_engine(5 if quick else 25),
+        lambda: pressure_with_engine(12 if quick else 40, options.seed, options.config),
+    )
+    for part in parts:
+        figures |= (new := part())
+        print(*(f"  {name}: {value}" for name, value in new.items()), sep="\n", flush=True)
     missed = [name for name, most in GOALS.items() if figures[name] > most]
     lines = [f"  {name:24} {figures[name]:10.4g}   goal {most:g}" for name, most in GOALS.items()]
     lines += [f"  over its goal: {', '.join(missed) or 'none'}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pickle
@@ -145,6 +146,17 @@ def inside_server(folder, config=None, *, l1_chunks=64, redis=None, options=(), 
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def stack_of(running, folder, config_path="config.yaml"):
+    """What `kvttl.session.launch.engine` needs to know of a server to connect an engine to it."""
+    from kvttl.stack.config import engine_kwargs, load_config
+
+    port, folder = int(running.url.rpartition(":")[2]), Path(folder)
+    paths = {"run_dir": str(folder / "run"), "disk_path": str(folder / "disk")}
+    config = load_config(config_path, server_port=port, **paths)
+    assert config.chunk_size_tokens == CHUNK, config.chunk_size_tokens
+    return SimpleNamespace(engine_kwargs=functools.partial(engine_kwargs, config))
 
 
 def _is_up(process, http_port, log):
