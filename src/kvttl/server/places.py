@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -88,24 +89,6 @@ class Space:
         return ObjectKey.ComputeKVRank(self.model.world_size, number, self.model.world_size, number)
 
 
-class _Lock:
-    """A lock whose taker first enters what stores have left: stores themselves wait for nobody."""
-
-    def __init__(self, enter_stored: Callable[[], None]) -> None:
-        self._lock, self._enter_stored = threading.Lock(), enter_stored
-
-    def __enter__(self):
-        self._lock.acquire()
-        try:
-            self._enter_stored()
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def __exit__(self, *_exc_info):
-        self._lock.release()
-
-
 class Places:
     """Chunks by place, and the order in which gpu gives them up; safe for concurrent use.
 
@@ -122,12 +105,20 @@ class Places:
         self._registry, sm = context.layout_desc_registry, context.storage_manager
         self._align = 4096 if sm.is_multi_l1 else sm.l1_memory_desc.align_bytes
         self._spaces: dict[tuple, Space] = {}
-        self.lock = _Lock(self._enter_stored)
+        self._lock = threading.Lock()
         self._stored: deque[tuple] = deque()  # by requests, and not entered yet
         self._order: list[tuple] = []  # a heap of (ends_s, -depth, number, chunk); some are stale
         self._undecided: deque[Chunk] = deque()
         self._number = itertools.count()
         self.hot_chunks = 0
+
+    @property
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Who takes it first enters what stores have left: these wait for nobody."""
+        with self._lock:
+            self._enter_stored()
+            yield
 
     def space(self, name: str, world_size: int, salt: str) -> Space | None:
         """Return the chunks of a model under a salt; None while LMCache knows no such model."""

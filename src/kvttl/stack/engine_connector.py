@@ -19,7 +19,6 @@ A server with this kit's module (`kvttl.server`) is told how each request ended 
 its answer has: nothing else that an engine sends says it.
 """
 
-import contextlib
 import inspect
 import json
 import logging
@@ -39,7 +38,6 @@ from kvttl.stack.engine_watch import watch_owner
 logger = logging.getLogger(__name__)
 
 _LOOK_UP_S = 1.0  # the longest that an abort waits for a look-up that is under way
-_ASK_AGAIN_S = 600.0  # a server without the module: LMCache logs two lines about such a call
 
 
 class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
@@ -61,9 +59,11 @@ class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
         self._aborted_loads: set[str] = set()  # scheduler: finished meanwhile; for the workers
         self._adapters = LoadedAdapters()  # scheduler
         self._finished: set[str] = set()  # worker: finished, while a store is under way
-        self._asked: dict[str, tuple[Any, float]] = {}  # scheduler: whether a server listens, when
-        if hasattr(self, "scheduler_adapter"):
-            list(self._listeners())
+        # Scheduler: of each server, whether it has the module; LMCache logs an unknown call.
+        adapter = vars(self).get("scheduler_adapter")
+        clients = adapter.req_clients.values() if adapter else ()
+        ask = ServerModuleCallRequest("kvttl.status", b"")
+        self._asked = [(client, client.server_module_call(ask)) for client in clients]
 
     # ---- in the scheduler's process -----------------------------------------
 
@@ -113,23 +113,13 @@ class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
             waits_for_store = False
         return waits_for_store, parameters
 
-    def _listeners(self):
-        """Yield the servers that have this kit's module; they are asked, and not waited for."""
-        adapter = self.scheduler_adapter
-        for url, client in adapter.req_clients.items() if adapter.is_healthy else ():
-            asked, asked_s = self._asked.get(url, (None, -_ASK_AGAIN_S))
-            if _is_success(asked):
-                yield client
-            elif time.monotonic() - asked_s >= _ASK_AGAIN_S:
-                call = client.server_module_call(ServerModuleCallRequest("kvttl.status", b""))
-                self._asked[url] = call, time.monotonic()
-
     def _tell_end(self, request):
         """Tell servers how a request ended; the scheduler waits for no answer."""
         try:
             word = json.dumps([request.request_id, *end_of(request)]).encode()
-            for client in self._listeners():
-                client.server_module_call(ServerModuleCallRequest("kvttl.ended", word))
+            for client, asked in self._asked if self.scheduler_adapter.is_healthy else ():
+                if getattr(asked.result_, "success", False):
+                    client.server_module_call(ServerModuleCallRequest("kvttl.ended", word))
         except Exception:  # nothing may end the engine
             logger.exception("no word of the end of request %s", request.request_id)
 
@@ -165,12 +155,6 @@ class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
         return stored, loaded
 
 
-def _is_success(call):
-    with contextlib.suppress(Exception):  # no call yet, or one unknown over gRPC
-        return call.query() and call.result(0).success
-    return False
-
-
 def end_of(request: Any) -> tuple[str | None, int]:
     """Return a request's finish reason and its answer's tokens, as its engine knows them.
 
@@ -184,7 +168,7 @@ def end_of(request: Any) -> tuple[str | None, int]:
 
 def _check_versions() -> None:
     """Refuse a vLLM or LMCache that would not call, or not heed, the methods above."""
-    own = ("__", "_abc", "_salt_of", "_listeners", "_tell_end", "_unlock")
+    own = ("__", "_abc", "_salt_of", "_tell_end", "_unlock")
     hooks = [name for name in vars(LMCacheMPConnector) if not name.startswith(own)]
     base = lmcache_mp_connector.LMCacheMPConnector
     missing = [name for name in hooks if not hasattr(base, name)]
