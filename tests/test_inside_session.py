@@ -11,6 +11,7 @@ from lmcache.v1.multiprocess.protocols.server_module import ServerModuleCallRequ
 from waiting import wait_until
 
 from cache_controller import LMCacheController
+from kvttl.server.requests import Ended, Endings
 from kvttl.session.demo_model import model_path
 from kvttl.session.workload import session_requests
 from tiered_caching import MultiTierCache
@@ -121,27 +122,41 @@ def test_an_engine_says_how_an_answer_ended_unless_the_request_does(inside_llm, 
     assert stopped.finish_reason == "stop" and ends[2][0] is None
 
 
-def test_an_engines_word_and_a_requests_end_meet_in_either_order(client):
+def test_an_engines_word_and_a_requests_end_meet_in_either_order():
+    decided = []
+    endings = Endings(decided.append)
+
+    def end(number):
+        endings.meet(f"r{number}", Ended(number, [], 0, 0.0, 0.0))
+
+    def tell(number):
+        endings.meet(f"r{number}", {"finish": "stop", "output_tokens": number})
+
+    end(1)  # nobody has spoken yet
+    assert decided == [Ended(1, [], 0, 0.0, 0.0)]
+    tell(2), end(2), end(3), tell(3)
+    assert [(each.key, each.finish, each.output_tokens) for each in decided[1:]] == [
+        (2, "stop", 2),
+        (3, "stop", 3),
+    ]
+    end(4), tell(5), endings.release(3600.0)
+    assert len(decided) == 3
+    endings.release(0.0), end(5)
+    endings.release(0.0)
+    assert [(each.key, each.finish) for each in decided[3:]] == [(4, None), (5, None)]
+
+
+def test_a_request_without_a_word_is_decided_about_all_the_same(client):
     before = known(client)
 
     def tell(*word):
         call = ServerModuleCallRequest("kvttl.ended", json.dumps(word).encode())
-        return client._call("server_module_call", call)
+        return client._call("server_module_call", call).success
 
-    def end(record):
-        return record.finish_reason, record.output_tokens
-
-    assert tell("word-first", "stop", 7).success
-    client.serve(prompt(1, 2), "word-first")
-    assert end(made(client, 1, before)[0]) == ("stop", 7)
-    for tries in range(1, 30):  # a busy machine may be too slow
-        client.serve(prompt(1 + tries, 2), f"end-first-{tries}")
-        assert tell(f"end-first-{tries}", "length", 9).success
-        if end(made(client, 1 + tries, before)[-1]) == ("length", 9):
-            break
-    else:
-        pytest.fail("the end never waited for the word")
-    client.serve(prompt(99, 2), "no-word")  # decided about all the same, a second later
-    assert end(made(client, 2 + tries, before)[-1]) == (None, 0)
-    for wrong in (["a"], ["a", 5, 1], ["a", "stop", -1], ["a", "stop", "many"], [["a"], "stop", 1]):
-        assert not tell(*wrong).success
+    assert tell("told", "stop", 7)
+    client.serve(prompt(1, 2), "told")
+    client.serve(prompt(2, 2), "not-told")
+    ends = [(record.finish_reason, record.output_tokens) for record in made(client, 2, before)]
+    assert ends == [("stop", 7), (None, 0)]
+    wrong = (["a"], ["a", 5, 1], ["a", "stop", -1], ["a", "stop", "many"], [["a"], "stop", 1])
+    assert not any(tell(*word) for word in wrong)

@@ -116,7 +116,7 @@ class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
     def _tell_end(self, request):
         """Tell servers how a request ended; the scheduler waits for no answer."""
         try:
-            word = json.dumps([request.request_id, *end_of(request)]).encode()
+            word = json.dumps([request.request_id, *_end_of(request)]).encode()
             for client, asked in self._asked if self.scheduler_adapter.is_healthy else ():
                 if getattr(asked.result_, "success", False):
                     client.server_module_call(ServerModuleCallRequest("kvttl.ended", word))
@@ -155,7 +155,7 @@ class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
         return stored, loaded
 
 
-def end_of(request: Any) -> tuple[str | None, int]:
+def _end_of(request):
     """Return a request's finish reason and its answer's tokens, as its engine knows them.
 
     A client that leaves and a stop string are both an abort there: None if it may be the latter.
