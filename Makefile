@@ -157,7 +157,7 @@ bench-gateway: $(READY) ## what the gateway adds to a request; ends with one lin
 	@$(PY) -m kvttl.bench.gateway --config $(CONFIG)
 
 bench-inside: $(READY) ## what the server module refuses beside LMCache's LRU, and its cost; a line of JSON (QUICK=1)
-	@PYTHONPATH=src:tests $(PY) -m bench_inside --config $(CONFIG) --seed $(SEED) $(if $(QUICK),--quick)
+	@PYTHONPATH=src:tests LMCACHE_LOG_LEVEL=ERROR $(PY) -W ignore -m bench_inside --config $(CONFIG) --seed $(SEED) $(if $(QUICK),--quick)
 
 replay: $(READY) ## one policy on a trace; ends with one line of JSON (TRACE= POLICY= CAPACITY= SET= FORMAT= ...)
 	@$(PY) -m kvttl.replay.command --trace '$(TRACE)' --policy '$(or $(POLICY),lru)' --capacity '$(CAPACITY)' \
