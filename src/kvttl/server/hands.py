@@ -370,7 +370,7 @@ def by_space(chunks: Iterable[Chunk]) -> Iterator[tuple[Any, list[Chunk]]]:
 def _batches(chunks):
     """Yield chunks by model and salt, as many at once as `_BATCH_KEYS` allows."""
     for space, some in by_space(chunks):
-        objects = space.model.world_size * len(space.layouts)
+        objects = space.model.world_size * (len(space.layouts) or 1)
         for part in pages(some, max(1, _BATCH_KEYS // objects)):
             yield space, part
 
