@@ -8,6 +8,7 @@ TTLs end, and one that keeps gpu below its watermark.
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -32,7 +33,7 @@ from kvttl.server.controller import InsideController
 from kvttl.server.guard import Guard
 from kvttl.server.handover import ManagerOutside
 from kvttl.server.hands import Hands, by_space
-from kvttl.server.hints import Hinted, Hints, ModelManager, as_output
+from kvttl.server.hints import HINTS, Hinted, Hints, ModelManager, as_output
 from kvttl.server.places import BIT_OF, TIERS_OF, Chunk, Model, Places
 from kvttl.server.policies import KvttlPrefetchPolicy, KvttlStorePolicy, are_in_use, serve
 from kvttl.server.requests import Ended, RequestHooks
@@ -185,6 +186,7 @@ class KvttlModule:
     def close(self) -> None:
         """Stop; LMCache goes on with its own shutdown whatever happens here."""
         self._keeper.close()
+        self.requests.endings.release(0.0)
         self._decisions.close(timeout_s=5.0)
         for manager in self._managers.values():
             self.guard(manager.close, "close")()
@@ -199,6 +201,15 @@ class KvttlModule:
     def decisions_call(self, payload: bytes) -> bytes:
         """Return the last records, one a line of JSON."""
         return "\n".join(record.to_json() for record in list(self.shown.records)).encode()
+
+    @server_module_handler("kvttl.ended")
+    def ended_call(self, payload: bytes) -> bytes:
+        """Hear from an engine how a request ended: its id, finish reason and answer's tokens."""
+        request_id, finish, tokens = json.loads(payload)
+        finish = None if finish is None else HINTS["finish"]("finish", finish)
+        tokens = int(HINTS["output_tokens"]("output_tokens", tokens))
+        self.requests.endings.meet(request_id, {"finish": finish, "output_tokens": tokens})
+        return b""
 
     def status(self) -> dict[str, Any]:
         """Return what is where, what was done and what fails."""
@@ -380,11 +391,8 @@ class KvttlModule:
 
 def build(build_context: Any) -> KvttlModule:
     """Make the module of one server; only wrong settings and another manager raise."""
-    holder: list[KvttlModule] = []
-    around = {
-        name: (lambda call, *args, _name=name: getattr(holder[0].requests, _name)(call, *args))
-        for name in WRAPPED
-    }
-    methods = wrapped(build_context.modules, around)
-    holder.append(type("KvttlServerModule", (KvttlModule,), methods)(build_context))
-    return holder[0]
+    methods = wrapped(build_context.modules, WRAPPED)
+    module = type("KvttlServerModule", (KvttlModule,), methods)(build_context)
+    gc.collect()
+    gc.freeze()  # what is here now stays: no collection has to look at it, for 0.1 s, again
+    return module

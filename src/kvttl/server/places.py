@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import math
@@ -173,10 +174,19 @@ class Places:
         self._registry, sm = context.layout_desc_registry, context.storage_manager
         self._align = 4096 if sm.is_multi_l1 else sm.l1_memory_desc.align_bytes
         self._spaces: dict[tuple, Space] = {}
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._stored: deque[tuple] = deque()  # by requests, and not entered yet
         self._everybody, self._own = _Order(), {}
         self.coming: Counter[str] = Counter()
         self.hot_chunks = 0
+
+    @property
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Who takes it first enters what stores have left: these wait for nobody."""
+        with self._lock:
+            self._enter_stored()
+            yield
 
     def space(self, name: str, world_size: int, salt: str) -> Space | None:
         """Return the chunks of a model under a salt; None while LMCache knows no such model."""
@@ -221,8 +231,12 @@ class Places:
 
     def stored(self, space: Space, first: int, digests: Sequence[bytes]) -> None:
         """Take note of chunks that a request has stored; `first` is the first one's number."""
-        chunks, now_s, come = space.chunks, time.time(), []
-        with self.lock:
+        self._stored.append((space, first, digests, time.time()))
+
+    def _enter_stored(self):
+        while self._stored:
+            space, first, digests, now_s = self._stored.popleft()
+            chunks, come = space.chunks, []
             for depth, digest in enumerate(digests, first):
                 chunk = chunks.get(digest)
                 if chunk is None:
@@ -266,6 +280,8 @@ class Places:
 
     def of_objects(self, keys: Iterable[ObjectKey], new: bool = False) -> Iterator[Chunk]:
         """Yield the chunks of LMCache's objects; unknown ones only if they are `new`."""
+        with self.lock:  # all that was stored is entered
+            pass
         for key in keys:
             size = ObjectKey.WorldSizeFromKVRank(key.kv_rank)
             space = self.space(key.model_name, size, key.cache_salt)
@@ -284,6 +300,8 @@ class Places:
             No engine has said yet what the model's chunks look like.
         """
         found = []
+        with self.lock:  # as above
+            pass
         for key in keys:
             digest, space = bytes.fromhex(key.partition("@")[0]), self.space(*model, salt_of(key))
             if space is None:
