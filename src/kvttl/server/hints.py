@@ -6,10 +6,14 @@ what has become of it. One that is refused counts as none.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from caching_heuristics import METADATA_FIELDS, TIERS, check_number, unknown_name
+from kvttl.server.requests import Ended
+from tiered_caching import MultiTierCache
 
 PREFIX = "lmcache.kvttl."
 MAX_TTL_S = 604_800.0
@@ -106,6 +110,11 @@ class Hints(Mapping):
     def __len__(self) -> int:
         return len(self._metadata)
 
+    @property
+    def decide(self) -> bool:
+        """Whether the request says itself where its KV cache goes, or for how long."""
+        return not self.wishes.keys().isdisjoint(("tier", "ttl", "pin", "store"))
+
     def decided(self, tier: str, ttl_s: float) -> tuple[str, float]:
         """Return what a policy has decided, where the request says nothing else."""
         wishes = self.wishes
@@ -114,3 +123,64 @@ class Hints(Mapping):
         if "pin" in wishes:
             return "gpu", wishes["pin"]
         return wishes.get("tier", tier), wishes.get("ttl", ttl_s)
+
+
+class Hinted:
+    """A manager's policy whose answers a request may have changed."""
+
+    def __init__(self, policy: Any) -> None:
+        self._policy, self.request = policy, threading.local()
+        self.base_ttl, self.ladder = policy.base_ttl, policy.ladder
+
+    def _decided(self, metadata):
+        decided = self._policy.tier(metadata), self._policy.ttl(metadata)
+        hints = getattr(self.request, "hints", None)
+        return decided if hints is None else hints.decided(*decided)
+
+    def tier(self, metadata: Mapping[str, float]) -> str:
+        return self._decided(metadata)[0]
+
+    def ttl(self, metadata: Mapping[str, float]) -> float:
+        return self._decided(metadata)[1]
+
+
+class ModelManager(MultiTierCache):
+    """The manager of one model's KV cache, as outside; a request's hints count for it."""
+
+    @property
+    def sweeper(self) -> Any:
+        """The thread that lets TTLs end."""
+        return self._decider.sweeper
+
+    def tell_values(self, guard: Callable) -> None:
+        """Let a policy that decides as it goes say in which order gpu gives chunks up."""
+        if advisor := self._decider.advisor:
+            in_force = lambda: getattr(advisor.policy, "index_in_force", False)  # noqa: E731
+            valued = self.controller.valued
+            advisor.heard = guard(lambda *said: valued(in_force(), *said), "values")
+
+    def take_up(self, journal: Any) -> None:
+        """Make the claims of before the start again; until all is found, they may be anywhere."""
+        journal.restore(self.claims)
+        self._decider.settler.may_be_unseen = True
+        self._decider.start()
+
+    def account(self) -> None:
+        """Claim what was found without a claim, once it is known what is where."""
+        self._decider.settler.may_be_unseen = False
+        self.recover(())
+
+    def _decide(self, draft, made):
+        draft.hints, draft.asked_for = made.metadata.answers, made.metadata.decide
+        self.config.request.hints = made.metadata
+        super()._decide(draft, made)
+
+
+def as_output(ended: Ended, hints: Hints) -> Any:
+    """Return what is known of an answer, as vLLM's RequestOutput has it."""
+    tokens = len(ended.tokens) - len(ended.key.token_ids)  # where an engine stores answers too
+    tokens = int(hints.wishes.get("output_tokens", max(tokens, 0)))
+    answer = {"finish_reason": hints.wishes.get("finish"), "token_ids": range(tokens)}
+    answer |= {"text": None, "logprobs": None}
+    prompt = {"prompt_token_ids": ended.tokens, "num_cached_tokens": ended.hit_tokens}
+    return SimpleNamespace(**prompt, outputs=[SimpleNamespace(**answer)])

@@ -7,14 +7,12 @@ TTLs end, and one that keeps gpu below its watermark.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from types import SimpleNamespace
 from typing import Any
 
 from lmcache.v1.mp_observability.event import EventType
@@ -26,21 +24,35 @@ from kvttl.background import JobQueue, Repeater, check_whole
 from kvttl.decisions.log import DecisionLog
 from kvttl.lmcache.lease import ServerLease
 from kvttl.lmcache.tiers import LMCACHE_TIERS, pages
-from kvttl.server.compat import LATE_WRITES, POLICIES, WRAPPED, missing, use_policies, wrapped
+from kvttl.manager.policy import POLICY_NAMES
+from kvttl.replay.costs import TierCosts
+from kvttl.server.compat import (
+    LATE_WRITES,
+    POLICIES,
+    REQUESTS,
+    WRAPPED,
+    missing,
+    reaches,
+    use_policies,
+    warning_of,
+    wrapped,
+)
 from kvttl.server.controller import InsideController
 from kvttl.server.guard import Guard
 from kvttl.server.hands import Hands, by_space
-from kvttl.server.hints import Hints
-from kvttl.server.places import BIT_OF, TIERS_OF, Model, Places
+from kvttl.server.hints import Hinted, Hints, ModelManager, as_output
+from kvttl.server.journal import digest_of, open_journals, take_up
+from kvttl.server.places import BIT_OF, PINNED, TIERS_OF, UNDECIDED, Model, Places
 from kvttl.server.policies import KvttlPrefetchPolicy, KvttlStorePolicy, are_in_use, serve
 from kvttl.server.requests import Ended, RequestHooks
-from tiered_caching import MultiTierCache
 
 logger = logging.getLogger(__name__)
 
 _LONG_S = 60.0  # of a request, after which its chunks may go before it has ended
 _SOON_S = 2.0  # after a request's end it is decided about
 _RELIEF_CHUNKS = 256  # written down at once when gpu is too full
+_WRITE_DOWN_S = 0.25  # between two looks at what the journal lacks
+_CLOSE_S = 30.0  # that LMCache waits for at most
 
 
 @dataclass(frozen=True)
@@ -62,22 +74,29 @@ class ServerSettings:
     sweep_s: float = 0.2  # how often TTLs are looked at
     workers: int = 2  # decisions at the same time
     max_pin_s: float = 3600.0
-    log: str = ""  # folder of decision logs, from which a restart takes claims up again
+    log: str = ""  # folder of decision logs
+    journal: str = ""  # folder from which a restart goes on; "": beside the disk tier's; "off"
+    adopt: bool = True  # claim what disk and remote hold without a claim; not if others share them
+    policy: str = "formula"  # who decides: one of `POLICY_NAMES`
+    costs: Mapping[str, Any] = field(default_factory=dict)  # of `TierCosts`, for "adaptive"
+    stuck_s: float = 60.0  # in one call, after which a thread is given up for a new one
     adapters: Mapping[str, str] = field(
         default_factory=lambda: {t: row.adapter for t, row in LMCACHE_TIERS.items() if row.adapter}
     )
 
     def __post_init__(self) -> None:
-        for name, allowed in (("birth", ("none", "all")), ("save", ("end", "demotion"))):
+        choices = {"birth": ("none", "all"), "save": ("end", "demotion"), "policy": POLICY_NAMES}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 one = " or ".join(allowed)
                 raise ValueError(f"{name} must be {one}, got {getattr(self, name)!r:.80}")
         check_number("high", self.high, 0.0, 1.0, open_low=True)
         check_number("low", self.low, 0.0, self.high, open_low=True, high_name="high")
-        for name in ("pass_s", "sweep_s", "max_pin_s"):
+        for name in ("pass_s", "sweep_s", "max_pin_s", "stuck_s"):
             check_number(name, getattr(self, name), 0.0, 604_800.0, open_low=True)
         check_whole("workers", self.workers)
         HeuristicConfig(**self.heuristics)
+        TierCosts(**self.costs)
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ServerSettings:
@@ -87,34 +106,6 @@ class ServerSettings:
             if name not in known:
                 raise ValueError(unknown_name("setting of kvttl.server", name, known))
         return cls(**config)
-
-
-class _Hinted:
-    """A manager's policy whose answers a request may have changed."""
-
-    def __init__(self, policy: Any) -> None:
-        self._policy, self.request = policy, threading.local()
-        self.base_ttl, self.ladder = policy.base_ttl, policy.ladder
-
-    def _decided(self, metadata):
-        decided = self._policy.tier(metadata), self._policy.ttl(metadata)
-        hints = getattr(self.request, "hints", None)
-        return decided if hints is None else hints.decided(*decided)
-
-    def tier(self, metadata: Mapping[str, float]) -> str:
-        return self._decided(metadata)[0]
-
-    def ttl(self, metadata: Mapping[str, float]) -> float:
-        return self._decided(metadata)[1]
-
-
-class ModelManager(MultiTierCache):
-    """The manager of one model's KV cache, as outside; a request's hints count for it."""
-
-    def _decide(self, draft, made):
-        draft.hints = made.metadata.answers
-        self.config.request.hints = made.metadata
-        super()._decide(draft, made)
 
 
 class KvttlModule:
@@ -131,6 +122,7 @@ class KvttlModule:
         self.settings = ServerSettings.of(build_context.config)
         self.guard, self.places = Guard(), Places(context)
         self._sm, self._instance = context.storage_manager, build_context.mp_config.instance_id
+        self._config = build_context.mp_config
         self.absent = missing(self._sm, build_context.modules)
         by_name = are_in_use()
         can_copy = not {LATE_WRITES, *([] if by_name else [POLICIES])} & {*self.absent}
@@ -140,6 +132,7 @@ class KvttlModule:
         self._lease = ServerLease(f"{self._instance} at {url.rpartition('/')[2]}")
         self._managers: dict[Model, ModelManager] = {}
         self._making, self.shed, self._passed_s = threading.Lock(), 0, time.monotonic()
+        self.journals = open_journals(self.settings.journal, self.hands.base_path, self.places)
         self._doubtful: list = []  # objects that LMCache had no room for
         self._decisions = JobQueue(self._manage, self._shed, 1_000, workers=self.settings.workers)
         self._keeper = Repeater(self.guard(self.keep_room, "pass"), self.settings.pass_s)
@@ -152,9 +145,12 @@ class KvttlModule:
         bus = context.event_bus
         bus.subscribe(EventType.L1_KEYS_EVICTED, self.guard(self._gone, "deletes"))
         bus.subscribe(EventType.L1_ALLOCATION_FAILED, self.guard(self._refused, "refusals"))
-        self._keeper.start()
-        if self.absent:
-            logger.warning("switched off, since this LMCache lacks what they need: %s", self.absent)
+        self._writer = Repeater(self.guard(self._write_down, "journal"), _WRITE_DOWN_S)
+        for thread in (self._keeper, self._writer):
+            thread.start()
+        beginning = self.guard(self._begin, "beginning")
+        threading.Thread(target=beginning, name="kv-begin", daemon=True).start()
+        self._warn(warning_of(self.absent))
 
     # ---- LMCache's EngineModule --------------------------------------------------------------
 
@@ -168,11 +164,19 @@ class KvttlModule:
         return {"kvttl": self.guard(self.status, "status", {})()}
 
     def close(self) -> None:
-        """Stop; LMCache goes on with its own shutdown whatever happens here."""
+        """Stop; LMCache goes on with its own shutdown whatever happens here, or hangs."""
+        closing = threading.Thread(target=self.guard(self._close, "close"), daemon=True)
+        closing.start()
+        closing.join(_CLOSE_S)
+
+    def _close(self):
         self._keeper.close()
         self._decisions.close(timeout_s=5.0)
-        for manager in self._managers.values():
+        for manager in list(self._managers.values()):
             self.guard(manager.close, "close")()
+        self._writer.close()
+        if self.journals:
+            self.journals.close()
         self._lease.release()
 
     @server_module_handler("kvttl.status")
@@ -205,12 +209,18 @@ class KvttlModule:
             "failures": dict(self.guard.failures),
             "left_out": self.guard.resting,
             "seconds_since_pass": time.monotonic() - self._passed_s,
+            "threads": {
+                name: {"busy_s": min(each.busy_s, 1e9), "restarts": each.restarts}
+                for name, each in self._threads().items()
+            },
+            "journal": self.journals.status() if self.journals else "off",
             "settings": asdict(self.settings),
         }
 
     # ---- decisions -----------------------------------------------------------------------------
 
     def _ended(self, ended):
+        self._keeper.revive(self.settings.stuck_s)  # which looks after the other threads
         self._decisions.put(ended)
 
     def _shed(self, _ended):
@@ -220,35 +230,69 @@ class KvttlModule:
         """Return the manager of a model, the same one for all who ask."""
         with self._making:
             if model not in self._managers:
-                name = hashlib.sha256(f"{model.name}@{model.world_size}".encode()).hexdigest()[:16]
-                folder = self.settings.log and user_path(self.settings.log) / name
+                folder, costs = self.settings.log, self.settings.costs
+                log = DecisionLog(user_path(folder) / digest_of(model)) if folder else None
+                journal = self.journals.of(model, log) if self.journals else None
                 parts = self.places, self.hands, self._instance, self._lease
-                manager = self._managers[model] = ModelManager(
+                manager = ModelManager(
                     InsideController(self._context, model, *parts),
-                    config=_Hinted(HeuristicConfig(**self.settings.heuristics)),
+                    config=Hinted(HeuristicConfig(**self.settings.heuristics)),
+                    policy=self.settings.policy,
+                    costs=TierCosts(**costs) if costs else None,
                     notify=None,
                     sweep_every_s=self.settings.sweep_s,
-                    log=DecisionLog(folder) if folder else None,
+                    log=journal or log,
                 )
-                if folder:
-                    self.guard(manager.recover, "recovery")(folder)
+                manager.tell_values(self.guard)
+                if journal:
+                    self.guard(manager.take_up, "recovery")(journal)
+                self._managers[model] = manager
             return self._managers[model]
 
     def _manage(self, ended: Ended) -> None:
         """Decide about a request that has ended, and have its KV cache placed."""
         key, hints = ended.key, Hints(ended.key.request_configs, self.settings.max_pin_s)
         model = Model(key.model_name, key.world_size)
-        output = _as_output(ended, hints)
+        output = as_output(ended, hints)
         took_s = ended.ended_s - ended.began_s
         record = self.manager(model).manage(None, output, hints, took_s, key.cache_salt).result()
         chunks = self.places.of_keys(model, record.chunk_keys)
         chunks = [chunk for chunk in chunks if chunk.bits]
         hot = record.wanted_tier == "gpu" and record.ttl_s
-        self.places.decided(chunks, record.time_s + (record.ttl_s if hot else 0.0))
+        ends_s = record.time_s + (record.ttl_s if hot else 0.0)
+        if self.settings.policy == "formula":
+            self.places.decided(chunks, ends_s)
+        elif "pin" in hints.wishes:
+            self.places.valued(chunks, [(PINNED, ends_s)] * len(chunks))
+        else:  # what the policy knows nothing of goes first
+            unknown = [chunk for chunk in chunks if chunk.ends_s is UNDECIDED]
+            self.places.valued(unknown, [(-1, ends_s)] * len(unknown))
         below = next(iter(self.hands.tiers), None)
         if hot and below and self.settings.save == "end" and below not in self.hands.errors:
             unsaved = [chunk for chunk in chunks if chunk.bits == BIT_OF["gpu"]]
             self.hands.copy(unsaved, below, 0.0)
+
+    # ---- from start to start, and threads that fail ---------------------------------------------
+
+    def _begin(self):
+        take_up(self)
+        if REQUESTS not in self.absent and not reaches(self._config, self.requests.reached):
+            self.absent[REQUESTS] = ["the last handler of an operation is the one that counts"]
+            self._warn(warning_of(self.absent))
+
+    def _warn(self, text):
+        if text:
+            logger.warning(text)
+
+    def _threads(self):
+        sweeps = {f"sweep of {m.name}": each.sweeper for m, each in list(self._managers.items())}
+        own = {"pass": self._keeper, "journal": self._writer, "decisions": self._decisions}
+        return own | sweeps
+
+    def _write_down(self):
+        self._keeper.revive(self.settings.stuck_s)
+        if self.journals:
+            self.journals.flush()
 
     # ---- LMCache's loops ask ---------------------------------------------------------------------
 
@@ -287,6 +331,9 @@ class KvttlModule:
     def keep_room(self) -> None:
         """Keep gpu below its watermark: what goes first goes, written down if it is wanted."""
         self._passed_s = time.monotonic()
+        for name, thread in self._threads().items():
+            if name != "pass":
+                thread.revive(self.settings.stuck_s)
         self.requests.forget_lost()
         if self._doubtful:
             doubtful, self._doubtful = self._doubtful, []
@@ -310,16 +357,6 @@ class KvttlModule:
                 for part in pages(wanted, _RELIEF_CHUNKS):
                     self.hands.copy(part, self.hands.tiers[0], 0.0)
         return self.hands.delete(chunks, "gpu")
-
-
-def _as_output(ended, hints):
-    """Return what is known of an answer, as vLLM's RequestOutput has it."""
-    tokens = len(ended.tokens) - len(ended.key.token_ids)  # where an engine stores answers too
-    tokens = int(hints.wishes.get("output_tokens", max(tokens, 0)))
-    answer = {"finish_reason": hints.wishes.get("finish"), "token_ids": range(tokens)}
-    answer |= {"text": None, "logprobs": None}
-    prompt = {"prompt_token_ids": ended.tokens, "num_cached_tokens": ended.hit_tokens}
-    return SimpleNamespace(**prompt, outputs=[SimpleNamespace(**answer)])
 
 
 def build(build_context: Any) -> KvttlModule:

@@ -16,12 +16,14 @@ from lmcache.v1.distributed.api import GroupedObjectKeys, ObjectKey
 
 from caching_heuristics import TIERS
 from kvttl.lmcache.client import LMCacheUnavailable
-from kvttl.lmcache.salts import chunk_key, salt_of
+from kvttl.lmcache.salts import chunk_key
+from kvttl.lmcache.tiers import ChunkKey
 
 BIT_OF = {tier: 1 << code for code, tier in enumerate(TIERS)}
 HOT = BIT_OF["gpu"]
 TIERS_OF = [tuple(t for t in TIERS if bits & BIT_OF[t]) for bits in range(1 << len(TIERS))]
 UNDECIDED = math.inf
+PINNED = math.inf  # of a policy's worths, (epoch, value): with the pin's end, Unix time
 _FEW_ENTRIES = 1_000  # of the heap, below which stale ones are not worth rebuilding it
 
 
@@ -40,7 +42,7 @@ class Chunk:
     digest: bytes
     depth: int = 0  # its number in the prompt
     bits: int = 0  # the tiers that hold it
-    ends_s: float = UNDECIDED  # until when some decision wants it in gpu, Unix time
+    ends_s: Any = UNDECIDED  # until when some decision wants it in gpu, Unix time; or its worth
     since_s: float = 0.0  # when it came to gpu
     moving: bool = False  # some move is about it: not to be evicted
 
@@ -109,19 +111,35 @@ class Places:
         self._undecided: deque[Chunk] = deque()
         self._number = itertools.count()
         self.hot_chunks = 0
+        self.groups: dict[Model, set[int]] = {}  # object groups, of models from before the start
+        self.changed: dict[Model, dict[Chunk, None]] = {}  # below gpu, for who writes it down
 
     def space(self, name: str, world_size: int, salt: str) -> Space | None:
-        """Return the chunks of a model under a salt; None while LMCache knows no such model."""
+        """Return the chunks of a model under a salt; None while nobody knows such a model.
+
+        Of one that no engine has come for since the start, only the objects' names are known:
+        they can be deleted.
+        """
         found = self._spaces.get((name, world_size, salt))
-        if found is None:
+        if found is None or not found.size_bytes:
+            model = Model(name, world_size)
             layouts = self._registry.find_group_layout_descs(name, world_size)
+            size_bytes = sum(map(self._size_bytes, (layouts or {}).values()))
+            layouts = layouts or dict.fromkeys(self.groups.get(model, ()))
             if not layouts:
                 return None
-            size = sum(map(self._size_bytes, layouts.values()))
-            found = Space(Model(name, world_size), salt, dict(layouts), size)
+            self.groups.setdefault(model, set()).update(layouts)
             with self.lock:
-                found = self._spaces.setdefault((name, world_size, salt), found)
+                new = Space(model, salt, {}, 0)
+                found = self._spaces.setdefault((name, world_size, salt), new)
+                found.layouts, found.size_bytes = dict(layouts), size_bytes
         return found
+
+    def take_changed(self, model: Model) -> list[Chunk]:
+        """Return of which chunks a copy below gpu has come or gone since the last call."""
+        with self.lock:
+            changed, self.changed[model] = self.changed.get(model, ()), {}
+            return list(changed)
 
     def chunks(self, model: Model | None = None) -> list[Chunk]:
         """Return what is somewhere, of one model or of all."""
@@ -158,6 +176,7 @@ class Places:
                 if bit == HOT and not chunk.bits & HOT:
                     chunk.since_s, self.hot_chunks = now_s, self.hot_chunks + 1
                     self._enter(chunk)
+                self._note(chunk, bit & ~chunk.bits)
                 chunk.bits |= bit
                 chunk.space.chunks.setdefault(chunk.digest, chunk)
 
@@ -169,9 +188,19 @@ class Places:
                 if not chunk.bits & bit or (bit == HOT and chunk.since_s > at_s):
                     continue
                 chunk.bits &= ~bit
+                self._note(chunk, bit)
                 self.hot_chunks -= bit == HOT
                 if not chunk.bits:
                     chunk.space.chunks.pop(chunk.digest, None)
+
+    def found(self, keys: Iterable[ChunkKey], tier: str) -> None:
+        """Take note of objects that a tier was found to hold, whoever put them there."""
+        objects = []
+        for name, rank, group, digest, salt in keys:
+            model = Model(name, ObjectKey.WorldSizeFromKVRank(rank))
+            self.groups.setdefault(model, set()).add(group)
+            objects.append(ObjectKey(bytes.fromhex(digest), name, rank, group, salt))
+        self.came(list(self.of_objects(objects, new=True)), tier)
 
     def of_objects(self, keys: Iterable[ObjectKey], new: bool = False) -> Iterator[Chunk]:
         """Yield the chunks of LMCache's objects; unknown ones only if they are `new`."""
@@ -193,10 +222,14 @@ class Places:
             No engine has said yet what the model's chunks look like.
         """
         found = []
+        space = None
         for key in keys:
-            digest, space = bytes.fromhex(key.partition("@")[0]), self.space(*model, salt_of(key))
+            digest, _, salt = key.partition("@")
+            if space is None or space.salt != salt:
+                space = self.space(*model, salt)
             if space is None:
                 raise LMCacheUnavailable(f"no engine of {model.name} has come to this server yet")
+            digest = bytes.fromhex(digest)
             found.append(space.chunks.get(digest) or Chunk(space, digest))
         return found
 
@@ -209,13 +242,16 @@ class Places:
                 if chunk.ends_s is UNDECIDED or chunk.ends_s < ends_s:
                     chunk.depth, chunk.ends_s = depth, ends_s
                     self._enter(chunk)
-            most = 2 * self.hot_chunks + _FEW_ENTRIES
-            if len(self._order) > most:
-                self._order = [entry for entry in self._order if self._is_true(entry)]
-                heapq.heapify(self._order)
-            if len(self._undecided) > most:
-                waiting = (c for c in self._undecided if c.ends_s is UNDECIDED and c.bits & HOT)
-                self._undecided = deque(dict.fromkeys(waiting))
+            self._tidy()
+
+    def valued(self, chunks: Sequence[Chunk], values: Sequence[Any]) -> None:
+        """Take note of what a policy says now that a prompt's chunks are worth in gpu."""
+        with self.lock:
+            for depth, (chunk, value) in enumerate(zip(chunks, values)):
+                if chunk.bits and chunk.ends_s != value and not is_pinned(chunk.ends_s):
+                    chunk.depth, chunk.ends_s = depth, value
+                    self._enter(chunk)
+            self._tidy()
 
     def first_to_go(self, size_bytes: int, before_s: float = math.inf) -> list[Chunk]:
         """Take chunks out of the order that have at least so many bytes, if there are.
@@ -254,6 +290,20 @@ class Places:
             for chunk in chunks:
                 self._enter(chunk)
 
+    def _tidy(self):
+        most = 2 * self.hot_chunks + _FEW_ENTRIES
+        if len(self._order) > most:
+            self._order = [entry for entry in self._order if self._is_true(entry)]
+            heapq.heapify(self._order)
+        if len(self._undecided) > most:
+            waiting = (c for c in self._undecided if c.ends_s is UNDECIDED and c.bits & HOT)
+            self._undecided = deque(dict.fromkeys(waiting))
+
+    def _note(self, chunk, cold_bits):
+        changed = self.changed.get(chunk.space.model)
+        if changed is not None and cold_bits & ~HOT:
+            changed[chunk] = None
+
     def _enter(self, chunk):
         if chunk.ends_s is UNDECIDED:
             self._undecided.append(chunk)
@@ -264,3 +314,8 @@ class Places:
     def _is_true(self, entry):
         chunk = entry[-1]
         return bool(chunk.bits & HOT) and chunk.ends_s == entry[0]
+
+
+def is_pinned(worth: Any) -> bool:
+    """Say whether a request has pinned what is worth that, and the pin has not ended."""
+    return worth is not UNDECIDED and worth[0] == PINNED and worth[1] > time.time()
