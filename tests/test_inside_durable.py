@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
 import shutil
+import sys
 import threading
 from types import SimpleNamespace
 
 import pytest
+import redis
+import redis_fixtures
 import torch
+from inside_server import Client, inside_server, prompt
 from waiting import wait_until
 
 from caching_heuristics import TIERS
@@ -111,7 +117,7 @@ def test_a_torn_line_is_ignored_and_a_damaged_one_counted(tmp_path):
         at = rng.randrange(len(whole))
         life.file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         damaged = Life(tmp_path, known=True)
-        assert 1 <= damaged.journal.damaged <= 5  # and what builds on nothing else
+        assert damaged.journal.damaged >= 1  # and what builds on that alone
         assert damaged.folder.status()["damaged_lines"] == damaged.journal.damaged
         damaged.ledger.sweep(now_s + 1e6)
         assert not len(damaged.ledger) and set(damaged.wanted(keys, now_s)) == {None}
@@ -241,3 +247,209 @@ def test_an_unknown_version_is_warned_of(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda _name: "9.9")
     text = "LMCache 9.9 is unknown to this kit, written for 0.5.6; switched off: nothing"
     assert warning_of({}) == text
+
+
+# ---- real servers -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def redis_port(tmp_path_factory):
+    port = redis_fixtures.free_port()
+    server = redis_fixtures.start_redis(port, folder=str(tmp_path_factory.mktemp("redis")))
+    yield port
+    redis_fixtures.stop_redis(server)
+
+
+def on_disk(folder):
+    """Hashes of the chunks in a server's folder."""
+    return {file.name.split("@")[3].partition(".")[0] for file in (folder / "disk").glob("*.data")}
+
+
+def in_redis(port):
+    with redis.Redis(port=port) as client:
+        return {name.decode().split("@")[3] for name in client.scan_iter("*@*@*@*")}
+
+
+def kept(client, numbers, tier):
+    """Store prompts that are wanted for an hour; returns their chunks once that is decided."""
+    for number in numbers:
+        client.serve(prompt(number, 5), tier=tier, ttl=3600.0)
+    made = lambda: [r for r in client.records() if r.kind == "generation"]  # noqa: E731
+    records = wait_until(lambda: len(made()) >= len(numbers) and made())[-len(numbers) :]
+    wait_until(lambda: client.status()["waiting_decisions"] == 0)
+    return {each for record in records for each in record.chunk_keys}
+
+
+def stores_until_killed(running, seed):
+    """Store prompts that are wanted for a second, from three clients, and kill the server amid."""
+    stop, served = threading.Event(), itertools.count()
+
+    def work(number):
+        rng, client = random.Random(seed + number), Client(running.url, number)
+        while not stop.is_set():
+            tier = rng.choice(TIERS)
+            with contextlib.suppress(Exception):  # the server is gone
+                client.serve(prompt(1000 * (seed + number) + next(served), 5), tier=tier, ttl=1.0)
+
+    threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(2, 5)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: next(served) > 25)
+    running.process.kill()
+    running.process.wait()
+    stop.set()
+
+
+def test_kills_amid_stores_lose_nothing_wanted_and_leave_nothing_for_ever(tmp_path, redis_port):
+    heuristics = {"base_ttl": 2.0, "min_ttl": 0.1, "disk_ttl_factor": 0.5, "remote_ttl_factor": 0.5}
+    config, wanted = {"heuristics": heuristics}, {"disk": set(), "remote": set()}
+    for life in range(2):
+        with inside_server(tmp_path, config, redis=redis_port) as running:
+            client = Client(running.url)
+            for number, tier in enumerate(wanted, 10 * life + 1):
+                wanted[tier] |= kept(client, [number], tier)
+            stores_until_killed(running, 10 * life)
+    stray = next((tmp_path / "disk").glob("*.data"))
+    shutil.copy(stray, str(stray).replace(stray.name.split("@")[3][:8], "0badc0de"))
+    other = stray.name.replace("inside-model", "another")
+    shutil.copy(stray, tmp_path / "disk" / other)
+    assert on_disk(tmp_path) > wanted["disk"] and in_redis(redis_port) >= wanted["remote"]
+    with inside_server(tmp_path, config, redis=redis_port) as running:
+        wait_until(lambda: on_disk(tmp_path) == wanted["disk"])  # no engine has come yet
+        wait_until(lambda: in_redis(redis_port) == wanted["remote"])
+        assert not (tmp_path / "disk" / other).exists()
+        client = Client(running.url)
+        assert [client.look_up(prompt(number, 5)) for number in (1, 2, 11, 12)] == [5] * 4
+        status = client.status()
+        assert status["failures"] == {} and status["switched_off"] == {}
+        assert status["journal"] == {"damaged_lines": 0, "errors": []}
+        assert status["claims"]["inside-model"] == 4 and status["chunks"]["disk"] == 10
+        client.close()
+
+
+FAILING = """
+import functools, pathlib, sys, time
+from kvttl.server import guard, module
+flag, seen, *_ = map(pathlib.Path, sys.argv[1:])
+def may_fail(hook, name):
+    @functools.wraps(hook)
+    def call(*args, **kwargs):
+        now = flag.read_text()
+        if now == name:
+            raise RuntimeError("asked to fail")
+        if now == name + " exits":
+            raise SystemExit
+        while flag.read_text() == name + " hangs":
+            time.sleep(0.05)
+        return hook(*args, **kwargs)
+    return call
+guarded = guard.Guard.__call__
+def with_failures(self, hook, name, default=None):
+    with seen.open("a") as file:
+        file.write(name + chr(10))
+    return guarded(self, may_fail(hook, name), name, default)
+guard.Guard.__call__ = with_failures
+for owner, names in ((module.KvttlModule, ["_manage"]), (module.Places, ["first_to_go", "stored"])):
+    for name in names:
+        setattr(owner, name, may_fail(getattr(owner, name), name))
+from kvttl.server.__main__ import with_policies
+from kvttl.server.policies import register
+register()
+from lmcache.cli.main import main
+main(with_policies(sys.argv[sys.argv.index("server"):]))
+"""
+ONE_HOUR = {"heuristics": {"base_ttl": 3600.0}, "stuck_s": 1.0}
+INNER = ["_manage", "first_to_go", "stored"]  # of hooks: what they call
+# By a thread, not by a request: it dies, or hangs.
+LOOPS = {"pass exits": "", "_manage exits": "", "pass hangs": "pass"}
+LOOPS |= {"journal hangs": "journal", "_manage hangs": "decisions"}
+ALWAYS = set(
+    "beginning, look-up, room for a store, store, end of a session, targets, pass".split(", ")
+)
+
+
+def is_kept(client, tokens):
+    client.serve(tokens)
+    return client.serve(tokens) == 5
+
+
+@pytest.mark.parametrize("transport", ["zmq", "grpc"])
+def test_whatever_fails_or_hangs_costs_no_request(tmp_path, transport):
+    """Each hook that the guard knows, in turn, while more is stored than there is room for."""
+    (flag := tmp_path / "fails").write_text("beginning")
+    seen, transport = tmp_path / "seen", ("--transport", transport, "--max-workers", "2")
+    program = [sys.executable, "-c", FAILING, str(flag), str(seen)]
+    with inside_server(tmp_path, ONE_HOUR, program=program, options=transport) as running:
+        client, numbers = Client(running.url), itertools.count(1)
+        client.serve(prompt(next(numbers), 5))
+        hooks = list(dict.fromkeys(seen.read_text().splitlines()))
+        names = hooks + INNER + LOOPS if "zmq" in transport else ["store", *LOOPS]
+        for name in names:
+            flag.write_text(name)
+            for number in itertools.islice(numbers, 14):
+                assert client.serve(prompt(number, 5)) == 0, name
+            # Still there is room for more: if not at once, soon.
+            wait_until(lambda: is_kept(client, prompt(next(numbers), 5)))
+            if thread := LOOPS.get(name):
+                wait_until(lambda thread=thread: client.status()["threads"][thread]["restarts"])
+        flag.write_text("")
+        client.serve(tokens := prompt(next(numbers), 5), tier="disk")
+        wait_until(lambda: client.look_up(tokens) == 5 and client.serve(tokens, tier="disk") == 5)
+        status = client.status()
+        assert status["failures"].keys() >= (ALWAYS if "zmq" in transport else {"store"})
+        client.close()
+
+
+FIRST_COUNTS = """
+import importlib.metadata, sys
+from lmcache.v1.multiprocess.transport.zmq_impl.mq import MessageQueueServer as Server
+version = importlib.metadata.version
+importlib.metadata.version = lambda name: "9.9" if name == "lmcache" else version(name)
+for name in ("add_sync_handler", "add_blocking_handler"):
+    def add(self, spec, handler, add=getattr(Server, name)):
+        if spec.operation not in self.handlers:
+            add(self, spec, handler)
+    setattr(Server, name, add)
+from lmcache.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+def test_an_lmcache_whose_first_handler_counts_is_seen_at_the_start(tmp_path):
+    program = [sys.executable, "-c", FIRST_COUNTS]
+    with inside_server(tmp_path, ONE_HOUR, program=program) as running:
+        client = Client(running.url)
+        wait_until(lambda: client.status()["switched_off"].keys() == {"requests"})
+        assert "LMCache 9.9 is unknown to this kit" in running.log.read_text()
+        client.serve(tokens := prompt(1, 5))
+        assert client.look_up(tokens) == 5  # LMCache does what it does without us
+        client.close()
+
+
+def test_a_policy_that_learns_decides_and_gpu_follows_its_values(tmp_path):
+    config = {**ONE_HOUR, "policy": "adaptive", "save": "demotion", "sweep_s": 0.5}
+    with inside_server(tmp_path, config, l1_chunks=64) as running:
+        client = Client(running.url)
+        client.serve(prompt(1, 10), ttl=9000.0)  # by the formula's order it would stay longest
+        for number in range(2, 5):
+            client.serve(prompt(number, 10), finish="stop", output_tokens=7)
+        made = lambda: [r for r in client.records() if r.kind == "generation"]  # noqa: E731
+        wait_until(lambda: len(made()) == 4, limit_s=500.0)  # compiled in the background
+        for number in range(5, 9):
+            client.serve(prompt(number, 10))
+        records = wait_until(lambda: len(made()) == 8 and made())
+        assert {record.policy for record in records} == {"adaptive"}
+        assert {record.policy_error for record in records} == {""}
+        assert (records[1].finish_reason, records[1].output_tokens) == ("stop", 7)
+        values = [record.decided[0]["value"] for record in records]
+        assert values == sorted(values) and records[0].hints["ttl"] == "accepted"
+        assert records[0].ttl_s == 9000.0
+        wait_until(lambda: client.status()["chunks"]["gpu"] <= 0.85 * 64)
+        count = len(made())
+        for number in (8, 1):
+            client.serve(prompt(number, 10))
+        last, first = wait_until(lambda: len(made()) == count + 2 and made())[count:]
+        assert last.hit_tokens == {"gpu": 320} and "gpu" not in first.hit_tokens
+        assert client.status()["failures"] == {}
+        client.close()
+    assert list(tmp_path.glob("disk.kvttl/*/policy-adaptive.npz"))

@@ -12,10 +12,12 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import psutil
 from lmcache.v1.multiprocess.request_handler import iter_request_handlers
 from lmcache.v1.multiprocess.transport.factory import RequestClientFactory
 
 from kvttl.stack.child import LMCACHE_VERSION
+from kvttl.stack.process import comes_true
 
 LATE_WRITES, POLICIES, REQUESTS = "late writes", "policies", "requests"
 # Requests that are looked at, and one by which it is seen whether they are.
@@ -55,8 +57,11 @@ def warning_of(absent: Mapping[str, list[str]]) -> str:
 def reaches(config: Any, reached: threading.Event) -> bool:
     """Ask the server a harmless question, as its clients do; say whether our handler had it.
 
-    Nobody promises that the last handler of an operation is the one that counts.
+    Nobody promises that the last handler of an operation is the one that counts. Not before the
+    server listens: who calls a free port of this machine may get it himself.
     """
+    if not comes_true(lambda: config.port in _listened_to(), _REACHED_S):
+        raise TimeoutError(f"the server does not listen to port {config.port}")
     scheme = "grpc" if config.transport == "grpc" else "tcp"
     client = RequestClientFactory.create(f"{scheme}://{config.host}:{config.port}")
     try:
@@ -64,6 +69,11 @@ def reaches(config: Any, reached: threading.Event) -> bool:
     finally:
         client.close()
     return reached.is_set()
+
+
+def _listened_to():
+    sockets = psutil.Process().net_connections("tcp")
+    return {each.laddr.port for each in sockets if each.status == psutil.CONN_LISTEN}
 
 
 def use_policies(storage_manager: Any, store_policy: Any, prefetch_policy: Any) -> None:
