@@ -97,18 +97,15 @@ class Hands:
         found = ((self._tier_of.get(d.type_name), d.index, a) for d, a in self._sm.l2_adapters())
         return {tier: (index, adapter) for tier, index, adapter in found if tier}
 
-    @property
-    def base_path(self) -> str | None:
-        """The folder of the tier on disk, if it is one."""
-        configs = (d.config for d, _ in self._sm.l2_adapters() if d.type_name in self._tier_of)
-        return next(filter(None, (getattr(c, "base_path", None) for c in configs)), None)
+    def address(self, tier: str) -> list[Any]:
+        """Return where a tier is stored; None for what it has not got."""
+        found = {self._tier_of.get(d.type_name): d.config for d, _ in self._sm.l2_adapters()}
+        return [getattr(found.get(tier), name, None) for name in LMCACHE_TIERS[tier].address]
 
     def contents(self) -> Iterator[tuple[str, Iterable[ChunkKey]]]:
         """Yield what each tier below gpu holds, of those that can be listed."""
-        found = {self._tier_of.get(d.type_name): d.config for d, _ in self._sm.l2_adapters()}
         for tier, contents_of in CONTENTS_OF.items():
-            address = [getattr(found.get(tier), name, None) for name in LMCACHE_TIERS[tier].address]
-            if None not in address:
+            if None not in (address := self.address(tier)):
                 yield tier, contents_of(*address)
 
     # ---- copies ------------------------------------------------------------------------------

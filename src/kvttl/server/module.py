@@ -132,7 +132,8 @@ class KvttlModule:
         self._lease = ServerLease(f"{self._instance} at {url.rpartition('/')[2]}")
         self._managers: dict[Model, ModelManager] = {}
         self._making, self.shed, self._passed_s = threading.Lock(), 0, time.monotonic()
-        self.journals = open_journals(self.settings.journal, self.hands.base_path, self.places)
+        base_path = self.hands.address("disk")[0]
+        self.journals = open_journals(self.settings.journal, base_path, self.places)
         self._doubtful: list = []  # objects that LMCache had no room for
         self._decisions = JobQueue(self._manage, self._shed, 1_000, workers=self.settings.workers)
         self._keeper = Repeater(self.guard(self.keep_room, "pass"), self.settings.pass_s)
