@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 import threading
 
@@ -49,11 +48,6 @@ def last(client, count=1):
     """The newest records of generations, once there are so many."""
     wait_until(lambda: len(made(client)) >= count)
     return made(client)[-count:]
-
-
-def is_kept(client, tokens):
-    client.serve(tokens)
-    return client.serve(tokens) == len(tokens) // CHUNK
 
 
 def made(client):
@@ -188,81 +182,6 @@ def test_what_ends_last_is_kept_longest(tmp_path):
         for _ in range(3):
             client.serve(prompt(1, 10), tier="gpu", ttl=9000.0)
         assert made(client)[-1].hit_tokens == {"gpu": 10 * CHUNK}
-        client.close()
-
-
-HOOKS = """
-requests.RequestHooks: _opened _room _stored _session_ended
-module.KvttlModule: targets written retained keep_room _manage _gone
-places.Places: first_to_go stored
-"""
-FAILING = """
-import functools, importlib, pathlib, sys
-flag, *names = sys.argv[1:sys.argv.index("server")]
-def may_fail(hook, name):
-    @functools.wraps(hook)
-    def call(*args, **kwargs):
-        if pathlib.Path(flag).read_text() == name:
-            raise RuntimeError("asked to fail")
-        return hook(*args, **kwargs)
-    return call
-for name in names:
-    owner, method = name.rsplit(".", 1)
-    module, cls = owner.split(".")
-    cls = getattr(importlib.import_module("kvttl.server." + module), cls)
-    setattr(cls, method, may_fail(getattr(cls, method), name))
-from kvttl.server.__main__ import with_policies
-from kvttl.server.policies import register
-register()
-from lmcache.cli.main import main
-main(with_policies(sys.argv[sys.argv.index("server"):]))
-"""
-
-
-def test_hooks_that_raise_cost_no_request(tmp_path):
-    """Each in turn, while more is stored than there is room for; then all is as before."""
-    lines = [line.partition(": ") for line in HOOKS.strip().splitlines()]
-    names = [f"{owner}.{method}" for owner, _, methods in lines for method in methods.split()]
-    (flag := tmp_path / "fails").write_text("")
-    program = [sys.executable, "-c", FAILING, str(flag), *names]
-    with inside_server(tmp_path, ONE_HOUR, program=program) as running:
-        client = Client(running.url)
-        for turn, name in enumerate(names):
-            flag.write_text(name)
-            numbers = itertools.count(1000 * turn)
-            for number in itertools.islice(numbers, 18):
-                assert client.serve(prompt(number, 5)) == 0, name
-            # Still there is room for more: if not at once, soon.
-            wait_until(lambda numbers=numbers: is_kept(client, prompt(next(numbers), 5)))
-        flag.write_text("")
-        client.serve(tokens := prompt(9999, 5), tier="disk")
-        wait_until(lambda: client.look_up(tokens) == 5 and client.serve(tokens, tier="disk") == 5)
-        hooks = {"look-up", "room for a store", "store", "end of a session", "targets", "pass"}
-        assert hooks <= client.status()["failures"].keys()
-        client.close()
-
-
-def test_a_killed_servers_claims_end_in_the_next_one(tmp_path):
-    """Nothing lives for ever that was on disk before."""
-    config = {"heuristics": {"base_ttl": 1.0, "min_ttl": 0.1, "remote_ttl_factor": 0.1}}
-    config["log"] = str(tmp_path / "log")
-    with inside_server(tmp_path, config) as running:
-        client = Client(running.url)
-        client.serve(prompt(1, 5), tier="disk", ttl=5.0)
-        (record,) = last(client)
-        assert record.tier_after == {"disk": 5}
-        client.close()
-        running.process.kill()
-        running.process.wait()
-    files = {file.name for file in (tmp_path / "disk").iterdir()}
-    assert len(files) == 5
-    with inside_server(tmp_path, config) as running:
-        client = Client(running.url)
-        client.serve(prompt(2, 5), tier="gpu", ttl=3600.0)
-        wait_until(lambda: not files.intersection(f.name for f in (tmp_path / "disk").iterdir()))
-        dropped = [r for r in client.records() if r.prompt_digest == record.prompt_digest]
-        assert dropped[-1].wanted_tier is None and dropped[-1].error == ""
-        assert client.look_up(prompt(1, 5)) == 0 and client.look_up(prompt(2, 5)) == 5
         client.close()
 
 

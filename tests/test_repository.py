@@ -251,8 +251,10 @@ MAY_IMPORT = {
     "manager": "caching_heuristics, background, policies, lmcache, decisions",
     "tiered_caching": "caching_heuristics, background, storage, lmcache, decisions, manager",
     "cache_controller": "caching_heuristics, lmcache, tiered_caching",
-    "server": "caching_heuristics, background, lmcache, decisions, tiered_caching",
     "replay": ("caching_heuristics, traces, policies, settings, lmcache, manager, tiered_caching"),
+    "server": (
+        "caching_heuristics, background, lmcache, decisions, stack, manager, tiered_caching, replay"
+    ),
     "plots": "caching_heuristics, traces, policies, decisions, replay",
     "session": "all above",
     "sliders": "caching_heuristics, traces, settings, decisions, replay, plots",

@@ -12,6 +12,10 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
+_MOST_STUCK = 16  # jobs that more workers take the place of; each may never end
+_MOST_DOUBLED = 6  # times that a repeated task is waited for twice as long as before
+
+
 class BoundedDeque(deque):
     """What was put last, bounded in number and in bytes: what was put first gives way.
 
@@ -96,11 +100,27 @@ class JobQueue:
         max_jobs = check_whole("max_jobs", max_jobs)
         # (number, job), by number
         self._waiting = BoundedDeque(max_jobs, max_bytes, lambda waiting: size_bytes(waiting[1]))
-        self._under_way: set[int] = set()
+        self._under_way: dict[int, float] = {}  # number -> since when, `time.monotonic`
         self._last_number = 0
         self._closed = False
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []  # start when there is work for them
+        self._workers, self.restarts = self._max_workers, 0
+
+    @property
+    def busy_s(self) -> float:
+        """For how long the oldest job is under way, seconds."""
+        return time.monotonic() - min(list(self._under_way.values()), default=time.monotonic())
+
+    def revive(self, stuck_s: float) -> None:
+        """Start more workers in the place of those that have one job for `stuck_s` seconds."""
+        since_s = time.monotonic() - stuck_s
+        with self._changed:
+            stuck = sum(begun_s < since_s for begun_s in self._under_way.values())
+            self._max_workers = max(self._max_workers, self._workers + min(stuck, _MOST_STUCK))
+            while len(self._threads) < self._max_workers and stuck:
+                self._start_a_worker()
+                self.restarts += 1
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -158,15 +178,15 @@ class JobQueue:
                 if not self._waiting:
                     return
                 number, job = self._waiting.popleft()
-                self._under_way.add(number)
+                self._under_way[number] = time.monotonic()
             try:
                 self._work(job)
-            except Exception:
+            except BaseException:  # a SystemExit would end this thread
                 logger.exception("a background job failed")
             finally:
                 job = None  # else an idle worker would keep it
                 with self._changed:
-                    self._under_way.discard(number)
+                    self._under_way.pop(number)
                     self._changed.notify_all()
 
 
@@ -195,6 +215,26 @@ class Repeater:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
+        self._begun_s: dict[threading.Thread, float] = {}  # calls under way
+        self.restarts = 0
+
+    @property
+    def busy_s(self) -> float:
+        """For how long the call under way has run, seconds."""
+        return time.monotonic() - self._begun_s.get(self._thread, time.monotonic())
+
+    def revive(self, stuck_s: float) -> None:
+        """Go on with another thread if this one has died, or is in one call for `stuck_s` seconds.
+
+        Twice as long each time: each may leave a thread that never ends.
+        """
+        with self._starting:
+            is_well = self._thread is None or self._thread.is_alive()
+            if is_well and self.busy_s <= stuck_s * 2 ** min(self.restarts, _MOST_DOUBLED):
+                return
+            self._thread = None
+            self.restarts += 1
+        self.start()
 
     @property
     def must_stop(self) -> bool:
@@ -216,10 +256,13 @@ class Repeater:
             self._thread.join()
 
     def _run(self):
-        due_s = time.monotonic() + self._every_s
-        while not self._ended.wait(max(due_s - time.monotonic(), 0.0)):
+        with self._starting:
+            me, due_s = threading.current_thread(), time.monotonic() + self._every_s
+        while not self._ended.wait(max(due_s - time.monotonic(), 0.0)) and self._thread is me:
+            self._begun_s[me] = time.monotonic()
             try:
                 self._task()
-            except Exception:
+            except BaseException:  # a SystemExit would end this thread
                 logger.exception("a repeated task failed")
+            self._begun_s.pop(me)
             due_s = max(due_s, time.monotonic()) + self._every_s

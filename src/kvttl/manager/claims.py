@@ -12,7 +12,7 @@ import hashlib
 import math
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -58,6 +58,7 @@ class _Chunk:
     key: str
     parent: _Chunk | None = None  # the chunk before it, where a claim names one
     live: list[int] = field(default_factory=lambda: [0] * len(TIERS))  # claims, by tier
+    filed: int = 0  # the file that knows it, + 1 if that knows its parent too
 
 
 @dataclass(slots=True, eq=False)
@@ -81,6 +82,12 @@ class ClaimLedger:
     ----------
     ladder : mapping, optional
         Tier -> what a claim's `ttl_s` is multiplied by when it comes down to it.
+
+    Attributes
+    ----------
+    changed : dict or None
+        Names (owner, last chunk) of claims that were made, moved or dropped since `rows` was
+        asked for them; None: nobody writes them down.
 
     Notes
     -----
@@ -107,6 +114,7 @@ class ClaimLedger:
         self._claims: dict[tuple[str, str], _Claim] = {}  # by owner and last chunk
         self._deadlines: SortedList[tuple[float, tuple[str, str]]] = SortedList()  # of all claims
         self._steps: list[Step] = []  # taken, not yet handed out by sweep
+        self.changed: dict[tuple[str, str], None] | None = None
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -187,19 +195,24 @@ class ClaimLedger:
             earlier.access_s, earlier.ttl_s = access_s, ttl_s
             self._set_deadline(earlier, access_s + ttl_s)
             return
-        path = self._chained(chunks)
+        self._put(owner, chunks, tier, access_s, ttl_s, access_s + ttl_s)
+
+    def _put(self, owner, chunks, *wish):
+        """Make a claim in place of the one of its name."""
+        path, earlier = self._chained(chunks), self._claims.get((owner, chunks[-1]))
         for chunk in path:
-            chunk.live[tier] += 1
+            chunk.live[wish[0]] += 1
         if earlier is not None:  # only now, so that the chunks are never without a claim
             self._drop(earlier)
         key = earlier.key if earlier is not None else (owner, path[-1].key)
-        claim = self._claims[key] = _Claim(key, len(path), tier, access_s, ttl_s)
-        self._set_deadline(claim, access_s + ttl_s)
+        claim = self._claims[key] = _Claim(key, len(path), *wish)
+        self._set_deadline(claim, claim.deadline_s)
 
     def _set_deadline(self, claim, deadline_s):
         self._deadlines.discard((claim.deadline_s, claim.key))
         claim.deadline_s = deadline_s
         self._deadlines.add((deadline_s, claim.key))
+        self._changes(claim)
 
     def _advance(self, now_s):
         """Move every claim that is due down its ladder, earliest deadline first."""
@@ -249,13 +262,11 @@ class ClaimLedger:
 
     def _path(self, claim):
         """Return a claim's chunks, in prefix order."""
-        path = [self._chunks[claim.key[1]]]
-        while len(path) < claim.length:
-            path.append(path[-1].parent)
-        return path[::-1]
+        return self._path_to(self._chunks[claim.key[1]], claim.length)
 
     def _drop(self, claim):
         """Remove a claim, and the chunks that nobody claims any more."""
+        self._changes(claim)
         for chunk in self._path(claim):
             chunk.live[claim.tier] -= 1
             if not any(chunk.live):
@@ -263,6 +274,67 @@ class ClaimLedger:
                 chunk.parent = None  # chunks that stay may name this one
         self._deadlines.discard((claim.deadline_s, claim.key))
         del self._claims[claim.key]
+
+    # ---- to be written down -----------------------------------------------------------
+
+    @property
+    def names(self) -> list[tuple[str, str]]:
+        """What `rows` may be asked for: owner and last chunk of each claim."""
+        with self._lock:
+            return list(self._claims)
+
+    @property
+    def size(self) -> int:
+        """Claims and chunks."""
+        return len(self._claims) + len(self._chunks)
+
+    def rows(self, file: int, names: Iterable[tuple[str, str]] | None = None) -> list[list]:
+        """Return claims as rows for a file, each of whose rows builds on those before it.
+
+        Parameters
+        ----------
+        file : int
+            Its number, even; a newer one has a higher number.
+        names : iterable, optional
+            Of the claims; None: those that have `changed`, which are then forgotten there.
+        """
+        with self._lock:
+            if names is None:
+                names, self.changed = self.changed or (), {}
+            return [self._row(name, file) for name in names]
+
+    def restore(self, row: Sequence) -> None:
+        """Do again what a row of `rows` says; of a claim whose first chunks are lost, the rest."""
+        with self._lock:
+            if len(row) > 2:
+                owner, *wish, length, base = row[:7]
+                path = self._path_to(self._chunks.get(base), length)
+                self._put(owner, [*(chunk.key for chunk in path), *row[7:]], *wish)
+            elif claim := self._claims.get(tuple(row)):
+                self._drop(claim)
+
+    def _changes(self, claim):
+        if self.changed is not None:
+            self.changed[claim.key] = None
+
+    def _row(self, name, file):
+        """Return owner, tier, times, length and key of what is in the file, the rest's keys."""
+        claim = self._claims.get(name)
+        if claim is None:
+            return list(name)
+        path, wish = self._path(claim), (claim.tier, claim.access_s, claim.ttl_s, claim.deadline_s)
+        at = next((n for n, c in enumerate(path) if c.filed < file + (n > 0)), len(path))
+        for number, chunk in enumerate(path[at:], at):
+            chunk.filed = file + (number > 0)
+        base = path[at - 1].key if at else ""
+        return [name[0], *wish, at, base, *(chunk.key for chunk in path[at:])]
+
+    def _path_to(self, chunk, length):
+        path = []
+        while chunk is not None and len(path) < length:
+            path.append(chunk)
+            chunk = chunk.parent
+        return path[::-1]
 
 
 class Part(NamedTuple):
@@ -317,7 +389,8 @@ class RenewedLedger(ClaimLedger):
             turn = self._turn[-_RENEWED:]
             del self._turn[-_RENEWED:]
             for claim in filter(None, map(self._claims.get, turn)):
-                if claim.deadline_s > now_s >= claim.access_s + _LEAST_S:
+                own = claim.key[0] == owner_of(claim.key[1])  # else a request's hints have made it
+                if own and claim.deadline_s > now_s >= claim.access_s + _LEAST_S:
                     self._note(self._renew(claim, now_s))
         return super().sweep(now_s, limit)
 

@@ -123,7 +123,7 @@ class Decider:
         queue = JobQueue(self._run, self._shed, self.max_queue, workers=self.workers or 1, **limits)
         self._jobs = queue if self.workers else None
         every_s = self.sweep_every_s
-        self._sweeper = Repeater(self._sweep_in_turn, every_s) if every_s is not None else None
+        self.sweeper = Repeater(self._sweep_in_turn, every_s) if every_s is not None else None
         self._lock = threading.Lock()
         self._open: dict[_Job, float] = {}  # decisions that are not made yet -> their access
         self.shed = 0
@@ -150,8 +150,8 @@ class Decider:
     def start(self) -> None:
         """Start sweeping, if that is not under way."""
         try:
-            if self._sweeper:
-                self._sweeper.start()
+            if self.sweeper:
+                self.sweeper.start()
         except RuntimeError:  # no more threads: the text matters more
             logger.exception("the sweeper could not be started")
 
@@ -263,7 +263,7 @@ class Decider:
         """Take expired claims down the ladder now; returns a record for each."""
         swept: list[DecisionRecord] = []
         self.check_lease()
-        while not (self._sweeper and self._sweeper.must_stop):  # `recover` takes the rest up again
+        while not (self.sweeper and self.sweeper.must_stop):  # `recover` takes the rest up again
             until_s = self._known_until(self.clock() if now_s is None else now_s)
             if self.handover is not None:
                 made = map(parse_record, map(json.dumps, self.handover.sweep(until_s)))
@@ -311,8 +311,8 @@ class Decider:
         """Make the decisions that wait, and stop sweeping; later decisions say so."""
         if self._jobs is not None:
             self._jobs.close()
-        if self._sweeper:
-            self._sweeper.close()
+        if self.sweeper:
+            self.sweeper.close()
         if self.advisor is not None:
             self.advisor.save()
         if self._lease is not None:

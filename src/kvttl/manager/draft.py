@@ -44,6 +44,7 @@ class Draft(SimpleNamespace):
     claimed = False  # made, or waiting for LMCache; no record has this
     parts: Sequence[Part] = ()  # of a policy that decides as it goes; nor this
     error = ""  # of one that was handed over
+    asked_for = False  # by the request itself: a policy that decides as it goes changes nothing
 
     def __init__(self, time_s: float, generate_s: float = 0.0) -> None:
         known = {"prompt_digest": "", "prompt_tokens": 0, "metadata": {}, "moves": []}
@@ -58,7 +59,7 @@ class Draft(SimpleNamespace):
     def record(self, kind: str, error: str) -> DecisionRecord:
         """Return the record of what is known so far."""
         known = {**vars(self), "moves": tuple(self.moves)}
-        for name in ("claimed", "parts", "error"):
+        for name in ("claimed", "parts", "error", "asked_for"):
             known.pop(name, None)
         return DecisionRecord(kind=kind, error=error or self.error, **known)
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl import whole_file
+from kvttl.lmcache.client import LMCacheError
 from kvttl.lmcache.layout import BaseController
 from kvttl.lmcache.salts import salt_of
 from kvttl.manager.claims import Part
@@ -74,7 +75,12 @@ class Advisor:
     controller : BaseController
         Says what model the KV is of.
     log : DecisionLog, optional
-        Beside it the policy is saved, and goes on after a restart.
+        In its `folder` the policy is saved, and goes on after a restart.
+
+    Attributes
+    ----------
+    heard : callable
+        (chunk keys, answer) -> None: gets what the policy says; others' locks are held.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class Advisor:
         self.name, self._make, self._controller = name, make, controller
         self._file = None if log is None else log.folder / f"policy-{name}.npz"
         self._policy: CachePolicy | None = None
+        self.heard: Callable[[Sequence[str], Any], None] = lambda _keys, _answer: None
         self._told_s, self._saved_s = 0.0, time.monotonic()
         self._lock = threading.Lock()
 
@@ -103,6 +110,8 @@ class Advisor:
         try:
             with self._lock:
                 _ = self.policy
+        except LMCacheError as error:
+            logger.info("policy %s is made with the first generation: %s", self.name, error)
         except Exception as error:
             self._why(error)
 
@@ -147,8 +156,9 @@ class Advisor:
         except Exception as error:
             draft.policy_error = self._why(error)
             return
+        self.heard(keys, answer)
         draft.policy, draft.decided = self.name, tuple(said)
-        if said:
+        if said and not draft.asked_for:
             draft.wanted_tier, draft.ttl_s = draft.decided[-1]["tier"], draft.decided[-1]["ttl_s"]
             draft.parts = parts_of(answer)
 
@@ -164,6 +174,7 @@ class Advisor:
             return None, self._why(error)
         if answer.value[-1] == -np.inf:  # forgotten, or of an earlier process
             return None, ""
+        self.heard(keys, answer)
         return parts_of(answer), ""
 
     def _why(self, error):
@@ -283,7 +294,7 @@ def advisor_of(
 
         options = {"ttl_s": config.base_ttl} if policy == "fixed" else {}
         options |= {"costs": costs} if policy == "adaptive" else {}
-        _compile(FAMILIES[policy]())
+        compile_policy(policy)
         make = functools.partial(_for_controller, FAMILIES[policy], controller, options)
         return Advisor(policy, make, controller, log)
     if all(callable(getattr(policy, name, None)) for name in ("begin", "end", "ask")):
@@ -297,8 +308,13 @@ def _for_controller(family, controller, options):
     return family(controller.room_chunks(), controller.chunk_size_tokens, **options)
 
 
-def _compile(policy):
+def compile_policy(name: str) -> None:
     """Call all that a decision calls: compiling takes minutes, the first time on a machine."""
+    if name == "formula":
+        return
+    from kvttl.policies import FAMILIES
+
+    policy = FAMILIES[name]()
     policy.end(policy.begin([1], 0.0), 0.0)
     policy.sweep(0.0, _SWEEP)
     policy.ask([1], 0.0)

@@ -13,6 +13,7 @@ from operator import attrgetter
 
 from kvttl.decisions.log import DecisionRecord
 from kvttl.lmcache.client import LMCacheError
+from kvttl.manager.claims import owner_of
 from kvttl.manager.draft import Wish
 from kvttl.manager.settling import Settler, Unsettled
 
@@ -53,9 +54,11 @@ def recover_claims(
     known = {key for record in latest for key in record.chunk_keys}
     adopted = settler.adopt(held, known, now_s, adopted_ttl_s)
     too_hot = settler.too_hot(held, now_s)
-    unsettled = [record for record in latest if too_hot.intersection(record.chunk_keys)]
+    unsettled = [record for record in latest if too_hot.keys() & record.chunk_keys]
     for record in unsettled:
         settler.settle_later(Unsettled(record.prompt_digest, _wish(record), record.chunk_keys))
+    for key in too_hot.keys() - known:  # of claims that are there already
+        settler.settle_later(Unsettled(owner_of(key), Wish(too_hot[key], now_s, None), (key,)))
     return {"claims": len(latest), "adopted": adopted, "unsettled": len(unsettled)}
 
 

@@ -359,10 +359,12 @@ class Settler:
         wanted = zip(held.items(), self.ledger.wanted(list(held), now_s))
         return {key for (key, tiers), tier in wanted if tiers and tier is None}
 
-    def too_hot(self, held: Mapping[str, Sequence[str]], now_s: float) -> set[str]:
-        """Return the chunks that are hotter than any claim wants them."""
+    def too_hot(self, held: Mapping[str, Sequence[str]], now_s: float) -> dict[str, str]:
+        """Return where chunks are wanted that are hotter than any claim wants them."""
         wanted = zip(held.items(), self.ledger.wanted(list(held), now_s))
-        return {key for (key, tiers), tier in wanted if tier and tiers and is_above(tiers[0], tier)}
+        return {
+            k: tier for (k, tiers), tier in wanted if tier and tiers and is_above(tiers[0], tier)
+        }
 
 
 def _record_of(item, before, after, now_s, **made):

@@ -6,14 +6,24 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import psutil
 from lmcache.v1.multiprocess.request_handler import iter_request_handlers
+from lmcache.v1.multiprocess.transport.factory import RequestClientFactory
+
+from kvttl.stack.child import LMCACHE_VERSION
+from kvttl.stack.process import comes_true
 
 LATE_WRITES, POLICIES, REQUESTS = "late writes", "policies", "requests"
-WRAPPED = ("lookup", "prepare_store", "commit_store", "store")  # requests that are looked at
+# Requests that are looked at, and one by which it is seen whether they are.
+WRAPPED = ("lookup", "prepare_store", "commit_store", "store", "query_prefetch_status")
+PROBE = "kvttl-probe"  # its request id
+_REACHED_S = 60.0  # within which a started server answers itself
 
 
 def missing(storage_manager: Any, modules: Iterable[Any]) -> dict[str, list[str]]:
@@ -32,6 +42,38 @@ def missing(storage_manager: Any, modules: Iterable[Any]) -> dict[str, list[str]
     if "lookup" not in found or not found.intersection(("commit_store", "store")):
         absent[REQUESTS] = sorted(set(WRAPPED) - found)
     return absent
+
+
+def warning_of(absent: Mapping[str, list[str]]) -> str:
+    """Return what to warn of at the start: what is switched off, and an LMCache that is unknown."""
+    version = importlib.metadata.version("lmcache")
+    lacks = ", ".join(f"{name} (for want of {' and '.join(of)})" for name, of in absent.items())
+    off = f"switched off: {lacks or 'nothing'}"
+    if version == LMCACHE_VERSION:
+        return off if absent else ""
+    return f"LMCache {version} is unknown to this kit, written for {LMCACHE_VERSION}; {off}"
+
+
+def reaches(config: Any, reached: threading.Event) -> bool:
+    """Ask the server a harmless question, as its clients do; say whether our handler had it.
+
+    Nobody promises that the last handler of an operation is the one that counts. Not before the
+    server listens: who calls a free port of this machine may get it himself.
+    """
+    if not comes_true(lambda: config.port in _listened_to(), _REACHED_S):
+        raise TimeoutError(f"the server does not listen to port {config.port}")
+    scheme = "grpc" if config.transport == "grpc" else "tcp"
+    client = RequestClientFactory.create(f"{scheme}://{config.host}:{config.port}")
+    try:
+        client.query_prefetch_status(PROBE).result(timeout=_REACHED_S)
+    finally:
+        client.close()
+    return reached.is_set()
+
+
+def _listened_to():
+    sockets = psutil.Process().net_connections("tcp")
+    return {each.laddr.port for each in sockets if each.status == psutil.CONN_LISTEN}
 
 
 def use_policies(storage_manager: Any, store_policy: Any, prefetch_policy: Any) -> None:

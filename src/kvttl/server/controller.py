@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from caching_heuristics import TIER_CODES, TIERS
+from kvttl.lmcache.client import LMCacheUnavailable
 from kvttl.lmcache.layout import (
     BaseController,
     KVLayout,
@@ -55,6 +57,7 @@ class InsideController(BaseController):
         self.instance_id, self.chunk_size_tokens = instance_id, context.chunk_size
         self._hasher, self._model, self._lease = context.token_hasher, model, lease
         self._places, self._hands = places, hands
+        self._epoch, self._in_force = 0, False
 
     def layout(self, tokens: Sequence[int], cache_salt: str = "") -> KVLayout:
         """Return where each complete chunk of `tokens` is, under a salt."""
@@ -110,7 +113,21 @@ class InsideController(BaseController):
     def room_chunks(self) -> tuple[int | None, int | None, int | None]:
         """Return how many chunks gpu has room for; of disk and remote nobody knows."""
         space = self._places.space(*self._model, "")
-        return (self._hands.hot_bytes() // space.all_bytes if space else None, None, None)
+        if space is None or not space.size_bytes:
+            raise LMCacheUnavailable(f"no engine of {self._model.name} has come yet")
+        return (self._hands.hot_bytes() // space.all_bytes, None, None)
+
+    def valued(self, in_force: bool, keys: Sequence[str], answer: Any) -> None:
+        """Let gpu's order follow what a policy says of chunks.
+
+        `in_force`: which of its orders is. What it said in another one goes before all others.
+        """
+        self._epoch += in_force != self._in_force
+        self._in_force = in_force
+        hot = (answer.tier == TIER_CODES["gpu"]) & (answer.ttl_s > 0)
+        worths = [v if is_hot else -math.inf for v, is_hot in zip(answer.value.tolist(), hot)]
+        chunks = self._places.of_keys(self._model, keys)
+        self._places.valued(chunks, [(self._epoch, worth) for worth in worths])
 
     def close(self) -> None:
         """Leave the right to the server to its other models."""

@@ -17,10 +17,11 @@ from typing import Any
 from lmcache.v1.distributed.api import PrefetchLockMode, PrefetchTaskSpec
 from lmcache.v1.distributed.internal_api import L2AdapterListener
 
-from kvttl.lmcache.tiers import pages
+from kvttl.lmcache.tiers import LMCACHE_TIERS, ChunkKey, pages
 from kvttl.server.compat import offer
 from kvttl.server.guard import Guard
 from kvttl.server.places import BIT_OF, HOT, Chunk, Places
+from kvttl.stack.reconcile import CONTENTS_OF
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,17 @@ class Hands:
         found = ((self._tier_of.get(d.type_name), d.index, a) for d, a in self._sm.l2_adapters())
         return {tier: (index, adapter) for tier, index, adapter in found if tier}
 
+    def address(self, tier: str) -> list[Any]:
+        """Return where a tier is stored; None for what it has not got."""
+        found = {self._tier_of.get(d.type_name): d.config for d, _ in self._sm.l2_adapters()}
+        return [getattr(found.get(tier), name, None) for name in LMCACHE_TIERS[tier].address]
+
+    def contents(self) -> Iterator[tuple[str, Iterable[ChunkKey]]]:
+        """Yield what each tier below gpu holds, of those that can be listed."""
+        for tier, contents_of in CONTENTS_OF.items():
+            if None not in (address := self.address(tier)):
+                yield tier, contents_of(*address)
+
     # ---- copies ------------------------------------------------------------------------------
 
     def copy(self, chunks: Sequence[Chunk], target: str, wait_s: float) -> None:
@@ -103,6 +115,7 @@ class Hands:
 
         Chunks that are nowhere yet, since their store is under way, have `wait_s` to come.
         """
+        chunks = [chunk for chunk in chunks if chunk.space.size_bytes]  # else no engine came yet
         coming = [chunk for chunk in chunks if not chunk.bits]
         hot = [chunk for chunk in chunks if chunk.bits & HOT]
         cold = [chunk for chunk in chunks if chunk.bits and not chunk.bits & HOT]

@@ -111,6 +111,11 @@ class Hints(Mapping):
     def __len__(self) -> int:
         return len(self._metadata)
 
+    @property
+    def decide(self) -> bool:
+        """Whether the request says itself where its KV cache goes, or for how long."""
+        return not self.wishes.keys().isdisjoint(("tier", "ttl", "pin", "store"))
+
     def decided(self, tier: str, ttl_s: float) -> tuple[str, float]:
         """Return what a policy has decided, where the request says nothing else."""
         wishes = self.wishes
@@ -145,8 +150,31 @@ class Hinted:
 class ModelManager(MultiTierCache):
     """The manager of one model's KV cache, as outside; a request's hints count for it."""
 
+    @property
+    def sweeper(self) -> Any:
+        """The thread that lets TTLs end."""
+        return self._decider.sweeper
+
+    def tell_values(self, guard: Callable) -> None:
+        """Let a policy that decides as it goes say in which order gpu gives chunks up."""
+        if advisor := self._decider.advisor:
+            in_force = lambda: getattr(advisor.policy, "index_in_force", False)  # noqa: E731
+            valued = self.controller.valued
+            advisor.heard = guard(lambda *said: valued(in_force(), *said), "values")
+
+    def take_up(self, journal: Any) -> None:
+        """Make the claims of before the start again; until all is found, they may be anywhere."""
+        journal.restore(self.claims)
+        self._decider.settler.may_be_unseen = True
+        self._decider.start()
+
+    def account(self) -> None:
+        """Claim what was found without a claim, once it is known what is where."""
+        self._decider.settler.may_be_unseen = False
+        self.recover(())
+
     def _decide(self, draft, made):
-        draft.hints = made.metadata.answers
+        draft.hints, draft.asked_for = made.metadata.answers, made.metadata.decide
         self.config.request.asks = self.config.in_force(), made.metadata  # one for both answers
         super()._decide(draft, made)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import hashlib
 import json
 import logging
 import threading
@@ -28,13 +27,26 @@ from kvttl.background import JobQueue, Repeater, check_whole
 from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.lmcache.lease import ServerLease
 from kvttl.lmcache.tiers import LMCACHE_TIERS, pages
-from kvttl.server.compat import LATE_WRITES, POLICIES, WRAPPED, missing, use_policies, wrapped
+from kvttl.manager.policy import POLICY_NAMES
+from kvttl.replay.costs import TierCosts
+from kvttl.server.compat import (
+    LATE_WRITES,
+    POLICIES,
+    REQUESTS,
+    WRAPPED,
+    missing,
+    reaches,
+    use_policies,
+    warning_of,
+    wrapped,
+)
 from kvttl.server.controller import InsideController
 from kvttl.server.guard import Guard
 from kvttl.server.handover import ManagerOutside
 from kvttl.server.hands import Hands, by_space
 from kvttl.server.hints import HINTS, Hinted, Hints, ModelManager, as_output
-from kvttl.server.places import BIT_OF, TIERS_OF, Chunk, Model, Places
+from kvttl.server.journal import digest_of, open_journals, take_up
+from kvttl.server.places import BIT_OF, PINNED, TIERS_OF, UNDECIDED, Chunk, Model, Places
 from kvttl.server.policies import KvttlPrefetchPolicy, KvttlStorePolicy, are_in_use, serve
 from kvttl.server.requests import Ended, RequestHooks
 from kvttl.server.routes import Shown, check_names, merged, mount
@@ -46,6 +58,8 @@ _SOON_S = 2.0  # after a request's end it is decided about
 _RELIEF_CHUNKS = 256  # written down at once when gpu is too full
 _CHANGES = 100  # of settings, that the status shows
 LIVE = ("heuristics", "birth", "save", "high", "low", "max_pin_s", "budgets")  # can be changed
+_WRITE_DOWN_S = 0.25  # between two looks at what the journal lacks
+_CLOSE_S = 30.0  # that LMCache waits for at most
 
 
 @dataclass(frozen=True)
@@ -69,22 +83,29 @@ class ServerSettings:
     max_pin_s: float = 3600.0
     handover_s: float = 10.0  # how long a manager outside may be silent, and its decision take
     budgets: Mapping[str, float] = field(default_factory=dict)  # `cache_salt` -> share of gpu
-    log: str = ""  # folder of decision logs, from which a restart takes claims up again
+    log: str = ""  # folder of decision logs
+    journal: str = ""  # folder from which a restart goes on; "": beside the disk tier's; "off"
+    adopt: bool = True  # claim what disk and remote hold without a claim; not if others share them
+    policy: str = "formula"  # who decides: one of `POLICY_NAMES`
+    costs: Mapping[str, Any] = field(default_factory=dict)  # of `TierCosts`, for "adaptive"
+    stuck_s: float = 60.0  # in one call, after which a thread is given up for a new one
     adapters: Mapping[str, str] = field(
         default_factory=lambda: {t: row.adapter for t, row in LMCACHE_TIERS.items() if row.adapter}
     )
 
     def __post_init__(self) -> None:
-        for name, allowed in (("birth", ("none", "all")), ("save", ("end", "demotion"))):
+        choices = {"birth": ("none", "all"), "save": ("end", "demotion"), "policy": POLICY_NAMES}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 one = " or ".join(allowed)
                 raise ValueError(f"{name} must be {one}, got {getattr(self, name)!r:.80}")
         check_number("high", self.high, 0.0, 1.0, open_low=True)
         check_number("low", self.low, 0.0, self.high, open_low=True, high_name="high")
-        for name in ("pass_s", "sweep_s", "max_pin_s", "handover_s"):
+        for name in ("pass_s", "sweep_s", "max_pin_s", "handover_s", "stuck_s"):
             check_number(name, getattr(self, name), 0.0, 604_800.0, open_low=True)
         check_whole("workers", self.workers)
-        kinds = {"heuristics": Mapping, "budgets": Mapping, "adapters": Mapping, "log": str}
+        kinds = dict.fromkeys(("heuristics", "budgets", "adapters", "costs"), Mapping)
+        kinds |= dict.fromkeys(("log", "journal"), str)
         for name, kind in kinds.items():
             if not isinstance(getattr(self, name), kind):
                 a_kind = "a text" if kind is str else "a mapping"
@@ -92,7 +113,7 @@ class ServerSettings:
         check_names("setting of heuristics", self.heuristics, SETTINGS)
         for salt, share in self.budgets.items():
             check_number(f"budgets[{salt!r:.80}]", share, 0.0, 1.0, open_low=True)
-        _ = self.formula
+        _ = self.formula, TierCosts(**self.costs)
 
     @functools.cached_property
     def formula(self) -> HeuristicConfig:
@@ -140,6 +161,7 @@ class KvttlModule:
         self.settings = ServerSettings.of(build_context.config)
         self.guard, self.places = Guard(), Places(context)
         self._sm, self.instance_id = context.storage_manager, build_context.mp_config.instance_id
+        self._config = build_context.mp_config
         self.absent = missing(self._sm, build_context.modules)
         by_name = are_in_use()
         can_copy = not {LATE_WRITES, *([] if by_name else [POLICIES])} & {*self.absent}
@@ -149,6 +171,8 @@ class KvttlModule:
         self._lease = ServerLease(f"{self.instance_id} at {url.rpartition('/')[2]}")
         self._managers: dict[Model, ModelManager] = {}
         self._making, self.shed, self._passed_s = threading.Lock(), 0, time.monotonic()
+        base_path = self.hands.address("disk")[0]
+        self.journals = open_journals(self.settings.journal, base_path, self.places)
         self._doubtful: list = []  # objects that LMCache had no room for
         self._decisions = JobQueue(self._manage, self._shed, 1_000, workers=self.settings.workers)
         self._keeper = Repeater(self.guard(self.keep_room, "pass"), self.settings.pass_s)
@@ -167,9 +191,12 @@ class KvttlModule:
         bus = context.event_bus
         bus.subscribe(EventType.L1_KEYS_EVICTED, self.guard(self._gone, "deletes"))
         bus.subscribe(EventType.L1_ALLOCATION_FAILED, self.guard(self._refused, "refusals"))
-        self._keeper.start()
-        if self.absent:
-            logger.warning("switched off, since this LMCache lacks what they need: %s", self.absent)
+        self._writer = Repeater(self.guard(self._write_down, "journal"), _WRITE_DOWN_S)
+        for thread in (self._keeper, self._writer):
+            thread.start()
+        beginning = self.guard(self._begin, "beginning")
+        threading.Thread(target=beginning, name="kv-begin", daemon=True).start()
+        self._warn(warning_of(self.absent))
 
     # ---- LMCache's EngineModule --------------------------------------------------------------
 
@@ -184,12 +211,20 @@ class KvttlModule:
         return {"kvttl": {n: v for n, v in status.items() if n not in ("settings", "changes")}}
 
     def close(self) -> None:
-        """Stop; LMCache goes on with its own shutdown whatever happens here."""
+        """Stop; LMCache goes on with its own shutdown whatever happens here, or hangs."""
+        closing = threading.Thread(target=self.guard(self._close, "close"), daemon=True)
+        closing.start()
+        closing.join(_CLOSE_S)
+
+    def _close(self):
         self._keeper.close()
         self.requests.endings.release(0.0)
         self._decisions.close(timeout_s=5.0)
-        for manager in self._managers.values():
+        for manager in list(self._managers.values()):
             self.guard(manager.close, "close")()
+        self._writer.close()
+        if self.journals:
+            self.journals.close()
         self._lease.release()
 
     @server_module_handler("kvttl.status")
@@ -231,6 +266,11 @@ class KvttlModule:
             "failures": dict(self.guard.failures),
             "left_out": self.guard.resting,
             "seconds_since_pass": time.monotonic() - self._passed_s,
+            "threads": {
+                name: {"busy_s": min(each.busy_s, 1e9), "restarts": each.restarts}
+                for name, each in self._threads().items()
+            },
+            "journal": self.journals.status() if self.journals else "off",
             "settings": asdict(self.settings),
             "changes": list(self.changes),
         }
@@ -257,6 +297,7 @@ class KvttlModule:
     # ---- decisions -----------------------------------------------------------------------------
 
     def _ended(self, ended):
+        self._keeper.revive(self.settings.stuck_s)  # which looks after the other threads
         if not self.handover.leaves(ended):
             self._decisions.put(ended)
 
@@ -269,21 +310,26 @@ class KvttlModule:
         """Return the manager of a model, the same one for all who ask."""
         with self._making:
             if model not in self._managers:
-                name = hashlib.sha256(f"{model.name}@{model.world_size}".encode()).hexdigest()[:16]
-                folder = self.settings.log and user_path(self.settings.log) / name
+                folder, costs = self.settings.log, self.settings.costs
+                log = DecisionLog(user_path(folder) / digest_of(model)) if folder else None
+                journal = self.journals.of(model, log) if self.journals else None
                 parts = self.places, self.hands, self.instance_id, self._lease
-                manager = self._managers[model] = ModelManager(
+                manager = ModelManager(
                     InsideController(self._context, model, *parts),
                     config=Hinted(lambda: self.settings.formula),
+                    policy=self.settings.policy,
+                    costs=TierCosts(**costs) if costs else None,
                     notify=None,
                     clock=self.handover.clock,
                     sweep_every_s=self.settings.sweep_s,
-                    log=DecisionLog(folder) if folder else None,
+                    log=journal or log,
                     metrics=self.shown,
                 )
+                manager.tell_values(self.guard)
                 self.handover.lead(manager)
-                if folder:
-                    self.guard(manager.recover, "recovery")(folder)
+                if journal:
+                    self.guard(manager.take_up, "recovery")(journal)
+                self._managers[model] = manager
             return self._managers[model]
 
     def _manage(self, ended: Ended) -> None:
@@ -316,13 +362,42 @@ class KvttlModule:
         chunks = self.places.of_keys(model, record.chunk_keys)
         chunks = [chunk for chunk in chunks if chunk.bits]
         hot = record.wanted_tier == "gpu" and bool(record.ttl_s)
-        self.places.decided(chunks, record.time_s + (record.ttl_s if hot else 0.0))
+        ends_s = record.time_s + (record.ttl_s if hot else 0.0)
+        if self.settings.policy == "formula":
+            self.places.decided(chunks, ends_s)
+        elif not record.hints.get("pin", "refused").startswith("refused"):
+            self.places.valued(chunks, [(PINNED, ends_s)] * len(chunks))
+        else:  # what the policy knows nothing of goes first
+            unknown = [chunk for chunk in chunks if chunk.ends_s is UNDECIDED]
+            self.places.valued(unknown, [(-1, ends_s)] * len(unknown))
         return chunks, hot
 
     @property
     def managers(self) -> dict[Model, ModelManager]:
         """Those of all models that anything was decided about."""
         return dict(self._managers)
+
+    # ---- from start to start, and threads that fail ---------------------------------------------
+
+    def _begin(self):
+        take_up(self)
+        if REQUESTS not in self.absent and not reaches(self._config, self.requests.reached):
+            self.absent[REQUESTS] = ["the last handler of an operation is the one that counts"]
+            self._warn(warning_of(self.absent))
+
+    def _warn(self, text):
+        if text:
+            logger.warning(text)
+
+    def _threads(self):
+        sweeps = {f"sweep of {m.name}": each.sweeper for m, each in list(self._managers.items())}
+        own = {"pass": self._keeper, "journal": self._writer, "decisions": self._decisions}
+        return own | sweeps
+
+    def _write_down(self):
+        self._keeper.revive(self.settings.stuck_s)
+        if self.journals:
+            self.journals.flush()
 
     # ---- LMCache's loops ask ---------------------------------------------------------------------
 
@@ -361,6 +436,9 @@ class KvttlModule:
     def keep_room(self) -> None:
         """Keep gpu below its watermark: what goes first goes, written down if it is wanted."""
         self._passed_s = time.monotonic()
+        for name, thread in self._threads().items():
+            if name != "pass":
+                thread.revive(self.settings.stuck_s)
         self.requests.forget_lost()
         for ended in self.handover.overdue():
             self._decisions.put(ended)

@@ -17,12 +17,14 @@ from lmcache.v1.distributed.api import GroupedObjectKeys, ObjectKey
 
 from caching_heuristics import TIERS
 from kvttl.lmcache.client import LMCacheUnavailable
-from kvttl.lmcache.salts import chunk_key, salt_of
+from kvttl.lmcache.salts import chunk_key
+from kvttl.lmcache.tiers import ChunkKey
 
 BIT_OF = {tier: 1 << code for code, tier in enumerate(TIERS)}
 HOT = BIT_OF["gpu"]
 TIERS_OF = [tuple(t for t in TIERS if bits & BIT_OF[t]) for bits in range(1 << len(TIERS))]
 UNDECIDED = math.inf
+PINNED = math.inf  # of a policy's worths, (epoch, value): with the pin's end, Unix time
 _FEW_ENTRIES = 1_000  # of the heap, below which stale ones are not worth rebuilding it
 
 
@@ -41,7 +43,7 @@ class Chunk:
     digest: bytes
     depth: int = 0  # its number in the prompt
     bits: int = 0  # the tiers that hold it
-    ends_s: float = UNDECIDED  # until when some decision wants it in gpu, Unix time
+    ends_s: Any = UNDECIDED  # until when some decision wants it in gpu, Unix time; or its worth
     since_s: float = 0.0  # when it came to gpu
     moving: bool = False  # some move is about it: not to be evicted
 
@@ -179,6 +181,8 @@ class Places:
         self._everybody, self._own = _Order(), {}
         self.coming: Counter[str] = Counter()
         self.hot_chunks = 0
+        self.groups: dict[Model, set[int]] = {}  # object groups, of models from before the start
+        self.changed: dict[Model, dict[Chunk, None]] = {}  # below gpu, for who writes it down
 
     @property
     @contextlib.contextmanager
@@ -189,18 +193,32 @@ class Places:
             yield
 
     def space(self, name: str, world_size: int, salt: str) -> Space | None:
-        """Return the chunks of a model under a salt; None while LMCache knows no such model."""
+        """Return the chunks of a model under a salt; None while nobody knows such a model.
+
+        Of one that no engine has come for since the start, only the objects' names are known:
+        they can be deleted.
+        """
         found = self._spaces.get((name, world_size, salt))
-        if found is None:
+        if found is None or not found.size_bytes:
+            model = Model(name, world_size)
             layouts = self._registry.find_group_layout_descs(name, world_size)
+            size_bytes = sum(map(self._size_bytes, (layouts or {}).values()))
+            layouts = layouts or dict.fromkeys(self.groups.get(model, ()))
             if not layouts:
                 return None
-            size = sum(map(self._size_bytes, layouts.values()))
-            found = Space(Model(name, world_size), salt, dict(layouts), size)
+            self.groups.setdefault(model, set()).update(layouts)
             with self.lock:
+                new = Space(model, salt, {}, 0)
+                found = self._spaces.setdefault((name, world_size, salt), new)
                 self._sort_in(found)
-                found = self._spaces.setdefault((name, world_size, salt), found)
+                found.layouts, found.size_bytes = dict(layouts), size_bytes
         return found
+
+    def take_changed(self, model: Model) -> list[Chunk]:
+        """Return of which chunks a copy below gpu has come or gone since the last call."""
+        with self.lock:
+            changed, self.changed[model] = self.changed.get(model, ()), {}
+            return list(changed)
 
     def set_budgets(self, budgets: Mapping[str, float]) -> None:
         """Set which share of gpu tenants have: over it, their own chunks go before others'."""
@@ -260,6 +278,7 @@ class Places:
                     for order in chunk.space.orders:
                         order.hot_bytes += chunk.space.all_bytes
                         order.enter(chunk)
+                self._note(chunk, bit & ~chunk.bits)
                 chunk.bits |= bit
                 chunk.space.chunks.setdefault(chunk.digest, chunk)
 
@@ -271,12 +290,22 @@ class Places:
                 if not chunk.bits & bit or (bit == HOT and chunk.since_s > at_s):
                     continue
                 chunk.bits &= ~bit
+                self._note(chunk, bit)
                 if bit == HOT:
                     self.hot_chunks -= 1
                     for order in chunk.space.orders:
                         order.hot_bytes -= chunk.space.all_bytes
                 if not chunk.bits:
                     chunk.space.chunks.pop(chunk.digest, None)
+
+    def found(self, keys: Iterable[ChunkKey], tier: str) -> None:
+        """Take note of objects that a tier was found to hold, whoever put them there."""
+        objects = []
+        for name, rank, group, digest, salt in keys:
+            model = Model(name, ObjectKey.WorldSizeFromKVRank(rank))
+            self.groups.setdefault(model, set()).add(group)
+            objects.append(ObjectKey(bytes.fromhex(digest), name, rank, group, salt))
+        self.came(list(self.of_objects(objects, new=True)), tier)
 
     def of_objects(self, keys: Iterable[ObjectKey], new: bool = False) -> Iterator[Chunk]:
         """Yield the chunks of LMCache's objects; unknown ones only if they are `new`."""
@@ -300,12 +329,16 @@ class Places:
             No engine has said yet what the model's chunks look like.
         """
         found = []
+        space = None
         with self.lock:  # as above
             pass
         for key in keys:
-            digest, space = bytes.fromhex(key.partition("@")[0]), self.space(*model, salt_of(key))
+            digest, _, salt = key.partition("@")
+            if space is None or space.salt != salt:
+                space = self.space(*model, salt)
             if space is None:
                 raise LMCacheUnavailable(f"no engine of {model.name} has come to this server yet")
+            digest = bytes.fromhex(digest)
             found.append(space.chunks.get(digest) or Chunk(space, digest))
         return found
 
@@ -317,6 +350,15 @@ class Places:
             for depth, chunk in enumerate(chunks):
                 if chunk.ends_s is UNDECIDED or chunk.ends_s < ends_s:
                     chunk.depth, chunk.ends_s = depth, ends_s
+                    self._enter(chunk)
+            self._trim()
+
+    def valued(self, chunks: Sequence[Chunk], values: Sequence[Any]) -> None:
+        """Take note of what a policy says now that a prompt's chunks are worth in gpu."""
+        with self.lock:
+            for depth, (chunk, value) in enumerate(zip(chunks, values)):
+                if chunk.bits and chunk.ends_s != value and not is_pinned(chunk.ends_s):
+                    chunk.depth, chunk.ends_s = depth, value
                     self._enter(chunk)
             self._trim()
 
@@ -346,6 +388,11 @@ class Places:
                 self._enter(chunk)
             self._trim()
 
+    def _note(self, chunk, cold_bits):
+        changed = self.changed.get(chunk.space.model)
+        if changed is not None and cold_bits & ~HOT:
+            changed[chunk] = None
+
     def _enter(self, chunk):
         for order in chunk.space.orders:
             order.enter(chunk)
@@ -353,3 +400,8 @@ class Places:
     def _trim(self):
         for order in (self._everybody, *self._own.values()):
             order.trim(2 * self.hot_chunks + _FEW_ENTRIES)
+
+
+def is_pinned(worth: Any) -> bool:
+    """Say whether a request has pinned what is worth that, and the pin has not ended."""
+    return worth is not UNDECIDED and worth[0] == PINNED and worth[1] > time.time()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from kvttl.server.compat import PROBE
 from kvttl.server.guard import Guard
 from kvttl.server.hands import Hands
 from kvttl.server.places import Chunk, Places
@@ -87,6 +88,8 @@ class RequestHooks:
         Hears from engines how requests have ended.
     unseen : int
         Requests whose look-up did not come by here: another module has the handlers.
+    reached : threading.Event
+        Set once the request `PROBE` has come by here.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class RequestHooks:
         self._context, self._places, self._hands = context, places, hands
         self.endings = Endings(ended)
         self.open: dict[str, float] = {}
-        self.unseen = 0
+        self.unseen, self.reached = 0, threading.Event()
         self._unsure: set[tuple[str, int]] = set()  # stores that there may have been no room for
         self._has_slots = bool(context.shm_pool_info["shm_name"])  # else `commit_store` allocates
         self._note_open = guard(self._opened, "look-up")
@@ -110,6 +113,13 @@ class RequestHooks:
         context.session_manager.destroy_listeners.append(listener)
 
     # ---- in place of LMCache's handlers ------------------------------------------------------
+
+    def query_prefetch_status(self, call: Callable, request_id: str) -> Any:
+        """Note that requests come by here, if this one asks for that."""
+        if request_id != PROBE:
+            return call(request_id)
+        self.reached.set()
+        return 0
 
     def lookup(self, call: Callable, key: Any, *rest: Any) -> Any:
         """Note that a request has begun."""
