@@ -356,7 +356,7 @@ for owner, names in ((module.KvttlModule, ["_manage"]), (module.Places, ["first_
     for name in names:
         setattr(owner, name, may_fail(getattr(owner, name), name))
 from kvttl.server.__main__ import with_policies
-from kvttl.server.policies import register
+from kvttl.server.compat import register
 register()
 from lmcache.cli.main import main
 main(with_policies(sys.argv[sys.argv.index("server"):]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from kvttl.server.policies import NAME, register
+from kvttl.server.compat import NAME, register
 
 
 def with_policies(arguments: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """What this kit uses of LMCache that is private, or whose behaviour nobody promises: all of it.
 
-`missing` says at the start what an LMCache lacks; only what needs it is switched off.
+`missing` says at the start what an LMCache lacks; only what needs it is switched off. Here are
+also LMCache's two policies: what it writes down, and what a hit from below leaves in gpu.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import psutil
+from lmcache.v1.distributed.storage_controllers import prefetch_policy, store_policy
 from lmcache.v1.multiprocess.request_handler import iter_request_handlers
 from lmcache.v1.multiprocess.transport.factory import RequestClientFactory
 
 from kvttl.stack.child import LMCACHE_VERSION
 from kvttl.stack.process import comes_true
 
+NAME = "kvttl"  # of the policies, on LMCache's command line
 LATE_WRITES, POLICIES, REQUESTS = "late writes", "policies", "requests"
 # Requests that are looked at, and one by which it is seen whether they are.
 WRAPPED = ("lookup", "prepare_store", "commit_store", "store", "query_prefetch_status")
@@ -130,3 +133,55 @@ def _wrap(built_in, operation):
         return getattr(module.requests, operation)(built_in, *args)
 
     return handler
+
+
+class _Asks:
+    """Asks the module of this process; LMCache makes its policies without arguments."""
+
+    module: Any = None  # none yet: as LMCache comes
+    made = 0  # by LMCache: then they need not be put in the place of others
+
+    def __init__(self) -> None:
+        _Asks.made += 1
+
+
+class KvttlStorePolicy(_Asks, store_policy.DefaultStorePolicy):
+    """Writes down what the module has ordered."""
+
+    def select_store_targets(self, keys: list, adapters: list) -> dict[int, list]:
+        """Return which objects go to which adapter."""
+        plan = None if self.module is None else self.module.targets(keys, adapters)
+        return super().select_store_targets(keys, adapters) if plan is None else plan
+
+    def select_l1_deletions(self, keys: list) -> list:
+        """Hear of copies that were made; none is deleted here."""
+        if self.module is not None:
+            self.module.written(keys)
+        return []
+
+
+class KvttlPrefetchPolicy(_Asks, prefetch_policy.DefaultPrefetchPolicy):
+    """Loads as LMCache does, and keeps in gpu what is wanted there."""
+
+    def plan_l1_retention(self, keys: list, l1_manager_desc: Any, l2_adapter_desc: Any) -> list:
+        """Return for each object whether it stays in gpu."""
+        plan = None if self.module is None else self.module.retained(keys)
+        return [False] * len(keys) if plan is None else plan
+
+
+def register() -> None:
+    """Make both known by `NAME`, for LMCache's command line."""
+    if NAME not in store_policy.get_registered_store_policies():
+        store_policy.register_store_policy(NAME, KvttlStorePolicy)
+    if NAME not in prefetch_policy.get_registered_prefetch_policies():
+        prefetch_policy.register_prefetch_policy(NAME, KvttlPrefetchPolicy)
+
+
+def are_in_use() -> bool:
+    """Say whether LMCache has made them, by their name."""
+    return _Asks.made > 0
+
+
+def serve(module: Any) -> None:
+    """Let both ask this module from now on."""
+    _Asks.module = module

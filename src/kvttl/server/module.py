@@ -7,7 +7,6 @@ TTLs end, and one that keeps gpu below its watermark.
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import logging
@@ -15,27 +14,29 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from typing import Any
 
 from lmcache.v1.mp_observability.event import EventType
 from lmcache.v1.multiprocess.ext_server_module import server_module_handler
 
-from caching_heuristics import SETTINGS, HeuristicConfig, check_number
 from kvttl import user_path
-from kvttl.background import JobQueue, Repeater, check_whole
+from kvttl.background import JobQueue, Repeater
 from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.lmcache.lease import ServerLease
-from kvttl.lmcache.tiers import LMCACHE_TIERS, pages
-from kvttl.manager.policy import POLICY_NAMES
+from kvttl.lmcache.tiers import pages
 from kvttl.replay.costs import TierCosts
 from kvttl.server.compat import (
     LATE_WRITES,
     POLICIES,
     REQUESTS,
     WRAPPED,
+    KvttlPrefetchPolicy,
+    KvttlStorePolicy,
+    are_in_use,
     missing,
     reaches,
+    serve,
     use_policies,
     warning_of,
     wrapped,
@@ -47,9 +48,9 @@ from kvttl.server.hands import Hands, by_space
 from kvttl.server.hints import HINTS, Hinted, Hints, ModelManager, as_output
 from kvttl.server.journal import digest_of, open_journals, take_up
 from kvttl.server.places import BIT_OF, PINNED, TIERS_OF, UNDECIDED, Chunk, Model, Places
-from kvttl.server.policies import KvttlPrefetchPolicy, KvttlStorePolicy, are_in_use, serve
 from kvttl.server.requests import Ended, RequestHooks
-from kvttl.server.routes import Shown, check_names, merged, mount
+from kvttl.server.routes import Shown, mount
+from kvttl.server.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -57,94 +58,8 @@ _LONG_S = 60.0  # of a request, after which its chunks may go before it has ende
 _SOON_S = 2.0  # after a request's end it is decided about
 _RELIEF_CHUNKS = 256  # written down at once when gpu is too full
 _CHANGES = 100  # of settings, that the status shows
-LIVE = ("heuristics", "birth", "save", "high", "low", "max_pin_s", "budgets")  # can be changed
 _WRITE_DOWN_S = 0.25  # between two looks at what the journal lacks
 _CLOSE_S = 30.0  # that LMCache waits for at most
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """``config`` of ``--server-module``.
-
-    Raises
-    ------
-    ValueError
-        Names the setting, the value and what is allowed.
-    """
-
-    heuristics: Mapping[str, float] = field(default_factory=dict)  # of `HeuristicConfig`
-    birth: str = "none"  # what is written down when it is stored: "none", or "all" as LMCache does
-    save: str = "end"  # what is wanted in gpu is written down at its request's "end", or "demotion"
-    high: float = 0.85  # gpu's share from which on it is relieved, down to `low`
-    low: float = 0.75
-    pass_s: float = 0.1  # how often that is looked at
-    sweep_s: float = 0.2  # how often TTLs are looked at
-    workers: int = 2  # decisions at the same time
-    max_pin_s: float = 3600.0
-    handover_s: float = 10.0  # how long a manager outside may be silent, and its decision take
-    budgets: Mapping[str, float] = field(default_factory=dict)  # `cache_salt` -> share of gpu
-    log: str = ""  # folder of decision logs
-    journal: str = ""  # folder from which a restart goes on; "": beside the disk tier's; "off"
-    adopt: bool = True  # claim what disk and remote hold without a claim; not if others share them
-    policy: str = "formula"  # who decides: one of `POLICY_NAMES`
-    costs: Mapping[str, Any] = field(default_factory=dict)  # of `TierCosts`, for "adaptive"
-    stuck_s: float = 60.0  # in one call, after which a thread is given up for a new one
-    adapters: Mapping[str, str] = field(
-        default_factory=lambda: {t: row.adapter for t, row in LMCACHE_TIERS.items() if row.adapter}
-    )
-
-    def __post_init__(self) -> None:
-        choices = {"birth": ("none", "all"), "save": ("end", "demotion"), "policy": POLICY_NAMES}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                one = " or ".join(allowed)
-                raise ValueError(f"{name} must be {one}, got {getattr(self, name)!r:.80}")
-        check_number("high", self.high, 0.0, 1.0, open_low=True)
-        check_number("low", self.low, 0.0, self.high, open_low=True, high_name="high")
-        for name in ("pass_s", "sweep_s", "max_pin_s", "handover_s", "stuck_s"):
-            check_number(name, getattr(self, name), 0.0, 604_800.0, open_low=True)
-        check_whole("workers", self.workers)
-        kinds = dict.fromkeys(("heuristics", "budgets", "adapters", "costs"), Mapping)
-        kinds |= dict.fromkeys(("log", "journal"), str)
-        for name, kind in kinds.items():
-            if not isinstance(getattr(self, name), kind):
-                a_kind = "a text" if kind is str else "a mapping"
-                raise ValueError(f"{name} must be {a_kind}, got {getattr(self, name)!r:.80}")
-        check_names("setting of heuristics", self.heuristics, SETTINGS)
-        for salt, share in self.budgets.items():
-            check_number(f"budgets[{salt!r:.80}]", share, 0.0, 1.0, open_low=True)
-        _ = self.formula, TierCosts(**self.costs)
-
-    @functools.cached_property
-    def formula(self) -> HeuristicConfig:
-        """What decides."""
-        return HeuristicConfig(**self.heuristics)
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> ServerSettings:
-        """Return the settings in a mapping; unknown ones are a ValueError."""
-        check_names("setting of kvttl.server", config, [each.name for each in fields(cls)])
-        return cls(**config)
-
-    def changed(self, changes: Mapping[str, Any]) -> ServerSettings:
-        """Return other settings: of a mapping's names only those in `changes`, without null ones.
-
-        Raises
-        ------
-        ValueError
-            A setting is unknown, wrong, or cannot be changed while the server runs.
-        """
-        settings = asdict(self)
-        for name in changes:
-            if name in settings and name not in LIVE:
-                problem = f"cannot be changed while the server runs, got {changes[name]!r:.80}"
-                raise ValueError(f"{name} {problem}: it must be one of {', '.join(LIVE)}")
-        settings = merged(settings, changes)
-        for name, known in (("heuristics", SETTINGS), ("budgets", settings["budgets"])):
-            if isinstance(settings[name], dict):
-                check_names(f"setting of {name}", settings[name], known)
-                settings[name] = {n: v for n, v in settings[name].items() if v is not None}
-        return self.of(settings)
 
 
 class KvttlModule:

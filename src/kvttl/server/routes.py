@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,7 +19,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.concurrency import run_in_threadpool
 
-from caching_heuristics import check_number, unknown_name
+from caching_heuristics import check_number
 from kvttl.decisions.keeper import RecentRecords
 from kvttl.decisions.metrics import DecisionMetrics, is_loopback
 from kvttl.decisions.record import DecisionRecord
@@ -157,26 +157,6 @@ def mount(module: Any) -> None:
     allowed = Depends(guarded(http_host()))
     for router in (routes(module), module.handover.router()):
         http_app().include_router(router, prefix="/kvttl", dependencies=[allowed])
-
-
-def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with changes; of a mapping's names only those that are changed.
-
-    Examples
-    --------
-    >>> merged({"high": 0.9, "budgets": {"a": 0.5}}, {"budgets": {"b": 0.25}})
-    {'high': 0.9, 'budgets': {'a': 0.5, 'b': 0.25}}
-    """
-    parts = {n: each for n, each in changes.items() if isinstance(each, dict)}
-    both = {n: {**settings[n], **parts[n]} for n in parts if isinstance(settings.get(n), dict)}
-    return {**settings, **changes, **both}
-
-
-def check_names(kind: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise a ValueError that names the first unknown one of some names."""
-    for name in given:
-        if name not in known:
-            raise ValueError(unknown_name(kind, name, known))
 
 
 @contextlib.contextmanager

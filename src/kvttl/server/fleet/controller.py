@@ -16,7 +16,8 @@ from lmcache.v1.mp_coordinator.controllers.base import Controller
 from lmcache.v1.mp_coordinator.views.instance_registry import InstanceRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvttl.server.routes import check_names, guarded, json_object, merged, token
+from kvttl.server.routes import guarded, json_object, token
+from kvttl.server.settings import check_names, merged
 
 logger = logging.getLogger(__name__)
 
