@@ -218,6 +218,21 @@ def scalar_tier(metadata, c):
     return select_backend(metadata, *limits)
 
 
+def live_hits(trace, policy, capacity):
+    """Blocks that hit in one tier, by request, if a live caller asks any `CachePolicy`."""
+    held, hits = set(), []
+    for request in range(trace.requests):
+        keys, now_s = trace.request(request).tolist(), float(trace.arrival_s[request])
+        hits.append(next((at for at, key in enumerate(keys) if key not in held), len(keys)))
+        number = policy.begin(keys, now_s, int(trace.prompt_tokens[request]))
+        reason = (None, "tool_calls", "stop")[trace.finish[request]]
+        end_s = now_s + float(trace.generation_s[request])
+        policy.end(number, end_s, reason, int(trace.output_tokens[request]))
+        held |= set(keys)
+        held -= set(policy.make_room(max(0, len(held) - capacity), now_s).tolist())
+    return hits
+
+
 def assert_equal(result, expected, moves=True):
     """Request by request, tier by tier; memory-time up to rounding."""
     assert result.hit_blocks.tolist() == expected.hit_blocks

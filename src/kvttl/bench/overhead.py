@@ -63,14 +63,10 @@ def timed_session(cache, requests) -> list[tuple[float, DecisionRecord]]:
     for request in requests:
         cache.clock.advance(request.arrival_s)
         cache.sweep()  # as the sweeper would, on its own thread
-        calls.append(_timed(cache, request, sampling))
+        start_s = time.perf_counter()
+        (made,) = cache.generate(request.prompt, sampling)
+        calls.append((time.perf_counter() - start_s, made.decision))
     return [(seconds, decision.result()) for seconds, decision in calls]
-
-
-def _timed(cache, request, sampling):
-    start_s = time.perf_counter()
-    (made,) = cache.generate(request.prompt, sampling)
-    return time.perf_counter() - start_s, made.decision
 
 
 def mode_figures(name: str, calls: list[tuple[float, DecisionRecord]]) -> dict[str, float]:

@@ -7,6 +7,7 @@ intervals (Student's t). Comparisons are paired: the same seed, the same request
 import json
 import math
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -204,10 +205,8 @@ def headline(result: BenchResult) -> dict[str, object]:
         rows = compared(seeds, to).set_index(KEYS)
         for name, short in ((KIT, "kit"), (TUNED, "tuned")):
             row = rows.loc[("agentic", MAIN_SHARE, name)]
-            figures |= {f"{short}_{key}_ratio{end}": float(row[key]) for key in _GOAL}
-            figures |= {
-                f"{short}_{key}_ratio_high{end}": float(row[key + "_high"]) for key in _GOAL
-            }
+            for high, key in product(("", "_high"), _GOAL):
+                figures[f"{short}_{key}_ratio{high}{end}"] = float(row[key + high])
     return figures
 
 

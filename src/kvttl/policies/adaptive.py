@@ -70,7 +70,9 @@ class Adaptive(OnlinePolicy):
     ):
         if deeper is None:
             deeper = 0.0 if costs is None else 1 / ATTENTION_TOKENS
-        self._given = learning or Learning(), refresh_s, turnovers, lead, price_memory, deeper
+        # Floats all: what is compiled for them would be compiled anew for an int, for minutes.
+        given = refresh_s, turnovers, lead, price_memory, deeper
+        self._given = Learning(*map(float, learning or ())), *map(float, given)
         self.costs = costs
         super().__init__(capacity, chunk_tokens, **options)
         if costs is not None:

@@ -218,12 +218,12 @@ def _one_hit_chunks(policy):
 
 
 def _separate_chunks(policy):
-    for key in range(1, 20_001):
+    for key in range(1, 5_001):
         policy.end(policy.begin([key], key / 100), key / 100)
         if key > 100:
             gone = policy.make_room(1, key / 100)
             assert len(gone) == 1, "make_room must find a chunk where there are a hundred"
-    assert _bytes(policy.state()) < 2**26, "20,000 chunks used once take more than 64 MiB"
+    assert _bytes(policy.state()) < 2**24, "5,000 chunks used once take more than 16 MiB"
 
 
 def _bytes(state: dict[str, Any]) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from heapq import heappop, heappush
+
 import numpy as np
 from numba import njit
 
-from kvttl.policies.hazard import BINS, LEAST, bin_near, index_in, index_row
+from kvttl.policies.hazard import BINS, LEAST, bin_of, index_in, index_row
 from kvttl.policies.runs import LEVELS, N_LIVE, N_LOG, N_ORDER, tidy_order
 from kvttl.policies.state import GONE, INDEX, LRU_SHADOW, REAL, RECENCY, SWEEP
 
@@ -29,34 +31,31 @@ def make_room(s, x, r, level, target, by_recency, now_s):
         return np.empty(0, np.int32), np.empty(0, np.int64)
     x.clock[GONE] += 1
     if by_recency:
-        victims, size, weight = _oldest(s, x, level, need, now_s)
+        victims, weight = _oldest(s, x, level, need, now_s)
     else:
-        victims, size, weight = _lowest(s, x, r, level, need, now_s)
-    gone = np.empty(size, np.int64)
-    for k in range(size):  # the first is the last to go: of it only the end
+        victims, weight = _lowest(s, x, r, level, need, now_s)
+    gone = np.empty(len(victims), np.int64)
+    for k in range(len(victims)):  # the first is the last to go: of it only the end
         gone[k] = s.run[victims[k]].held[level] - (weight - need if k == 0 else 0)
         _evict(s, x, victims[k], level, gone[k], now_s)
-    return victims[:size], gone
+    return np.array(victims), gone
 
 
 @njit(cache=True)
 def _oldest(s, x, level, need, now_s):
     """Find the runs of the oldest use that hold `need` chunks, as `_lowest` does."""
-    runs, order = s.run, s.order
-    victims, size, weight, at = np.empty(8, np.int32), 0, 0, x.head[level]
+    runs, order, weight, at = s.run, s.order, 0, x.head[level]
+    victims = [order[0] for _ in range(0)]  # empty, of a known type
     while weight < need:
         run = order[at]
         if runs[run].place == at and runs[run].held[level] > 0:
-            if size == len(victims):
-                victims = _twice(victims)
-            victims[size] = run
-            size += 1
+            victims.append(run)
             weight += runs[run].held[level]
         at += 1
     x.head[level] = at - 1
-    x.last_age[level] = now_s - runs[victims[size - 1]].begin_s
-    victims[0], victims[size - 1] = victims[size - 1], victims[0]
-    return victims, size, weight
+    x.last_age[level] = now_s - runs[victims[-1]].begin_s
+    victims[0], victims[-1] = victims[-1], victims[0]
+    return victims, weight
 
 
 @njit(cache=True)
@@ -72,81 +71,33 @@ def _evict(s, x, run, level, most, now_s):
 def _lowest(s, x, r, level, need, now_s):
     """Find the runs of least value that hold `need` chunks, as a heap, the highest first.
 
-    A run is worth no less than those after it. Returns also how many they are, and their chunks.
+    A run is worth no less than those after it. Returns also how many chunks they hold.
     """
     # Arrays have names of their own here: taking one out of a tuple counts its references.
     runs, order, mean = s.run, s.order, x.hazard.mean
-    heap, key, size, weight, j = np.empty(64, np.int32), np.empty(64), 0, 0, 0
+    heap, weight, j = [(0.0, 0) for _ in range(0)], 0, 0  # of (- value, - place)
+    highest = np.inf  # of what is enough
     for at in range(s.size[N_ORDER]):
-        run = order[at]
-        use = runs[run]
+        use = runs[order[at]]
         if use.place != at or use.held[level] == 0:
             continue
-        j = bin_near(j, max(now_s - use.since_s, 0.0))
+        j = bin_of(max(now_s - use.since_s, 0.0), j)
         value = max(value_of(mean, r.order, r.deeper * r.chunk_tokens, use, now_s, j), use.best)
         if use.best > -np.inf:
             use.best = -np.inf
         if use.parent >= 0 and runs[use.parent].best < value:
             runs[use.parent].best = value
-        if weight >= need and value >= key[0]:
+        if value >= highest:
             continue
-        if size == len(heap):
-            heap, key = _twice(heap), _twice(key)
-        _push(runs, heap, key, size, run, value)
-        size += 1
+        heappush(heap, (-value, -at))
         weight += use.held[level]
-        while weight - runs[heap[0]].held[level] >= need:
-            weight -= runs[heap[0]].held[level]
-            size -= 1
-            _pop(runs, heap, key, size)
-    if r.order == INDEX and size:
+        while weight - runs[order[-heap[0][1]]].held[level] >= need:
+            weight -= runs[order[-heappop(heap)[1]]].held[level]
+        highest = -heap[0][0] if weight >= need else np.inf
+    if r.order == INDEX and len(heap):
         share = 1.0 - np.exp(-need / (r.price_memory * max(r.capacity[level], 1)))
-        x.price[level] *= (max(key[0], LEAST) / x.price[level]) ** share
-    return heap, size, weight
-
-
-@njit(cache=True)
-def _twice(array):
-    more = np.empty(2 * len(array), array.dtype)
-    more[: len(array)] = array
-    return more
-
-
-@njit(cache=True)
-def _above(runs, heap, key, a, b):
-    """Whether entry a goes after b: the higher value, of equal ones the later place."""
-    return key[a] > key[b] or (key[a] == key[b] and runs[heap[a]].place > runs[heap[b]].place)
-
-
-@njit(cache=True)
-def _swap(heap, key, a, b):
-    heap[a], heap[b] = heap[b], heap[a]
-    key[a], key[b] = key[b], key[a]
-
-
-@njit(cache=True)
-def _push(runs, heap, key, size, run, value):
-    heap[size], key[size] = run, value
-    while size and _above(runs, heap, key, size, (size - 1) >> 1):
-        _swap(heap, key, size, (size - 1) >> 1)
-        size = (size - 1) >> 1
-
-
-@njit(cache=True)
-def _pop(runs, heap, key, size):
-    """Take out the first entry; `size` is what is left."""
-    heap[0], key[0] = heap[size], key[size]
-    at = 0
-    while True:
-        down = 2 * at + 1
-        if down >= size:
-            return
-        if down + 1 < size and _above(runs, heap, key, down + 1, down):
-            down += 1
-        if not _above(runs, heap, key, down, at):
-            return
-        _swap(heap, key, at, down)
-        at = down
+        x.price[level] *= (max(-heap[0][0], LEAST) / x.price[level]) ** share
+    return [order[-place] for _, place in heap], weight
 
 
 @njit(cache=True)
@@ -199,7 +150,8 @@ def _drop_log(s, x):
             for at in range(done, uses):
                 log[at - done, which] = log[at, which]
             s.size[N_LOG + which] -= done
-            x.hazard.bin_at[which] -= done
+            for j in range(BINS):
+                x.hazard.bin_at[which, j] -= done
 
 
 @njit(cache=True)

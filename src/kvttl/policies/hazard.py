@@ -81,21 +81,8 @@ def hide_end(at):
 
 
 @njit(cache=True)
-def bin_of(age_s):
-    """Return the bin of an age."""
-    low, high = 0, BINS - 1
-    while low < high:
-        middle = (low + high + 1) >> 1
-        if EDGES_S[middle] <= age_s:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-@njit(cache=True)
-def bin_near(j, age_s):
-    """Return the bin of an age, looked for from another bin on."""
+def bin_of(age_s, j):
+    """Return the bin of an age, looked for from bin j on."""
     while EDGES_S[j] > age_s:
         j -= 1
     while j < BINS - 1 and EDGES_S[j + 1] <= age_s:
@@ -123,8 +110,10 @@ def average(h, steps, setting):
     h.steps[0] += steps
     fade = 0.5 ** (steps * setting.every_s / setting.forget_s)
     share = max(1.0 - 0.5 ** (steps * setting.every_s / setting.average_s), 1.0 / h.steps[0])
-    h.square[:] = np.maximum(h.square * fade, 1.0)
-    h.mean[:] += share * (h.weight - h.mean)
+    for which in range(2):  # as arrays this would take seconds to compile
+        for i in range(WEIGHTS):
+            h.square[which, i] = max(h.square[which, i] * fade, 1.0)
+            h.mean[which, i] += share * (h.weight[which, i] - h.mean[which, i])
 
 
 @njit(cache=True)
@@ -173,7 +162,7 @@ def index_row(weight, codes, row):
 @njit(cache=True)
 def index_at(row, age_s):
     """Return the index at an age: linear between the bins' starts, ~ 1 / age after the last."""
-    return index_in(row, bin_of(age_s), age_s)
+    return index_in(row, bin_of(age_s, 0), age_s)
 
 
 @njit(cache=True)
@@ -191,7 +180,7 @@ def seconds_above(row, age_s, price):
     before_s, before = age_s, index_at(row, age_s)
     if before <= price:
         return 0.0
-    for j in range(bin_of(age_s) + 1, BINS):
+    for j in range(bin_of(age_s, 0) + 1, BINS):
         if row[j] <= price:
             share = (before - price) / (before - row[j])
             return before_s + (EDGES_S[j] - before_s) * share - age_s

@@ -96,7 +96,7 @@ def _outcome(s, x, r, run, now_s):
         if which:
             hide_end(at)
         since_s = use.begin_s if which else use.since_s
-        j, size, rate = bin_of(max(now_s - since_s, 0.0)), np.sqrt(use.length), r.learning.rate
+        j, size, rate = bin_of(max(now_s - since_s, 0.0), 0), np.sqrt(use.length), r.learning.rate
         for i in range(j):
             if since_s + EDGES_S[i + 1] > x.hazard.steps[1]:  # else it was learned then
                 learn(x.hazard, which, at, i, 0.0, size, rate)

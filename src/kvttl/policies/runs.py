@@ -204,42 +204,6 @@ def tidy_order(s):
     s.size[N_ORDER] = s.size[N_LIVE] = kept
 
 
-@njit(cache=True)
-def _numbered(s, newest, keep, to):
-    """Give the kept runs, and all before them, new numbers in their order; -1: it goes."""
-    for at in range(len(newest) - 1, -1, -1):
-        if keep[newest[at]] and s.run[newest[at]].parent >= 0:
-            keep[s.run[newest[at]].parent] = True
-    runs = 0
-    for run in range(len(to)):
-        to[run] = runs if keep[run] else -1
-        runs += keep[run]
-    return runs
-
-
-@njit(cache=True)
-def _moved(s, runs, to):
-    """Move the runs to their new numbers, their keys to the front."""
-    keys, fresh = 0, np.empty(s.size[N_KEYS], np.int64)
-    for run in range(len(to)):
-        if to[run] < 0:
-            continue
-        s.run[to[run]] = s.run[run]
-        new = s.run[to[run]]
-        fresh[keys : keys + new.length] = s.keys[new.start : new.start + new.length]
-        new.start, new.branches = keys, 0
-        keys += new.length
-        if new.parent >= 0:
-            new.parent = to[new.parent]
-    s.keys[:keys] = fresh[:keys]
-    s.size[N_RUNS], s.size[N_KEYS] = runs, keys
-    for run in range(runs):
-        if s.run[run].parent >= 0:
-            s.run[s.run[run].parent].branches += 1
-    s.slot[:] = -1
-    fill_slots(s)
-
-
 def forget(s: Runs, limit: int, pinned) -> np.ndarray:
     """Forget the longest unused runs beyond `limit` chunks; returns where runs are now, -1 = gone.
 
@@ -252,11 +216,29 @@ def forget(s: Runs, limit: int, pinned) -> np.ndarray:
     keep = np.zeros(len(runs), bool)
     keep[newest[np.cumsum(runs["length"][newest]) <= limit]] = True
     keep |= (runs["held"][:, pinned] > 0).any(axis=1) | (runs["running"] > 0)
+    before = runs["parent"][keep]
+    while len(before := before[(before >= 0) & ~keep[before]]):
+        keep[before] = True
+        before = runs["parent"][before]
     tidy_order(s)
-    to = np.empty(len(runs), np.int32)
-    _moved(s, _numbered(s, newest, keep, to), to)
+    to = np.where(keep, np.cumsum(keep) - 1, -1).astype(np.int32)
+    _move(s, runs[keep], to)
     logs = [s.log["run"][: s.size[N_LOG + which], which] for which in range(2)]
     for places in (s.order[: s.size[N_ORDER]], *logs):
         places[:] = np.where(places >= 0, to[places], -1)
     s.counter[:LEVELS] = s.run["held"][: s.size[N_RUNS]].sum(axis=0)
     return to
+
+
+def _move(s, kept, to):
+    """Let these be all runs, with their new numbers; their keys move to the front."""
+    starts = np.cumsum(kept["length"], dtype=np.int64) - kept["length"]
+    moved = np.repeat(kept["start"] - starts, kept["length"])  # by so many places, of each key
+    s.keys[: len(moved)] = s.keys[moved + np.arange(len(moved))]
+    kept["start"], later = starts, kept["parent"] >= 0
+    kept["parent"][later] = to[kept["parent"][later]]
+    kept["branches"] = np.bincount(kept["parent"][later], minlength=len(kept))
+    s.run[: len(kept)] = kept
+    s.size[N_RUNS], s.size[N_KEYS] = len(kept), len(moved)
+    s.slot[:] = -1
+    fill_slots(s)

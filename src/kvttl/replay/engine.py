@@ -16,7 +16,7 @@ import numpy as np
 
 from caching_heuristics import HeuristicConfig, unknown_name
 from kvttl.policies import kernel
-from kvttl.policies.online import CachePolicy, OnlinePolicy
+from kvttl.policies.online import OnlinePolicy
 from kvttl.policies.runs import LEVELS
 from kvttl.policies.state import REAL
 from kvttl.replay.block_kernel import block_rows, replay_blocks
@@ -338,22 +338,3 @@ def _result(trace, policy, name, hits):
         moved[below, 0] += 0 if below == 3 else came[level] - came[below]
     limits = policy.limits + (0,) * (3 - policy.levels)
     return ReplayResult(trace, name, limits, blocks, tokens, area, area * size, moved * size)
-
-
-def replay_any(trace: Trace, policy: CachePolicy, capacity: int, name: str = "") -> ReplayResult:
-    """Replay any `CachePolicy` in one tier, chunk by chunk, as a live caller would ask it: slow."""
-    held, hits = set(), np.zeros((trace.requests, 3), np.int64)
-    flat = trace.without_tails(renumber=False)
-    for request in range(trace.requests):
-        keys = flat.request(request).astype(np.int64)
-        missing = [at for at, key in enumerate(keys.tolist()) if key not in held]
-        hits[request, 0] = missing[0] if missing else len(keys)
-        now_s = float(trace.arrival_s[request])
-        number = policy.begin(keys, now_s, int(trace.prompt_tokens[request]))
-        told = REASONS[trace.finish[request]], int(trace.output_tokens[request])
-        policy.end(number, now_s + trace.generation_s[request], *told)
-        held |= set(keys.tolist())
-        held -= set(policy.make_room(max(0, len(held) - capacity), now_s).tolist())
-    nothing = np.full(3, np.nan), np.full(3, np.nan), np.zeros((4, 4), np.int64)
-    tokens = np.minimum(hits * trace.block_tokens, trace.prompt_tokens[:, None])
-    return ReplayResult(trace, name, (capacity, 0, 0), hits, tokens, *nothing)

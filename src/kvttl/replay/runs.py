@@ -118,7 +118,8 @@ class RunIndex:
         """Whole requests as segments, for policies that decide once a request: far fewer."""
         columns, piece_offsets = _merge(self.offsets, self.request, self.previous, self.length)
         requests, blocks = np.arange(self.trace.requests + 1), self.trace.blocks.astype(np.int32)
-        own = (requests, requests[:-1], blocks, _short(self.trace))
+        # int32 as by run: for another type the kernels would be compiled once more.
+        own = (requests, requests[:-1].astype(np.int32), blocks, _short(self.trace))
         return _segments(*own, piece_offsets, *columns)
 
     @cached_property

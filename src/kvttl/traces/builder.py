@@ -135,7 +135,7 @@ class DenseIds:
 
     def ids(self, keys: np.ndarray) -> np.ndarray:
         """Return the dense ids of keys, shape (n,), int32; unknown keys get the next numbers."""
-        return self._numbered(keys, chained=False)
+        return self._numbered(keys, chained=False)[0]
 
     def prefixes(self, keys: np.ndarray, shown: Callable[[int], object] = int) -> np.ndarray:
         """Return `ids` of keys in prefix order, each of which always follows the same key.
@@ -154,31 +154,30 @@ class DenseIds:
         Traceback (most recent call last):
         ValueError: id 50 follows 90 here and 70 before: ids must be prefix-chained
         """
+        kept = self._count
         self._reserve(len(keys))
-        if len(self._parents) < len(self._keys):
-            self._parents.resize(len(self._keys), refcheck=False)
-        out = np.empty(len(keys), np.int32)
-        tables = self._slots, self._keys, self._parents
-        count, bad = _number_prefixes(keys, *tables, self._count, out)
+        self._parents.resize(len(self._keys), refcheck=False)
+        out, bad = self._numbered(keys, chained=False)
         if bad >= 0:
             parent = self._parents[out[bad]]
             here = shown(int(keys[bad - 1])) if bad else "nothing"
             before = shown(int(self._keys[parent])) if parent >= 0 else "nothing"
-            _forget(self._slots, self._keys, self._count, count)
+            _forget(self._slots, self._keys, kept, self._count)
+            self._count = kept
             follows = f"id {shown(int(keys[bad]))} follows {here} here and {before} before"
             raise ValueError(f"{follows}: ids must be prefix-chained")
-        self._count = count
         return out
 
     def chain(self, ids: np.ndarray) -> np.ndarray:
         """Return ids that are equal only where all ids before them in the row are equal too."""
-        return self._numbered(ids, chained=True)
+        return self._numbered(ids, chained=True)[0]
 
     def _numbered(self, row, chained):
+        """Return ids, and the first place with another parent than before (-1; if that counts)."""
         self._reserve(len(row))
-        out = np.empty(len(row), np.int32)
-        self._count = _number_row(row, chained, self._slots, self._keys, self._count, out)
-        return out
+        tables, out = (self._slots, self._keys, self._parents), np.empty(len(row), np.int32)
+        self._count, bad = _number_row(row, chained, *tables, self._count, out)
+        return out, bad
 
     def _reserve(self, more):
         need = self._count + more
@@ -211,30 +210,6 @@ def _fill_slots(slots, keys, count):
 
 
 @njit(cache=True)
-def _number_one(key, slots, keys, count):
-    at = _slot_of(key, slots, keys)
-    if slots[at] < 0:
-        slots[at] = count
-        keys[count] = key
-    return slots[at]
-
-
-@njit(cache=True)
-def _number_prefixes(row, slots, keys, parents, count, out):
-    """Return the new count and the first place whose key has another parent, or -1."""
-    parent = np.int32(-1)
-    for i in range(len(row)):
-        out[i] = _number_one(row[i], slots, keys, count)
-        if out[i] == count:
-            parents[count] = parent
-            count += 1
-        elif parents[out[i]] != parent:
-            return count, i
-        parent = out[i]
-    return count, -1
-
-
-@njit(cache=True)
 def _forget(slots, keys, kept, count):
     """Take back the last keys; in reverse, so that no probe runs into a gap."""
     for number in range(count - 1, kept - 1, -1):
@@ -242,17 +217,28 @@ def _forget(slots, keys, kept, count):
 
 
 @njit(cache=True)
-def _number_row(row, chained, slots, keys, count, out):
-    """Number keys, chained ones (dense ids) together with the number before; new count."""
+def _number_row(row, chained, slots, keys, parents, count, out):
+    """Number keys, chained ones (dense ids) together with the number before.
+
+    Returns the new count, and the first place whose key has another parent; -1: none, or no
+    `parents` are kept.
+    """
     parent = np.int64(-1)
     for i in range(len(row)):
         key = np.int64(row[i])
         if chained:
             key |= (parent + 1) << 32
-        out[i] = _number_one(key, slots, keys, count)
-        count = max(count, out[i] + 1)
+        at = _slot_of(key, slots, keys)
+        out[i] = slots[at] if slots[at] >= 0 else count
+        if out[i] == count:
+            slots[at], keys[count] = count, key
+            if len(parents):
+                parents[count] = parent
+            count += 1
+        elif len(parents) and parents[out[i]] != parent:
+            return count, i
         parent = np.int64(out[i])
-    return count
+    return count, -1
 
 
 @njit(cache=True)
