@@ -115,7 +115,8 @@ def test_an_engine_says_how_an_answer_ended_unless_the_request_does(inside_llm, 
     said = answer_of(inside_llm, asked, greedy()).outputs[0]
     hints = {"finish": "tool_calls", "output_tokens": 40}
     answer_of(inside_llm, asked, greedy(hints))
-    stopped = answer_of(inside_llm, asked, greedy(stop=[said.text[-1]])).outputs[0]
+    endless = greedy(max_tokens=600, ignore_eos=True, stop=[said.text[:1]])
+    stopped = answer_of(inside_llm, asked, endless).outputs[0]
     ends = [(record.finish_reason, record.output_tokens) for record in made(client, 3, before)]
     assert ends[:2] == [("length", 6), ("tool_calls", 40)]
     # To the engine a stop string looks like a client that has left.
