@@ -46,11 +46,13 @@ SUBAGENT_TIMES ?=
 TAKES_run := CONFIG LLM REDIS_URL POLICY INSIDE N SEED METRICS_PORT PERPLEXITY
 TAKES_serve := CONFIG LLM REDIS_URL POLICY INSIDE HOST PORT LOG ATTACH OPTIONS API_KEY_ENV
 TAKES_up := CONFIG INSIDE
+TAKES_show-start := CONFIG LLM OPTIONS
 TAKES_down := CONFIG
 TAKES_status := CONFIG
 TAKES_bench := CONFIG POLICY QUICK
 TAKES_bench-overhead := CONFIG
 TAKES_bench-gateway := CONFIG
+TAKES_bench-inside := CONFIG QUICK SEED
 TAKES_replay := TRACE POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME_UNIT SUBAGENT_TIMES
 TAKES_chaos := N SEED
 TAKES_app := PORT
@@ -71,13 +73,14 @@ export PYTHONPATH := $(CURDIR)/src
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-agents run test up down status notebooks clean-notebooks check-notebooks lint \
-	serve bench bench-gateway bench-overhead bench-sliders replay bench-replay bench-policy app lab demo-model chaos clean
+	show-start serve bench bench-gateway bench-inside bench-overhead bench-sliders replay bench-replay bench-policy app lab \
+	demo-model chaos clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 # What the wanted targets need of the machine: vLLM's CPU build links libnuma.
-NEEDS := $(sort $(if $(filter test notebooks lab run serve bench bench-gateway bench-overhead chaos,\
+NEEDS := $(sort $(if $(filter test notebooks lab run serve bench bench-gateway bench-inside bench-overhead chaos,\
 	$(MAKECMDGOALS)),libnuma1) $(if $(filter test bench-sliders,$(MAKECMDGOALS)),chromium) \
 	$(if $(filter test chaos,$(MAKECMDGOALS)),redis-server) $(if $(filter test,$(MAKECMDGOALS)),openssl))
 
@@ -99,7 +102,7 @@ install: $(READY) ## create .venv and install the pinned packages
 install-agents: $(AGENTS) ## LangChain, LangGraph and AutoGen for notebook 07 and their tests
 
 # A killed `make` takes what it started with it.
-run serve bench bench-gateway bench-overhead: export KV_END_WITH_PARENT := 1
+run serve bench bench-gateway bench-inside bench-overhead: export KV_END_WITH_PARENT := 1
 
 run: $(READY) ## real generations, placed across real tiers (LLM= REDIS_URL= POLICY= N= SEED= METRICS_PORT=)
 	@$(PY) -m kvttl.session.run --config $(CONFIG) --generations $(N) --seed $(SEED) \
@@ -120,6 +123,10 @@ serve: $(READY) ## OpenAI-compatible server, every request managed (LLM= PORT= P
 
 up: $(READY) ## start coordinator, LMCache server and Redis, and leave them running
 	@$(PY) -m kvttl.stack.commands up --config $(CONFIG) $(if $(INSIDE),--inside '$(INSIDE)')
+
+show-start: $(READY) ## what to type for a server that decides inside: three ways, by config.yaml (LLM= OPTIONS=)
+	@$(PY) -m kvttl.session.show_start --config $(CONFIG) $(if $(LLM),--llm '$(LLM)') \
+		$(if $(OPTIONS),--server-options="$$OPTIONS")
 
 down: $(READY) ## stop what `make up` started
 	@$(PY) -m kvttl.stack.commands down --config $(CONFIG)
@@ -156,6 +163,9 @@ bench-overhead: $(READY) ## what managing adds to a generation; ends with one li
 
 bench-gateway: $(READY) ## what the gateway adds to a request; ends with one line of JSON
 	@$(PY) -m kvttl.bench.gateway --config $(CONFIG)
+
+bench-inside: $(READY) ## what the server module refuses beside LMCache's LRU, and its cost; a line of JSON (QUICK=1)
+	@PYTHONPATH=src:tests LMCACHE_LOG_LEVEL=ERROR $(PY) -W ignore -m bench_inside --config $(CONFIG) --seed $(SEED) $(if $(QUICK),--quick)
 
 replay: $(READY) ## one policy on a trace; ends with one line of JSON (TRACE= POLICY= CAPACITY= SET= FORMAT= ...)
 	@$(PY) -m kvttl.replay.command --trace '$(TRACE)' --policy '$(or $(POLICY),lru)' --capacity '$(CAPACITY)' \

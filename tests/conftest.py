@@ -124,6 +124,20 @@ def llm(shared_engine):
 
 
 @pytest.fixture(scope="session")
+def plain_llm(stack):
+    """The demo model in vLLM, without LMCache: what the texts of the others are compared with."""
+    from vllm import LLM
+
+    from kvttl.session.demo_model import model_path
+
+    options = stack.engine_kwargs(model_path())
+    del options["kv_transfer_config"]
+    engine = LLM(**options)
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="session")
 def greedy():
     """Deterministic sampling, a few tokens."""
     from vllm import SamplingParams

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pickle
@@ -128,6 +129,7 @@ def inside_server(folder, config=None, *, l1_chunks=64, redis=None, options=(), 
         *options,
     ]
     env = {**os.environ, "LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1"}
+    env["LMCACHE_LOG_LEVEL"] = "INFO"  # whatever an engine in this process has set
     log = Path(folder) / "server.log"
     with open(log, "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
@@ -144,6 +146,17 @@ def inside_server(folder, config=None, *, l1_chunks=64, redis=None, options=(), 
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def stack_of(running, folder, config_path="config.yaml"):
+    """What `kvttl.session.launch.engine` needs to know of a server to connect an engine to it."""
+    from kvttl.stack.config import engine_kwargs, load_config
+
+    port, folder = int(running.url.rpartition(":")[2]), Path(folder)
+    paths = {"run_dir": str(folder / "run"), "disk_path": str(folder / "disk")}
+    config = load_config(config_path, server_port=port, **paths)
+    assert config.chunk_size_tokens == CHUNK, config.chunk_size_tokens
+    return SimpleNamespace(engine_kwargs=functools.partial(engine_kwargs, config))
 
 
 def _is_up(process, http_port, log):

@@ -143,7 +143,7 @@ def test_stored_kv_is_in_all_tiers(on, fresh_text):
     layout = on.controller.layout(tokens)
     chunks = len(tokens) // on.controller.chunk_size_tokens
     assert chunks >= 3 and len(layout.keys) == chunks
-    assert layout.counts(on.controller.instance_id) == dict.fromkeys(TIERS, chunks)
+    assert layout.of(on.controller.instance_id) == (TIERS,) * chunks
 
 
 def test_unknown_and_short_prompts_are_not_found(on, fresh_text):

@@ -32,16 +32,9 @@ def own_stack(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def texts(own_stack, prompts):
+def texts(plain_llm, prompts, greedy):
     """What an engine without LMCache answers."""
-    from vllm import LLM, SamplingParams
-
-    options = own_stack.engine_kwargs(model_path())
-    del options["kv_transfer_config"]
-    engine = LLM(**options)
-    sampling = SamplingParams(temperature=0.0, max_tokens=6)
-    outputs = [engine.generate(prompt, sampling, use_tqdm=False)[0] for prompt in prompts]
-    engine.llm_engine.engine_core.shutdown()
+    outputs = [plain_llm.generate(prompt, greedy, use_tqdm=False)[0] for prompt in prompts]
     return [output.outputs[0].text for output in outputs]
 
 

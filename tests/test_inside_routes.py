@@ -3,28 +3,66 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 from fastapi import Depends, FastAPI
 from inside_server import CHUNK, Client, inside_server, prompt
+from lmcache.v1.mp_coordinator.config import MPCoordinatorConfig
+from lmcache.v1.mp_coordinator.views import build_views
 from prometheus_client.parser import text_string_to_metric_families
+from redis_fixtures import free_port
 from starlette.testclient import TestClient
 from waiting import wait_until
 
 from kvttl.decisions.metrics import METRICS
 from kvttl.server import routes
+from kvttl.server.fleet.controller import Fleet
+from kvttl.server.module import ServerSettings
 
 TOKEN = "of-the-tests"  # noqa: S105
 CONFIG = {"heuristics": {"base_ttl": 3600.0}, "save": "demotion"}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def coordinator(tmp_path_factory):
+    """Of this machine, without a token of its own."""
+    port, log = free_port(), tmp_path_factory.mktemp("fleet") / "coordinator.log"
+    extra = {"controller_packages": ["kvttl.server.fleet"], "kvttl": {"settings": {"low": 0.7}}}
+    options = ("--extra-config", json.dumps(extra), "--instance-timeout", "3600")
+    command = [sys.executable, "-m", "lmcache.v1.mp_coordinator", "--host", "127.0.0.1"]
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port), *options], stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        wait_until(lambda: is_listening(port) or process.poll() is not None)
+        assert process.poll() is None, log.read_text()[-3000:]
+        yield SimpleNamespace(port=port, process=process, log=log)
+    finally:
+        process.terminate()
+        process.wait(15)
+
+
+def is_listening(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, coordinator):
     """Reached by the network, with a token; room for 64 chunks in gpu."""
-    options = ("--http-host", "0.0.0.0")  # noqa: S104 - that is what is tried
+    options = (
+        *("--http-host", "0.0.0.0"),  # noqa: S104 - that is what is tried
+        *("--coordinator-url", f"http://127.0.0.1:{coordinator.port}"),
+        *("--coordinator-advertise-ip", "127.0.0.1", "--coordinator-heartbeat-interval", "0.5"),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVTTL_TOKEN", TOKEN)
         with inside_server(tmp_path_factory.mktemp("routes"), CONFIG, options=options) as running:
@@ -70,6 +108,14 @@ def guarded_app(monkeypatch):
     return made
 
 
+def test_lmcache_shows_nobody_the_token_or_the_settings(server):
+    """Also before any of this kit's routes was asked."""
+    for path in ("/env", "/config", "/status"):
+        status, answer = ask(server.http_port, path, token="")
+        assert status == 200 and TOKEN not in str(answer)
+    assert {"settings", "changes"}.isdisjoint(answer["kvttl"]) and "failures" in answer["kvttl"]
+
+
 @pytest.mark.parametrize("method, path", [("GET", "/kvttl/status"), ("PATCH", "/kvttl/config")])
 @pytest.mark.parametrize("token", ["", "wrong", TOKEN + "\u00e9"])
 def test_the_network_needs_the_token(server, method, path, token):
@@ -78,13 +124,6 @@ def test_the_network_needs_the_token(server, method, path, token):
     assert status == 401 and answer["detail"].startswith("the token is missing or wrong")
     status, answer = ask(server.http_port, "/kvttl/status")
     assert status == 200 and answer["settings"]["high"] == 0.85
-
-
-def test_lmcache_shows_nobody_the_token_or_the_settings(server):
-    for path in ("/env", "/config", "/status"):
-        status, answer = ask(server.http_port, path, token="")
-        assert status == 200 and TOKEN not in str(answer)
-    assert {"settings", "changes"}.isdisjoint(answer["kvttl"]) and "failures" in answer["kvttl"]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "kv-server", ""])  # noqa: S104
@@ -127,15 +166,16 @@ def test_what_a_proxy_forwards_needs_a_token(guarded_app):
     "changes, sentence",
     [
         ({"hihg": 0.5}, "unknown setting of kvttl.server 'hihg': did you mean 'high'?"),
-        ({"high": 1.5}, "high must be > 0 and <= 1, got 1.5"),
+        ({"high": 1.5}, "high must be 0..1, got 1.5"),
         ({"low": 0.9}, "low must be > 0 and <= high (0.85), got 0.9"),
         ({"birth": "some"}, "birth must be none or all, got 'some'"),
         ({"heuristics": {"gama": None}}, "unknown setting of heuristics 'gama'"),
         ({"heuristics": {"gamma": 2}}, "gamma must be"),
-        ({"heuristics": 3}, "heuristics must be a mapping of names, got 3"),
-        ({"budgets": {"tenant-a": 0}}, "budgets['tenant-a'] must be > 0 and <= 1, got 0"),
+        ({"heuristics": 3}, "heuristics must be a mapping, got 3"),
+        ({"budgets": {"tenant-a": 0}}, "budgets['tenant-a'] must be 0..1, got 0"),
         ({"workers": 4}, "workers cannot be changed while the server runs, got 4"),
         ([0.5], "the body must be a JSON object"),
+        ({"high": float("nan")}, "the body must be a JSON object"),
         (b'{"high": ', "the body must be a JSON object"),
         ({"high": 0.5, "save": 1}, "save must be end or demotion, got 1"),  # all or nothing
     ],
@@ -192,7 +232,8 @@ def test_decisions_come_page_by_page(server, client):
     came, since = [], 0
     while True:
         status, page = ask(server.http_port, f"/kvttl/decisions?since={since}&limit=2")
-        assert status == 200 and len(page["records"]) <= 2 and page["complete"]
+        assert status == 200 and len(page["records"]) <= 2
+        assert page["complete"] == (since != 0)  # of before the start nothing is known
         came, since = came + page["records"], page["next"]
         if not page["more"]:
             break
@@ -248,14 +289,98 @@ def test_gauges_of_several_models_are_sums(server, client):
 
 def test_a_tenant_over_its_budget_gives_up_its_own(server, client):
     """The other's would go first: it ends first."""
-    change(server, budgets={"flood": 0.5})
+    change(server, high=0.85, budgets={"flood": 0.4})
     mine = prompt(30, 16)
-    client.serve(mine, salt="quiet", ttl=100.0)
+    client.serve(mine, salt="quiet", ttl=3600.0)
     for number in range(31, 41):
         client.serve(prompt(number, 10), salt="flood", pin=3600.0)
+    assert client.serve(mine, salt="quiet", ttl=3600.0) == 16
     wait_until(lambda: client.status()["waiting_decisions"] == 0)
-    assert client.serve(mine, salt="quiet", ttl=100.0) == 16
     change(server, budgets={"flood": None})
     for number in range(41, 49):
         client.serve(prompt(number, 10), salt="flood", pin=3600.0)
     assert client.look_up(mine, "quiet") < 16
+
+
+def fleet(coordinator, method="GET", body=None, token=TOKEN):
+    return ask(coordinator.port, "/kvttl/fleet", method, body, token)
+
+
+def settings(server):
+    return ask(server.http_port, "/kvttl/status")[1]["settings"]
+
+
+def register(coordinator, name, ip, port):
+    """As LMCache's servers do."""
+    body = {"instance_id": name, "ip": ip, "http_port": port}
+    headers = {"Content-Type": "application/json"}
+    assert ask(coordinator.port, "/instances", "POST", body, "", **headers)[0] == 200
+
+
+def leave(coordinator, name):
+    assert ask(coordinator.port, f"/instances/{name}", "DELETE")[0] in (200, 204)
+
+
+def test_the_fleet_shows_all_servers_and_sums_their_metrics(coordinator, server, client):
+    client.serve(prompt(50, 3))
+    wait_until(lambda: client.status()["waiting_decisions"] == 0)
+    (name,) = wait_until(lambda: fleet(coordinator)[1]["servers"])
+    register(coordinator, "again", "127.0.0.1", server.http_port)
+    register(coordinator, "away", "127.0.0.1", free_port())
+    status, answer = fleet(coordinator)
+    assert status == 200 and answer["servers"].keys() == {name, "again", "away"}
+    assert answer["servers"][name]["chunks"] == answer["servers"]["again"]["chunks"]
+    assert answer["servers"]["away"]["error"].startswith("no usable answer from http://127.0.0.1:")
+    of_one = metrics(server)["kvttl_decisions_total", "gpu"]
+    assert answer["metrics"]["kvttl_decisions_total{tier=gpu}"] == 2 * of_one > 0
+    leave(coordinator, "again")
+    leave(coordinator, "away")
+
+
+def test_the_fleets_settings_are_all_servers_also_of_those_that_come_later(coordinator, server):
+    (name,) = wait_until(lambda: fleet(coordinator)[1]["servers"])
+    register(coordinator, "away", "127.0.0.1", free_port())
+    status, answer = fleet(coordinator, "PATCH", {"max_pin_s": 60.0, "heuristics": {"alpha": 0.5}})
+    assert status == 200 and "no usable answer" in answer["servers"]["away"]["error"]
+    assert answer["servers"][name]["max_pin_s"] == 60.0
+    assert answer["settings"] == {"low": 0.7, "max_pin_s": 60.0, "heuristics": {"alpha": 0.5}}
+    assert settings(server)["heuristics"] == {"alpha": 0.5} and settings(server)["low"] == 0.7
+    status, answer = fleet(coordinator, "PATCH", {"max_pin_s": 30.0, "low": 0.99})
+    assert status == 400 and answer["detail"].startswith(f"{name}: low must be > 0 and <= high")
+    assert fleet(coordinator)[1]["settings"]["max_pin_s"] == settings(server)["max_pin_s"] == 60.0
+    change(server, max_pin_s=10.0)
+    register(coordinator, "away", "127.0.0.1", server.http_port)  # it has come back
+    wait_until(lambda: settings(server)["max_pin_s"] == 60.0)
+    leave(coordinator, "away")
+
+
+def test_a_server_outside_the_fleets_networks_is_not_asked(coordinator, server):
+    """Anybody may register; an address that reaches this machine and is not its loopback's."""
+    with socket.create_server(("0.0.0.0", 0)) as stranger:  # noqa: S104
+        stranger.setblocking(False)
+        register(coordinator, "stranger", "0.0.0.0", stranger.getsockname()[1])  # noqa: S104
+        assert "fleet's `networks`" in fleet(coordinator)[1]["servers"]["stranger"]["error"]
+        assert fleet(coordinator, "PATCH", {"high": 0.85})[0] == 200
+        leave(coordinator, "stranger")
+        with pytest.raises(BlockingIOError):
+            stranger.accept()
+
+
+@pytest.mark.parametrize(
+    "config, sentence",
+    [
+        ({"heuristics": {"base_tll": 1}}, "unknown setting of heuristics 'base_tll': did you mean"),
+        ({"heuristics": []}, r"heuristics must be a mapping, got \[\]"),
+        ({"adapters": "fs"}, "adapters must be a mapping, got 'fs'"),
+        ({"log": 5}, "log must be a text, got 5"),
+    ],
+)
+def test_wrong_settings_have_a_sentence(config, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ServerSettings.of(config)
+
+
+def test_a_wrong_option_stops_the_coordinator_with_a_sentence():
+    config = MPCoordinatorConfig(extra_config={"kvttl": {"setings": {}}})
+    with pytest.raises(ValueError, match="option of kvttl.server.fleet 'setings': did you mean"):
+        Fleet.from_config(config, build_views(config))

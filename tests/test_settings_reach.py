@@ -26,7 +26,7 @@ from kvttl.bench import contenders, overhead, speedup
 from kvttl.bench import gateway as bench_gateway
 from kvttl.serve import gateway, options
 from kvttl.serve.vllm_parts import vllm_parts
-from kvttl.session import launch, run
+from kvttl.session import launch, run, show_start
 from kvttl.stack import commands, lifecycle
 from kvttl.stack.config import PORT_FIELDS, StackConfig, kv_transfer_config, load_config
 from kvttl.stack.process import StackError
@@ -88,7 +88,7 @@ def test_every_setting_and_every_entry_is_walked():
     reads_config = {
         f"make {target}"
         for target, recipe in recipes().items()
-        if "--config" in recipe and target not in ("down", "status")
+        if "--config" in recipe and target not in ("down", "status", "show-start")
     }
     assert reads_config | {"notebooks"} == set(ENTRIES)
 
@@ -183,6 +183,19 @@ def test_inside_the_module_has_the_same_rules_of_room(tmp_path, monkeypatch):
     assert "--l2-prefetch-policy" not in arguments_of("server", StackConfig(inside=True))
     with pytest.raises(ValueError, match="eviction_policy = 'ARC' is not allowed: LRU or noop"):
         StackConfig(inside=True, eviction_policy="ARC")
+
+
+@pytest.mark.parametrize("name", sorted(OTHER.keys() - {"inside", "run_dir"}))
+def test_a_setting_changes_what_show_start_prints_or_is_named(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    value = "redis://redis.example:19105" if name == "redis_url" else OTHER[name]
+    printed = []
+    for settings in ({}, {name: value}):
+        Path("config.yaml").write_text(yaml.safe_dump({"stack": settings}))
+        assert show_start.main(["--llm", str(ROOT / "data" / "demo_model")]) == 0
+        printed.append(capsys.readouterr())
+    (plain, said), (text, notice) = printed
+    assert said == "" and (text != plain) == (f"config.yaml: {name} not used" not in notice)
 
 
 def test_settings_of_the_stack_itself(tmp_path, monkeypatch):
@@ -287,7 +300,9 @@ def test_a_misspelt_variable_and_one_that_another_target_uses():
     assert "make help does not use PORT; it takes no variables" in make("PORT=3").stderr
 
 
-@pytest.mark.parametrize("module", [gateway, run, speedup, overhead, bench_gateway, commands])
+@pytest.mark.parametrize(
+    "module", [gateway, run, speedup, overhead, bench_gateway, commands, show_start]
+)
 def test_every_option_of_a_command_is_read(module):
     tree = ast.parse(inspect.getsource(module))
     added = [

@@ -20,6 +20,19 @@ _RECORD_BYTES, _KEY_BYTES = 2_000, 120  # a record without its text, and each ch
 _PART_BYTES = 400  # of what a policy has decided
 
 
+class RecentRecords(BoundedDeque):
+    """The last records, bounded in number and in bytes.
+
+    Parameters
+    ----------
+    max_records, max_bytes : int
+        The newest one is kept whatever it takes.
+    """
+
+    def __init__(self, max_records: int, max_bytes: int) -> None:
+        super().__init__(max_records, max_bytes, _size_bytes)
+
+
 def _size_bytes(record):
     key_bytes = _KEY_BYTES + len(record.cache_salt)
     parts = _PART_BYTES * len(record.decided) + 4 * len(record.prompt or "")
@@ -48,7 +61,7 @@ class RecordKeeper:
     notify: Callable[[str], object] | None = None
 
     def __post_init__(self) -> None:
-        self.records = BoundedDeque(self.max_records, _MAX_BYTES, _size_bytes)
+        self.records = RecentRecords(self.max_records, _MAX_BYTES)
         self._keeping = threading.Lock()
 
     def keep(self, record: DecisionRecord) -> DecisionRecord:

@@ -125,7 +125,7 @@ class Directory:
         for pause_s in _pauses_s():
             time.sleep(pause_s)
             layout = self.again(layout)
-            left = len(layout.keys) - layout.counts(instance_id)["gpu"]
+            left = sum("gpu" not in tiers for tiers in layout.of(instance_id))
             if not left or time.monotonic() >= deadline_s:
                 break
         return outcome_of("gpu", len(layout.keys) - left, left, layout)

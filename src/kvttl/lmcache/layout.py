@@ -44,10 +44,6 @@ class KVLayout:
         """Return each chunk's tiers on one instance; shape (chunks,)."""
         return self.tiers.get(instance_id, ((),) * len(self.keys))
 
-    def counts(self, instance_id: str) -> dict[str, int]:
-        """Return how many chunks each tier of an instance holds."""
-        return {tier: sum(tier in tiers for tiers in self.of(instance_id)) for tier in TIERS}
-
     def under(self, salt: str) -> "KVLayout":
         """Return the layout of the chunks under one salt."""
         salt = kept_under(salt)

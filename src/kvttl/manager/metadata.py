@@ -38,9 +38,7 @@ class Observation:
     access_count: int = 0  # 0 if no prefix was seen before
     seconds_since_access: float = 0.0  # 0.0 if no prefix was seen before
     time_variance: float = 0.0  # 0..1
-    pattern_chunks: int = 0  # its length
-    is_new: bool = True  # the prompt's last complete-chunk prefix was not seen before
-    key: int | None = None  # of that last prefix, 64 bits; None without a complete chunk
+    key: int | None = None  # of its last complete-chunk prefix, 64 bits; None where it has none
 
 
 @dataclass(slots=True, eq=False)
@@ -81,11 +79,11 @@ class PromptHistory:
     Examples
     --------
     >>> history = PromptHistory(chunk_size_tokens=2)
-    >>> history.observe([1, 2, 3, 4], now_s=0).is_new
-    True
+    >>> history.observe([1, 2, 3, 4], now_s=0).access_count
+    0
     >>> seen = history.observe([1, 2, 9, 9, 9], now_s=60)  # shares one chunk
-    >>> seen.access_count, seen.seconds_since_access, seen.pattern_chunks, len(history)
-    (1, 60.0, 1, 3)
+    >>> seen.access_count, seen.seconds_since_access, len(history)
+    (1, 60.0, 3)
     """
 
     def __init__(self, chunk_size_tokens: int, max_patterns: int = 200_000) -> None:
@@ -137,7 +135,7 @@ class PromptHistory:
         return keys
 
     def _count_accesses(self, keys, now_s):
-        known, longest, gap_s = 0, None, 0.0
+        longest, gap_s = None, 0.0
         # Longer prefixes than these would be forgotten at once; the shortest becomes the newest.
         for key in reversed(keys[: self.max_patterns]):
             pattern = self._patterns.get(key)
@@ -148,13 +146,11 @@ class PromptHistory:
             pattern_gap_s = pattern.access(now_s)
             if longest is None:
                 longest, gap_s = pattern, pattern_gap_s
-            known += 1
         while len(self._patterns) > self.max_patterns:
             self._patterns.popitem(last=False)
         if longest is None:
             return Observation(key=keys[-1])
-        seen = (longest.count - 1, gap_s, longest.time_variance, known)
-        return Observation(*seen, known < len(keys), keys[-1])
+        return Observation(longest.count - 1, gap_s, longest.time_variance, keys[-1])
 
 
 def output_perplexity(output: Any, vocab_size: int) -> float | None:

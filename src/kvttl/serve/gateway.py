@@ -31,14 +31,6 @@ from kvttl.serve.options import options_of_engine, read_options, server_argument
 from kvttl.serve.vllm_parts import vllm_parts
 from kvttl.session import launch
 from kvttl.session.demo_model import model_path
-from kvttl.session.launch import (
-    add_policy_option,
-    be_quiet,
-    ends_with_parent,
-    managed,
-    new_run_folder,
-    progress,
-)
 from kvttl.stack.config import add_inside_option, overrides_of
 from kvttl.stack.lifecycle import LMCacheStack, load_config
 from tiered_caching import EngineDied, MultiTierCache
@@ -130,7 +122,7 @@ def gateway(
         uvloop = {"use_uvloop": True}  # it comes with vLLM, whose own server uses it
         loop = exits.enter_context(start_blocking_portal("asyncio", uvloop, name="kv-gateway"))
         engine = exits.enter_context(async_engine(stack, model, loop, **engine_options))
-        cache = exits.enter_context(managed(stack, None, config, background=True, **options))
+        cache = exits.enter_context(launch.managed(stack, None, config, background=True, **options))
         engine = ManagedEngine(engine, cache)
         _recover(cache, recover_from)
         app = loop.call(openai_app, engine, arguments, body_limit)
@@ -180,7 +172,7 @@ def _shut_down(engine):
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM; returns the exit status."""
     options = _options(argv)
-    ends_with_parent()
+    launch.ends_with_parent()
     said = "stopped; nothing is left running that this command started"
     return exit_status(lambda: _serve(options), said, status=0)
 
@@ -192,7 +184,7 @@ def _options(argv):
     parser.add_argument("--llm", help="model folder or hub id that is on this machine")
     parser.add_argument("--config", default="config.yaml")
     parser.add_argument("--redis-url", help="use this Redis instead of the embedded one")
-    add_policy_option(parser)
+    launch.add_policy_option(parser)
     add_inside_option(parser)
     parser.add_argument("--attach", action="store_true", help="use what `make up` runs")
     parser.add_argument("--api-key-env", default=KEY_VARIABLE, metavar="NAME")
@@ -208,9 +200,9 @@ def _options(argv):
 def _serve(options):
     api_key = read_key(options.api_key_file, options.api_key_env)
     check_exposure(options.host, api_key)
-    be_quiet()
+    launch.be_quiet()
     read_options(options.server_options)  # before anything is started in vain
-    folder = options.log or new_run_folder()
+    folder = options.log or launch.new_run_folder()
     with ExitStack() as exits:
         stack = exits.enter_context(_stack(options))
         model = model_path(options.llm)
@@ -218,7 +210,7 @@ def _serve(options):
         names = ("port", "host", "policy", "perplexity", "server_options")
         given = {name: getattr(options, name) for name in names}
         given |= {"api_key": api_key, "log": log, "recover_from": folder}
-        with progress(f"Loading vLLM with {model_name(model)}", about_s=25):
+        with launch.progress(f"Loading vLLM with {model_name(model)}", about_s=25):
             server = exits.enter_context(gateway(stack, model, **given))
         print(_welcome(server, folder, options.api_key_env if api_key else ""), flush=True)
         _until_dead(server.engine)

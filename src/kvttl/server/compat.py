@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lmcache.v1.multiprocess.request_handler import iter_request_handlers
@@ -68,23 +68,23 @@ def http_host() -> str:
     return getattr(configs.get("http"), "http_host", "0.0.0.0")  # noqa: S104 - the safe guess
 
 
-def wrapped(modules: Iterable[Any], around: Mapping[str, Callable]) -> dict[str, Callable]:
-    """Return methods that run ``around[operation](built_in, *args)`` in place of built-in handlers.
+def wrapped(modules: Iterable[Any], operations: Iterable[str]) -> dict[str, Callable]:
+    """Return a module's methods that run ``requests.operation(built_in, *args)`` of it instead.
 
     LMCache takes the last handler of an operation, and external modules come last. What
     `functools.wraps` takes over passes its check of signatures and scheduling options.
     """
     return {
-        bound.operation: _wrap(bound.handler, around[bound.operation])
+        bound.operation: _wrap(bound.handler, bound.operation)
         for module in modules
         for bound in iter_request_handlers(module)
-        if bound.operation in around
+        if bound.operation in operations
     }
 
 
-def _wrap(built_in, around):
+def _wrap(built_in, operation):
     @functools.wraps(built_in.__func__)
-    def handler(_module, *args, **kwargs):
-        return around(built_in, *args, **kwargs)
+    def handler(module, *args):
+        return getattr(module.requests, operation)(built_in, *args)
 
     return handler

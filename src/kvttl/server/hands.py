@@ -24,7 +24,7 @@ from kvttl.server.places import BIT_OF, HOT, Chunk, Places
 
 logger = logging.getLogger(__name__)
 
-_DELETE_KEYS = 500  # LMCache objects a call: gpu's lock is held for 8 ms
+_BATCH_KEYS = 500  # LMCache objects a call: gpu's lock is held for 8 ms
 _COPY_CHUNKS = 64  # through gpu at once
 _WRITE_S = 10.0  # without any copy done, after which a tier counts as failing
 _ROOM_S = 0.25  # that a store waits at most for what is being copied
@@ -77,7 +77,6 @@ class Hands:
         self._orders = _Orders()
         self.errors: dict[str, str] = {}
         self.done: Counter[str] = Counter()
-        self._promised: Counter[str] = Counter()  # bytes of stores that are under way, by tenant
         self._storing, self._moving = 0, 0
         self._promising, self._guard = threading.Lock(), guard
         for tier, (_, adapter) in self._adapters().items():
@@ -113,7 +112,9 @@ class Hands:
                 for part in _parts(cold, _COPY_CHUNKS):
                     self._load(part, PrefetchLockMode.NO_LOCK)
             elif self.can_copy and target in self._adapters():
-                self._write_down(hot, target, self._patience_s(target))
+                for _, part in _batches(hot):
+                    if not self._write_down(part, target, self._patience_s(target)):
+                        break
                 for part in _parts(cold, _COPY_CHUNKS):
                     self._copy_below(part, target)
                 self._write_down(coming, target, wait_s, may_fail=True)
@@ -130,13 +131,13 @@ class Hands:
         return _STALLED_S if tier in self.errors else _WRITE_S
 
     def _write_down(self, chunks, tier, patience_s, may_fail=False):
-        """Have LMCache's store loop copy chunks from gpu; returns when all are there, or none is.
+        """Have LMCache's store loop copy chunks from gpu; returns whether all are there.
 
         LMCache tells nobody of a copy that failed, so this waits for `patience_s` at most
         since the last copy.
         """
         if not chunks:
-            return
+            return True
         index, orders = self._adapters()[tier][0], self._orders
         objects = {
             key: chunk
@@ -158,6 +159,7 @@ class Hands:
             self.errors.pop(tier, None)
         elif not may_fail:
             self._failed([objects[key] for key in waiting], tier)
+        return not waiting
 
     def _failed(self, chunks, tier):
         """Copies were not made: are the chunks still in gpu, or does the tier take none?"""
@@ -203,9 +205,9 @@ class Hands:
     def in_gpu(self, chunks: Iterable[Chunk]) -> set[Chunk]:
         """Ask LMCache which chunks have any object in gpu."""
         found = set()
-        for space, some in by_space(chunks):
-            for hits in self._prefetch(space.rows(some), PrefetchLockMode.NO_LOCK, 1.0, True):
-                found.update(some[at] for at in hits)
+        for space, part in _batches(chunks):
+            for hits in self._prefetch(space.rows(part), PrefetchLockMode.NO_LOCK, 1.0, True):
+                found.update(part[at] for at in hits)
         return found
 
     # ---- deletes ------------------------------------------------------------------------------
@@ -216,20 +218,18 @@ class Hands:
             return self._delete_hot(chunks)
         if tier in self._adapters():
             adapter = self._adapters()[tier][1]
-            for space, some in by_space(chunks):
-                for keys in pages(list(space.objects(some)), _DELETE_KEYS):
-                    adapter.delete(list(keys))
+            for space, part in _batches(chunks):
+                adapter.delete(list(space.objects(part)))
         return []
 
     def _delete_hot(self, chunks):
         """Delete from gpu; returns those that stay, since they are in use."""
         locked = []
-        for space, some in by_space(chunks):
-            for part in pages(some, max(1, _DELETE_KEYS // space.model.world_size)):
-                _, skipped = self._sm.delete_l1_keys(list(space.objects(part)))
-                left = self.in_gpu(part) if skipped else ()  # it is not said which
-                locked += left
-                self._places.went([chunk for chunk in part if chunk not in left], "gpu")
+        for space, part in _batches(chunks):
+            _, skipped = self._sm.delete_l1_keys(list(space.objects(part)))
+            left = self.in_gpu(part) if skipped else ()  # it is not said which
+            locked += left
+            self._places.went([chunk for chunk in part if chunk not in left], "gpu")
         return locked
 
     # ---- room in gpu -------------------------------------------------------------------------
@@ -241,11 +241,11 @@ class Hands:
     def promise(self, size_bytes: int, tenant: str, stores: int) -> int:
         """Count a store and the bytes that it will take; returns all that are promised."""
         with self._promising:
-            self._promised[tenant] += size_bytes
+            self._places.coming[tenant] += size_bytes
             self._storing += stores
-            if not self._promised[tenant]:
-                del self._promised[tenant]
-            return self._promised.total()
+            if not self._places.coming[tenant]:
+                del self._places.coming[tenant]
+            return self._places.coming.total()
 
     def make_room(self, size_bytes: int) -> bool:
         """Give up what goes first until so many bytes fit into gpu; False: they do not.
@@ -282,7 +282,7 @@ class Hands:
                 lacking = int(used + size_bytes - share * total)
                 if lacking <= 0:
                     return True
-                chunks = self._places.first_to_go(lacking, before_s, total, self._promised)
+                chunks = self._places.first_to_go(lacking, before_s, total)
                 if not chunks:
                     return False
                 staying += delete(chunks)
@@ -367,6 +367,14 @@ def by_space(chunks: Iterable[Chunk]) -> Iterator[tuple[Any, list[Chunk]]]:
         groups.setdefault(id(chunk.space), []).append(chunk)
     for some in groups.values():
         yield some[0].space, some
+
+
+def _batches(chunks):
+    """Yield chunks by model and salt, as many at once as `_BATCH_KEYS` allows."""
+    for space, some in by_space(chunks):
+        objects = space.model.world_size * (len(space.layouts) or 1)
+        for part in pages(some, max(1, _BATCH_KEYS // objects)):
+            yield space, part
 
 
 def _parts(chunks, size):

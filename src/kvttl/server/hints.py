@@ -19,7 +19,6 @@ from tiered_caching import MultiTierCache
 PREFIX = "lmcache.kvttl."
 MAX_TTL_S = 604_800.0
 _MAX_CHARS = 128
-_PERPLEXITY = METADATA_FIELDS["perplexity"]
 
 
 def _number(high, low=0.0, open_low=False):
@@ -49,13 +48,13 @@ def _flag(name, value):
 HINTS: dict[str, Callable[[str, Any], Any]] = {
     "ttl": _number(MAX_TTL_S),  # seconds in the tier that is asked for
     "tier": _tier,
-    "perplexity": _number(_PERPLEXITY.high, _PERPLEXITY.low, _PERPLEXITY.open_low),
     "pin": _number(MAX_TTL_S),  # seconds in gpu, however full it is; clipped
     "session": _text,
     "finish": _text,  # how the turn ended: "stop", "tool_calls", ...
     "output_tokens": _number(2.0**53),
     "store": _flag,  # false: not worth keeping
     "manager": _flag,  # true: a manager outside hands its decision over
+    **{name: _number(f.high, f.low, f.open_low) for name, f in METADATA_FIELDS.items()},
 }
 
 
@@ -128,13 +127,8 @@ class Hinted:
     def __init__(self, in_force: Callable[[], HeuristicConfig]) -> None:
         self.in_force, self.request = in_force, threading.local()
 
-    @property
-    def base_ttl(self) -> float:
-        return self.in_force().base_ttl
-
-    @property
-    def ladder(self) -> Mapping[str, float]:
-        return self.in_force().ladder
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.in_force(), name)  # `base_ttl` and `ladder`
 
     def _decided(self, metadata):
         policy, hints = getattr(self.request, "asks", (self.in_force(), None))
@@ -170,9 +164,9 @@ class ModelManager(MultiTierCache):
 
 def as_output(ended: Ended, hints: Hints) -> Any:
     """Return what is known of an answer, as vLLM's RequestOutput has it."""
-    tokens = len(ended.tokens) - len(ended.key.token_ids)  # where an engine stores answers too
-    tokens = int(hints.wishes.get("output_tokens", max(tokens, 0)))
-    answer = {"finish_reason": hints.wishes.get("finish"), "token_ids": range(tokens)}
+    stored = max(len(ended.tokens) - len(ended.key.token_ids), 0)  # of the answer, if it is too
+    tokens = int(hints.wishes.get("output_tokens", ended.output_tokens or stored))
+    answer = {"finish_reason": hints.wishes.get("finish", ended.finish), "token_ids": range(tokens)}
     answer |= {"text": None, "logprobs": None}
     prompt = {"prompt_token_ids": ended.tokens, "num_cached_tokens": ended.hit_tokens}
     return SimpleNamespace(**prompt, outputs=[SimpleNamespace(**answer)])

@@ -7,8 +7,8 @@ TTLs end, and one that keeps gpu below its watermark.
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -22,7 +22,7 @@ from typing import Any
 from lmcache.v1.mp_observability.event import EventType
 from lmcache.v1.multiprocess.ext_server_module import server_module_handler
 
-from caching_heuristics import SETTINGS, HeuristicConfig, check_number, unknown_name
+from caching_heuristics import SETTINGS, HeuristicConfig, check_number
 from kvttl import user_path
 from kvttl.background import JobQueue, Repeater, check_whole
 from kvttl.decisions.log import DecisionLog, DecisionRecord
@@ -33,11 +33,11 @@ from kvttl.server.controller import InsideController
 from kvttl.server.guard import Guard
 from kvttl.server.handover import ManagerOutside
 from kvttl.server.hands import Hands, by_space
-from kvttl.server.hints import Hinted, Hints, ModelManager, as_output
+from kvttl.server.hints import HINTS, Hinted, Hints, ModelManager, as_output
 from kvttl.server.places import BIT_OF, TIERS_OF, Chunk, Model, Places
 from kvttl.server.policies import KvttlPrefetchPolicy, KvttlStorePolicy, are_in_use, serve
 from kvttl.server.requests import Ended, RequestHooks
-from kvttl.server.routes import Shown, mount
+from kvttl.server.routes import Shown, check_names, merged, mount
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +84,12 @@ class ServerSettings:
         for name in ("pass_s", "sweep_s", "max_pin_s", "handover_s"):
             check_number(name, getattr(self, name), 0.0, 604_800.0, open_low=True)
         check_whole("workers", self.workers)
-        for name in ("heuristics", "budgets", "adapters"):
-            if not isinstance(getattr(self, name), Mapping):
-                problem = f"must be a mapping of names, got {getattr(self, name)!r:.80}"
-                raise ValueError(f"{name} {problem}")
-        _check_names("setting of heuristics", self.heuristics, SETTINGS)
+        kinds = {"heuristics": Mapping, "budgets": Mapping, "adapters": Mapping, "log": str}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                a_kind = "a text" if kind is str else "a mapping"
+                raise ValueError(f"{name} must be {a_kind}, got {getattr(self, name)!r:.80}")
+        check_names("setting of heuristics", self.heuristics, SETTINGS)
         for salt, share in self.budgets.items():
             check_number(f"budgets[{salt!r:.80}]", share, 0.0, 1.0, open_low=True)
         _ = self.formula
@@ -101,7 +102,7 @@ class ServerSettings:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ServerSettings:
         """Return the settings in a mapping; unknown ones are a ValueError."""
-        _check_names("setting of kvttl.server", config, [each.name for each in fields(cls)])
+        check_names("setting of kvttl.server", config, [each.name for each in fields(cls)])
         return cls(**config)
 
     def changed(self, changes: Mapping[str, Any]) -> ServerSettings:
@@ -113,22 +114,16 @@ class ServerSettings:
             A setting is unknown, wrong, or cannot be changed while the server runs.
         """
         settings = asdict(self)
-        for name, value in changes.items():
+        for name in changes:
             if name in settings and name not in LIVE:
-                problem = f"cannot be changed while the server runs, got {value!r:.80}"
+                problem = f"cannot be changed while the server runs, got {changes[name]!r:.80}"
                 raise ValueError(f"{name} {problem}: it must be one of {', '.join(LIVE)}")
-            if isinstance(value, Mapping) and isinstance(settings.get(name), Mapping):
-                if name == "heuristics":
-                    _check_names("setting of heuristics", value, SETTINGS)
-                value = {n: v for n, v in {**settings[name], **value}.items() if v is not None}
-            settings[name] = value
+        settings = merged(settings, changes)
+        for name, known in (("heuristics", SETTINGS), ("budgets", settings["budgets"])):
+            if isinstance(settings[name], dict):
+                check_names(f"setting of {name}", settings[name], known)
+                settings[name] = {n: v for n, v in settings[name].items() if v is not None}
         return self.of(settings)
-
-
-def _check_names(kind, given, known):
-    for name in given:
-        if name not in known:
-            raise ValueError(unknown_name(kind, name, known))
 
 
 class KvttlModule:
@@ -162,7 +157,7 @@ class KvttlModule:
         serve(self)
         self.changes: deque = deque(maxlen=_CHANGES)
         self.handover = ManagerOutside(self)
-        self.exits, self.shown = contextlib.ExitStack(), Shown()
+        self.shown = Shown(self)
         self.shown.watch("queue_depth", lambda: len(self._decisions))
         self.places.set_budgets(self.settings.budgets)
         self.guard(mount, "routes")(self)
@@ -190,8 +185,8 @@ class KvttlModule:
 
     def close(self) -> None:
         """Stop; LMCache goes on with its own shutdown whatever happens here."""
-        self.guard(self.exits.close, "close")()
         self._keeper.close()
+        self.requests.endings.release(0.0)
         self._decisions.close(timeout_s=5.0)
         for manager in self._managers.values():
             self.guard(manager.close, "close")()
@@ -206,6 +201,15 @@ class KvttlModule:
     def decisions_call(self, payload: bytes) -> bytes:
         """Return the last records, one a line of JSON."""
         return "\n".join(record.to_json() for record in list(self.shown.records)).encode()
+
+    @server_module_handler("kvttl.ended")
+    def ended_call(self, payload: bytes) -> bytes:
+        """Hear from an engine how a request ended: its id, finish reason and answer's tokens."""
+        request_id, finish, tokens = json.loads(payload)
+        finish = None if finish is None else HINTS["finish"]("finish", finish)
+        tokens = int(HINTS["output_tokens"]("output_tokens", tokens))
+        self.requests.endings.meet(request_id, {"finish": finish, "output_tokens": tokens})
+        return b""
 
     def status(self) -> dict[str, Any]:
         """Return what is where, what was done and what fails."""
@@ -387,11 +391,8 @@ class KvttlModule:
 
 def build(build_context: Any) -> KvttlModule:
     """Make the module of one server; only wrong settings and another manager raise."""
-    holder: list[KvttlModule] = []
-    around = {
-        name: (lambda call, *args, _name=name: getattr(holder[0].requests, _name)(call, *args))
-        for name in WRAPPED
-    }
-    methods = wrapped(build_context.modules, around)
-    holder.append(type("KvttlServerModule", (KvttlModule,), methods)(build_context))
-    return holder[0]
+    methods = wrapped(build_context.modules, WRAPPED)
+    module = type("KvttlServerModule", (KvttlModule,), methods)(build_context)
+    gc.collect()
+    gc.freeze()  # what is here now stays: no collection has to look at it, for 0.1 s, again
+    return module

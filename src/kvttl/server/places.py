@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lmcache.v1.distributed.api import GroupedObjectKeys, ObjectKey
@@ -163,15 +163,30 @@ class Places:
     ----------
     context : MPCacheServerContext
         Knows the layouts of models.
+
+    Attributes
+    ----------
+    coming : Counter
+        Bytes that stores under way bring to gpu, by tenant.
     """
 
     def __init__(self, context: Any) -> None:
         self._registry, sm = context.layout_desc_registry, context.storage_manager
         self._align = 4096 if sm.is_multi_l1 else sm.l1_memory_desc.align_bytes
         self._spaces: dict[tuple, Space] = {}
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._stored: deque[tuple] = deque()  # by requests, and not entered yet
         self._everybody, self._own = _Order(), {}
+        self.coming: Counter[str] = Counter()
         self.hot_chunks = 0
+
+    @property
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Who takes it first enters what stores have left: these wait for nobody."""
+        with self._lock:
+            self._enter_stored()
+            yield
 
     def space(self, name: str, world_size: int, salt: str) -> Space | None:
         """Return the chunks of a model under a salt; None while LMCache knows no such model."""
@@ -194,9 +209,8 @@ class Places:
             for space in self._spaces.values():
                 self._sort_in(space)
                 for order in space.orders[1:]:
-                    hot = [chunk for chunk in space.chunks.values() if chunk.bits & HOT]
-                    order.hot_bytes += len(hot) * space.all_bytes
-                    for chunk in hot:
+                    for chunk in [chunk for chunk in space.chunks.values() if chunk.bits & HOT]:
+                        order.hot_bytes += space.all_bytes
                         order.enter(chunk)
 
     def _sort_in(self, space):
@@ -217,8 +231,12 @@ class Places:
 
     def stored(self, space: Space, first: int, digests: Sequence[bytes]) -> None:
         """Take note of chunks that a request has stored; `first` is the first one's number."""
-        chunks, now_s, come = space.chunks, time.time(), []
-        with self.lock:
+        self._stored.append((space, first, digests, time.time()))
+
+    def _enter_stored(self):
+        while self._stored:
+            space, first, digests, now_s = self._stored.popleft()
+            chunks, come = space.chunks, []
             for depth, digest in enumerate(digests, first):
                 chunk = chunks.get(digest)
                 if chunk is None:
@@ -262,6 +280,8 @@ class Places:
 
     def of_objects(self, keys: Iterable[ObjectKey], new: bool = False) -> Iterator[Chunk]:
         """Yield the chunks of LMCache's objects; unknown ones only if they are `new`."""
+        with self.lock:  # all that was stored is entered
+            pass
         for key in keys:
             size = ObjectKey.WorldSizeFromKVRank(key.kv_rank)
             space = self.space(key.model_name, size, key.cache_salt)
@@ -280,6 +300,8 @@ class Places:
             No engine has said yet what the model's chunks look like.
         """
         found = []
+        with self.lock:  # as above
+            pass
         for key in keys:
             digest, space = bytes.fromhex(key.partition("@")[0]), self.space(*model, salt_of(key))
             if space is None:
@@ -299,22 +321,18 @@ class Places:
             self._trim()
 
     def first_to_go(
-        self,
-        size_bytes: int,
-        before_s: float = math.inf,
-        hot_bytes: int = 0,
-        coming: Mapping[str, int] = MappingProxyType({}),
+        self, size_bytes: int, before_s: float = math.inf, hot_bytes: int = 0
     ) -> list[Chunk]:
         """Take chunks out of the order that have at least so many bytes, if there are.
 
-        First of tenants that have more of gpu's `hot_bytes` than their budgets, with the bytes
-        that are `coming`. Of those that nothing is decided about only what came before
+        First of tenants that have more of gpu's `hot_bytes` than their budgets, with what is
+        coming. Of those that nothing is decided about only what came before
         `before_s`. Whoever takes them tells `went` of those that are gone and `stay` of the others.
         """
         taken: dict[Chunk, None] = {}
         with self.lock:
             for tenant, order in self._own.items():
-                over = order.hot_bytes + coming.get(tenant, 0) - int(order.share * hot_bytes)
+                over = order.hot_bytes + self.coming[tenant] - int(order.share * hot_bytes)
                 own = min(size_bytes, over)
                 if own > 0:
                     size_bytes -= own - order.take(own, before_s, taken)

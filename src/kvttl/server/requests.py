@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from kvttl.server.hands import Hands
 from kvttl.server.places import Chunk, Places
 
 _MAX_OPEN_S = 900.0  # LMCache ends a session that nobody ends after 600 s
+_WORD_S = 1.0  # that a request's end and what its engine says of it wait for each other
 
 
 class Ended(NamedTuple):
@@ -22,6 +24,45 @@ class Ended(NamedTuple):
     hit_tokens: int
     began_s: float
     ended_s: float
+    finish: str | None = None  # what the engine says, if it says anything
+    output_tokens: int = 0
+
+
+class Endings:
+    """Pairs requests that have ended with what their engine says of that, in either order.
+
+    An engine without this kit's connector says nothing. Where none has spoken yet nothing waits.
+
+    Parameters
+    ----------
+    decide : callable
+        Gets each `Ended`.
+    """
+
+    def __init__(self, decide: Callable[[Ended], Any]) -> None:
+        self._decide, self._lock, self._has_heard = decide, threading.Lock(), False
+        self._alone: dict[str, tuple[float, Any]] = {}  # request id -> since when, and which half
+
+    def meet(self, request_id: str, half: Ended | dict[str, Any]) -> None:
+        """Take a request's end, or its engine's word: ``finish`` and ``output_tokens``."""
+        self._has_heard |= isinstance(half, dict)
+        with self._lock:
+            _, other = self._alone.pop(request_id, (0.0, None))
+            waits = self._has_heard and type(other) in (type(None), type(half))
+            if waits:
+                self._alone[request_id] = time.monotonic(), half
+        if not waits:
+            ended, word = (half, other or {}) if isinstance(half, Ended) else (other, half)
+            self._decide(ended._replace(**word))
+
+    def release(self, older_s: float) -> None:
+        """Let nobody wait for longer: requests are decided about, words without one are lost."""
+        limit_s = time.monotonic() - older_s
+        for request_id, (since_s, half) in list(self._alone.items()):
+            if since_s > limit_s:
+                return
+            if self._alone.pop(request_id, None) and isinstance(half, Ended):
+                self._decide(half)
 
 
 class RequestHooks:
@@ -42,6 +83,8 @@ class RequestHooks:
     ----------
     open : dict
         Request id -> when it was looked up, Unix time.
+    endings : Endings
+        Hears from engines how requests have ended.
     unseen : int
         Requests whose look-up did not come by here: another module has the handlers.
     """
@@ -54,7 +97,8 @@ class RequestHooks:
         guard: Guard,
         ended: Callable[[Ended], Any],
     ) -> None:
-        self._context, self._places, self._hands, self._tell = context, places, hands, ended
+        self._context, self._places, self._hands = context, places, hands
+        self.endings = Endings(ended)
         self.open: dict[str, float] = {}
         self.unseen = 0
         self._unsure: set[tuple[str, int]] = set()  # stores that there may have been no room for
@@ -133,12 +177,17 @@ class RequestHooks:
         began_s, key = self.open.pop(session.request_id, None), session.lookup_ipc_key
         if began_s is not None and key is not None:  # else a store came after the request's end
             hits = max(session.prefetch_hit_chunks, 0) * self._context.chunk_size
-            self._tell(Ended(key, session.token_ids, hits, began_s, time.time()))
+            half = Ended(key, session.token_ids, hits, began_s, time.time())
+            self.endings.meet(session.request_id, half)
         elif session.prefetch_hit_chunks >= 0:
             self.unseen += 1
 
     def forget_lost(self) -> None:
-        """Forget requests that never had a session: shorter than a chunk, or of no known model."""
+        """Forget requests that never had a session: shorter than a chunk, or of no known model.
+
+        Those whose engine keeps silent are decided about.
+        """
+        self.endings.release(_WORD_S)
         limit_s = time.time() - _MAX_OPEN_S
         for request_id, began_s in list(self.open.items()):
             if began_s > limit_s:

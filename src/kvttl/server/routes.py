@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,7 +19,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.concurrency import run_in_threadpool
 
-from caching_heuristics import check_number
+from caching_heuristics import check_number, unknown_name
 from kvttl.decisions.keeper import RecentRecords
 from kvttl.decisions.metrics import DecisionMetrics, is_loopback
 from kvttl.decisions.record import DecisionRecord
@@ -59,11 +59,12 @@ def guarded(host: str) -> Callable[[Request], None]:
     host : str
         What the HTTP server is bound to.
     """
+    secret = token().encode()
 
     def allow(request: Request) -> None:
-        if token():
+        if secret:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
-            same = hmac.compare_digest(given.strip().encode("latin-1"), token().encode())
+            same = hmac.compare_digest(given.strip().encode("latin-1"), secret)
             if not same or scheme.lower() != "bearer":
                 problem = "the token is missing or wrong: send `Authorization: Bearer <token>`"
                 raise HTTPException(401, problem, {"WWW-Authenticate": "Bearer"})
@@ -95,12 +96,15 @@ class Shown(DecisionMetrics):
         The newest of all models, in the order in which they came.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: Any) -> None:
         super().__init__()
         self.records = RecentRecords(_MAX_RECORDS, _MAX_BYTES)
         self._came_s: deque[float] = deque()  # of `records`; each later than the one before
-        self._forgot_s = 0.0  # when the newest came that is no longer there
+        self._forgot_s = time.time()  # when the newest came that is not there, or no longer
         self._keeping, self._watched = threading.Lock(), {}
+        self._status = module.status
+        self.collect = module.guard(lambda: list(self._collect()), "metrics", [])
+        REGISTRY.register(self)  # what LMCache's ``/metrics`` shows
 
     def observe(self, record: DecisionRecord) -> None:
         """Keep one more record, and count it."""
@@ -119,6 +123,20 @@ class Shown(DecisionMetrics):
         of_all = max if name == "failing_tiers" else sum
         super().watch(name, lambda: of_all([each() for each in functions]))
 
+    def describe(self) -> list[Metric]:
+        """Return nothing, so that a module that is not ready is not asked for its metrics."""
+        return []
+
+    def _collect(self):
+        yield from self.registry.collect()
+        status = self._status()
+        for key, (name, text, *labels) in _STATUS.items():
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            family = kind(name, text, labels=labels)
+            for label, number in status[key].items() if labels else [("", status[key])]:
+                family.add_metric([label] if labels else [], number)
+            yield family
+
     def page(self, since_s: float, limit: int) -> str:
         """Return as JSON at most `limit` records that came after a time, the oldest first.
 
@@ -134,35 +152,31 @@ class Shown(DecisionMetrics):
         return f'{json.dumps(facts)[:-1]}, "records": [{lines}]}}'
 
 
-class _Collector:
-    """What LMCache's ``/metrics`` asks, at each scrape."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-        self.collect = module.guard(lambda: list(self._collect()), "metrics", [])
-
-    def describe(self) -> list[Metric]:
-        return []  # else it would be asked before the module is ready
-
-    def _collect(self) -> Iterator[Metric]:
-        yield from self._module.shown.registry.collect()
-        status = self._module.status()
-        for key, (name, text, *labels) in _STATUS.items():
-            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            family = kind(name, text, labels=labels)
-            for label, number in status[key].items() if labels else [("", status[key])]:
-                family.add_metric([label] if labels else [], number)
-            yield family
-
-
 def mount(module: Any) -> None:
-    """Add all routes and metrics of a module to its server, before that is started."""
-    collector = _Collector(module)
-    REGISTRY.register(collector)
-    module.exits.callback(REGISTRY.unregister, collector)
+    """Add all routes of a module to its server, before that is started."""
     allowed = Depends(guarded(http_host()))
     for router in (routes(module), module.handover.router()):
         http_app().include_router(router, prefix="/kvttl", dependencies=[allowed])
+
+
+def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with changes; of a mapping's names only those that are changed.
+
+    Examples
+    --------
+    >>> merged({"high": 0.9, "budgets": {"a": 0.5}}, {"budgets": {"b": 0.25}})
+    {'high': 0.9, 'budgets': {'a': 0.5, 'b': 0.25}}
+    """
+    parts = {n: each for n, each in changes.items() if isinstance(each, dict)}
+    both = {n: {**settings[n], **parts[n]} for n in parts if isinstance(settings.get(n), dict)}
+    return {**settings, **changes, **both}
+
+
+def check_names(kind: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise a ValueError that names the first unknown one of some names."""
+    for name in given:
+        if name not in known:
+            raise ValueError(unknown_name(kind, name, known))
 
 
 @contextlib.contextmanager
@@ -188,7 +202,8 @@ async def json_object(request: Request) -> Mapping[str, Any]:
         raise HTTPException(413, f"content-length must be 0..{_MAX_BYTES}, got {size!r:.80}")
     try:
         body = await request.json()
-    except ValueError:
+        json.dumps(body, allow_nan=False)
+    except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
         raise HTTPException(400, "the body must be a JSON object")
@@ -206,9 +221,9 @@ def routes(module: Any) -> APIRouter:
     @router.get("/decisions")
     def decisions(since: str = "0", limit: str = "100") -> Response:
         with refusing():
-            since_s = check_number("since", _number(since), 0.0, 1e12)
-            count = check_number("limit", _number(limit), 1, 1_000)
-        return Response(module.shown.page(since_s, int(count)), media_type="application/json")
+            count = int(check_number("limit", _number(limit), 1, 1_000))
+            page = module.shown.page(check_number("since", _number(since), 0.0, 1e12), count)
+        return Response(page, media_type="application/json")
 
     @router.patch("/config")
     async def config(request: Request, trial: bool = False) -> dict[str, Any]:

@@ -12,22 +12,19 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
-from kvttl import user_path
 from kvttl.background import Repeater
 from kvttl.manager.clock import SessionClock
 from kvttl.manager.policy import POLICY_NAMES
 from kvttl.session.demo_model import prompt_perplexity
 from kvttl.settings import load_settings
-from kvttl.stack.config import PORT_FIELDS, StackConfig, overrides_of
+from kvttl.stack.config import PORT_FIELDS, StackConfig
 from kvttl.stack.lifecycle import LMCacheStack, StackError, load_config
 from kvttl.stack.services import check_folders
 from tiered_caching import MultiTierCache
-
-RUNS_FOLDER = Path("data/runs")
-
 
 # vLLM and LMCache write some 80 lines before the first token, torch one a process,
 # and Python's resource tracker one about vLLM's shared memory at the end.
@@ -38,23 +35,19 @@ _QUIET = dict.fromkeys(_LOG_LEVELS, "ERROR") | {
 }
 
 
-def new_run_folder(runs: str | Path = RUNS_FOLDER) -> Path:
+def new_run_folder() -> Path:
     """Return the folder of a run's log and picture, named by the time (not made yet)."""
-    return user_path(runs) / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    return Path("data/runs") / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
 
 
 @contextmanager
-def session_stack(
-    config_path: str | Path = "config.yaml",
-    redis_url: str | None = None,
-    inside: int | None = None,
-):
+def session_stack(config_path: str | Path = "config.yaml", **overrides: Any):
     """Start a stack of the session's own: free ports, an empty disk tier, gone afterwards.
 
     Its disk tier is a folder in `disk_path`: KV that an earlier run left there would be hits
     that nobody manages.
     """
-    config = load_config(config_path, **overrides_of(inside, redis_url))
+    config = load_config(config_path, **overrides)
     say_unused(config, PORT_FIELDS, "a session takes free ports")
     with session_folder(config) as folder:
         with started(LMCacheStack(config.replaced(disk_path=folder), free_ports=True)) as stack:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 
 from caching_heuristics import TIERS
 from kvttl import exit_status, user_path
-from kvttl.decisions.log import DecisionLog, DecisionRecord
+from kvttl.decisions.log import DecisionLog, DecisionRecord, to_frame
 from kvttl.decisions.metrics import DecisionMetrics
 from kvttl.manager.clock import ends_on_the_way
 from kvttl.manager.metadata import PERPLEXITY_SOURCES
@@ -24,7 +24,7 @@ from kvttl.session import launch
 from kvttl.session.demo_model import model_path
 from kvttl.session.workload import Request, session_requests
 from kvttl.settings import FILE_NAME, save_settings
-from kvttl.stack.config import add_inside_option
+from kvttl.stack.config import add_inside_option, overrides_of
 from tiered_caching import MultiTierCache
 
 MAX_TOKENS = 12  # of each answer: the session is about prompts
@@ -57,10 +57,11 @@ def _run(options):
     folder = options.out or launch.new_run_folder()
     started_s, model = time.perf_counter(), model_path(options.llm)
     made = {**launch.measuring(model, options.perplexity), "policy": options.policy}
+    given = overrides_of(options.inside, options.redis_url)
     with (
         _metrics(options.metrics_port) as metrics,
         DecisionLog(folder) as log,
-        launch.session_stack(options.config, options.redis_url, options.inside) as stack,
+        launch.session_stack(options.config, **given) as stack,
         launch.engine(stack, model) as llm,
         launch.session_manager(stack, llm, log=log, metrics=metrics, **made) as cache,
     ):
@@ -145,31 +146,27 @@ def _expiry_line(record, numbers):
 
 def session_summary(records: Sequence[DecisionRecord]) -> str:
     """Return what came of a session: hits, moves, TTLs, time."""
-    import numpy as np
-
-    expiries = sum(record.kind == "expiry" for record in records)
-    swept = [record for record in records if record.kind in ("expiry", "settled")]
+    frame = to_frame(records)
+    made = frame[frame["kind"] == "generation"]
     generations = [record for record in records if record.kind == "generation"]
-    prompt_tokens = sum(record.prompt_tokens for record in generations)
-    hits = sum((Counter(record.hit_tokens) for record in generations), Counter())
-    ttls = [record.ttl_s for record in generations if record.ttl_s]
-    ttl = np.percentile(ttls, [10, 50, 90]) if ttls else [np.nan] * 3
-    times_s = [(record.generate_s, record.manage_s) for record in generations]
-    generate_ms, manage_ms = np.array(times_s or [(np.nan, np.nan)]).T * 1e3
-    failed = sum(bool(record.error) for record in generations)
-    hit_share = sum(hits.values()) / max(prompt_tokens, 1)
+    swept = [record for record in records if record.kind in ("expiry", "settled")]
+    hits = {tier: made[f"hit_tokens_{tier}"].sum() for tier in (*TIERS, "none")}
+    hit_share = sum(hits.values()) / max(made["prompt_tokens"].sum(), 1)
+    manage_ms = made["manage_s"].quantile([0.5, 0.9]) * 1e3
     return "\n".join(
         (
-            f"\n{len(generations)} generations, {prompt_tokens} prompt tokens,"
-            f" {failed} not managed",
+            f"\n{len(made)} generations, {made['prompt_tokens'].sum()} prompt tokens,"
+            f" {(made['error'] != '').sum()} not managed",
             f"  hit tokens      {sum(hits.values())} ({hit_share:.0%}): {_parts(hits) or 'none'}",
             f"  wanted tiers    {_parts(Counter(r.wanted_tier or 'none' for r in generations))}",
             f"  chunks moved    {_parts(_moved_chunks(generations)) or 'none'}",
-            f"  TTLs that ended {expiries}: {_parts(_moved_chunks(swept)) or 'no move'}",
-            "  TTL             p10 {:.0f} s, p50 {:.0f} s, p90 {:.0f} s".format(*ttl),
-            f"  per generation  {np.median(generate_ms):.0f} ms in the engine (p50); managing,"
-            f" in the background: {np.median(manage_ms):.1f} ms (p50),"
-            f" {np.percentile(manage_ms, 90):.1f} ms (p90)",
+            f"  TTLs that ended {(frame['kind'] == 'expiry').sum()}:"
+            f" {_parts(_moved_chunks(swept)) or 'no move'}",
+            "  TTL             p10 {:.0f} s, p50 {:.0f} s, p90 {:.0f} s".format(
+                *made["ttl_s"].quantile([0.1, 0.5, 0.9])
+            ),
+            f"  per generation  {made['generate_s'].median() * 1e3:.0f} ms in the engine (p50);"
+            " managing, in the background: {:.1f} ms (p50), {:.1f} ms (p90)".format(*manage_ms),
         )
     )
 

@@ -173,18 +173,23 @@ def kv_transfer_config(config: StackConfig):
     """The `KVTransferConfig` that connects a vLLM engine to the LMCache server."""
     from vllm.config import KVTransferConfig  # seconds, and not needed to run the stack
 
+    return KVTransferConfig(**kv_transfer_settings(config))
+
+
+def kv_transfer_settings(config: StackConfig) -> dict[str, Any]:
+    """The same as vLLM's ``--kv-transfer-config`` takes it."""
     extra = {"lmcache.mp.host": f"tcp://{config.host}", "lmcache.mp.port": config.server_port}
     extra["lmcache.mp.mq_timeout"] = config.mq_timeout_s
     extra["lmcache.mp.heartbeat_interval"] = config.engine_heartbeat_s
-    return KVTransferConfig(
-        kv_connector="LMCacheMPConnector",
+    return {
+        "kv_connector": "LMCacheMPConnector",
         # LMCache's own ends the engine at an aborted request; see there.
-        kv_connector_module_path="kvttl.stack.engine_connector",
-        kv_role="kv_both",
+        "kv_connector_module_path": "kvttl.stack.engine_connector",
+        "kv_role": "kv_both",
         # A chunk that vanishes between lookup and load costs a recompute, not the request.
-        kv_load_failure_policy="recompute",
-        kv_connector_extra_config=extra,
-    )
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": extra,
+    }
 
 
 def engine_kwargs(config: StackConfig, model: str, **overrides) -> dict:

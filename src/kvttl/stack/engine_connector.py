@@ -14,16 +14,22 @@ and the report of a store waits for the request's last store.
 
 LMCache keys KV by token ids, model and ``cache_salt`` (vLLM issue 44250). Here a LoRA adapter,
 embeddings and images are part of the salt, also of requests that no manager has seen.
+
+A server with this kit's module (`kvttl.server`) is told how each request ended and how many tokens
+its answer has: nothing else that an engine sends says it.
 """
 
 import inspect
+import json
 import logging
 import time
 from typing import Any
 from uuid import uuid4
 
+from lmcache.v1.multiprocess.protocols.server_module import ServerModuleCallRequest
 from vllm.distributed.kv_transfer.kv_connector.v1 import lmcache_mp_connector
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 
 from kvttl.lmcache.salts import LoadedAdapters, kept_under
 from kvttl.stack.cpu_lora import spare_tokens_without_adapter
@@ -53,6 +59,11 @@ class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
         self._aborted_loads: set[str] = set()  # scheduler: finished meanwhile; for the workers
         self._adapters = LoadedAdapters()  # scheduler
         self._finished: set[str] = set()  # worker: finished, while a store is under way
+        # Scheduler: of each server, whether it has the module; LMCache logs an unknown call.
+        adapter = vars(self).get("scheduler_adapter")
+        clients = adapter.req_clients.values() if adapter else ()
+        ask = ServerModuleCallRequest("kvttl.status", b"")
+        self._asked = [(client, client.server_module_call(ask)) for client in clients]
 
     # ---- in the scheduler's process -----------------------------------------
 
@@ -94,12 +105,23 @@ class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
             request.kv_transfer_params = None  # aborted unseen: LMCache has nothing to tell of it
         elif tracker.state.name == "PREFETCHING":
             self._unlock(request.request_id, tracker)
+        self._tell_end(request)  # before the session's end, over the same queue
         waits_for_store, parameters = super().request_finished(request, block_ids)
         if request.request_id in self._loading:  # then vLLM waits for the load by itself
             self._loading.remove(request.request_id)
             self._aborted_loads.add(request.request_id)
             waits_for_store = False
         return waits_for_store, parameters
+
+    def _tell_end(self, request):
+        """Tell servers how a request ended; the scheduler waits for no answer."""
+        try:
+            word = json.dumps([request.request_id, *_end_of(request)]).encode()
+            for client, asked in self._asked if self.scheduler_adapter.is_healthy else ():
+                if getattr(asked.result_, "success", False):
+                    client.server_module_call(ServerModuleCallRequest("kvttl.ended", word))
+        except Exception:  # nothing may end the engine
+            logger.exception("no word of the end of request %s", request.request_id)
 
     def _unlock(self, request_id, tracker):
         """Free what the look-up of a request has locked that is aborted before its load.
@@ -133,9 +155,20 @@ class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
         return stored, loaded
 
 
+def _end_of(request):
+    """Return a request's finish reason and its answer's tokens, as its engine knows them.
+
+    A client that leaves and a stop string are both an abort there: None if it may be the latter.
+    """
+    reason = RequestStatus.get_finished_reason(request.status)
+    if f"{reason}" == "abort" and getattr(request.sampling_params, "stop", None):
+        reason = None
+    return reason and f"{reason}", request.num_output_tokens
+
+
 def _check_versions() -> None:
     """Refuse a vLLM or LMCache that would not call, or not heed, the methods above."""
-    own = ("__", "_abc", "_salt_of", "_unlock")
+    own = ("__", "_abc", "_salt_of", "_tell_end", "_unlock")
     hooks = [name for name in vars(LMCacheMPConnector) if not name.startswith(own)]
     base = lmcache_mp_connector.LMCacheMPConnector
     missing = [name for name in hooks if not hasattr(base, name)]

@@ -57,14 +57,10 @@ def _is_orphan(process, parent_pid):
         return True
 
 
-def _ask_for_amx():
-    if platform.machine() == "x86_64":  # arch_prctl(ARCH_REQ_XCOMP_PERM, tile data); may be refused
-        ctypes.CDLL(None).syscall(158, 0x1023, 18)
-
-
 class EndsWithOwner:
     """Adds nothing to vLLM's worker: loading this module in its process was the purpose."""
 
 
 watch_owner()
-_ask_for_amx()
+if platform.machine() == "x86_64":  # arch_prctl(ARCH_REQ_XCOMP_PERM, tile data); may be refused
+    ctypes.CDLL(None).syscall(158, 0x1023, 18)

@@ -159,6 +159,11 @@ def spawn(name: str, arguments: list[str], log_path: Path, env: dict, detached: 
     command = [sys.executable, "-P", "-m", CHILD_MODULE, str(owner), name, *arguments]
     paths = [str(PROJECT / "src"), env.get("PYTHONPATH")]
     env = {**env, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return spawn_command(name, command, log_path, env)
+
+
+def spawn_command(name: str, command: list[str], log_path: Path, env: dict) -> Child:
+    """Start a program in a session of its own, its output in `log_path`."""
     if log_path.exists():  # what an earlier life wrote must not be taken for this one's
         log_path.replace(log_path.with_suffix(".log.old"))
     with log_path.open("wb") as log:

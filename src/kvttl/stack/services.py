@@ -48,19 +48,37 @@ def arguments_of(name: str, config: StackConfig) -> list[str]:
             arguments += ["--checkpoint-path", str(checkpoint_path(config))]
             arguments += ["--checkpoint-interval", str(config.directory_checkpoint_s)]
         return arguments
-    adapters = map(adapter_settings, config.storage.keys(), config.storage.values())
-    named = (part for adapter in adapters for part in ("--l2-adapter", json.dumps(adapter)))
-    rules = module_arguments(config) if config.inside else _RULES.format(config).split()
-    return [*_SERVER.format(config).split(), *rules, *named]
+    rules = _module_arguments(config) if config.inside else _RULES.format(config).split()
+    first = f"{_ADDRESS} {_SERVER} {_AT_COORDINATOR}".format(config).split()
+    return [*first, *rules, *_adapters(config.storage)]
 
 
-def module_arguments(config: StackConfig) -> list[str]:
-    """Arguments of a server that decides by itself, with the saved settings of `load_settings`."""
+def standalone_arguments(config: StackConfig) -> list[str]:
+    """Arguments of a server that decides by itself, without coordinator and embedded Redis.
+
+    Where it listens for engines is left out.
+    """
+    if str(config.redis_url).startswith("rediss:"):
+        raise ValueError(
+            "redis_url: LMCache's own client has no TLS; `make up INSIDE=1` starts ours"
+        )
+    own = {tier: at for tier, at in config.storage.items() if tier == "disk" or config.redis_url}
+    return [*_SERVER.format(config).split(), *_module_arguments(config), *_adapters(own)]
+
+
+def _adapters(storage):
+    adapters = map(adapter_settings, storage.keys(), storage.values())
+    return [part for adapter in adapters for part in ("--l2-adapter", json.dumps(adapter))]
+
+
+def _module_arguments(config):
+    """Return what lets a server decide by itself, with the saved settings of `load_settings`."""
     saved, default = load_settings().to_dict(), HeuristicConfig().to_dict()
     high = config.trigger_watermark
     low = max(1e-3, round(high * (1 - config.eviction_ratio), 4))
     settings = {"high": high, "low": min(low, high)}
-    settings["heuristics"] = {name: saved[name] for name in saved if saved[name] != default[name]}
+    if own := {name: value for name, value in saved.items() if value != default[name]}:
+        settings["heuristics"] = own
     module = {"module_path": "kvttl.server", "config": settings}
     # By default the module says what a hit leaves in the memory tier.
     keeps = ["--l2-prefetch-policy", "retain"] if config.prefetch_policy == "retain" else []
@@ -73,14 +91,17 @@ _COORDINATOR = (
     "--instance-timeout {1} --health-check-interval {0.registration_heartbeat_s} "
     "--timeout-keep-alive 60"
 )
+_ADDRESS = "--host {0.host} --port {0.server_port} --http-host {0.host}"
 _SERVER = (
-    "--host {0.host} --port {0.server_port} --http-host {0.host} --http-port {0.server_http_port} "
-    "--instance-id {0.instance_id} --chunk-size {0.chunk_size_tokens} --l1-size-gb {0.l1_size_gb} "
-    "--coordinator-url {0.coordinator_url} --coordinator-advertise-ip {0.host} "
-    "--coordinator-heartbeat-interval {0.registration_heartbeat_s} --coordinator-event-reporting "
-    "--coordinator-event-flush-interval {0.event_flush_interval_s} "
+    "--http-port {0.server_http_port} --instance-id {0.instance_id} "
+    "--chunk-size {0.chunk_size_tokens} --l1-size-gb {0.l1_size_gb} "
     # CPU engines copy KV themselves, GPU engines let the server do it.
     "--supported-transfer-mode auto --no-run-script-api-enabled"
+)
+_AT_COORDINATOR = (
+    "--coordinator-url {0.coordinator_url} --coordinator-advertise-ip {0.host} "
+    "--coordinator-heartbeat-interval {0.registration_heartbeat_s} --coordinator-event-reporting "
+    "--coordinator-event-flush-interval {0.event_flush_interval_s}"
 )
 _RULES = (
     "--eviction-policy {0.eviction_policy} --l2-prefetch-policy {0.prefetch_policy} "
