@@ -33,8 +33,7 @@ class RecentRecords(BoundedDeque):
         super().__init__(max_records, max_bytes, _size_bytes)
 
 
-def size_of(record: DecisionRecord) -> int:
-    """Return what a record in memory takes, about: bytes."""
+def _size_bytes(record):
     key_bytes = _KEY_BYTES + len(record.cache_salt)
     parts = _PART_BYTES * len(record.decided) + 4 * len(record.prompt or "")
     return _RECORD_BYTES + key_bytes * len(record.chunk_keys) + parts

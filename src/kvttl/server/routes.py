@@ -20,7 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from starlette.concurrency import run_in_threadpool
 
 from caching_heuristics import check_number, unknown_name
-from kvttl.decisions.keeper import size_of
+from kvttl.decisions.keeper import RecentRecords
 from kvttl.decisions.metrics import DecisionMetrics, is_loopback
 from kvttl.decisions.record import DecisionRecord
 from kvttl.lmcache.client import TOKEN_VARIABLE
@@ -92,13 +92,13 @@ class Shown(DecisionMetrics):
 
     Attributes
     ----------
-    records : BoundedDeque
+    records : RecentRecords
         The newest of all models, in the order in which they came.
     """
 
     def __init__(self, module: Any) -> None:
         super().__init__()
-        self.records = BoundedDeque(_MAX_RECORDS, _MAX_BYTES, size_of)
+        self.records = RecentRecords(_MAX_RECORDS, _MAX_BYTES)
         self._came_s: deque[float] = deque()  # of `records`; each later than the one before
         self._forgot_s = time.time()  # when the newest came that is not there, or no longer
         self._keeping, self._watched = threading.Lock(), {}
