@@ -181,7 +181,7 @@ class Handover:
         if self._hellos is not None:
             self._hellos.close()
         with contextlib.suppress(LMCacheError):  # it will notice
-            self._tell("bye")
+            self._tell("hello", leaves=True)
 
     # ---- as a placement, and what settles ---------------------------------------------------
 

@@ -45,6 +45,7 @@ class Who(msgspec.Struct):
 class _Hello(msgspec.Struct):
     who: Who
     until_s: float | None = None  # TTLs are to end until then
+    leaves: bool = False
 
 
 class _About(msgspec.Struct):
@@ -148,19 +149,15 @@ class ManagerOutside:
             manager.claims.set_ladder(self._who.ladder)
 
     def hello(self, ask: _Hello) -> dict[str, Any]:
-        """Begin or go on to lead, and let TTLs end if that is asked for."""
+        """Begin, go on or end to lead; let TTLs end if that is asked for."""
         self._meet(ask.who)
+        if ask.leaves:
+            self._until_s = -math.inf
         for manager in self._module.managers.values() if ask.until_s is not None else ():
             manager.sweep(ask.until_s)
         settings = self._module.settings
         policy = getattr(settings, "policy", "formula")
         return {"silent_s": settings.handover_s, "policy": policy, "time_s": time.time()}
-
-    def bye(self, ask: _Hello) -> dict[str, Any]:
-        """End to lead."""
-        self._meet(ask.who)
-        self._until_s = -math.inf
-        return {}
 
     # ---- decisions ---------------------------------------------------------------------------
 
