@@ -365,7 +365,7 @@ def costs(requests: int) -> dict[str, float]:
 
 def _of_many_chunks(module):
     """Enter many chunks, none of which is due; what a pass and a sweep cost then."""
-    (manager,) = module._managers.values()
+    (manager,) = module.managers.values()
     (space,) = {chunk.space for chunk in module.places.chunks()}
     digests = [hashlib.sha256(str(number).encode()).digest() for number in range(MANY)]
     start_s = time.thread_time()

@@ -139,7 +139,7 @@ class ManagerOutside:
                 )
             self._who, self._heard_s = who, time.monotonic()
             self._until_s = self._heard_s + self._module.settings.handover_s
-        for manager in self._module.managers.values():
+        for manager in list(self._module.managers.values()):
             self.lead(manager)
 
     def lead(self, manager: Any) -> None:
@@ -153,7 +153,7 @@ class ManagerOutside:
         self._meet(ask.who)
         if ask.leaves:
             self._until_s = -math.inf
-        for manager in self._module.managers.values() if ask.until_s is not None else ():
+        for manager in list(self._module.managers.values()) if ask.until_s is not None else ():
             manager.sweep(ask.until_s)
         settings = self._module.settings
         policy = getattr(settings, "policy", "formula")

@@ -84,7 +84,7 @@ class KvttlModule:
         self.requests = RequestHooks(context, self.places, self.hands, self.guard, self._ended)
         url = build_context.coordinator_config.url or f"port:{build_context.mp_config.port}"
         self._lease = ServerLease(f"{self.instance_id} at {url.rpartition('/')[2]}")
-        self._managers: dict[Model, ModelManager] = {}
+        self.managers: dict[Model, ModelManager] = {}  # of models that were decided about
         self._making, self.shed, self._passed_s = threading.Lock(), 0, time.monotonic()
         base_path = self.hands.address("disk")[0]
         self.journals = open_journals(self.settings.journal, base_path, self.places)
@@ -101,8 +101,7 @@ class KvttlModule:
         self.places.set_budgets(self.settings.budgets)
         self.guard(mount, "routes")(self)
         if not by_name and POLICIES not in self.absent:
-            both = KvttlStorePolicy(), KvttlPrefetchPolicy()
-            use_policies(self._sm, *both)
+            use_policies(self._sm, KvttlStorePolicy(), KvttlPrefetchPolicy())
         bus = context.event_bus
         bus.subscribe(EventType.L1_KEYS_EVICTED, self.guard(self._gone, "deletes"))
         bus.subscribe(EventType.L1_ALLOCATION_FAILED, self.guard(self._refused, "refusals"))
@@ -135,7 +134,7 @@ class KvttlModule:
         self._keeper.close()
         self.requests.endings.release(0.0)
         self._decisions.close(timeout_s=5.0)
-        for manager in list(self._managers.values()):
+        for manager in list(self.managers.values()):
             self.guard(manager.close, "close")()
         self._writer.close()
         if self.journals:
@@ -165,7 +164,7 @@ class KvttlModule:
         """Return what is where, what was done and what fails."""
         chunks, (used, total) = self.places.chunks(), self._sm.get_l1_usage()
         tiers = [tier for chunk in chunks for tier in TIERS_OF[chunk.bits]]
-        managers = {model.name: manager for model, manager in self._managers.items()}
+        managers = {model.name: manager for model, manager in list(self.managers.items())}
         return {
             "chunks": {tier: tiers.count(tier) for tier in ("gpu", *self.hands.tiers)},
             "gpu_bytes": [used, total],
@@ -203,7 +202,7 @@ class KvttlModule:
             if not is_trial:
                 self.settings = settings
                 self.places.set_budgets(settings.budgets)
-                for manager in self._managers.values():
+                for manager in list(self.managers.values()):
                     manager.claims.set_ladder(settings.formula.ladder)
                 self.changes.append({"time_s": time.time(), "settings": dict(changes)})
                 logger.warning("settings changed: %s", json.dumps(changes))
@@ -224,7 +223,7 @@ class KvttlModule:
     def manager(self, model: Model) -> ModelManager:
         """Return the manager of a model, the same one for all who ask."""
         with self._making:
-            if model not in self._managers:
+            if model not in self.managers:
                 folder, costs = self.settings.log, self.settings.costs
                 log = DecisionLog(user_path(folder) / digest_of(model)) if folder else None
                 journal = self.journals.of(model, log) if self.journals else None
@@ -244,8 +243,8 @@ class KvttlModule:
                 self.handover.lead(manager)
                 if journal:
                     self.guard(manager.take_up, "recovery")(journal)
-                self._managers[model] = manager
-            return self._managers[model]
+                self.managers[model] = manager
+            return self.managers[model]
 
     def _manage(self, ended: Ended) -> None:
         """Decide about a request that has ended, and have its KV cache placed."""
@@ -287,11 +286,6 @@ class KvttlModule:
             self.places.valued(unknown, [(-1, ends_s)] * len(unknown))
         return chunks, hot
 
-    @property
-    def managers(self) -> dict[Model, ModelManager]:
-        """Those of all models that anything was decided about."""
-        return dict(self._managers)
-
     # ---- from start to start, and threads that fail ---------------------------------------------
 
     def _begin(self):
@@ -305,7 +299,7 @@ class KvttlModule:
             logger.warning(text)
 
     def _threads(self):
-        sweeps = {f"sweep of {m.name}": each.sweeper for m, each in list(self._managers.items())}
+        sweeps = {f"sweep of {m.name}": each.sweeper for m, each in list(self.managers.items())}
         own = {"pass": self._keeper, "journal": self._writer, "decisions": self._decisions}
         return own | sweeps
 
@@ -330,7 +324,7 @@ class KvttlModule:
         """Say which objects that a hit loads from below stay in gpu: what a claim wants there."""
         wanted: dict[bytes, Any] = {}
         for space, chunks in by_space(self.places.of_objects(keys)):
-            if manager := self._managers.get(space.model):
+            if manager := self.managers.get(space.model):
                 tiers = manager.claims.wanted([chunk.key for chunk in chunks], manager.clock())
                 hot = [chunk for chunk, tier in zip(chunks, tiers) if tier == "gpu"]
                 self.places.came(hot, "gpu")
@@ -372,7 +366,7 @@ class KvttlModule:
         """Write chunks down that are wanted and have no other copy; delete them from gpu."""
         for space, some in by_space(chunks):
             unsaved = [chunk for chunk in some if chunk.bits == BIT_OF["gpu"]]
-            manager = self._managers.get(space.model)
+            manager = self.managers.get(space.model)
             if manager and unsaved and self.hands.tiers:
                 keys = [chunk.key for chunk in unsaved]
                 tiers = manager.claims.wanted(keys, manager.clock())
