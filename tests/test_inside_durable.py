@@ -433,6 +433,7 @@ def test_a_policy_that_learns_decides_and_gpu_follows_its_values(tmp_path):
     config = {
         **ONE_HOUR,
         "policy": "adaptive",
+        "workers": 1,
         "save": "demotion",
         "high": 1.0,
         "low": 1.0,
