@@ -19,7 +19,7 @@ from inside_server import CHUNK, Client, prompt
 from waiting import wait_until
 
 from kvttl.lmcache.client import get_json, server_settings
-from kvttl.session.show_start import running, start_blocks
+from kvttl.session.show_start import start_blocks, typed
 from kvttl.session.workload import session_requests
 from kvttl.stack.config import ENGINE_ENV, PORT_FIELDS, StackConfig, load_config
 from kvttl.stack.lifecycle import LMCacheStack, StackError
@@ -160,7 +160,7 @@ def test_what_only_the_kits_own_stack_can_follow_is_refused_and_no_password_is_s
 @pytest.mark.parametrize("way", ["server", "launcher"])
 def test_a_server_starts_as_shown(way, shown, tmp_path):
     block = f"{shown.setup}\n{shown.ways[way]}"
-    with running(block, shown.http, "/healthcheck", tmp_path / "log", 600):
+    with typed(block, shown.http, "/healthcheck", tmp_path / "log", 600):
         client = Client(shown.url)
         status = client.status()
         assert status["settings"]["heuristics"]["base_ttl"] == 1234.0
@@ -183,7 +183,7 @@ def served(shown, folder):
             patch.setenv(name, value)
         patch.setenv("PYTHONPATH", str(folder / "site"))
         block = f"{shown.setup}\n{shown.ways['engine']}"
-        with running(block, shown.vllm, "/v1/models", folder / "vllm.log", 600):
+        with typed(block, shown.vllm, "/v1/models", folder / "vllm.log", 600):
             yield shown
 
 

@@ -107,7 +107,7 @@ def _block(words):
 
 
 @contextmanager
-def running(block: str, url: str, path: str, log: Path, within_s: float = 300) -> Iterator[Child]:
+def typed(block: str, url: str, path: str, log: Path, within_s: float = 300) -> Iterator[Child]:
     """Type a block into a shell; what it starts has answered at `url` + `path`, and ends here.
 
     Raises
