@@ -19,7 +19,7 @@ from inside_server import CHUNK, Client, prompt
 from waiting import wait_until
 
 from kvttl.lmcache.client import get_json, server_settings
-from kvttl.session.show_start import decisions_of, start_blocks, typed
+from kvttl.session.show_start import decided_inside, start_blocks, typed
 from kvttl.session.workload import session_requests
 from kvttl.stack.config import ENGINE_ENV, PORT_FIELDS, StackConfig, load_config
 from kvttl.stack.lifecycle import LMCacheStack, StackError
@@ -207,7 +207,7 @@ def ask(served):
 def decided(served, count=0):
     """The records of generations, once there are more than `count`."""
 
-    records = decisions_of(served.http, ["generation"], count + 1)
+    records = decided_inside(served.http, ["generation"], count + 1)
     assert len(records) > count
     return records
 
@@ -251,7 +251,7 @@ def test_ttls_of_a_plain_client_end_on_the_ladder(served, ask):
     prompt = decided(served, count)[-1].prompt_digest
 
     def ended():
-        ends = [r for r in decisions_of(served.http, ["expiry"]) if r.prompt_digest == prompt]
+        ends = [r for r in decided_inside(served.http, ["expiry"]) if r.prompt_digest == prompt]
         return len(ends) == 3 and ends
 
     ends = [(r.from_tier, r.wanted_tier, r.tier_after) for r in wait_until(ended)]

@@ -128,7 +128,7 @@ def typed(block: str, url: str, path: str, log: Path, within_s: float = 300) -> 
         atexit.unregister(child.stop)
 
 
-def decisions_of(url: str, kinds: Sequence[str], count: int = 0) -> list[DecisionRecord]:
+def decided_inside(url: str, kinds: Sequence[str], count: int = 0) -> list[DecisionRecord]:
     """Return what the module of the LMCache server at `url` has decided, once there is so much."""
 
     def look():
