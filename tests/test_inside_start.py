@@ -19,7 +19,7 @@ from inside_server import CHUNK, Client, prompt
 from waiting import wait_until
 
 from kvttl.lmcache.client import get_json, server_settings
-from kvttl.session.show_start import running, start_blocks
+from kvttl.session.show_start import decided_inside, start_blocks, typed
 from kvttl.session.workload import session_requests
 from kvttl.stack.config import ENGINE_ENV, PORT_FIELDS, StackConfig, load_config
 from kvttl.stack.lifecycle import LMCacheStack, StackError
@@ -160,7 +160,7 @@ def test_what_only_the_kits_own_stack_can_follow_is_refused_and_no_password_is_s
 @pytest.mark.parametrize("way", ["server", "launcher"])
 def test_a_server_starts_as_shown(way, shown, tmp_path):
     block = f"{shown.setup}\n{shown.ways[way]}"
-    with running(block, shown.http, "/healthcheck", tmp_path / "log", 600):
+    with typed(block, shown.http, "/healthcheck", tmp_path / "log", 600):
         client = Client(shown.url)
         status = client.status()
         assert status["settings"]["heuristics"]["base_ttl"] == 1234.0
@@ -183,7 +183,7 @@ def served(shown, folder):
             patch.setenv(name, value)
         patch.setenv("PYTHONPATH", str(folder / "site"))
         block = f"{shown.setup}\n{shown.ways['engine']}"
-        with running(block, shown.vllm, "/v1/models", folder / "vllm.log", 600):
+        with typed(block, shown.vllm, "/v1/models", folder / "vllm.log", 600):
             yield shown
 
 
@@ -204,15 +204,12 @@ def ask(served):
         yield call
 
 
-def decided(served, count=0, kind="generation"):
-    """The records of a kind, once there are more than `count`."""
+def decided(served, count=0):
+    """The records of generations, once there are more than `count`."""
 
-    def look():
-        page = requests.get(f"{served.http}/kvttl/decisions", timeout=60).json()
-        records = [SimpleNamespace(**each) for each in page["records"] if each["kind"] == kind]
-        return len(records) > count and records
-
-    return wait_until(look)
+    records = decided_inside(served.http, ["generation"], count + 1)
+    assert len(records) > count
+    return records
 
 
 def about(topic):
@@ -254,7 +251,7 @@ def test_ttls_of_a_plain_client_end_on_the_ladder(served, ask):
     prompt = decided(served, count)[-1].prompt_digest
 
     def ended():
-        ends = [r for r in decided(served, kind="expiry") if r.prompt_digest == prompt]
+        ends = [r for r in decided_inside(served.http, ["expiry"]) if r.prompt_digest == prompt]
         return len(ends) == 3 and ends
 
     ends = [(r.from_tier, r.wanted_tier, r.tier_after) for r in wait_until(ended)]

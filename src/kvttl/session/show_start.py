@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from kvttl import PROJECT, exit_status
+from kvttl.decisions.record import DecisionRecord
 from kvttl.lmcache.client import get_json
 from kvttl.session.demo_model import model_path
 from kvttl.session.launch import say_unused
@@ -107,7 +108,7 @@ def _block(words):
 
 
 @contextmanager
-def running(block: str, url: str, path: str, log: Path, within_s: float = 300) -> Iterator[Child]:
+def typed(block: str, url: str, path: str, log: Path, within_s: float = 300) -> Iterator[Child]:
     """Type a block into a shell; what it starts has answered at `url` + `path`, and ends here.
 
     Raises
@@ -125,6 +126,17 @@ def running(block: str, url: str, path: str, log: Path, within_s: float = 300) -
     finally:
         child.stop(10.0)
         atexit.unregister(child.stop)
+
+
+def decided_inside(url: str, kinds: Sequence[str], count: int = 0) -> list[DecisionRecord]:
+    """Return what the module of the LMCache server at `url` has decided, once there is so much."""
+
+    def look():
+        rows = get_json(url, "/kvttl/decisions?limit=1000").get("records", ())
+        return [DecisionRecord(**row) for row in rows if row["kind"] in kinds]
+
+    comes_true(lambda: len(look()) >= count, 120.0)
+    return look()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
