@@ -80,8 +80,9 @@ def test_a_session_is_decided_alike_outside_and_inside(stack, llm, inside_llm, p
     """Times come as metadata, as hints inside; how often a prompt came is counted by each."""
     rng, prompts = random.Random(SEED), [r.prompt for r in session_requests(REQUESTS, SEED)]
     plain = [answer_of(plain_llm, text, greedy()).outputs[0] for text in prompts]
-    # Every other answer ends by itself, at what would be its third token.
-    stops = [{"stop_token_ids": [a.token_ids[2]]} if n % 2 else {} for n, a in enumerate(plain)]
+    # Every other answer ends by itself, at its third token if it has so many.
+    ends = [answer.token_ids[:3][-1] for answer in plain]
+    stops = [{"stop_token_ids": [end]} if n % 2 else {} for n, end in enumerate(ends)]
     said = [
         {
             "perplexity": rng.uniform(5.0, 60.0),
