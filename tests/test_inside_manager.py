@@ -21,7 +21,6 @@ from kvttl.lmcache.lease import AlreadyManaged
 from kvttl.session import launch
 from kvttl.session.demo_model import model_path
 from kvttl.stack import services
-from kvttl.stack.services import module_arguments
 from tiered_caching import MultiTierCache
 
 HOT, COLD = {"perplexity": 5.0, "time_variance": 0.0}, {"perplexity": 90.0, "time_variance": 0.9}
@@ -34,14 +33,19 @@ PLAIN = SimpleNamespace(extra_args=None, logprobs=None, n=1)
 def stack(tmp_path_factory, redis_url):
     """A server that decides, and waits some seconds only for a manager outside."""
 
-    def arguments(config):
-        *others, module = module_arguments(config)
-        module = json.loads(module)
-        module["config"] |= {"handover_s": HANDOVER_S}
-        return [*others, json.dumps(module)]
+    usual = services.arguments_of
+
+    def arguments_of(name, config):
+        arguments = usual(name, config)
+        if name == "server":
+            at = arguments.index("--server-module") + 1
+            module = json.loads(arguments[at])
+            module["config"]["handover_s"] = HANDOVER_S
+            arguments[at] = json.dumps(module)
+        return arguments
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(services, "module_arguments", arguments)
+        patch.setattr(services, "arguments_of", arguments_of)
         with new_stack(tmp_path_factory.mktemp("inside"), redis_url, inside=True) as running:
             yield running
 
