@@ -320,7 +320,7 @@ def test_kills_amid_stores_lose_nothing_wanted_and_leave_nothing_for_ever(tmp_pa
     with inside_server(tmp_path, config, redis=redis_port) as running:
         wait_until(lambda: on_disk(tmp_path) == wanted["disk"])  # no engine has come yet
         wait_until(lambda: in_redis(redis_port) == wanted["remote"])
-        assert not (tmp_path / "disk" / other).exists()
+        wait_until(lambda: not (tmp_path / "disk" / other).exists())
         client = Client(running.url)
         assert [client.look_up(prompt(number, 5)) for number in (1, 2, 11, 12)] == [5] * 4
         status = client.status()

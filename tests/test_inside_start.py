@@ -224,12 +224,14 @@ def test_an_unmodified_vllm_hits_in_the_second_round(served, ask):
     second = [ask(prompt) for prompt in prompts]
     texts = [text for text, _ in first]
     assert [text for text, _ in second] == texts and len(set(texts)) > 1
-    records = decided(served, 7)
-    assert [sum(r.hit_tokens.values()) for r in records] == [hits for _, hits in first + second]
-    for record in records[4:]:
+    records = decided(served, 7)  # two workers decide: in an order of their own
+    hits = [sum(record.hit_tokens.values()) for record in records]
+    assert sorted(hits) == sorted(hits for _, hits in first + second)
+    again = [record for record in records if record.metadata["access_count"]]
+    assert [r.metadata["access_count"] for r in again] == [1] * 4
+    for record in again:
         assert record.hit_tokens == {"gpu": record.prompt_tokens // CHUNK * CHUNK}
     assert {(r.wanted_tier, r.error) for r in records} == {("gpu", "")}
-    assert [r.metadata["access_count"] for r in records] == [0] * 4 + [1] * 4
 
 
 def test_hints_in_a_request_of_a_plain_client_are_followed_and_answered(served, ask):

@@ -59,10 +59,11 @@ class LMCacheMPConnector(lmcache_mp_connector.LMCacheMPConnector):
         self._aborted_loads: set[str] = set()  # scheduler: finished meanwhile; for the workers
         self._adapters = LoadedAdapters()  # scheduler
         self._finished: set[str] = set()  # worker: finished, while a store is under way
-        # Scheduler: of each server, whether it has the module; LMCache logs an unknown call.
+        # Scheduler: of each server, whether it has the module; LMCache logs an unknown call. A word
+        # of no request also says that others will come, so that the module waits for the first.
         adapter = vars(self).get("scheduler_adapter")
         clients = adapter.req_clients.values() if adapter else ()
-        ask = ServerModuleCallRequest("kvttl.status", b"")
+        ask = ServerModuleCallRequest("kvttl.ended", b'["", null, 0]')
         self._asked = [(client, client.server_module_call(ask)) for client in clients]
 
     # ---- in the scheduler's process -----------------------------------------
