@@ -13,8 +13,9 @@ from kvttl.server.guard import Guard
 from kvttl.server.hands import Hands
 from kvttl.server.places import Chunk, Places
 
+_WORD_LASTS_S = 60.0  # of an engine: a busy server hears of ends late
 _MAX_OPEN_S = 900.0  # LMCache ends a session that nobody ends after 600 s
-_WORD_S = 1.0  # that a request's end and what its engine says of it wait for each other
+_WORD_S = 1.0  # that a request's end waits for it
 
 
 class Ended(NamedTuple):
@@ -57,12 +58,12 @@ class Endings:
             self._decide(ended._replace(**word))
 
     def release(self, older_s: float) -> None:
-        """Let nobody wait for longer: requests are decided about, words without one are lost."""
-        limit_s = time.monotonic() - older_s
+        """Let no request wait for longer; a word waits, since a busy server hears of ends late."""
+        now_s = time.monotonic()
         for request_id, (since_s, half) in list(self._alone.items()):
-            if since_s > limit_s:
-                return
-            if self._alone.pop(request_id, None) and isinstance(half, Ended):
+            is_end = isinstance(half, Ended)
+            is_over = since_s <= now_s - (older_s if is_end else _WORD_LASTS_S)
+            if is_over and self._alone.pop(request_id, None) and is_end:
                 self._decide(half)
 
 

@@ -164,7 +164,8 @@ def _end_of(request):
     reason = RequestStatus.get_finished_reason(request.status)
     if f"{reason}" == "abort" and getattr(request.sampling_params, "stop", None):
         reason = None
-    return reason and f"{reason}", request.num_output_tokens
+    # "stop" is 0: an IntEnum
+    return None if reason is None else f"{reason}", request.num_output_tokens
 
 
 def _check_versions() -> None:
