@@ -15,7 +15,8 @@ LLM ?=
 REDIS_URL ?=
 # POLICY=adaptive: TTLs that learn; of run, serve and bench formula, of replay lru by default.
 POLICY ?=
-# INSIDE=1 of run, serve and up: the decisions are made inside LMCache's server (config.yaml's inside).
+# INSIDE=1 of run, serve and up: the decisions are made inside LMCache's server (config.yaml's inside);
+# INSIDE=adaptive, or POLICY=adaptive INSIDE=1: by a policy that learns.
 INSIDE ?=
 # make serve HOST=... PORT=8000 LOG=<folder> ATTACH=1 OPTIONS="--max-model-len 4096 --enable-lora"
 HOST ?=
@@ -52,7 +53,7 @@ TAKES_status := CONFIG
 TAKES_bench := CONFIG POLICY QUICK
 TAKES_bench-overhead := CONFIG
 TAKES_bench-gateway := CONFIG
-TAKES_bench-inside := CONFIG QUICK SEED
+TAKES_bench-inside := QUICK SEED
 TAKES_replay := TRACE POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME_UNIT SUBAGENT_TIMES
 TAKES_chaos := N SEED
 TAKES_app := PORT
@@ -165,7 +166,7 @@ bench-gateway: $(READY) ## what the gateway adds to a request; ends with one lin
 	@$(PY) -m kvttl.bench.gateway --config $(CONFIG)
 
 bench-inside: $(READY) ## what the server module refuses beside LMCache's LRU, and its cost; a line of JSON (QUICK=1)
-	@PYTHONPATH=src:tests LMCACHE_LOG_LEVEL=ERROR $(PY) -W ignore -m bench_inside --config $(CONFIG) --seed $(SEED) $(if $(QUICK),--quick)
+	@PYTHONPATH=src:tests LMCACHE_LOG_LEVEL=ERROR $(PY) -W ignore -m bench_inside --seed $(SEED) $(if $(QUICK),--quick)
 
 replay: $(READY) ## one policy on a trace; ends with one line of JSON (TRACE= POLICY= CAPACITY= SET= FORMAT= ...)
 	@$(PY) -m kvttl.replay.command --trace '$(TRACE)' --policy '$(or $(POLICY),lru)' --capacity '$(CAPACITY)' \

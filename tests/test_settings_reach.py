@@ -28,7 +28,13 @@ from kvttl.serve import gateway, options
 from kvttl.serve.vllm_parts import vllm_parts
 from kvttl.session import launch, run, show_start
 from kvttl.stack import commands, lifecycle
-from kvttl.stack.config import PORT_FIELDS, StackConfig, kv_transfer_config, load_config
+from kvttl.stack.config import (
+    PORT_FIELDS,
+    StackConfig,
+    kv_transfer_config,
+    load_config,
+    overrides_of,
+)
 from kvttl.stack.process import StackError
 from kvttl.stack.services import SERVICES, arguments_of, child_env
 
@@ -181,6 +187,17 @@ def test_inside_the_module_has_the_same_rules_of_room(tmp_path, monkeypatch):
     assert module["config"] == {"high": 0.8, "low": 0.6, "heuristics": {"base_ttl": 77.0}}
     assert arguments[arguments.index("--l2-prefetch-policy") + 1] == "retain"
     assert "--l2-prefetch-policy" not in arguments_of("server", StackConfig(inside=True))
+    learns = arguments_of("server", StackConfig(inside="adaptive"))
+    assert '"policy": "adaptive"' in learns[learns.index("--server-module") + 1]
+    assert (
+        overrides_of("1", policy="adaptive") == overrides_of("adaptive") == {"inside": "adaptive"}
+    )
+    assert (overrides_of("1"), overrides_of("0", policy="adaptive")) == (
+        {"inside": True},
+        {"inside": False},
+    )
+    with pytest.raises(ValueError, match="inside = 'clever' is not allowed: true, false or one of"):
+        StackConfig(inside="clever")
     with pytest.raises(ValueError, match="eviction_policy = 'ARC' is not allowed: LRU or noop"):
         StackConfig(inside=True, eviction_policy="ARC")
 

@@ -15,6 +15,8 @@ from kvttl.storage.redis_client import TLS_OPTIONS, URL_FORM, RedisLimits, check
 # read by vLLM itself, so they cannot travel as engine arguments
 ENGINE_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 ENGINE_ENV |= {"LMCACHE_TRACK_USAGE": "false", "DO_NOT_TRACK": "1"}
+POLICIES_INSIDE = ("adaptive", "recency", "fixed")  # that learn; else the heuristics decide
+_SWITCH = {"0": False, "1": True}
 PORT_FIELDS = ("coordinator_port", "server_port", "server_http_port", "redis_port")
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -62,9 +64,10 @@ class StackConfig(BaseModel):
         ``"default"`` drops it again after the load.
     directory_checkpoint_s : float
         How often the coordinator saves its directory for a restart, seconds; 0 = never.
-    inside : bool
-        Whether `kvttl.server` decides inside the server. Then its TTLs say what leaves the memory
-        tier, between the same watermark and ratio.
+    inside : bool or str
+        Whether `kvttl.server` decides inside the server, by the heuristics or by the policy of
+        this name. Then its TTLs say what leaves the memory tier, between the same watermark and
+        ratio.
 
     Raises
     ------
@@ -103,7 +106,9 @@ class StackConfig(BaseModel):
     registration_heartbeat_s: float = Field(1.0, ge=0.1, le=10)
     event_flush_interval_s: float = Field(1e-5, ge=1e-6, le=10)
     directory_checkpoint_s: float = Field(1.0, ge=0, le=3600)
-    inside: bool = Field(False, description="true or false")
+    inside: bool | Literal[POLICIES_INSIDE] = Field(
+        False, description=f"true, false or one of {', '.join(POLICIES_INSIDE)}"
+    )
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -222,13 +227,17 @@ def engine_kwargs(config: StackConfig, model: str, **overrides) -> dict:
 
 def add_inside_option(parser: Any) -> None:
     """Let a command be told where the decisions are made."""
-    parser.add_argument("--inside", type=int, choices=(0, 1), help="1: in LMCache's server")
+    choices, help = ("0", "1", *POLICIES_INSIDE), "1 or a policy: in LMCache's server"
+    parser.add_argument("--inside", choices=choices, help=help)
 
 
-def overrides_of(inside: int | None, redis_url: str | None = None) -> dict[str, Any]:
+def overrides_of(
+    inside: str | None, redis_url: str | None = None, policy: str = "formula"
+) -> dict[str, Any]:
     """Return overrides for `load_config`: of a command's options those that were used."""
     options = {"redis_url": redis_url} if redis_url else {}
-    return options if inside is None else {**options, "inside": bool(inside)}
+    inside = policy if inside == "1" and policy != "formula" else inside
+    return options if inside is None else {**options, "inside": _SWITCH.get(inside, inside)}
 
 
 def load_config(path: str | Path = "config.yaml", **overrides) -> StackConfig:

@@ -79,6 +79,8 @@ def _module_arguments(config):
     settings = {"high": high, "low": min(low, high)}
     if own := {name: value for name, value in saved.items() if value != default[name]}:
         settings["heuristics"] = own
+    if isinstance(config.inside, str):
+        settings["policy"] = config.inside
     module = {"module_path": "kvttl.server", "config": settings}
     # By default the module says what a hit leaves in the memory tier.
     keeps = ["--l2-prefetch-policy", "retain"] if config.prefetch_policy == "retain" else []
@@ -231,8 +233,9 @@ def _is_our_server(config: StackConfig) -> bool:
     settings = server_settings(config.server_http_url)
     if not settings:
         return False
-    same = ("instance_id", "server_port", "chunk_size_tokens", "inside")
+    same = ("instance_id", "server_port", "chunk_size_tokens")
     wanted = {field: getattr(config, field) for field in same}
+    wanted["inside"] = bool(config.inside)  # its policy is compared where a manager says hello
     wanted |= {"coordinator": config.coordinator_url, **_storage(config)}
     for field, value in wanted.items():
         if settings.get(field) != value:
