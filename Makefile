@@ -105,7 +105,7 @@ install-agents: $(AGENTS) ## LangChain, LangGraph and AutoGen for notebook 07 an
 # A killed `make` takes what it started with it.
 run serve bench bench-gateway bench-inside bench-overhead: export KV_END_WITH_PARENT := 1
 
-run: $(READY) ## real generations, placed across real tiers (LLM= REDIS_URL= POLICY= N= SEED= METRICS_PORT=)
+run: $(READY) ## real generations, placed across real tiers (LLM= REDIS_URL= POLICY= INSIDE= N= SEED= METRICS_PORT=)
 	@$(PY) -m kvttl.session.run --config $(CONFIG) --generations $(N) --seed $(SEED) \
 		--perplexity $(PERPLEXITY) $(if $(LLM),--llm '$(LLM)') $(if $(POLICY),--policy '$(POLICY)') \
 		$(if $(REDIS_URL),--redis-url '$(REDIS_URL)') $(if $(INSIDE),--inside '$(INSIDE)') \
@@ -114,7 +114,7 @@ run: $(READY) ## real generations, placed across real tiers (LLM= REDIS_URL= POL
 test: $(AGENTS) ## all tests, on the real stack, notebooks included
 	@$(PY) -m pytest --numprocesses 2 --dist loadfile
 
-serve: $(READY) ## OpenAI-compatible server, every request managed (LLM= PORT= POLICY= OPTIONS="--max-model-len 4096")
+serve: $(READY) ## OpenAI-compatible server, every request managed (LLM= PORT= POLICY= INSIDE= OPTIONS="--max-model-len 4096")
 	@$(PY) -m kvttl.serve.gateway --config $(CONFIG) --api-key-env '$(API_KEY_ENV)' \
 		$(if $(PORT),--port $(PORT)) $(if $(HOST),--host '$(HOST)') \
 		$(if $(LLM),--llm '$(LLM)') $(if $(REDIS_URL),--redis-url '$(REDIS_URL)') \

@@ -821,6 +821,28 @@ def sampling(kind="DELTA", n=1):
     )
 
 
+def test_what_the_client_holds_does_not_grow(local_cache):
+    """A second sequence may begin in a later part than the first one."""
+
+    class Uneven(FakeEngine):
+        async def generate(self, prompt, sampling_params, request_id):
+            for indices in ((0,), (0, 1), (0, 1)):
+                parts = [CompletionOutput(index, "x", [7], 0.0, None) for index in indices]
+                yield RequestOutput(request_id, None, [1, 2, 3, 4], None, parts, False)
+            self.closed = True
+
+    async def read():
+        made = ManagedEngine(Uneven(), local_cache).generate(
+            {"prompt": "p", "prompt_token_ids": [1, 2]}, sampling(n=2), "1"
+        )
+        return [part async for part in made]
+
+    for part in asyncio.run(read()):
+        assert [(each.text, each.token_ids) for each in part.outputs] == [("x", [7])] * len(
+            part.outputs
+        )
+
+
 @pytest.fixture
 def local_cache():
     memory = {tier: InMemoryBackend() for tier in ("gpu", "disk", "remote")}

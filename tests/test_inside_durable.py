@@ -8,6 +8,7 @@ import random
 import shutil
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,7 @@ from kvttl.manager.claims import ClaimLedger
 from kvttl.server import journal as journals
 from kvttl.server.compat import LATE_WRITES, POLICIES, REQUESTS, missing, warning_of
 from kvttl.server.journal import JournalFolder
-from kvttl.server.places import Model, Places
+from kvttl.server.places import PINNED, Model, Places
 
 MODEL = Model("a/model", 1)
 LAYOUT = SimpleNamespace(shapes=[torch.Size((2, 1, 32, 16))], dtypes=[torch.float32])
@@ -64,6 +65,71 @@ class Life:
 
     def wanted(self, keys, now_s):
         return self.ledger.wanted(keys, now_s)
+
+
+def test_a_claim_that_took_anothers_place_has_its_whole_beginning(tmp_path):
+    """Renewed, outgrown and dropped between two looks of the journal."""
+    life, path = Life(tmp_path), [key(1), key(2), key(3)]
+    life.ledger.changed = {}
+    owners = "a" * 16, "b" * 16
+    life.ledger.claim(owners[0], path[:2], "gpu", 1000.0, 600.0)
+    rows = life.ledger.rows(2)
+    life.ledger.claim(owners[0], path[:2], "gpu", 1001.0, 600.0)
+    life.ledger.claim(owners[1], path, "gpu", 1002.0, 600.0)
+    with life.ledger._lock:
+        life.ledger._drop(life.ledger._claims[owners[0], path[1]])
+    rows += life.ledger.rows(2)
+    restored = ClaimLedger()
+    for row in rows:
+        restored.restore(row)
+    assert restored.wanted(path, 1003.0) == life.ledger.wanted(path, 1003.0) == ["gpu"] * 3
+
+
+def space_of(world_size=1):
+    places = places_of()
+    return places, places.space(MODEL.name, world_size, "")
+
+
+def stored(places, space, *numbers):
+    places.stored(space, 0, [bytes.fromhex(key(number)) for number in numbers])
+    return places.of_keys(space.model, map(key, numbers))
+
+
+def test_room_is_counted_for_all_ranks():
+    places, space = space_of(world_size=4)
+    stored(places, space, *range(16))
+    assert len(places.first_to_go(3 * space.all_bytes)) == 3
+
+
+def test_a_longer_pin_counts_by_the_clock_of_who_decides():
+    places, space = space_of()
+    (chunk,) = stored(places, space, 1)
+    places.clock = lambda: 5.0
+    places.valued([chunk], [(PINNED, 15.0)])
+    places.valued([chunk], [(1, 0.5)])
+    assert chunk.ends_s == (PINNED, 15.0)
+    places.valued([chunk], [(PINNED, 605.0)])
+    assert chunk.ends_s == (PINNED, 605.0)
+    places.clock = lambda: 606.0
+    places.valued([chunk], [(1, 0.5)])
+    assert chunk.ends_s == (1, 0.5)
+
+
+def test_what_is_stored_again_before_its_delete_is_heard_of_stays():
+    places, space = space_of()
+    (chunk,) = stored(places, space, 1)
+    deleted_s = time.time()
+    stored(places, space, 1)
+    places.went([chunk], "gpu", deleted_s)
+    assert chunk.bits == 1 and places.first_to_go(1) == [chunk]
+
+
+def test_what_came_late_does_not_stand_before_what_is_old():
+    places, space = space_of()
+    late, old = stored(places, space, 1, 2)
+    late.since_s, before_s = time.time() + 60.0, time.time() + 1.0
+    assert places.first_to_go(2 * space.all_bytes, before_s) == [old]
+    assert places.first_to_go(space.all_bytes) == [late]
 
 
 def lived(folder, seed, steps=120):

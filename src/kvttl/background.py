@@ -118,9 +118,10 @@ class JobQueue:
         with self._changed:
             stuck = sum(begun_s < since_s for begun_s in self._under_way.values())
             self._max_workers = max(self._max_workers, self._workers + min(stuck, _MOST_STUCK))
-            while len(self._threads) < self._max_workers and stuck:
-                self._start_a_worker()
-                self.restarts += 1
+            for _ in range(self._max_workers - len(self._threads) if stuck else 0):
+                before = len(self._threads)
+                self._start_a_worker()  # or not, where the machine has no thread left
+                self.restarts += len(self._threads) - before
 
     def __len__(self) -> int:
         return len(self._waiting)

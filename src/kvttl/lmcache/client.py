@@ -332,15 +332,17 @@ class LMCacheHTTP:
 
     def has_module(self, instance_id: str) -> bool:
         """Return whether a server decides by itself; asked again after it was away."""
-        if instance_id not in self._has_module:
+        has_module = self._has_module.get(instance_id)  # once: another thread may forget it
+        if has_module is None:
             try:
                 self.ask_module(instance_id, "/kvttl/status")
-                self._has_module[instance_id] = True
+                has_module = True
             except LMCacheError as error:
                 if error.status != 404:  # away, or it does not let this process in
                     raise
-                self._has_module[instance_id] = False
-        return self._has_module[instance_id]
+                has_module = False
+            self._has_module[instance_id] = has_module
+        return has_module
 
     def ask_module(self, instance_id: str, path: str, body: Any = None) -> dict[str, Any]:
         """Return the answer of a server's own decider; a GET without a body."""

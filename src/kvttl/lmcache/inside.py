@@ -141,10 +141,9 @@ class Handover:
         ValueError
             The server has another policy.
         """
-        answer = self._tell("hello")
+        answer = self._tell("hello", policy=self._policy)
         self._since_s = answer["time_s"]
         if answer["policy"] != self._policy:
-            self.release()
             raise ValueError(
                 f"policy must be {answer['policy']!r}, which the LMCache server's module has as "
                 f"its setting, got {self._policy!r}: one of the two decides"

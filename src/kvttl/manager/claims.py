@@ -301,6 +301,8 @@ class ClaimLedger:
         with self._lock:
             if names is None:
                 names, self.changed = self.changed or (), {}
+                # A drop last: what is new may build on chunks that only the dropped one has filed.
+                names = sorted(names, key=lambda name: name not in self._claims)
             return [self._row(name, file) for name in names]
 
     def restore(self, row: Sequence) -> None:

@@ -71,10 +71,11 @@ class ManagedEngine:
         try:
             async with aclosing(outputs):  # whoever closes this one ends the request at once
                 async for output in outputs:
+                    own = _own(output, in_parts)
                     if answer is None:
-                        answer = copy.deepcopy(output)  # the client's own does not grow
+                        answer = own
                     else:
-                        answer.add(output, aggregate=in_parts)
+                        answer.add(own, aggregate=in_parts)
                         answer.num_cached_tokens = output.num_cached_tokens
                     yield output
         except (vllm.VLLMClientError, vllm.GracefulHTTPError):
@@ -86,3 +87,14 @@ class ManagedEngine:
                     answer.outputs.sort(key=attrgetter("index"))
                 took_s = time.perf_counter() - start_s
                 self._cache.manage(prompt, answer, metadata, took_s, salt)
+
+
+def _own(output, in_parts):
+    """Return an output that may be added to: the client's own does not grow."""
+    own = copy.copy(output)
+    own.outputs = [copy.copy(sequence) for sequence in output.outputs]
+    for sequence in own.outputs if in_parts else ():
+        sequence.token_ids = list(sequence.token_ids)
+        if sequence.logprobs is not None:
+            sequence.logprobs = sequence.logprobs[:]
+    return own

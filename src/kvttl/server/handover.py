@@ -20,6 +20,7 @@ import msgspec
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
+from caching_heuristics import TIERS
 from kvttl.decisions.record import DecisionRecord
 from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
 from kvttl.lmcache.lease import AlreadyManaged
@@ -44,6 +45,7 @@ class Who(msgspec.Struct):
 
 class _Hello(msgspec.Struct):
     who: Who
+    policy: str | None = None  # another one than the server's is refused: nothing is taken over
     until_s: float | None = None  # TTLs are to end until then
     leaves: bool = False
 
@@ -91,6 +93,7 @@ class ManagerOutside:
 
     def __init__(self, module: Any) -> None:
         self._module, self._lock = module, threading.Lock()
+        module.places.clock = self.clock
         self._who: Who | None = None
         self._heard_s, self._until_s = 0.0, -math.inf  # monotonic
         self._handed: dict[tuple, tuple] = {}  # request -> when its decision came, and the record
@@ -125,6 +128,8 @@ class ManagerOutside:
 
     def _meet(self, who):
         """Take a manager as the one that leads, or raise AlreadyManaged."""
+        if set(who.ladder) != set(TIERS) or not all(0 < f < math.inf for f in who.ladder.values()):
+            raise ValueError(f"ladder must have {', '.join(TIERS)}, each > 0, got {who.ladder}")
         server = f"LMCache server {self._module.instance_id}"
         with self._lock:
             earlier = self._who
@@ -150,14 +155,16 @@ class ManagerOutside:
 
     def hello(self, ask: _Hello) -> dict[str, Any]:
         """Begin, go on or end to lead; let TTLs end if that is asked for."""
+        settings = self._module.settings
+        told = {"silent_s": settings.handover_s, "policy": settings.policy}
+        if ask.policy not in (None, settings.policy):
+            return told | {"time_s": time.time()}
         self._meet(ask.who)
         if ask.leaves:
             self._until_s = -math.inf
         for manager in list(self._module.managers.values()) if ask.until_s is not None else ():
             manager.sweep(ask.until_s)
-        settings = self._module.settings
-        policy = getattr(settings, "policy", "formula")
-        return {"silent_s": settings.handover_s, "policy": policy, "time_s": time.time()}
+        return told | {"time_s": time.time()}
 
     # ---- decisions ---------------------------------------------------------------------------
 
@@ -176,7 +183,11 @@ class ManagerOutside:
                 del self._handed[next(iter(self._handed))]
             self._handed[request] = now_s, None
         what = output, _Given(made), made.generate_s, made.cache_salt
-        record = self._module.decide(model, *what, lambda: made.time_s)
+        try:
+            record = self._module.decide(model, *what, lambda: made.time_s)
+        except BaseException:
+            self._handed.pop(request, None)  # the server decides alone, in time
+            raise
         self._handed[request] = now_s, record
         return {"record": msgspec.Raw(record.to_json().encode())}
 

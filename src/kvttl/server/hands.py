@@ -239,10 +239,11 @@ class Hands:
         """Delete from gpu; returns those that stay, since they are in use."""
         locked = []
         for space, part in _batches(chunks):
+            at_s = time.time()  # what is stored after that stays
             _, skipped = self._sm.delete_l1_keys(list(space.objects(part)))
             left = self.in_gpu(part) if skipped else ()  # it is not said which
             locked += left
-            self._places.went([chunk for chunk in part if chunk not in left], "gpu")
+            self._places.went([chunk for chunk in part if chunk not in left], "gpu", at_s)
         return locked
 
     # ---- room in gpu -------------------------------------------------------------------------

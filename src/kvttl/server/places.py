@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ class _Order:
 
     def take(self, left: int, before_s: float, taken: dict[Chunk, None]) -> int:
         """Move the first to go to `taken` until nothing is `left` of so many bytes; returns it."""
-        moving, in_use = [], []
+        moving, passed = [], []
         while left > 0 and self.decided:
             entry = heapq.heappop(self.decided)
             if not self._is_true(entry) or entry[-1] in taken:
@@ -83,19 +83,19 @@ class _Order:
                 moving.append(entry)
                 continue
             taken[entry[-1]] = None
-            left -= entry[-1].space.size_bytes
+            left -= entry[-1].space.all_bytes
         for entry in moving:
             heapq.heappush(self.decided, entry)
-        while left > 0 and self.undecided and self.undecided[0].since_s < before_s:
+        while left > 0 and self.undecided and len(passed) < _FEW_ENTRIES:
             chunk = self.undecided.popleft()
             if not chunk.bits & HOT or chunk.ends_s is not UNDECIDED or chunk in taken:
                 continue
-            if chunk.moving:
-                in_use.append(chunk)
+            if chunk.moving or chunk.since_s >= before_s:
+                passed.append(chunk)
                 continue
             taken[chunk] = None
-            left -= chunk.space.size_bytes
-        self.undecided.extendleft(reversed(in_use))
+            left -= chunk.space.all_bytes
+        self.undecided.extendleft(reversed(passed))
         return left
 
     def trim(self, most: int) -> None:
@@ -176,6 +176,7 @@ class Places:
         self._registry, sm = context.layout_desc_registry, context.storage_manager
         self._align = 4096 if sm.is_multi_l1 else sm.l1_memory_desc.align_bytes
         self._spaces: dict[tuple, Space] = {}
+        self.clock: Callable[[], float] = time.time  # of who decides
         self._lock = threading.Lock()
         self._stored: deque[tuple] = deque()  # by requests, and not entered yet
         self._everybody, self._own = _Order(), {}
@@ -263,6 +264,8 @@ class Places:
                     chunk.bits |= HOT
                     chunk.ends_s, chunk.since_s = UNDECIDED, now_s
                     come.append(chunk)
+                else:  # deleted before that, perhaps, without a word until now
+                    chunk.since_s = now_s
             self.hot_chunks += len(come)
             for order in space.orders:
                 order.undecided.extend(come)
@@ -355,9 +358,13 @@ class Places:
 
     def valued(self, chunks: Sequence[Chunk], values: Sequence[Any]) -> None:
         """Take note of what a policy says now that a prompt's chunks are worth in gpu."""
+        now_s = self.clock()
         with self.lock:
             for depth, (chunk, value) in enumerate(zip(chunks, values)):
-                if chunk.bits and chunk.ends_s != value and not is_pinned(chunk.ends_s):
+                before = chunk.ends_s
+                is_longer = value[0] == PINNED and before is not UNDECIDED and value > before
+                stays = is_pinned(before, now_s) and not is_longer
+                if chunk.bits and before != value and not stays:
                     chunk.depth, chunk.ends_s = depth, value
                     self._enter(chunk)
             self._trim()
@@ -402,6 +409,6 @@ class Places:
             order.trim(2 * self.hot_chunks + _FEW_ENTRIES)
 
 
-def is_pinned(worth: Any) -> bool:
+def is_pinned(worth: Any, now_s: float) -> bool:
     """Say whether a request has pinned what is worth that, and the pin has not ended."""
-    return worth is not UNDECIDED and worth[0] == PINNED and worth[1] > time.time()
+    return worth is not UNDECIDED and worth[0] == PINNED and worth[1] > now_s

@@ -14,6 +14,7 @@ from kvttl.server.hands import Hands
 from kvttl.server.places import Chunk, Places
 
 _WORD_LASTS_S = 60.0  # of an engine: a busy server hears of ends late
+_MOST_UNSURE = 10_000
 _MAX_OPEN_S = 900.0  # LMCache ends a session that nobody ends after 600 s
 _WORD_S = 1.0  # that a request's end waits for it
 
@@ -199,6 +200,8 @@ class RequestHooks:
         Those whose engine keeps silent are decided about.
         """
         self.endings.release(_WORD_S)
+        if len(self._unsure) > _MOST_UNSURE:  # of stores that failed
+            self._unsure.clear()
         limit_s = time.time() - _MAX_OPEN_S
         for request_id, began_s in list(self.open.items()):
             if began_s > limit_s:

@@ -151,8 +151,13 @@ def managed(stack, llm, config: HeuristicConfig | None = None, **options) -> Mul
     without `costs` those that were measured on a stack of this kit.
     """
     config = load_settings() if config is None else config
-    if isinstance(stack.config.inside, str):  # who decides is a setting of the server
-        options = {**options, "policy": stack.config.inside}
+    inside = stack.config.inside
+    if isinstance(inside, str):  # who decides is a setting of the server
+        if options.get("policy", "formula") not in ("formula", inside):
+            raise ValueError(
+                f"policy must be {inside!r}, as inside says, got {options['policy']!r}"
+            )
+        options = {**options, "policy": inside}
     controller = LMCacheController(stack.host, stack.port, instance_id=stack.instance_id)
     if options.get("policy", "formula") != "formula":
         from kvttl.replay.costs import TierCosts  # seconds, and not needed for the formula
