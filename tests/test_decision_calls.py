@@ -28,13 +28,16 @@ class DirectoryHandler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         address = {"ip": "127.0.0.1", "http_port": self.server.server_port}
-        self.answer(
-            {
-                "/status": {"chunk_size": CHUNK},
-                TIERS_PATH: {},
-                "/instances": {"instances": [{"instance_id": DEFAULT_INSTANCE, **address}]},
-            }[self.path]
-        )
+        answers = {
+            "/status": {"chunk_size": CHUNK},
+            "/healthcheck": {"status": "healthy"},
+            TIERS_PATH: {},
+            "/instances": {"instances": [{"instance_id": DEFAULT_INSTANCE, **address}]},
+        }
+        if self.path in answers:
+            self.answer(answers[self.path])
+        else:  # a server that does not decide by itself has no /kvttl/status
+            self.send_error(404)
 
     def do_POST(self):
         body = self.body()

@@ -57,6 +57,7 @@ FULL = replace(
     metadata_sources={"perplexity": "prompt", "time_variance": "history"},
     cache_salt="tenant-a",
     tier_errors={"disk": "full"},
+    hints={"tier": "accepted", "ttl": "refused: ttl must be >= 0"},
     finish_reason="tool_calls",
     output_tokens=17,
     policy="adaptive",

@@ -872,7 +872,8 @@ def ask(engine, cache, parts=2, kv=None, **asked):
 
 def test_the_engine_is_asked_for_what_the_perplexity_needs(local_cache, monkeypatch):
     monkeypatch.setattr(
-        "kvttl.manager.generation.Engine.asking", lambda _, params, n: with_logprobs(params, n)
+        "kvttl.manager.generation.Engine.asking",
+        lambda _, params, n: with_logprobs(params, n) if n else params,
     )
     engine = FakeEngine()
     record = ask(engine, local_cache)
@@ -970,17 +971,21 @@ def test_the_command_uses_the_settings_and_options_that_it_was_given(command, fr
         with pytest.raises(openai.BadRequestError, match="1024"):
             client.completions.create(model="demo_model", prompt=[300] * 1024, max_tokens=1)
         tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
-        answer = client.chat.completions.create(  # without the options: a 400
-            model="demo_model",
-            messages=[{"role": "user", "content": 4 * fresh_text()}],
-            tools=[tool],
-            tool_choice="auto",
-            max_tokens=2,
-        )
-        assert answer.choices
+
+        def is_stored():  # while LMCache does not answer within a second, an engine stores nothing
+            answer = client.chat.completions.create(  # without the options: a 400
+                model="demo_model",
+                messages=[{"role": "user", "content": 4 * fresh_text()}],
+                tools=[tool],
+                tool_choice="auto",
+                max_tokens=2,
+            )
+            assert answer.choices
+            return list((command.folder / "disk").glob("*.data"))
+
+        wait_until(is_stored)
     health = requests.get(command.url + "/healthz", timeout=120).json()
     assert health["tiers"] == {"gpu": "ok", "disk": "ok", "remote": "ok"}
-    wait_until(lambda: list((command.folder / "disk").glob("*.data")))
     for name in ("coordinator_port", "server_port", "server_http_port"):
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", command.ports[name])) == 0, name
@@ -1080,7 +1085,9 @@ def test_the_command_ends_with_its_engine(tmp_path):
 def test_attaching_uses_the_stack_that_runs(stack, redis_url, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({"stack": vars(stack.config) | {"redis_url": None}}))
-    options = SimpleNamespace(attach=True, config=str(config), redis_url=redis_url)
+    options = SimpleNamespace(
+        attach=True, config=str(config), redis_url=redis_url, inside=None, policy="formula"
+    )
     with agent_gateway._stack(options) as attached:
         assert attached.started == []
         assert (attached.port, attached.server_port) == (stack.port, stack.server_port)

@@ -304,4 +304,4 @@ def test_a_server_that_is_away_costs_no_text_and_is_found_again(managers, engine
     wait_until(
         lambda: cache.generate_and_manage(prompt(8, 3), PLAIN, HOT) and not cache.records[-1].error
     )
-    assert len(cache.claims) == 1
+    assert len(cache.claims) >= 1  # and what the journal has brought back

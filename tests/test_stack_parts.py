@@ -65,6 +65,7 @@ BAD_VALUES = {
     "redis_timeout_s": [0, "2"],
     "redis_retries": [-1, 11, 1.0],
     "redis_verify_s": [0, None],
+    "inside": ["clever", 2, None],
 }
 
 

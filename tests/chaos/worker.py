@@ -273,15 +273,16 @@ def gateway(spec) -> int:
     """`make serve` on the running stack; only the manager's clock and way to LMCache are ours."""
     from kvttl.serve import gateway as door
 
-    control, managed = Control(spec), door.managed
+    control, managed = Control(spec), door.launch.managed
 
     def managed_here(stack, llm, config=None, **options):
-        way = SimpleNamespace(host="127.0.0.1", port=spec["port"], instance_id=stack.instance_id)
+        place = {"host": "127.0.0.1", "port": spec["port"], "instance_id": stack.instance_id}
+        way = SimpleNamespace(**place, config=stack.config)
         ours = {"clock": control.clock, "sweep_every_s": spec["sweep_every_s"]}
         control.cache = managed(way, llm, config, **options, **ours)
         return control.cache
 
-    door.managed = managed_here
+    door.launch.managed = managed_here
     where = ["--config", spec["config"], "--log", spec["log"], "--port", str(spec["http_port"])]
     return door.main(["--attach", "--llm", spec["model"], *where])
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
+from kvttl import user_path
 from kvttl.background import Repeater
 from kvttl.manager.clock import SessionClock
 from kvttl.manager.policy import POLICY_NAMES
@@ -35,9 +36,9 @@ _QUIET = dict.fromkeys(_LOG_LEVELS, "ERROR") | {
 }
 
 
-def new_run_folder() -> Path:
+def new_run_folder(runs: str | Path = "data/runs") -> Path:
     """Return the folder of a run's log and picture, named by the time (not made yet)."""
-    return Path("data/runs") / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    return user_path(runs) / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
 
 
 @contextmanager
