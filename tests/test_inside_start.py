@@ -126,7 +126,8 @@ def words_of(command):
     return words
 
 
-def test_the_documents_show_what_is_printed():
+def test_the_documents_show_what_is_printed(monkeypatch, tmp_path):
+    monkeypatch.setenv("KV_HEURISTICS_FILE", str(tmp_path / "absent"))  # nothing is saved
     config = StackConfig(disk_path="/var/lib/kv", l1_size_gb=20)
     printed = start_blocks(config, "google/gemma-3-270m-it")
     page = "docs/inside.md"
