@@ -33,6 +33,7 @@ from kvttl.manager.draft import Wish
 from kvttl.plots.decision_plots import plot_session
 from kvttl.session.launch import managed
 from kvttl.session.run import session_summary
+from kvttl.stack.config import StackConfig
 from tiered_caching import InMemoryBackend, MultiTierCache, Policy
 
 PROMPT = "0123456789abcdef"  # two chunks
@@ -921,7 +922,7 @@ def test_a_manager_reads_no_settings_of_the_folder_it_stands_in(tmp_path, monkey
     monkeypatch.delenv("KV_HEURISTICS_FILE", raising=False)
     monkeypatch.chdir(tmp_path)
     assert MultiTierCache(local_controller()).config == HeuristicConfig()
-    stack = SimpleNamespace(host="127.0.0.1", port=9, instance_id="x")
+    stack = SimpleNamespace(host="127.0.0.1", port=9, instance_id="x", config=StackConfig())
     with managed(stack, None) as cache:  # what commands and notebooks call
         assert cache.config.base_ttl == 31.0
     with managed(stack, None, HeuristicConfig(base_ttl=32.0)) as cache:
