@@ -112,7 +112,7 @@ run: $(READY) ## real generations, placed across real tiers (LLM= REDIS_URL= POL
 		$(if $(METRICS_PORT),--metrics-port $(METRICS_PORT))
 
 test: $(AGENTS) ## all tests, on the real stack, notebooks included
-	@$(PY) -m pytest --numprocesses 2 --dist loadfile
+	@$(PY) -m pytest
 
 serve: $(READY) ## OpenAI-compatible server, every request managed (LLM= PORT= POLICY= INSIDE= OPTIONS="--max-model-len 4096")
 	@$(PY) -m kvttl.serve.gateway --config $(CONFIG) --api-key-env '$(API_KEY_ENV)' \

@@ -346,7 +346,7 @@ def test_ci_runs_the_tests_by_the_readmes_command():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert re.search(r"^make test$", script.read_text(), re.M)
-    assert re.search(r"-m pytest --numprocesses 2 --dist loadfile$", make("-n", "test"), re.M)
+    assert re.search(r"-m pytest$", make("-n", "test"), re.M)
 
 
 def test_make_help_lists_every_documented_target():

@@ -191,7 +191,7 @@ def test_nothing_is_installed_twice(machine):
     done = machine.make("test", uid=0)
     assert done.stdout == "" and done.returncode == 0
     later = [call for call in machine.changes()[before:] if " -c " not in call]  # only questions
-    assert later == ["python -m pytest --numprocesses 2 --dist loadfile"]
+    assert later == ["python -m pytest"]
 
 
 def test_sudo_without_a_password_will_do(machine):
