@@ -233,9 +233,8 @@ class LMCacheController(BaseController):
         return super()._refusal(request)
 
     def _look(self, request, keys):
-        if (
-            keys is None and request.tokens is None and self._module is None
-        ):  # everything at the old position
+        # Everything at the old position; the module is asked for it as for chunks.
+        if keys is None and request.tokens is None and self._module is None:
             listed = self._directory.listed(request.here, [request.source])
             return listed.under("" if request.cache_salt == self.cache_salt else request.cache_salt)
         return super()._look(request, keys)

@@ -158,3 +158,12 @@ def fresh_text():
         return start + " ".join(rng.choice(_TOPICS) for _ in range(words))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def redis_port(tmp_path_factory):
+    """The port of a Redis without a password that a module's LMCache servers share."""
+    port = redis_fixtures.free_port()
+    server = redis_fixtures.start_redis(port, folder=str(tmp_path_factory.mktemp("redis")))
+    yield port
+    redis_fixtures.stop_redis(server)

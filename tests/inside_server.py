@@ -106,6 +106,10 @@ class Client:
         lines = self.ask("kvttl.decisions").decode().splitlines()
         return [SimpleNamespace(**json.loads(line)) for line in lines]
 
+    def generations(self):
+        """Records of generations, in the order in which they were decided."""
+        return [record for record in self.records() if record.kind == "generation"]
+
     def close(self):
         self._client.close()
 

@@ -6,7 +6,6 @@ import sys
 import threading
 
 import pytest
-import redis_fixtures
 from inside_server import CHUNK, Client, inside_server, prompt
 from waiting import wait_until
 
@@ -14,14 +13,6 @@ from kvttl.lmcache.lease import AlreadyManaged, ServerLease
 from kvttl.server.hints import Hints
 
 ONE_HOUR = {"heuristics": {"base_ttl": 3600.0}}
-
-
-@pytest.fixture(scope="module")
-def redis_port(tmp_path_factory):
-    port = redis_fixtures.free_port()
-    server = redis_fixtures.start_redis(port, folder=str(tmp_path_factory.mktemp("redis")))
-    yield port
-    redis_fixtures.stop_redis(server)
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +37,8 @@ def held(client):
 
 def last(client, count=1):
     """The newest records of generations, once there are so many."""
-    wait_until(lambda: len(made(client)) >= count)
-    return made(client)[-count:]
-
-
-def made(client):
-    return [record for record in client.records() if record.kind == "generation"]
+    wait_until(lambda: len(client.generations()) >= count)
+    return client.generations()[-count:]
 
 
 def test_a_ttl_ends_on_the_ladder_and_copies_are_made_where_they_are_missing(tmp_path, redis_port):
@@ -97,32 +84,32 @@ def test_what_is_wanted_below_is_written_once_and_a_hit_gives_its_bytes(client):
 def test_copies_go_from_disk_to_remote_and_back_and_up(client):
     tokens = prompt(3, 5)
     for tier in ("disk", "remote", "disk", "gpu"):
-        count = len(made(client))
+        count = len(client.generations())
         client.serve(tokens, tier=tier)
-        record = wait_until(lambda n=count: made(client)[n:])[0]
+        record = wait_until(lambda n=count: client.generations()[n:])[0]
         assert (record.error, list(record.tier_after)[:1]) == ("", [tier]), record
     assert client.look_up(tokens) == 5
 
 
 def test_a_store_after_the_requests_end_is_managed(client):
     tokens = prompt(4, 3)
-    count = len(made(client))
+    count = len(client.generations())
     key = client._key(tokens, "late", 0, "", {"lmcache.kvttl.tier": "disk"})
     client._call("lookup", key, 1)
     client._call("wait_prefetch_status", "late", 60.0)
     client._call("end_session", "late")
     client.store(tokens, "late")
-    (record,) = wait_until(lambda: made(client)[count:])
+    (record,) = wait_until(lambda: client.generations()[count:])
     assert (record.wanted_tier, record.chunks) == ("disk", 3)
     wait_until(lambda: client.status()["done"].get("copied to disk", 0) >= 3)
     assert client.look_up(tokens) == 3
 
 
 def test_hints_are_checked_and_answered_in_the_record(client):
-    count = len(made(client))
+    count = len(client.generations())
     hints = {"perplexity": 12.5, "pin": 1e5, "tier": "warm", "ttl": -1, "colour": 1, "store": "no"}
     client.serve(prompt(5, 2), **hints)
-    (record,) = wait_until(lambda: made(client)[count:])
+    (record,) = wait_until(lambda: client.generations()[count:])
     assert record.metadata["perplexity"] == 12.5
     assert record.metadata_sources["perplexity"] == "caller"
     assert (record.wanted_tier, record.ttl_s) == ("gpu", 3600.0)
@@ -141,7 +128,9 @@ def test_tenants_have_their_own(client):
     tokens = prompt(7, 3)
     client.serve(tokens, salt="tenant-a", tier="gpu")
     assert client.look_up(tokens) == 0 and client.look_up(tokens, "tenant-a") == 3
-    record = wait_until(lambda: made(client)[-1].cache_salt == "tenant-a" and made(client)[-1])
+    record = wait_until(
+        lambda: client.generations()[-1].cache_salt == "tenant-a" and client.generations()[-1]
+    )
     assert all(key.endswith("@tenant-a") for key in record.chunk_keys)
 
 
@@ -181,7 +170,7 @@ def test_what_ends_last_is_kept_longest(tmp_path):
         assert record.ttl_s == 9000.0
         for _ in range(3):
             client.serve(prompt(1, 10), tier="gpu", ttl=9000.0)
-        assert made(client)[-1].hit_tokens == {"gpu": 10 * CHUNK}
+        assert client.generations()[-1].hit_tokens == {"gpu": 10 * CHUNK}
         client.close()
 
 

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 import redis
-import redis_fixtures
 import torch
 from inside_server import Client, inside_server, prompt
 from waiting import wait_until
@@ -318,14 +317,6 @@ def test_an_unknown_version_is_warned_of(monkeypatch):
 # ---- real servers -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def redis_port(tmp_path_factory):
-    port = redis_fixtures.free_port()
-    server = redis_fixtures.start_redis(port, folder=str(tmp_path_factory.mktemp("redis")))
-    yield port
-    redis_fixtures.stop_redis(server)
-
-
 def on_disk(folder):
     """Hashes of the chunks in a server's folder."""
     return {file.name.split("@")[3].partition(".")[0] for file in (folder / "disk").glob("*.data")}
@@ -336,15 +327,11 @@ def in_redis(port):
         return {name.decode().split("@")[3] for name in client.scan_iter("*@*@*@*")}
 
 
-def made(client):
-    return [record for record in client.records() if record.kind == "generation"]
-
-
 def kept(client, number, tier):
     """Store a prompt that is wanted for an hour; returns its chunks once that is decided."""
-    count = len(made(client))
+    count = len(client.generations())
     client.serve(prompt(number, 5), tier=tier, ttl=3600.0)
-    (record,) = wait_until(lambda: made(client)[count:])
+    (record,) = wait_until(lambda: client.generations()[count:])
     assert record.tier_after == {tier: 5}
     return set(record.chunk_keys)
 
@@ -511,10 +498,12 @@ def test_a_policy_that_learns_decides_and_gpu_follows_its_values(tmp_path):
         client.serve(prompt(1, 10), ttl=9000.0)  # by the formula's order it would stay longest
         for number in range(2, 5):
             client.serve(prompt(number, 10), finish="stop", output_tokens=7)
-        wait_until(lambda: len(made(client)) == 4, limit_s=500.0)  # compiled in the background
+        wait_until(
+            lambda: len(client.generations()) == 4, limit_s=500.0
+        )  # compiled in the background
         for number in range(5, 9):
             client.serve(prompt(number, 10))
-        records = wait_until(lambda: len(made(client)) == 8 and made(client))
+        records = wait_until(lambda: len(client.generations()) == 8 and client.generations())
         assert {record.policy for record in records} == {"adaptive"}
         assert {record.policy_error for record in records} == {""}
         assert (records[1].finish_reason, records[1].output_tokens) == ("stop", 7)

@@ -53,14 +53,14 @@ def made(client, count, known=0):
     """The newest records of generations, once there are so many more than those known."""
 
     def new():
-        return [record for record in client.records() if record.kind == "generation"][known:]
+        return client.generations()[known:]
 
     return wait_until(lambda: len(new()) >= count and new())
 
 
 def known(client):
     wait_until(lambda: not client.status()["waiting_decisions"])
-    return sum(record.kind == "generation" for record in client.records())
+    return len(client.generations())
 
 
 def greedy(hints=None, max_tokens=6, **options):

@@ -164,11 +164,10 @@ class KvttlModule:
         """Return what is where, what was done and what fails."""
         chunks, (used, total) = self.places.chunks(), self._sm.get_l1_usage()
         tiers = [tier for chunk in chunks for tier in TIERS_OF[chunk.bits]]
-        managers = {model.name: manager for model, manager in list(self.managers.items())}
         return {
             "chunks": {tier: tiers.count(tier) for tier in ("gpu", *self.hands.tiers)},
             "gpu_bytes": [used, total],
-            "claims": {name: len(manager.claims) for name, manager in managers.items()},
+            "claims": {m.name: len(each.claims) for m, each in list(self.managers.items())},
             "manager_outside": self.handover.leader,
             "open_requests": len(self.requests.open),
             "unseen_requests": self.requests.unseen,
