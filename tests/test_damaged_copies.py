@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import select
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -404,7 +405,17 @@ class Storage:
         for place in self.places.values():
             wait_until(lambda place=place: set(self.chunks) <= place.copies().keys())
 
+    def is_idle(self):
+        """Say whether nothing is being written: a late write would mend what a test damages."""
+        status = self.manager.report_status()
+        (memory,), (stores,) = (status[n].values() for n in ("l1_managers", "store_controllers"))
+        waiting = stores["pending_keys_count"] + stores["in_flight_task_count"]
+        return waiting + memory["read_locked_count"] + memory["write_locked_count"] == 0
+
     def keep_only(self, tier):
+        for _ in range(2):  # between the queue and the first lock of a store nothing counts it
+            wait_until(self.is_idle)
+            time.sleep(0.05)
         self.manager.clear(force=True)
         for other, place in self.places.items():
             for chunk, name in place.copies().items() if other != tier else ():
