@@ -818,6 +818,18 @@ def test_address_masks_the_password():
     assert {url: RemoteBackend(url).address for url in masked} == masked
 
 
+@pytest.mark.parametrize("how", ["url", "option"])
+def test_a_certificate_is_found_at_home(redis_tls, monkeypatch, how):
+    url, ca = redis_tls
+    monkeypatch.setenv("HOME", str(ca.parent))
+    at_home = {"ssl_ca_certs": f"~/{ca.name}"}
+    query = f"?ssl_ca_certs=~/{ca.name}" if how == "url" else ""
+    backend = RemoteBackend(url + query, **(at_home if how == "option" else {}))
+    backend.set("k", "v", 60)
+    assert backend.get("k") == "v"
+    backend.delete("k")
+
+
 def test_untrusted_certificate_is_a_clear_error(redis_tls):
     url, ca = redis_tls
     assert_fails_clearly(RemoteBackend(url), "certificate verify failed")

@@ -208,6 +208,12 @@ def test_servers_that_would_share_are_refused(stack, other, tmp_path_factory, fi
     assert set(LMCacheController(stack.host, stack.port).fleet()) == {stack.instance_id, OTHER}
 
 
+def test_a_folder_is_one_servers_whatever_its_coordinator(stack, tmp_path_factory):
+    third = settings(tmp_path_factory, disk_path=stack.config.disk_path, redis_url=None)
+    with pytest.raises(StackError, match="disk_path = .*: another LMCache server uses it"):
+        LMCacheStack(third).start()
+
+
 # ---- what breaks -----------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from kvttl.lmcache.tiers import LMCACHE_TIERS, adapter_settings
 from kvttl.settings import load_settings
 from kvttl.stack.config import StackConfig
 from kvttl.stack.process import StackError
-from kvttl.storage.probes import TierError, probe_folder, probe_redis
+from kvttl.storage.probes import TierError, hold_folder, probe_folder, probe_redis
 from kvttl.storage.redis_client import connect, environment_of
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ def is_coordinator(config: StackConfig) -> bool:
 
 
 def check_shares_nothing(config: StackConfig) -> None:
-    """Raise `StackError` if a running server of our coordinator has our name, folder or Redis.
+    """Raise `StackError` if a server has our folder, or one of our coordinator our name or Redis.
 
     Equal prompts have equal keys: what the one deletes would be gone for the other, whose
     directory entries would stay.
@@ -203,6 +203,10 @@ def check_shares_nothing(config: StackConfig) -> None:
                 need = "each server under one coordinator needs an instance_id, a disk_path and"
                 same = f"the LMCache server at {base} has {field} = {value!r} too"
                 raise StackError(f"{same}: {need} a Redis of its own")
+    try:
+        os.close(hold_folder(config.disk_path))
+    except TierError as error:
+        raise StackError(f"disk_path = {config.disk_path!r}: {error}") from None
 
 
 def _storage(config):

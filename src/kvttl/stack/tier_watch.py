@@ -9,7 +9,7 @@ from kvttl.background import Repeater
 from kvttl.lmcache.client import TIERS_PATH
 from kvttl.lmcache.tiers import addresses
 from kvttl.stack.reconcile import server_options
-from kvttl.storage.probes import TierError, probe_folder, probe_redis
+from kvttl.storage.probes import TierError, hold_folder, probe_folder, probe_redis
 from kvttl.storage.redis_client import connect_as_server
 
 LOOK_EVERY_S = 5.0  # or more often, as redis_verify_s is
@@ -25,10 +25,18 @@ TRY_OF = {"disk": probe_folder, "remote": _try_redis}
 
 
 def watch_tiers(server_arguments: list[str]) -> None:
-    """Watch the tiers of ``lmcache server <arguments>`` from its process, and add `TIERS_PATH`."""
+    """Watch the tiers of ``lmcache server <arguments>`` from its process, and add `TIERS_PATH`.
+
+    Raises
+    ------
+    TierError
+        Another server uses the disk tier's folder.
+    """
     from lmcache.v1.internal_api_server.common import env_api  # one of the routers it takes up
 
     places, errors = addresses(server_options(server_arguments).l2_adapter), dict[str, str]()
+    if "disk" in places:
+        hold_folder(*places["disk"])  # never closed
 
     def look():
         for tier in TRY_OF.keys() & places.keys():

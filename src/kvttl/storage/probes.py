@@ -1,6 +1,7 @@
 """Tries a tier with a small value: it is written, read, listed and deleted; failures in words."""
 
 import contextlib
+import fcntl
 import os
 import re
 import secrets
@@ -70,6 +71,28 @@ def probe_folder(folder: str | os.PathLike) -> None:
     if free_bytes < LEAST_FREE_BYTES:
         least = f"at least {LEAST_FREE_BYTES / 2**20:.0f} MiB are needed"
         raise TierError(f"the disk is full: {free_bytes / 2**20:.1f} MiB free, {least}")
+
+
+def hold_folder(folder: str | os.PathLike) -> int:
+    """Take a disk tier's folder for one server of this kit; returns the descriptor that holds it.
+
+    It holds until it is closed or the process ends, however that ends. Servers of one folder
+    would delete each other's KV; those of one coordinator see each other, others only this.
+
+    Raises
+    ------
+    TierError
+        A server has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise TierError("another LMCache server uses it: each needs a folder of its own") from None
+    except OSError:  # a network's file system without locks
+        return descriptor
+    return descriptor
 
 
 def probe_redis(client: redis.Redis) -> str:

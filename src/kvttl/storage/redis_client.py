@@ -13,9 +13,11 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from caching_heuristics import unknown_name
+from kvttl import user_path
 
 URL_FORM = "redis[s]://[user:password@]host[:port]"
 _FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
+_FILE_AT_HOME = re.compile(rf"\b({'|'.join(_FILES)})=(~[^&#]*)")
 _TEXTS = (*_FILES, "ssl_ca_data", "ssl_password", "ssl_ciphers")
 _TEXTS += ("ssl_include_verify_flags", "ssl_exclude_verify_flags")
 # A URL's option -> what it may be, as a pattern and in words. The others of redis-py (OCSP)
@@ -74,6 +76,7 @@ def connect(url: str | None, limits: RedisLimits = DEFAULT_LIMITS, **options: An
         url = checked_url(url, _CONNECTION_OPTIONS)
     except ValueError as error:
         raise ValueError(f"url is not allowed: {error}") from None
+    options |= {name: str(user_path(options[name])) for name in _FILES if options.get(name)}
     for name, value in (dict(parse_qsl(urlsplit(url).query)) | options).items():
         if name not in _CONNECTION_OPTIONS:
             raise ValueError(unknown_name("option", name, _CONNECTION_OPTIONS))
@@ -94,7 +97,7 @@ _CONNECTION_OPTIONS = sorted({"max_connections", *_PARAMETERS})
 
 
 def checked_url(url: object, known_options: Iterable[str] | None = None) -> str:
-    """Return a URL as redis-py reads it: no space around it, scheme in small letters.
+    """Return a URL as redis-py reads it: no space around it, scheme in small letters, ``~`` a home.
 
     Parameters
     ----------
@@ -118,6 +121,7 @@ def checked_url(url: object, known_options: Iterable[str] | None = None) -> str:
         raise ValueError(f"got a {type(url).__name__}; write null or {URL_FORM}")
     url = re.sub(r"(ssl_cert_reqs=)(?:CERT_)?(\w+)", lambda m: m[1] + m[2].lower(), url.strip())
     _check_scheme(url)  # CERT_NONE is how other clients write none
+    url = _FILE_AT_HOME.sub(lambda m: f"{m[1]}={quote(str(user_path(unquote(m[2]))))}", url)
     try:
         parts = urlsplit(url)
         odd = parts.port == 0 or "@" in parts.query + parts.fragment
