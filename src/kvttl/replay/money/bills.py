@@ -65,9 +65,9 @@ def money_table(
     Returns
     -------
     pandas.DataFrame
-        A row a tariff and policy: tariff, policy, token_hit_ratio, mean_gib_held, and the columns of
-        `bill`. "no cache"; fixed TTLs since the last use, without a limit of room; "learned": of
-        `learned`; "hindsight", where any TTL is on offer: the least that is possible.
+        A row a tariff and policy: tariff, policy, token_hit_ratio, mean_gib_held, and what `bill`
+        returns. "no cache"; fixed TTLs since the last use, without a limit of room; "learned": of
+        `learned` or `learned_choice`; "hindsight", where any TTL is on offer: the least possible.
 
     Examples
     --------
@@ -152,23 +152,24 @@ def learned_choice(index: RunIndex, tariff: Tariff) -> tuple[ReplayResult, np.nd
         The replay; what a computed token costs, as a share, (requests,); hit tokens that are
         written anew, (requests,).
     """
-    trace, block = index.trace, index.trace.block_tokens
-    options = np.array([(0.0, 1.0), *sorted(tariff.writes.items())])  # TTL, share
-    ttl_s, write, rewritten = np.zeros(index.runs), np.ones(trace.requests), np.zeros(trace.requests)
+    trace, ttl_s = index.trace, np.zeros(index.runs)
+    offers_s, shares = np.array([(0.0, 1.0), *sorted(tariff.writes.items())]).T
+    write, rewritten = np.ones(trace.requests), np.zeros(trace.requests)
+    waited_s = index.seconds_since_access
     for policy, request, keys, _, is_end in _told(trace, tariff):
         if is_end:
             continue
         rows = np.arange(index.offsets[request], index.offsets[request + 1])
-        before, tokens = index.previous[rows], index.length[rows] * block
-        there = (before >= 0) & (index.seconds_since_access[rows] <= ttl_s[before])
+        before, tokens = index.previous[rows], index.length[rows] * trace.block_tokens
+        there = (before >= 0) & (waited_s[rows] <= ttl_s[before]) & (ttl_s[before] > 0)
         hit = np.logical_and.accumulate(there)
         kept_s, new = np.where(hit, ttl_s[before], 0.0), tokens[~hit].sum()
-        chance = reuse_within(policy.hazards([policy.signals(keys)], running=True)[0], options[:, 0])
-        anew = np.array([tokens[hit & (kept_s < ttl)].sum() for ttl, _ in options])
-        saved = chance * (1 - tariff.read) * tokens.sum()
-        best = np.argmin(options[:, 1] * (new + anew) - tariff.read * anew - saved)
-        ttl_s[rows] = np.maximum(options[best, 0], kept_s)
-        write[request], rewritten[request] = options[best, 1], anew[best]
+        hazard = policy.hazards([policy.signals(keys)], running=True)[0]
+        saved = reuse_within(hazard, offers_s) * (1 - tariff.read) * tokens.sum()
+        anew = (tokens * hit) @ (kept_s[:, None] < offers_s)
+        best = np.argmin(shares * (new + anew) - tariff.read * anew - saved)
+        ttl_s[rows] = np.maximum(offers_s[best], kept_s)
+        write[request], rewritten[request] = shares[best], anew[best]
     return _kept(Plan(index, "run", ttl_s=ttl_s)), write, rewritten
 
 
