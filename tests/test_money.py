@@ -158,7 +158,7 @@ def test_a_choice_is_paid_for_block_by_block():
             hits += whole
             anew += whole and kept_s < ttl_s
             paid_s[block] = max(kept_s, ttl_s)
-            until_s[block] = at_s + paid_s[block] if paid_s[block] else -1.0
+            until_s[block] = at_s + paid_s[block]
         assert result.hit_blocks[request].sum() == hits, request
         assert rewritten[request] == anew * trace.block_tokens, request
     assert len(set(write)) > 1 or rewritten.sum() == 0

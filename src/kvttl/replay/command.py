@@ -120,11 +120,11 @@ def _bills(trace, options, capacity):
     tariffs = load_tariffs(options.tariff, size)
     policies = [options.policy] if options.capacity else []
     table = money_table(trace, tariffs, policies, capacity)
-    answer = table.pivot(index="tariff", columns="policy", values="per_mtok")
-    print(f"A million prompt tokens cost\n{answer.round(4).to_string(na_rep='')}", file=sys.stderr)
-    tokens = trace.prompt_tokens.sum(dtype=int)
-    span = f"{tokens} in {trace.span_s / 3600:.1f} h: longer TTLs never ended"
-    print(f"The whole trace ({span})", file=sys.stderr)
+    tokens, hours = trace.prompt_tokens.sum(dtype=int), trace.span_s / 3600
+    whole = f"All {tokens} prompt tokens cost ({hours:.1f} h: longer TTLs never ended)"
+    for column, title in (("per_mtok", "A million prompt tokens cost"), ("total", whole)):
+        answer = table.pivot(index="tariff", columns="policy", values=column).round(4)
+        print(f"{title}\n{answer.to_string(na_rep='')}", file=sys.stderr)
     worth = {name: break_even(tariff).to_dict("records") for name, tariff in tariffs.items()}
     return {"trace": trace.name, "bills": table.to_dict("records"), "break_even": worth}
 

@@ -161,7 +161,7 @@ def learned_choice(index: RunIndex, tariff: Tariff) -> tuple[ReplayResult, np.nd
             continue
         rows = np.arange(index.offsets[request], index.offsets[request + 1])
         before, tokens = index.previous[rows], index.length[rows] * trace.block_tokens
-        there = (before >= 0) & (waited_s[rows] <= ttl_s[before]) & (ttl_s[before] > 0)
+        there = (before >= 0) & (waited_s[rows] <= ttl_s[before])
         hit = np.logical_and.accumulate(there)
         kept_s, new = np.where(hit, ttl_s[before], 0.0), tokens[~hit].sum()
         hazard = policy.hazards([policy.signals(keys)], running=True)[0]
