@@ -1,12 +1,15 @@
 """Tariffs, bills of replays, and how large a model's KV cache is."""
 
+import importlib
 import json
 from datetime import date
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import CONFIG_MAPPING
+from waiting import wait_until
 
 from kvttl import data_folder
 from kvttl.lmcache.kv_size import KV_BITS, kv_bytes_per_token
@@ -65,7 +68,7 @@ def test_attention_makes_long_prompts_dearer_and_their_ends_dearest():
     assert whole == pytest.approx(2000 * (1 + 1) * 3.6 / 3600 / 1e4)
     result = replay(make_trace([range(10), range(20)], [0, 1], block_tokens=100), "infinite")
     assert bill(result, tariff)["computing"] == pytest.approx(whole)
-    assert whole - half > 2 * half
+    assert whole - half == pytest.approx(half * 5 / 3)
 
 
 def test_hardware_is_priced_by_time_and_room():
@@ -258,6 +261,7 @@ MODELS = {  # model type -> what differs from a small decoder
 
 def config_of(kind, folder):
     """A config.json as transformers writes it; returns its folder and vLLM's reading of it."""
+    importlib.import_module("vllm.config")  # first, or modules import each other in a circle
     from vllm.transformers_utils.model_arch_config_convertor import (
         MODEL_ARCH_CONFIG_CONVERTORS,
         ModelArchConfigConvertorBase,
@@ -302,7 +306,7 @@ def test_the_published_sizes_of_models_that_people_run():
 @pytest.mark.parametrize(
     "bad, says",
     [
-        ({"model_type": "qwen3_next"}, "layer_types = {'linear_attention'}"),
+        ({"model_type": "qwen3_next"}, "model must have attention .*linear_"),
         ({"model_type": "mamba"}, "model must have attention .*state_size"),
         ({"model_type": "t5"}, "is_encoder_decoder"),
         ({"model_type": "deepseek_v32", "index_topk": 2048}, "index_topk"),
@@ -329,10 +333,6 @@ def test_a_bad_dtype_or_file_is_named(tmp_path):
 
 def test_the_demo_models_size_is_that_of_its_stored_chunks(stack, llm, greedy, fresh_text):
     """What the engine stored: every file of the disk tier holds a chunk, and no less."""
-    from pathlib import Path
-
-    from waiting import wait_until
-
     llm.generate([fresh_text()], greedy)
     folder = Path(stack.config.disk_path)
     files = wait_until(lambda: [p for p in folder.glob("*.data") if p.stat().st_size])

@@ -50,7 +50,7 @@ def kv_bytes_per_token(model: str | Path | Mapping[str, Any], kv_dtype: str = "a
     whole = model if isinstance(model, Mapping) else _read(model)
     text = whole.get("text_config") or whole
     known = _known(text)
-    for name in {*vars(known), "is_heterogeneous"}:
+    for name in ("is_heterogeneous", *vars(known)):
         value = getattr(known, name, None)
         odd = set(value or ()) - {*_ATTENTION} if name == "layer_types" else value
         if odd and name.startswith(("layer_types", *_OTHER.split())):

@@ -143,8 +143,9 @@ def learned_choice(index: RunIndex, tariff: Tariff) -> tuple[ReplayResult, np.nd
     """Replay a choice among the TTLs on offer, for each request, by a hazard learned online.
 
     It is made when a request comes, before anybody knows how its generation will end: the TTL (or
-    none) that costs least now and at the prompt's next use, which comes within the TTL with the
-    learned probability. A hit keeps the TTL that was paid for; a longer one means writing anew.
+    none) that costs least now and at the uses to come. Each comes within the longest TTL as likely
+    as the hazard says; one that comes later than the TTL means writing anew. A hit keeps the TTL
+    that was paid for; for a longer one it is written anew.
 
     Returns
     -------
@@ -165,9 +166,11 @@ def learned_choice(index: RunIndex, tariff: Tariff) -> tuple[ReplayResult, np.nd
         hit = np.logical_and.accumulate(there)
         kept_s, new = np.where(hit, ttl_s[before], 0.0), tokens[~hit].sum()
         hazard = policy.hazards([policy.signals(keys)], running=True)[0]
-        saved = reuse_within(hazard, offers_s) * (1 - tariff.read) * tokens.sum()
+        within = reuse_within(hazard, offers_s).clip(max=0.999)
+        uses = within[-1] / (1 - within[-1])  # still to come, were each as likely as the next
+        paid = shares + (tariff.read - shares) * within / within[-1]  # for a token of each
         anew = (tokens * hit) @ (kept_s[:, None] < offers_s)
-        best = np.argmin(shares * (new + anew) - tariff.read * anew - saved)
+        best = np.argmin(shares * (new + anew) - tariff.read * anew + tokens.sum() * uses * paid)
         ttl_s[rows] = np.maximum(offers_s[best], kept_s)
         write[request], rewritten[request] = shares[best], anew[best]
     return _kept(Plan(index, "run", ttl_s=ttl_s)), write, rewritten
