@@ -19,8 +19,8 @@ from kvttl.replay.money.bills import (
     bill,
     break_even,
     hindsight,
+    leader,
     learned,
-    learned_choice,
     money_table,
 )
 from kvttl.replay.money.tariffs import Tariff, load_tariffs, on_hardware
@@ -135,36 +135,41 @@ def sessions(gap_s, turns, count, start_s=20.0):
     return make_trace([blocks for _, blocks in rows], [at for at, _ in rows], block_tokens=500)
 
 
+def choice(trace):
+    index = index_runs(trace)
+    fixed = {s: replay_without_capacity(index, policy=kept_for(s)) for s in MENU.writes}
+    return leader(index, MENU, fixed)
+
+
+def kept_for(ttl_s):
+    return lambda index, config: Plan(index, ttl_s=np.full(index.trace.requests, float(ttl_s)))
+
+
 @pytest.mark.parametrize(
     "gap_s, turns, wanted", [(60.0, 8, 1.25), (1500.0, 8, 2.0), (10.0, 1, 1.0)]
 )
-def test_the_choice_learns_the_ttl_that_pays(gap_s, turns, wanted):
+def test_the_choice_follows_the_ttl_that_pays(gap_s, turns, wanted):
     """Turns a minute apart want 5 min, half an hour apart 1 h, prompts that never return none."""
     trace = sessions(gap_s, turns, 400)
-    result, write, _ = learned_choice(index_runs(trace), MENU)
+    _, write = choice(trace)
     late = trace.arrival_s > 0.6 * trace.span_s
-    chosen, times = np.unique(write[late], return_counts=True)
-    assert chosen[times.argmax()] == wanted, dict(zip(chosen, times))
+    assert set(write[late]) == {wanted} and write[0] == 1.0
 
 
-def test_a_choice_is_paid_for_block_by_block():
-    """Hits, and what is written anew for a longer TTL, equal a naive walk over blocks."""
-    trace = agent_loops(200, seed=3)
-    result, write, rewritten = learned_choice(index_runs(trace), MENU)
+def test_a_choice_hits_what_a_walk_over_blocks_says():
+    trace = sessions(200.0, 5, 60, 40.0)
+    result, write = choice(trace)
     ttl_of = {1.0: 0.0, 1.25: 300.0, 2.0: 3600.0}
     until_s, paid_s = {}, {}
     for request, at_s in enumerate(trace.arrival_s):
-        ttl_s, whole, hits, anew = ttl_of[write[request]], True, 0, 0
+        whole, hits = True, 0
         for block in trace.request(request).tolist():
             whole = whole and until_s.get(block, -1.0) >= at_s
-            kept_s = paid_s[block] if whole else 0.0
             hits += whole
-            anew += whole and kept_s < ttl_s
-            paid_s[block] = max(kept_s, ttl_s)
+            paid_s[block] = paid_s[block] if whole else ttl_of[write[request]]
             until_s[block] = at_s + paid_s[block]
         assert result.hit_blocks[request].sum() == hits, request
-        assert rewritten[request] == anew * trace.block_tokens, request
-    assert len(set(write)) > 1 or rewritten.sum() == 0
+    assert len(set(write)) > 1
 
 
 def test_what_is_learned_beats_fixed_ttls_where_they_are_all_wrong():

@@ -102,15 +102,14 @@ class Adaptive(OnlinePolicy):
         runs, _ = walk(self.runs, keys, path)
         return self.runs.run["codes"][path[runs - 1]].copy() if runs else np.zeros(SIGNALS, "u1")
 
-    def hazards(self, codes, running: bool = False) -> np.ndarray:
+    def hazards(self, codes) -> np.ndarray:
         """Return how likely a use is a second, as learned by now: (n, SIGNALS) -> (n, BINS).
 
-        By age since the generation's end, or, while it runs and nobody knows how it will end, since
-        the use; in the bins of `kvttl.policies.hazard.EDGES_S`.
+        By age since the generation's end, in the bins of `kvttl.policies.hazard.EDGES_S`.
         """
         rows = np.empty((len(codes), BINS))
         for code, row in zip(codes, rows):
-            hazard_row(self.now.hazard.mean[int(running)], code, row)
+            hazard_row(self.now.hazard.mean[0], code, row)
         return rows
 
     def prices(self) -> np.ndarray:

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 
 from kvttl.policies import Adaptive
-from kvttl.policies.hazard import EDGES_S
 from kvttl.replay.costs import TierCosts
 from kvttl.replay.engine import in_order_of_time, replay, replay_without_capacity
 from kvttl.replay.money.tariffs import Tariff
@@ -18,15 +17,13 @@ from kvttl.traces.trace import REASONS, Trace
 TTLS_S = (300.0, 3600.0, 86_400.0)  # asked about where a tariff leaves the TTL open
 
 
-def bill(result: ReplayResult, tariff: Tariff, write=1.0, rewritten=0) -> dict[str, float]:
+def bill(result: ReplayResult, tariff: Tariff, write=1.0) -> dict[str, float]:
     """Return what a replay's prompts cost, by what it is paid for.
 
     Parameters
     ----------
     write : float or numpy.ndarray
         What a token costs that is computed and cached, as a share; of all requests or of each.
-    rewritten : int or numpy.ndarray
-        Hit tokens, of each request, that were written anew to live longer.
 
     Returns
     -------
@@ -35,7 +32,7 @@ def bill(result: ReplayResult, tariff: Tariff, write=1.0, rewritten=0) -> dict[s
         for a million prompt tokens. Memory is paid for until the trace's last arrival.
     """
     prompts, hits = result.trace.prompt_tokens.astype(float), result.hit_tokens.sum(axis=1)
-    hits = np.where(hits >= tariff.least_tokens, hits - rewritten, 0)
+    hits = np.where(hits >= tariff.least_tokens, hits, 0)
     written = np.where(prompts >= tariff.least_tokens, prompts - hits, 0)
     token = tariff.input_per_mtok / 1e6
     parts = {
@@ -67,7 +64,7 @@ def money_table(
     pandas.DataFrame
         A row a tariff and policy: tariff, policy, token_hit_ratio, mean_gib_held, and what `bill`
         returns. "no cache"; fixed TTLs since the last use, without a limit of room; "learned": of
-        `learned` or `learned_choice`; "hindsight", where any TTL is on offer: the least possible.
+        `learned` or `leader`; "hindsight", where any TTL is on offer: the least possible.
 
     Examples
     --------
@@ -90,7 +87,7 @@ def money_table(
         found = {"no cache": (nothing,)}
         found |= {ttl_name(ttl_s): (fixed[ttl_s], share) for ttl_s, share in writes.items()}
         if tariff.writes:
-            found["learned"] = learned_choice(index, tariff)
+            found["learned"] = leader(index, tariff, fixed)
         else:
             found |= others | {"learned": (_kept(learned(index, tariff)),)}
             found["hindsight"] = (_kept(hindsight(index, tariff)),)
@@ -139,48 +136,35 @@ def learned(index: RunIndex, tariff: Tariff) -> Plan:
     return Plan(index, "run", ttl_s=ttl_s)
 
 
-def learned_choice(index: RunIndex, tariff: Tariff) -> tuple[ReplayResult, np.ndarray, np.ndarray]:
-    """Replay a choice among the TTLs on offer, for each request, by a hazard learned online.
+def leader(
+    index: RunIndex, tariff: Tariff, fixed: Mapping[float, ReplayResult]
+) -> tuple[ReplayResult, np.ndarray]:
+    """Replay a choice among the TTLs on offer: the one, or none, that would have cost least so far.
 
-    It is made when a request comes, before anybody knows how its generation will end: the TTL (or
-    none) that costs least now and at the uses to come. Each comes within the longest TTL as likely
-    as the hazard says; one that comes later than the TTL means writing anew. A hit keeps the TTL
-    that was paid for; for a longer one it is written anew.
+    It is made for each request as it comes. A hit keeps the TTL that was paid for.
+
+    Parameters
+    ----------
+    fixed : mapping of float to ReplayResult
+        What each TTL on offer hits.
 
     Returns
     -------
     tuple
-        The replay; what a computed token costs, as a share, (requests,); hit tokens that are
-        written anew, (requests,).
+        The replay, and what a token costs that is computed then, as a share, (requests,).
     """
-    trace, ttl_s = index.trace, np.zeros(index.runs)
     offers_s, shares = np.array([(0.0, 1.0), *sorted(tariff.writes.items())]).T
-    write, rewritten = np.ones(trace.requests), np.zeros(trace.requests)
-    waited_s = index.seconds_since_access
-    for policy, request, keys, _, is_end in _told(trace, tariff):
-        if is_end:
-            continue
-        rows = np.arange(index.offsets[request], index.offsets[request + 1])
-        before, tokens = index.previous[rows], index.length[rows] * trace.block_tokens
-        there = (before >= 0) & (waited_s[rows] <= ttl_s[before])
-        hit = np.logical_and.accumulate(there)
-        kept_s, new = np.where(hit, ttl_s[before], 0.0), tokens[~hit].sum()
-        hazard = policy.hazards([policy.signals(keys)], running=True)[0]
-        within = reuse_within(hazard, offers_s).clip(max=0.999)
-        uses = within[-1] / (1 - within[-1])  # still to come, were each as likely as the next
-        paid = shares + (tariff.read - shares) * within / within[-1]  # for a token of each
-        anew = (tokens * hit) @ (kept_s[:, None] < offers_s)
-        best = np.argmin(shares * (new + anew) - tariff.read * anew + tokens.sum() * uses * paid)
-        ttl_s[rows] = np.maximum(offers_s[best], kept_s)
-        write[request], rewritten[request] = shares[best], anew[best]
-    return _kept(Plan(index, "run", ttl_s=ttl_s)), write, rewritten
-
-
-def reuse_within(hazard: np.ndarray, ttls_s: np.ndarray) -> np.ndarray:
-    """Return how likely a use comes within each TTL, (ttls,), by a hazard a second, (BINS,)."""
-    ends_s = np.append(EDGES_S[1:], np.inf)
-    spent_s = np.clip(ttls_s[:, None], EDGES_S, ends_s) - EDGES_S
-    return 1 - np.exp(-spent_s @ hazard)
+    cost = [index.trace.prompt_tokens.astype(float)]
+    for ttl_s, share in zip(offers_s[1:], shares[1:]):
+        hits = fixed[ttl_s].hit_tokens.sum(axis=1)
+        cost.append(share * cost[0] + (tariff.read - share) * hits)
+    chosen = np.argmin(np.cumsum(cost, axis=1) - cost, axis=0)
+    ttl_s, waited_s = offers_s[chosen[index.request]], index.seconds_since_access
+    last, whole = -1, True
+    for run, (request, before) in enumerate(zip(index.request.tolist(), index.previous.tolist())):
+        whole = (whole or request != last) and before >= 0 and waited_s[run] <= ttl_s[before]
+        ttl_s[run], last = ttl_s[before] if whole else ttl_s[run], request
+    return _kept(Plan(index, "run", ttl_s=ttl_s)), shares[chosen]
 
 
 def _told(trace, tariff):
