@@ -34,6 +34,7 @@ SEED ?= 0
 # make replay TRACE=<file or folder> POLICY=<name> CAPACITY=<blocks, share, or gpu,disk,remote>
 # SET="base_ttl=300 gamma=0" SKIP_BAD=1; what the trace does not say: FORMAT=<name> BLOCK_TOKENS=<tokens>
 # TIME_UNIT=<s|ms|us|ns|order> SUBAGENT_TIMES=<absolute|relative>
+# make money: the same, with TARIFF=<yaml> MODEL=<a model's config.json, or its folder>
 TRACE ?= data/sample_trace.jsonl.gz
 CAPACITY ?=
 SET ?=
@@ -42,6 +43,8 @@ FORMAT ?=
 BLOCK_TOKENS ?=
 TIME_UNIT ?=
 SUBAGENT_TIMES ?=
+TARIFF ?= data/tariffs.yaml
+MODEL ?=
 
 # What each target takes on the command line; anything else is refused by name.
 TAKES_run := CONFIG LLM REDIS_URL POLICY INSIDE N SEED METRICS_PORT PERPLEXITY
@@ -55,6 +58,7 @@ TAKES_bench-overhead := CONFIG
 TAKES_bench-gateway := CONFIG
 TAKES_bench-inside := QUICK SEED
 TAKES_replay := TRACE POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME_UNIT SUBAGENT_TIMES
+TAKES_money := TRACE TARIFF MODEL POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME_UNIT SUBAGENT_TIMES
 TAKES_chaos := N SEED
 TAKES_app := PORT
 TAKES_lab := PORT
@@ -74,7 +78,7 @@ export PYTHONPATH := $(CURDIR)/src
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-agents run test up down status notebooks clean-notebooks check-notebooks lint \
-	show-start serve bench bench-gateway bench-inside bench-overhead bench-sliders replay bench-replay bench-policy app lab \
+	show-start serve bench bench-gateway bench-inside bench-overhead bench-sliders replay money bench-replay bench-policy app lab \
 	demo-model chaos clean
 
 help: ## list the targets
@@ -168,12 +172,17 @@ bench-gateway: $(READY) ## what the gateway adds to a request; ends with one lin
 bench-inside: $(READY) ## what the server module refuses beside LMCache's LRU, and its cost; a line of JSON (QUICK=1)
 	@PYTHONPATH=src:tests LMCACHE_LOG_LEVEL=ERROR $(PY) -W ignore -m bench_inside --seed $(SEED) $(if $(QUICK),--quick)
 
+# What `make replay` and `make money` run.
+REPLAY = $(PY) -m kvttl.replay.command --trace '$(TRACE)' --policy '$(or $(POLICY),lru)' --capacity '$(CAPACITY)' \
+	--seed $(SEED) $(if $(SET),--set $(SET)) $(if $(SKIP_BAD),--skip-bad) \
+	$(if $(FORMAT),--format '$(FORMAT)') $(if $(BLOCK_TOKENS),--block-tokens '$(BLOCK_TOKENS)') \
+	$(if $(TIME_UNIT),--time-unit '$(TIME_UNIT)') $(if $(SUBAGENT_TIMES),--subagent-times '$(SUBAGENT_TIMES)')
+
 replay: $(READY) ## one policy on a trace; ends with one line of JSON (TRACE= POLICY= CAPACITY= SET= FORMAT= ...)
-	@$(PY) -m kvttl.replay.command --trace '$(TRACE)' --policy '$(or $(POLICY),lru)' --capacity '$(CAPACITY)' \
-		--seed $(SEED) $(if $(SET),--set $(SET)) $(if $(SKIP_BAD),--skip-bad) \
-		$(if $(FORMAT),--format '$(FORMAT)') $(if $(BLOCK_TOKENS),--block-tokens '$(BLOCK_TOKENS)') \
-		$(if $(TIME_UNIT),--time-unit '$(TIME_UNIT)') \
-		$(if $(SUBAGENT_TIMES),--subagent-times '$(SUBAGENT_TIMES)')
+	@$(REPLAY)
+
+money: $(READY) ## what each TTL would have cost: 5 min, 1 h, 24 h or learned? (TRACE= TARIFF= MODEL= ...)
+	@$(REPLAY) --tariff '$(TARIFF)' $(if $(MODEL),--model '$(MODEL)')
 
 bench-replay: $(READY) ## accesses per second of the replay engines; ends with one line of JSON
 	@$(PY) -m kvttl.bench.replay

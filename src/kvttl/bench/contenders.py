@@ -6,7 +6,6 @@ Think times pass on a clock of the session's own; what LMCache does by the real
 clock (storing, evicting once a second) is waited for between two requests.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
 from kvttl.bench.workloads import CHUNK_TOKENS, BenchRequest
 from kvttl.lmcache.client import Service
+from kvttl.lmcache.kv_size import kv_bytes_per_token
 from kvttl.lmcache.layout import hits_by_tier
 from kvttl.lmcache.model import EVICTION_RATIO, EVICTION_WATERMARK
 from kvttl.manager.clock import SessionClock, ends_on_the_way
@@ -374,11 +373,3 @@ def _runner(row, stack, hot_tokens, model, size, policy):
     kwargs = engine_kwargs(StackConfig(), model, **options, enable_prefix_caching=bool(blocks))
     del kwargs["kv_transfer_config"]
     return Runner(LLM(**kwargs), size, blocks)
-
-
-def kv_bytes_per_token(model: str) -> int:
-    """Return the bytes of KV cache that a token takes in bfloat16, from the model's config."""
-    config = json.loads((Path(model) / "config.json").read_text())
-    heads = config.get("num_key_value_heads", config["num_attention_heads"])
-    head = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
-    return config["num_hidden_layers"] * 2 * heads * head * 2

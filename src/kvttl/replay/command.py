@@ -8,9 +8,12 @@ import msgspec
 
 from caching_heuristics import TIERS, unknown_name
 from kvttl import exit_status
+from kvttl.lmcache.kv_size import KV_BITS, kv_bytes_per_token
 from kvttl.replay.baselines import BASELINES, replay_baseline
 from kvttl.replay.costs import TierCosts, result_costs
 from kvttl.replay.engine import replay
+from kvttl.replay.money.bills import break_even, money_table
+from kvttl.replay.money.tariffs import load_tariffs
 from kvttl.replay.policies import POLICIES, ReplayPolicy
 from kvttl.replay.result import ReplayResult
 from kvttl.settings import settings_from
@@ -71,6 +74,9 @@ def _options(argv):
     found = "default: found from all sessions"
     parser.add_argument("--subagent-times", choices=SUBAGENT_TIMES, help=found)
     parser.add_argument("--cache-dir", default=CACHE_DIR, help="compact copies; empty = none")
+    parser.add_argument("--tariff", help="a YAML file: say what each TTL would have cost instead")
+    parser.add_argument("--model", help="whose KV cache it is: a config.json or its folder")
+    parser.add_argument("--kv-dtype", choices=list(KV_BITS), default="auto")
     return parser.parse_args(argv)
 
 
@@ -88,6 +94,8 @@ def _run(options):
     print(f"{trace.name}: {trace}", file=sys.stderr)
     if trace.skipped_lines:
         print(f"{trace.skipped_lines} bad lines skipped", file=sys.stderr)
+    if options.tariff:
+        return _bills(trace, options, capacity)
     policy = POLICIES.get(options.policy, ReplayPolicy(None))
     metadata = {"per": options.per} if options.per and policy.reads_metadata else {}
     if options.policy in BASELINES:
@@ -105,6 +113,20 @@ def _run(options):
         "read_s": read_s,
         "replay_s": replay_s,
     }
+
+
+def _bills(trace, options, capacity):
+    size = kv_bytes_per_token(options.model, options.kv_dtype) if options.model else None
+    tariffs = load_tariffs(options.tariff, size)
+    policies = [options.policy] if options.capacity else []
+    table = money_table(trace, tariffs, policies, capacity)
+    tokens, hours = trace.prompt_tokens.sum(dtype=int), trace.span_s / 3600
+    whole = f"All {tokens} prompt tokens cost ({hours:.1f} h: longer TTLs never ended)"
+    for column, title in (("per_mtok", "A million prompt tokens cost"), ("total", whole)):
+        answer = table.pivot(index="tariff", columns="policy", values=column).round(4)
+        print(f"{title}\n{answer.to_string(na_rep='')}", file=sys.stderr)
+    worth = {name: break_even(tariff).to_dict("records") for name, tariff in tariffs.items()}
+    return {"trace": trace.name, "bills": table.to_dict("records"), "break_even": worth}
 
 
 def describe(result: ReplayResult) -> str:

@@ -1,0 +1,1 @@
+"""What KV cache costs and saves: tariffs, bills of replays, how long prompts are worth keeping."""
