@@ -156,7 +156,9 @@ def test_decision_records_that_this_kit_writes(tmp_path):
     assert trace.block_ids.tolist() == [0, 1, 0, 1, 2]
     assert (trace.block_tokens, trace.arrival_s.tolist()) == (32, [0.0, 10.5])
     assert trace.sessions[0] != trace.sessions[1]  # by its prefix the second continues the first
-    more = DecisionRecord(60.6, "f", prompt_tokens=35, chunks=1, chunk_keys=("f" * 64,), session="s")
+    more = DecisionRecord(
+        60.6, "f", prompt_tokens=35, chunks=1, chunk_keys=("f" * 64,), session="s"
+    )
     write_records(path, [more])
     first, second, third = read_trace(path).sessions
     assert first != second == third

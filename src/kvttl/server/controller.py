@@ -161,9 +161,9 @@ class InsideController(BaseController):
 class PutDown:
     """Chunks that left gpu only for want of room, until there is room again.
 
-    That is `high` and `low`, shares of gpu: nothing comes back before as much below `low` is free
-    as relief from `high` frees above it, by their ratio; then gpu is filled up to `low`. So what
-    comes back makes no pressure, and pressure, which is relieved down to `low`, lets nothing back.
+    Nothing comes back before what gpu holds has fallen below ``low * low / high`` of it, its
+    watermarks; then it is filled up to `low`. So what comes back makes no pressure, and relief,
+    which ends at `low`, lets nothing back.
 
     Parameters
     ----------
