@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from inside_server import CHUNK, Client, inside_server, prompt
 from waiting import wait_until
 
 from kvttl.lmcache.lease import AlreadyManaged, ServerLease
+from kvttl.server.guard import Guard
 from kvttl.server.hints import Hints
+from kvttl.server.requests import RequestHooks
 
 ONE_HOUR = {"heuristics": {"base_ttl": 3600.0}}
 
@@ -108,20 +112,71 @@ def test_a_store_after_the_requests_end_is_managed(client):
 def test_hints_are_checked_and_answered_in_the_record(client):
     count = len(client.generations())
     hints = {"perplexity": 12.5, "pin": 1e5, "tier": "warm", "ttl": -1, "colour": 1, "store": "no"}
-    client.serve(prompt(5, 2), **hints)
+    client.serve(prompt(5, 2), **hints, session="s 1")
     (record,) = wait_until(lambda: client.generations()[count:])
     assert record.metadata["perplexity"] == 12.5
     assert record.metadata_sources["perplexity"] == "caller"
     assert (record.wanted_tier, record.ttl_s) == ("gpu", 3600.0)
     assert record.hints["pin"] == "clipped to 3600 s"
+    assert (record.session, record.hints["session"]) == ("s 1", "accepted")
     refused = {name for name, answer in record.hints.items() if answer.startswith("refused: ")}
     assert refused == {"tier", "ttl", "colour", "store"}
 
 
-def test_what_is_not_worth_storing_goes_at_once(client):
-    tokens = prompt(6, 4)
+def test_what_is_not_worth_storing_is_not_stored_and_what_was_goes(client):
+    tokens, before = prompt(6, 4), client.status()["done"].get("not stored", 0)
+    for hints in ({"store": False}, {"ttl": 0}):
+        client.serve(tokens, **hints)
+        assert client.look_up(tokens) == 0  # before anything is decided
+    assert client.status()["done"]["not stored"] == before + 8
+    client.serve(tokens, pin=60, ttl=0)
+    assert client.look_up(tokens) == 4
     client.serve(tokens, store=False)
     wait_until(lambda: client.look_up(tokens) == 0)
+    assert client.status()["failures"] == {}
+
+
+@pytest.mark.parametrize("has_slots", [True, False])
+def test_an_engine_is_told_what_needs_no_event_and_no_slot(has_slots):
+    """Of a GPU's store, and of slots in shared memory, that no test has: as LMCache says it."""
+    pool = {"shm_name": "pool" if has_slots else ""}
+    listeners = SimpleNamespace(destroy_listeners=[])
+    context = SimpleNamespace(shm_pool_info=pool, session_manager=listeners, chunk_size=CHUNK)
+    hands = SimpleNamespace(done=Counter())
+    hooks = RequestHooks(context, None, hands, Guard(), None)
+    key = SimpleNamespace(request_configs={"lmcache.kvttl.store": False}, start=0, end=5 * CHUNK)
+    called = lambda *_args: "as LMCache answers"  # noqa: E731
+    assert hooks.store(called, key, 1, [[]], b"event") == (b"", True)
+    answer = hooks.prepare_store(called, key, 1)
+    assert answer == called() if not has_slots else answer.context == NO_SLOTS
+    assert hands.done == {"not stored": 5 * (1 + has_slots)}
+
+
+NO_SLOTS = {"slots": [], "chunk_indices": []}
+
+
+def test_what_pressure_put_down_comes_back_once_there_is_room(tmp_path):
+    """Of 64 chunks 54 are too many, and 48 are left then; below 42 there is room again."""
+    with inside_server(tmp_path, ONE_HOUR, l1_chunks=64) as running:
+        client = Client(running.url)
+        client.serve(prompt(1, 30), tier="gpu", ttl=1000.0)
+        client.serve(prompt(2, 30), tier="gpu", ttl=2000.0)
+        wait_until(lambda: client.status()["put_down"])
+        assert held(client) == {"gpu": 48, "disk": 60}
+        assert client.status()["done"]["brought back"] == 0
+        client.serve(prompt(2, 30), ttl=0.0)  # a hit, and its end
+        wait_until(lambda: client.status()["chunks"] == {"gpu": 30, "disk": 30})
+        status = client.status()
+        assert (status["done"]["brought back"], status["put_down"]) == (12, 0)
+        settled = [record for record in client.records() if record.kind == "settled"]
+        moved = [
+            (move["from"], move["to"], move["moved_chunks"]) for r in settled for move in r.moves
+        ]
+        assert moved == [("disk", "gpu", 12)] and settled[0].wanted_tier == "gpu"
+        client.serve(prompt(1, 30), tier="gpu", ttl=1000.0)
+        assert last(client, 4)[-1].hit_tokens == {"gpu": 30 * CHUNK}
+        assert client.status()["failures"] == {}
+        client.close()
 
 
 def test_tenants_have_their_own(client):

@@ -23,6 +23,7 @@ from kvttl.decisions.log import DecisionRecord
 from kvttl.manager.claims import ClaimLedger
 from kvttl.server import journal as journals
 from kvttl.server.compat import LATE_WRITES, POLICIES, REQUESTS, missing, warning_of
+from kvttl.server.controller import PutDown
 from kvttl.server.journal import JournalFolder
 from kvttl.server.places import PINNED, Model, Places
 
@@ -129,6 +130,32 @@ def test_what_came_late_does_not_stand_before_what_is_old():
     late.since_s, before_s = time.time() + 60.0, time.time() + 1.0
     assert places.first_to_go(2 * space.all_bytes, before_s) == [old]
     assert places.first_to_go(space.all_bytes) == [late]
+
+
+def test_what_pressure_put_down_comes_back_well_below_low_and_fills_up_to_it():
+    places, space = space_of()
+    chunks = stored(places, space, *range(100))
+    for number, chunk in enumerate(chunks):
+        places.decided([chunk], 1000.0 + number)
+    places.came(chunks, "disk")
+    places.went(chunks, "gpu")
+    used = [0.0]
+    down = PutDown(lambda: (used[0] * 100 * space.all_bytes, 100 * space.all_bytes), places)
+    down.note(chunks[:90])
+
+    def back(share):
+        used[0] = share
+        return [chunks.index(chunk) for chunk in down.take(high=0.8, low=0.6)]
+
+    assert back(0.9) == back(0.6) == back(0.46) == []
+    assert back(0.445) == list(range(89, 74, -1))  # of 0.45 = 0.6 * 0.6 / 0.8 a bit less
+    assert back(0.585) == [74] and back(0.595) == back(0.5) == []
+    places.coming[""] += 10 * space.all_bytes  # a store that is under way
+    assert back(0.4) == []
+    places.coming.clear()
+    places.came(chunks[70:74], "gpu")
+    places.went(chunks[69:70], "disk")
+    assert back(0.4)[0] == 68 and len(down) == 90 - 16 - 5 - 20
 
 
 def lived(folder, seed, steps=120):

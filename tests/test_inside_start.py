@@ -171,6 +171,8 @@ def test_a_server_starts_as_shown(way, shown, tmp_path):
         assert any(Path(shown.config.disk_path).iterdir())
         client.serve(tokens, store=False)
         wait_until(lambda: client.look_up(tokens) == 0)
+        client.serve(tokens, store=False)
+        assert client.look_up(tokens) == 0
         policy = get_json(shown.http, "/config")["storage_manager"]["store_policy"]
         assert policy == {"server": "default", "launcher": "kvttl"}[way]
         client.close()
@@ -244,6 +246,10 @@ def test_hints_in_a_request_of_a_plain_client_are_followed_and_answered(served, 
     assert refused.startswith("refused: unknown hint 'colour'")
     assert ask(about("a place"))[1] == 4 * CHUNK
     assert decided(served, count + 1)[-1].hit_tokens == {"disk": 4 * CHUNK}
+    text = about("nothing to keep")
+    assert ask(text, store=False)[0] == ask(text, session="s")[0]
+    last = decided(served, count + 3)[-2:]
+    assert [(r.session, r.tier_before) for r in last] == [("", {"none": 4}), ("s", {"gpu": 4})]
 
 
 def test_ttls_of_a_plain_client_end_on_the_ladder(served, ask):

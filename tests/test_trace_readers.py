@@ -148,15 +148,22 @@ def test_decision_records_that_this_kit_writes(tmp_path):
     records = [
         DecisionRecord(50.0, "d", prompt_tokens=70, chunks=2, chunk_keys=keys[:2]),
         DecisionRecord(52.0, "d", prompt_tokens=70, kind="expiry", chunk_keys=keys[:2]),
-        DecisionRecord(60.5, "e", prompt_tokens=99, chunks=3, chunk_keys=keys),
+        DecisionRecord(60.5, "e", prompt_tokens=99, chunks=3, chunk_keys=keys, session="s"),
     ]
     write_records(path, records)
     assert detect_format(path) == "decisions"
     trace = read_trace(path)
     assert trace.block_ids.tolist() == [0, 1, 0, 1, 2]
     assert (trace.block_tokens, trace.arrival_s.tolist()) == (32, [0.0, 10.5])
+    assert trace.sessions[0] != trace.sessions[1]  # by its prefix the second continues the first
+    more = DecisionRecord(
+        60.6, "f", prompt_tokens=35, chunks=1, chunk_keys=("f" * 64,), session="s"
+    )
+    write_records(path, [more])
+    first, second, third = read_trace(path).sessions
+    assert first != second == third
     write_records(path, [DecisionRecord(61.0, "f", prompt_tokens=64, chunks=2)])
-    with pytest.raises(ValueError, match="line 4: chunk_keys is missing"):
+    with pytest.raises(ValueError, match="line 5: chunk_keys is missing"):
         read_trace(path)
 
 

@@ -71,6 +71,8 @@ class DecisionRecord:
         Why it said nothing: the heuristics decided.
     hints : mapping
         What became of each hint that the request gave about its KV cache.
+    session : str
+        What the request says which conversation it is of; empty = nothing.
     """
 
     time_s: Number
@@ -100,6 +102,7 @@ class DecisionRecord:
     decided: tuple[Mapping[str, Any], ...] = ()
     policy_error: str = ""
     hints: Mapping[str, str] = field(default_factory=dict)
+    session: str = ""
 
     def to_json(self) -> str:
         """Return the record as one line of strict JSON.

@@ -130,6 +130,20 @@ class Settler:
         batch = due + [item for item in again if item.owner not in newer]
         return self._settle(batch, now_s) if batch else []
 
+    def bring_back(self, keys: tuple[str, ...], now_s: float) -> DecisionRecord:
+        """Have chunks of one salt in gpu again, those that are still wanted there; only once.
+
+        Their controller finds chunks by their keys. What fails waits for the next request.
+        """
+        start_s, tokens = time.perf_counter(), array("q")
+        item = Unsettled(owner_of(keys[-1]), Wish("gpu", now_s, None), keys, tokens=tokens)
+        with self._motion.watch() as others:
+            before = self._motion.tiers_of(keys)
+            self._promote(item, before, now_s, others, set())
+            after = self._motion.tiers_of(keys)
+        moves = self._moves(keys, before, after, {}, time.perf_counter() - start_s)
+        return _record_of(item, before, after, now_s, moves=tuple(moves))
+
     def _settle(self, batch, now_s):
         """Move the chunks of claims to where they are wanted; returns the records."""
         start_s, before, after, failures, error = time.perf_counter(), {}, {}, {}, ""
@@ -253,6 +267,8 @@ class Settler:
         try:
             for source, chunks in ways.items():
                 what = {"tokens": item.tokens.tolist(), "chunks": chunks, **under(item.salt)}
+                if not item.tokens:
+                    what = {"keys": [item.chunks[index] for index in chunks]}
                 self._motion.move(source, "gpu", **what)
         finally:
             self._motion.end(mine, promoted)

@@ -1,10 +1,16 @@
-"""The manager's eyes and hands inside an LMCache server: no HTTP, no directory, no delay."""
+"""The manager's eyes and hands inside an LMCache server: no HTTP, no directory, no delay.
+
+And what gpu had no room for, until it has.
+"""
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from caching_heuristics import TIER_CODES, TIERS
@@ -20,10 +26,12 @@ from kvttl.lmcache.layout import (
 from kvttl.lmcache.lease import ServerLease
 from kvttl.lmcache.salts import chunk_key, kept_under
 from kvttl.server.hands import Hands
-from kvttl.server.places import TIERS_OF, UNDECIDED, Model, Places
+from kvttl.server.places import TIERS_OF, UNDECIDED, Chunk, Model, Places
 
 _NEW_S = 60.0
 _COMING_S = 2.0  # a store may come so long after its request's end
+_MOST_PUT_DOWN = 10_000  # chunks that are remembered
+_BACK_CHUNKS = 64  # that come back at once
 
 
 class InsideController(BaseController):
@@ -148,3 +156,56 @@ class InsideController(BaseController):
         kept = sum(is_above(held[0], target) for held in left.of(self.instance_id) if held)
         outcome.skip("hotter copy still shown (in use?)", kept)
         return outcome
+
+
+class PutDown:
+    """Chunks that left gpu only for want of room, until there is room again.
+
+    Nothing comes back before what gpu holds has fallen below ``low * low / high`` of it, its
+    watermarks; then it is filled up to `low`. So what comes back makes no pressure, and relief,
+    which ends at `low`, lets nothing back.
+
+    Parameters
+    ----------
+    usage : callable
+        Returns the bytes that are used in gpu, and all.
+    places : Places
+        Knows what is coming to gpu.
+    """
+
+    def __init__(self, usage: Callable[[], tuple[int, int]], places: Places) -> None:
+        self._usage, self._places, self._lock = usage, places, threading.Lock()
+        self._chunks: dict[Chunk, None] = {}  # the last ones to go, which are worth most, last
+        self._is_filling = False
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def note(self, chunks: Iterable[Chunk]) -> None:
+        """Remember those of some chunks that have a copy below gpu; forgets what went first."""
+        with self._lock:
+            self._chunks |= dict.fromkeys(chunk for chunk in chunks if chunk.is_cold)
+            too_many = max(len(self._chunks) - _MOST_PUT_DOWN, 0)
+            for chunk in list(itertools.islice(self._chunks, too_many)):
+                del self._chunks[chunk]
+
+    def take(self, high: float, low: float) -> list[Chunk]:
+        """Forget and return what may come back now, some chunks: what is worth most first."""
+        used, total = self._usage() if self._chunks else (0, 0)
+        used += self._places.coming.total()
+        begins = low if self._is_filling else low * low / high
+        room = low * total - used if used < begins * total else 0
+        best = self._best(room) if room > 0 else []
+        self._is_filling = bool(best)
+        return best
+
+    def _best(self, room_bytes):
+        with self._lock:
+            self._chunks = {chunk: None for chunk in self._chunks if chunk.is_cold}
+            decided = [chunk for chunk in self._chunks if chunk.ends_s is not UNDECIDED]
+            best = heapq.nlargest(_BACK_CHUNKS, decided, lambda c: (c.ends_s, -c.depth))
+            sizes = itertools.accumulate(chunk.space.all_bytes for chunk in best)
+            best = [chunk for chunk, size in zip(best, sizes) if size <= room_bytes]
+            for chunk in best:
+                del self._chunks[chunk]
+        return best

@@ -62,6 +62,8 @@ class Hands:
         Tier -> why it takes no copies; empty if all do.
     done : Counter
         Chunks, by what was done with them.
+    gave_up : callable
+        Gets the chunks that had to leave gpu for want of room, what was worth least first.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Hands:
         self._orders = _Orders()
         self.errors: dict[str, str] = {}
         self.done: Counter[str] = Counter()
+        self.gave_up: Callable[[list[Chunk]], Any] = lambda _chunks: None
         self._storing, self._moving = 0, 0
         self._promising, self._guard = threading.Lock(), guard
         for tier, (_, adapter) in self._adapters().items():
@@ -118,7 +121,7 @@ class Hands:
         chunks = [chunk for chunk in chunks if chunk.space.size_bytes]  # else no engine came yet
         coming = [chunk for chunk in chunks if not chunk.bits]
         hot = [chunk for chunk in chunks if chunk.bits & HOT]
-        cold = [chunk for chunk in chunks if chunk.bits and not chunk.bits & HOT]
+        cold = [chunk for chunk in chunks if chunk.is_cold]
         self._mark(chunks, True)
         try:
             if target == "gpu":
@@ -301,6 +304,7 @@ class Hands:
                     return False
                 staying += delete(chunks)
                 self.done["given up"] += len(chunks)
+                self.gave_up(chunks)
         finally:
             self._places.stay(staying)
 

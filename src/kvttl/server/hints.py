@@ -7,18 +7,20 @@ what has become of it. One that is refused counts as none.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from caching_heuristics import METADATA_FIELDS, TIERS, HeuristicConfig, check_number, unknown_name
 from kvttl.decisions.record import DecisionRecord
-from kvttl.server.requests import Ended
+from kvttl.lmcache.tiers import pages
+from kvttl.server.hands import Hands
+from kvttl.server.places import HOT, Chunk
 from tiered_caching import MultiTierCache
 
 PREFIX = "lmcache.kvttl."
 MAX_TTL_S = 604_800.0
 _MAX_CHARS = 128
+_RELIEF_CHUNKS = 256  # written down at once when gpu is too full
 
 
 def _number(high, low=0.0, open_low=False):
@@ -49,7 +51,7 @@ HINTS: dict[str, Callable[[str, Any], Any]] = {
     "ttl": _number(MAX_TTL_S),  # seconds in the tier that is asked for
     "tier": _tier,
     "pin": _number(MAX_TTL_S),  # seconds in gpu, however full it is; clipped
-    "session": _text,
+    "session": _text,  # which conversation it is of
     "finish": _text,  # how the turn ended: "stop", "tool_calls", ...
     "output_tokens": _number(2.0**53),
     "store": _flag,  # false: not worth keeping
@@ -116,6 +118,11 @@ class Hints(Mapping):
         """Whether the request says itself where its KV cache goes, or for how long."""
         return not self.wishes.keys().isdisjoint(("tier", "ttl", "pin", "store"))
 
+    @property
+    def admitted(self) -> bool:
+        """Whether the KV cache is worth storing, as far as that is known before the answer."""
+        return bool(self.wishes.get("manager") or self.decided("gpu", 1.0)[1])
+
     def decided(self, tier: str, ttl_s: float) -> tuple[str, float]:
         """Return what a policy has decided, where the request says nothing else."""
         wishes = self.wishes
@@ -175,8 +182,28 @@ class ModelManager(MultiTierCache):
 
     def _decide(self, draft, made):
         draft.hints, draft.asked_for = made.metadata.answers, made.metadata.decide
+        draft.session = made.metadata.wishes.get("session", "")
         self.config.request.asks = self.config.in_force(), made.metadata  # one for both answers
         super()._decide(draft, made)
+
+    def wanted_hot(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Return those of some chunks that a claim wants in gpu."""
+        tiers = self.claims.wanted([chunk.key for chunk in chunks], self.clock())
+        return [chunk for chunk, tier in zip(chunks, tiers) if tier == "gpu"]
+
+    def save(self, chunks: Iterable[Chunk], hands: Hands) -> None:
+        """Write down what is wanted and has no other copy, some chunks at a time."""
+        unsaved = [chunk for chunk in chunks if chunk.bits == HOT] if hands.tiers else []
+        tiers = self.claims.wanted([chunk.key for chunk in unsaved], self.clock())
+        wanted = [chunk for chunk, tier in zip(unsaved, tiers) if tier is not None]
+        for part in pages(wanted, _RELIEF_CHUNKS):
+            hands.copy(part, hands.tiers[0], 0.0)
+
+    def bring_back(self, chunks: Sequence[Chunk]) -> None:
+        """Have chunks of one salt that pressure has put down in gpu again, if wanted there."""
+        if keys := tuple(chunk.key for chunk in self.wanted_hot(chunks)):
+            record = self._decider.settler.bring_back(keys, self.clock())
+            self._decider.records.keep(record)
 
     def be_led(self, is_led: Callable[[], bool]) -> None:
         """End TTLs by itself only while nobody leads."""
@@ -188,13 +215,3 @@ class ModelManager(MultiTierCache):
         """Decide about a request as of `now`, and return the record."""
         self._decider.start()
         return self._decider.submit(None, output, hints, took_s, now or self.clock, salt).result()
-
-
-def as_output(ended: Ended, hints: Hints) -> Any:
-    """Return what is known of an answer, as vLLM's RequestOutput has it."""
-    stored = max(len(ended.tokens) - len(ended.key.token_ids), 0)  # of the answer, if it is too
-    tokens = int(hints.wishes.get("output_tokens", ended.output_tokens or stored))
-    answer = {"finish_reason": hints.wishes.get("finish", ended.finish), "token_ids": range(tokens)}
-    answer |= {"text": None, "logprobs": None}
-    prompt = {"prompt_token_ids": ended.tokens, "num_cached_tokens": ended.hit_tokens}
-    return SimpleNamespace(**prompt, outputs=[SimpleNamespace(**answer)])

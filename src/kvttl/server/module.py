@@ -24,7 +24,6 @@ from kvttl import user_path
 from kvttl.background import JobQueue, Repeater
 from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.lmcache.lease import ServerLease
-from kvttl.lmcache.tiers import pages
 from kvttl.replay.costs import TierCosts
 from kvttl.server.compat import (
     LATE_WRITES,
@@ -41,14 +40,14 @@ from kvttl.server.compat import (
     warning_of,
     wrapped,
 )
-from kvttl.server.controller import InsideController
+from kvttl.server.controller import InsideController, PutDown
 from kvttl.server.guard import Guard
 from kvttl.server.handover import ManagerOutside
 from kvttl.server.hands import Hands, by_space
-from kvttl.server.hints import HINTS, Hinted, Hints, ModelManager, as_output
+from kvttl.server.hints import HINTS, Hinted, Hints, ModelManager
 from kvttl.server.journal import digest_of, open_journals, take_up
-from kvttl.server.places import BIT_OF, PINNED, TIERS_OF, UNDECIDED, Chunk, Model, Places
-from kvttl.server.requests import Ended, RequestHooks
+from kvttl.server.places import HOT, PINNED, TIERS_OF, UNDECIDED, Chunk, Model, Places
+from kvttl.server.requests import Ended, RequestHooks, as_output
 from kvttl.server.routes import Shown, mount
 from kvttl.server.settings import ServerSettings
 
@@ -56,7 +55,6 @@ logger = logging.getLogger(__name__)
 
 _LONG_S = 60.0  # of a request, after which its chunks may go before it has ended
 _SOON_S = 2.0  # after a request's end it is decided about
-_RELIEF_CHUNKS = 256  # written down at once when gpu is too full
 _CHANGES = 100  # of settings, that the status shows
 _WRITE_DOWN_S = 0.25  # between two looks at what the journal lacks
 _CLOSE_S = 30.0  # that LMCache waits for at most
@@ -81,6 +79,8 @@ class KvttlModule:
         by_name = are_in_use()
         can_copy = not {LATE_WRITES, *([] if by_name else [POLICIES])} & {*self.absent}
         self.hands = Hands(self._sm, self.places, self.settings.adapters, self.guard, can_copy)
+        self.put_down = PutDown(self._sm.get_l1_usage, self.places)
+        self.hands.gave_up = self.put_down.note
         self.requests = RequestHooks(context, self.places, self.hands, self.guard, self._ended)
         url = build_context.coordinator_config.url or f"port:{build_context.mp_config.port}"
         self._lease = ServerLease(f"{self.instance_id} at {url.rpartition('/')[2]}")
@@ -91,6 +91,7 @@ class KvttlModule:
         self._doubtful: list = []  # objects that LMCache had no room for
         self._decisions = JobQueue(self._manage, self._shed, 1_000, workers=self.settings.workers)
         self._keeper = Repeater(self.guard(self.keep_room, "pass"), self.settings.pass_s)
+        self._lifter = Repeater(self.guard(self.bring_back, "promotion"), self.settings.pass_s)
         for name in ("targets", "written", "retained"):
             setattr(self, name, self.guard(getattr(self, name), name))
         serve(self)
@@ -106,7 +107,7 @@ class KvttlModule:
         bus.subscribe(EventType.L1_KEYS_EVICTED, self.guard(self._gone, "deletes"))
         bus.subscribe(EventType.L1_ALLOCATION_FAILED, self.guard(self._refused, "refusals"))
         self._writer = Repeater(self.guard(self._write_down, "journal"), _WRITE_DOWN_S)
-        for thread in (self._keeper, self._writer):
+        for thread in (self._keeper, self._lifter, self._writer):
             thread.start()
         beginning = self.guard(self._begin, "beginning")
         threading.Thread(target=beginning, name="kv-begin", daemon=True).start()
@@ -132,6 +133,7 @@ class KvttlModule:
 
     def _close(self):
         self._keeper.close()
+        self._lifter.close()
         self.requests.endings.release(0.0)
         self._decisions.close(timeout_s=5.0)
         for manager in list(self.managers.values()):
@@ -174,6 +176,7 @@ class KvttlModule:
             "waiting_decisions": len(self._decisions),
             "shed_decisions": self.shed,
             "done": dict(self.hands.done),
+            "put_down": len(self.put_down),
             "tier_errors": dict(self.hands.errors),
             "switched_off": self.absent,
             "failures": dict(self.guard.failures),
@@ -266,7 +269,7 @@ class KvttlModule:
         chunks, hot = self.note(model, record)
         below = next(iter(self.hands.tiers), None)
         if hot and below and self.settings.save == "end" and below not in self.hands.errors:
-            unsaved = [chunk for chunk in chunks if chunk.bits == BIT_OF["gpu"]]
+            unsaved = [chunk for chunk in chunks if chunk.bits == HOT]
             self.hands.copy(unsaved, below, 0.0)
         return record
 
@@ -299,8 +302,8 @@ class KvttlModule:
 
     def _threads(self):
         sweeps = {f"sweep of {m.name}": each.sweeper for m, each in list(self.managers.items())}
-        own = {"pass": self._keeper, "journal": self._writer, "decisions": self._decisions}
-        return own | sweeps
+        own = {"pass": self._keeper, "promotion": self._lifter, "journal": self._writer}
+        return own | {"decisions": self._decisions} | sweeps
 
     def _write_down(self):
         self._keeper.revive(self.settings.stuck_s)
@@ -324,16 +327,14 @@ class KvttlModule:
         wanted: dict[bytes, Any] = {}
         for space, chunks in by_space(self.places.of_objects(keys)):
             if manager := self.managers.get(space.model):
-                tiers = manager.claims.wanted([chunk.key for chunk in chunks], manager.clock())
-                hot = [chunk for chunk, tier in zip(chunks, tiers) if tier == "gpu"]
+                hot = manager.wanted_hot(chunks)
                 self.places.came(hot, "gpu")
                 wanted |= dict.fromkeys((chunk.digest for chunk in hot), True)
         return [key.chunk_hash in wanted for key in keys]
 
     def _gone(self, event):
-        self.places.went(
-            list(self.places.of_objects(event.metadata["keys"])), "gpu", event.timestamp
-        )
+        chunks = list(self.places.of_objects(event.metadata["keys"]))
+        self.places.went(chunks, "gpu", event.timestamp)
 
     def _refused(self, event):
         self._doubtful += event.metadata["keys"]
@@ -364,15 +365,17 @@ class KvttlModule:
     def _relieve(self, chunks):
         """Write chunks down that are wanted and have no other copy; delete them from gpu."""
         for space, some in by_space(chunks):
-            unsaved = [chunk for chunk in some if chunk.bits == BIT_OF["gpu"]]
-            manager = self.managers.get(space.model)
-            if manager and unsaved and self.hands.tiers:
-                keys = [chunk.key for chunk in unsaved]
-                tiers = manager.claims.wanted(keys, manager.clock())
-                wanted = [chunk for chunk, tier in zip(unsaved, tiers) if tier is not None]
-                for part in pages(wanted, _RELIEF_CHUNKS):
-                    self.hands.copy(part, self.hands.tiers[0], 0.0)
+            if manager := self.managers.get(space.model):
+                manager.save(some, self.hands)
         return self.hands.delete(chunks, "gpu")
+
+    def bring_back(self) -> None:
+        """Have what pressure has put down in gpu again, once there is room."""
+        chunks = self.put_down.take(self.settings.high, self.settings.low)
+        for space, some in by_space(chunks):
+            if manager := self.managers.get(space.model):
+                manager.bring_back(some)
+        self.hands.done["brought back"] += sum(bool(chunk.bits & HOT) for chunk in chunks)
 
 
 def build(build_context: Any) -> KvttlModule:

@@ -51,6 +51,10 @@ class Chunk:
     def key(self) -> str:
         return chunk_key(self.digest.hex(), self.space.salt)
 
+    @property
+    def is_cold(self) -> bool:
+        return bool(self.bits) and not self.bits & HOT
+
 
 class _Order:
     """In which order gpu gives some chunks up.

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+
+from lmcache.v1.multiprocess.custom_types import PrepareStoreResponse
 
 from kvttl.server.compat import PROBE
 from kvttl.server.guard import Guard
 from kvttl.server.hands import Hands
+from kvttl.server.hints import Hints
 from kvttl.server.places import Chunk, Places
 
 _WORD_LASTS_S = 60.0  # of an engine: a busy server hears of ends late
@@ -29,6 +34,16 @@ class Ended(NamedTuple):
     ended_s: float
     finish: str | None = None  # what the engine says, if it says anything
     output_tokens: int = 0
+
+
+def as_output(ended: Ended, hints: Hints) -> Any:
+    """Return what is known of an answer, as vLLM's RequestOutput has it."""
+    stored = max(len(ended.tokens) - len(ended.key.token_ids), 0)  # of the answer, if it is too
+    tokens = int(hints.wishes.get("output_tokens", ended.output_tokens or stored))
+    answer = {"finish_reason": hints.wishes.get("finish", ended.finish), "token_ids": range(tokens)}
+    answer |= {"text": None, "logprobs": None}
+    prompt = {"prompt_token_ids": ended.tokens, "num_cached_tokens": ended.hit_tokens}
+    return SimpleNamespace(**prompt, outputs=[SimpleNamespace(**answer)])
 
 
 class Endings:
@@ -111,6 +126,7 @@ class RequestHooks:
         self._note_open = guard(self._opened, "look-up")
         self._room_for = guard(self._room, "room for a store", default=contextlib.nullcontext())
         self._note_stored = guard(self._stored, "store")
+        self._is_admitted = guard(self._admits, "admission", default=True)
         listener = guard(self._session_ended, "end of a session")
         context.session_manager.destroy_listeners.append(listener)
 
@@ -132,11 +148,15 @@ class RequestHooks:
         """Make room where slots in shared memory are given out."""
         if not self._has_slots:
             return call(key, *rest)
+        if not self._is_admitted(key):  # no slot to fill: as if all were there already
+            return PrepareStoreResponse({"slots": [], "chunk_indices": []})
         with self._room_for(key):
             return call(key, *rest)
 
     def commit_store(self, call: Callable, key: Any, instance_id: int, data: bytes) -> Any:
         """Make room where the data comes along; note what is stored."""
+        if data and not self._is_admitted(key):  # what has slots is to be committed in any case
+            return True
         with self._room_for(key) if data else contextlib.nullcontext():
             done = call(key, instance_id, data)
             if done:  # noted before others look for room
@@ -145,6 +165,8 @@ class RequestHooks:
 
     def store(self, call: Callable, key: Any, *rest: Any) -> Any:
         """Make room before a GPU's KV cache is copied; note what is stored."""
+        if not self._is_admitted(key):
+            return b"", True  # no event to wait for
         with self._room_for(key):
             answer = call(key, *rest)
             self._note_stored(key)
@@ -154,6 +176,12 @@ class RequestHooks:
 
     def _opened(self, key):
         self.open[key.request_id] = time.time()
+
+    def _admits(self, key):
+        is_admitted = not key.request_configs or Hints(key.request_configs, math.inf).admitted
+        if not is_admitted:
+            self._hands.done["not stored"] += (key.end - key.start) // self._context.chunk_size
+        return is_admitted
 
     def _room(self, key):
         space = self._places.space(key.model_name, key.world_size, key.cache_salt)

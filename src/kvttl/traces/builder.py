@@ -87,8 +87,9 @@ class TraceBuilder:
             of_requests = [column[order] for column in of_requests]
         arrival_s, prompt, output, sessions, *endings = of_requests
         arrival_s -= arrival_s[:1]
-        if sessions.max(initial=-1) < 0:
-            sessions = sessions_by_prefix(ids, offsets, unique)
+        if sessions.min(initial=0) < 0:
+            guessed = sessions_by_prefix(ids, offsets, unique) + sessions.max() + 1
+            sessions = np.where(sessions < 0, guessed, sessions)
         arrays = ids, offsets, arrival_s, prompt, output, sessions, *endings
         return Trace(*arrays, self.block_tokens, unique, name, skipped_lines)
 

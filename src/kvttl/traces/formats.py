@@ -88,7 +88,8 @@ _ENDS |= dict.fromkeys(("stop", "end_turn"), 2)  # of `trace.FINISH`
 def read_decision_log(files: Sequence[Path], source: Source) -> TraceBuilder:
     """Read this kit's decision log, rotated or not: its generations, by their ``chunk_keys``.
 
-    Where it says how they ended, they arrived ``generate_s`` before ``time_s``.
+    Where it says how they ended, they arrived ``generate_s`` before ``time_s``. Of requests that
+    have named no session it is guessed.
     """
     size = source.block_tokens or _chunk_tokens(files)
     builder = TraceBuilder(size, shown=_hash_text)
@@ -104,7 +105,9 @@ def read_decision_log(files: Sequence[Path], source: Source) -> TraceBuilder:
             end_s, reason = source.seconds(record, "time_s"), record.get("finish_reason")
             known = reason and source.time_unit != ORDER
             took_s = number(record, "generate_s", 0, 0.0) if known else 0.0
-            told = whole_tokens(record, "output_tokens", 0), -1, took_s, _ENDS.get(reason, 0)
+            session = record.get("session")
+            session = source.number((scope, session)) if session else -1
+            told = whole_tokens(record, "output_tokens", 0), session, took_s, _ENDS.get(reason, 0)
             builder.add(keys, end_s - took_s, prompt, *told)
     return builder
 
