@@ -43,6 +43,16 @@ BLOCK_TOKENS ?=
 TIME_UNIT ?=
 SUBAGENT_TIMES ?=
 
+# make tune takes the same, but SEED is the search's, and SET holds settings that are not searched;
+# GOAL=<hits|ttft|price|bytes|memory> AGAINST=<another of these> LIMIT=<the worst of that> TRIALS=200
+# SPLIT=<share of the time to tune on> PRICES="<of an hour: engine, a GiB in gpu, disk, remote>"
+GOAL ?= memory
+AGAINST ?=
+LIMIT ?=
+TRIALS ?= 200
+SPLIT ?= 0.5
+PRICES ?=
+
 # What each target takes on the command line; anything else is refused by name.
 TAKES_run := CONFIG LLM REDIS_URL POLICY INSIDE N SEED METRICS_PORT PERPLEXITY
 TAKES_serve := CONFIG LLM REDIS_URL POLICY INSIDE HOST PORT LOG ATTACH OPTIONS API_KEY_ENV
@@ -55,6 +65,7 @@ TAKES_bench-overhead := CONFIG
 TAKES_bench-gateway := CONFIG
 TAKES_bench-inside := QUICK SEED
 TAKES_replay := TRACE POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME_UNIT SUBAGENT_TIMES
+TAKES_tune := TRACE POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME_UNIT SUBAGENT_TIMES GOAL AGAINST LIMIT TRIALS SPLIT PRICES
 TAKES_chaos := N SEED
 TAKES_app := PORT
 TAKES_lab := PORT
@@ -74,7 +85,7 @@ export PYTHONPATH := $(CURDIR)/src
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-agents run test up down status notebooks clean-notebooks check-notebooks lint \
-	show-start serve bench bench-gateway bench-inside bench-overhead bench-sliders replay bench-replay bench-policy app lab \
+	show-start serve bench bench-gateway bench-inside bench-overhead bench-sliders replay tune bench-replay bench-policy app lab \
 	demo-model chaos clean
 
 help: ## list the targets
@@ -174,6 +185,15 @@ replay: $(READY) ## one policy on a trace; ends with one line of JSON (TRACE= PO
 		$(if $(FORMAT),--format '$(FORMAT)') $(if $(BLOCK_TOKENS),--block-tokens '$(BLOCK_TOKENS)') \
 		$(if $(TIME_UNIT),--time-unit '$(TIME_UNIT)') \
 		$(if $(SUBAGENT_TIMES),--subagent-times '$(SUBAGENT_TIMES)')
+
+tune: $(READY) ## search settings on a trace for a goal; writes data/heuristics.yaml (TRACE= POLICY= CAPACITY= GOAL= ...)
+	@$(PY) -m policy_tuning --trace '$(TRACE)' --policy '$(or $(POLICY),heuristic)' --capacity '$(CAPACITY)' \
+		--seed $(SEED) $(if $(SET),--set $(SET)) $(if $(SKIP_BAD),--skip-bad) \
+		$(if $(FORMAT),--format '$(FORMAT)') $(if $(BLOCK_TOKENS),--block-tokens '$(BLOCK_TOKENS)') \
+		$(if $(TIME_UNIT),--time-unit '$(TIME_UNIT)') \
+		$(if $(SUBAGENT_TIMES),--subagent-times '$(SUBAGENT_TIMES)') \
+		--goal '$(GOAL)' $(if $(AGAINST),--against '$(AGAINST)') $(if $(LIMIT),--limit $(LIMIT)) \
+		--trials $(TRIALS) --split $(SPLIT) $(if $(PRICES),--prices $(PRICES))
 
 bench-replay: $(READY) ## accesses per second of the replay engines; ends with one line of JSON
 	@$(PY) -m kvttl.bench.replay

@@ -256,6 +256,7 @@ MAY_IMPORT = {
         "caching_heuristics, background, lmcache, decisions, stack, manager, tiered_caching, replay"
     ),
     "plots": "caching_heuristics, traces, policies, decisions, replay",
+    "policy_tuning": "caching_heuristics, traces, settings, replay, plots",
     "session": "all above",
     "sliders": "caching_heuristics, traces, settings, decisions, replay, plots",
     "agents": ("caching_heuristics, lmcache, decisions, manager, tiered_caching, plots, session"),
