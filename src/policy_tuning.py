@@ -148,8 +148,8 @@ class _Parts:
     """A trace, cut in time, and what settings do on each part of it."""
 
     def __init__(self, trace, question):
-        self.question, since_s = question, trace.arrival_s[:1].sum()
-        first = int(np.searchsorted(trace.arrival_s, since_s + question.split * trace.span_s))
+        self.question = question
+        first = int(np.searchsorted(trace.arrival_s, question.split * trace.span_s))
         head = trace.head(first)
         if not 0 < head.span_s < trace.span_s:
             sides = f"time and requests on both sides, got {question.split!r}: {first} requests"
@@ -160,11 +160,11 @@ class _Parts:
 
     def score(self, config, rest=False):
         """Return the measures on the first part; or on the rest, before which that was replayed."""
-        how = self.question.policy, self._capacity, config
+        how, costs = (self.question.policy, self._capacity, config), self.question.costs
         before = replay(self._head, *how)
-        if not rest:
-            return measured(before, self.question.costs)
-        return measured(replay(self._whole, *how), self.question.costs, before)
+        return (
+            measured(replay(self._whole, *how), costs, before) if rest else measured(before, costs)
+        )
 
 
 def measured(
@@ -179,14 +179,13 @@ def measured(
         span_s -= before.trace.span_s
     ttft_s = costs.request_ttft_s(hits, prompts)
     engine_price = ttft_s.sum() / 3600 * costs.engine_price_per_hour
-    figures = {
+    return {
         "hits": hits.sum() / max(1, prompts.sum()),
         "ttft": ttft_s.mean(),
         "price": (engine_price + costs.memory_price(held)) * 1000 / len(prompts),
         "bytes": moved[:, 1:3].sum() * costs.bytes_per_token / 1e6 / len(prompts),
         "memory": held.sum() * costs.bytes_per_token / 2**30 / span_s,
     }
-    return {name: float(figure) for name, figure in figures.items()}
 
 
 def tune(
@@ -234,13 +233,17 @@ def _study(trace, question, folder):
     """Return the study of a question; in a folder, the one that was begun there."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     asked = [question, trace.name, *map(_digest, (trace.arrival_s, trace.block_ids))]
-    name, storage = _digest(msgspec.json.encode(asked)), None
-    if folder is not None:
-        user_path(folder).mkdir(parents=True, exist_ok=True)
-        file = str(user_path(folder) / f"{name}.journal")
-        backend = optuna.storages.journal.JournalFileBackend(file)
+    name = _digest(msgspec.json.encode(asked))
+    if folder is None:
+        return optuna.create_study(study_name=name)
+    file = user_path(folder) / f"{name}.journal"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        backend = optuna.storages.journal.JournalFileBackend(str(file))
         storage = optuna.storages.JournalStorage(backend)
-    return optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
+        return optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no journal of trials ({error}): move it away") from error
 
 
 def _digest(value):
@@ -301,11 +304,12 @@ def _outcome(done, parts, limit):
     gains = [_gain(gained, *part) for part in zip(*both)]
     kept = f"{np.clip(gains[1] / gains[0], 0, 1):.0%}" if gains[0] > 0 else "no gain, so none"
     worst = max(limit, question.costs_of(rest[0])[1])
-    but = " outside its limit" if question.costs_of(rest[taken])[1] > worst else ""
+    lost = question.costs_of(rest[taken])[1] > worst
+    but = f", but {question.paid_with} is outside its limit" if lost else ""
     tuned, left = (_changes((question.goal, question.paid_with), *part) for part in zip(*both))
     how = f"{question.split:.0%} of the time, {len(done)} trials, seed {question.seed}"
     kept = f"{kept} of the gain in {gained} survives"
-    sentence = f"Tuned on the first {how}: {tuned}; on the rest {left}{but}: {kept}."
+    sentence = f"Tuned on the first {how}: {tuned}; on the rest {left}: {kept}{but}."
     return Tuning(configs[taken], gains, trials, sentence)
 
 

@@ -62,6 +62,16 @@ def test_what_nothing_beats_is_the_front_and_what_is_taken_keeps_the_limit():
         assert not better.any() and row["hits_rest"] > 0
 
 
+def test_a_limit_that_is_not_kept_on_the_rest_is_said():
+    """What comes back after 100 s at first comes back after 400 s later."""
+    early, late = np.arange(200) * 5.0, 1000 + np.arange(200) * 20.0
+    ids = [[r // 2 % 10] if r % 2 == 0 else [10 + r] for r in range(400)]
+    trace = make_trace(ids, arrival_s=np.concatenate([early, late]), block_tokens=1000)
+    tuning = tune(trace, Question("ttl", split=0.2), 40)
+    assert tuning.config.base_ttl < 400
+    assert tuning.sentence.endswith("in memory survives, but hits is outside its limit.")
+
+
 def test_settings_that_change_nothing_or_are_fixed_stay():
     config = tune(LOOPS, Question("heuristic", None, fixed={"gamma": 0.0}), 24).config
     start = HeuristicConfig()
@@ -109,6 +119,15 @@ def test_two_halves_of_a_search_are_the_whole(tmp_path):
     halves, whole = tune(LOOPS, question, 32, tmp_path), tune(LOOPS, question, 32)
     pd.testing.assert_frame_equal(halves.trials, whole.trials)
     assert halves[:2] == whole[:2] and halves.sentence == whole.sentence
+
+
+@pytest.mark.parametrize("damage", [b"no json\n{}\n", b"{}\n{}\n", b"\xff\xfe\n\n", b"[]\n[]\n"])
+def test_a_damaged_journal_is_named(tmp_path, damage):
+    tune(LOOPS, Question(), 1, tmp_path)
+    (journal,) = tmp_path.iterdir()
+    journal.write_bytes(damage)
+    with pytest.raises(ValueError, match=f"{journal.name} is no journal of trials"):
+        tune(LOOPS, Question(), 8, tmp_path)
 
 
 # --- the split ----------------------------------------------------------------------------
