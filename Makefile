@@ -43,7 +43,7 @@ BLOCK_TOKENS ?=
 TIME_UNIT ?=
 SUBAGENT_TIMES ?=
 
-# make tune takes the same, but SEED is the search's, and SET holds settings that are not searched;
+# make tune takes the same; SEED is the search's too, and SET holds settings that are not searched;
 # GOAL=<hits|ttft|price|bytes|memory> AGAINST=<another of these> LIMIT=<the worst of that> TRIALS=200
 # SPLIT=<share of the time to tune on> PRICES="<of an hour: engine, a GiB in gpu, disk, remote>"
 GOAL ?= memory
