@@ -46,6 +46,16 @@ SUBAGENT_TIMES ?=
 TARIFF ?= data/tariffs.yaml
 MODEL ?=
 
+# make tune takes the same; SEED is the search's too, and SET holds settings that are not searched;
+# GOAL=<hits|ttft|price|bytes|memory> AGAINST=<another of these> LIMIT=<the worst of that> TRIALS=200
+# SPLIT=<share of the time to tune on> PRICES="<of an hour: engine, a GiB in gpu, disk, remote>"
+GOAL ?= memory
+AGAINST ?=
+LIMIT ?=
+TRIALS ?= 200
+SPLIT ?= 0.5
+PRICES ?=
+
 # What each target takes on the command line; anything else is refused by name.
 TAKES_run := CONFIG LLM REDIS_URL POLICY INSIDE N SEED METRICS_PORT PERPLEXITY
 TAKES_serve := CONFIG LLM REDIS_URL POLICY INSIDE HOST PORT LOG ATTACH OPTIONS API_KEY_ENV
@@ -59,6 +69,7 @@ TAKES_bench-gateway := CONFIG
 TAKES_bench-inside := QUICK SEED
 TAKES_replay := TRACE POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME_UNIT SUBAGENT_TIMES
 TAKES_money := TRACE TARIFF MODEL POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME_UNIT SUBAGENT_TIMES
+TAKES_tune := TRACE POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME_UNIT SUBAGENT_TIMES GOAL AGAINST LIMIT TRIALS SPLIT PRICES
 TAKES_chaos := N SEED
 TAKES_app := PORT
 TAKES_lab := PORT
@@ -78,7 +89,7 @@ export PYTHONPATH := $(CURDIR)/src
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-agents run test up down status notebooks clean-notebooks check-notebooks lint \
-	show-start serve bench bench-gateway bench-inside bench-overhead bench-sliders replay money bench-replay bench-policy app lab \
+	show-start serve bench bench-gateway bench-inside bench-overhead bench-sliders replay money tune bench-replay bench-policy app lab \
 	demo-model chaos clean
 
 help: ## list the targets
@@ -172,17 +183,22 @@ bench-gateway: $(READY) ## what the gateway adds to a request; ends with one lin
 bench-inside: $(READY) ## what the server module refuses beside LMCache's LRU, and its cost; a line of JSON (QUICK=1)
 	@PYTHONPATH=src:tests LMCACHE_LOG_LEVEL=ERROR $(PY) -W ignore -m bench_inside --seed $(SEED) $(if $(QUICK),--quick)
 
-# What `make replay` and `make money` run.
-REPLAY = $(PY) -m kvttl.replay.command --trace '$(TRACE)' --policy '$(or $(POLICY),lru)' --capacity '$(CAPACITY)' \
+# What `make replay`, `make money` and `make tune` are told of the trace.
+ON_TRACE = --trace '$(TRACE)' --capacity '$(CAPACITY)' \
 	--seed $(SEED) $(if $(SET),--set $(SET)) $(if $(SKIP_BAD),--skip-bad) \
 	$(if $(FORMAT),--format '$(FORMAT)') $(if $(BLOCK_TOKENS),--block-tokens '$(BLOCK_TOKENS)') \
 	$(if $(TIME_UNIT),--time-unit '$(TIME_UNIT)') $(if $(SUBAGENT_TIMES),--subagent-times '$(SUBAGENT_TIMES)')
 
 replay: $(READY) ## one policy on a trace; ends with one line of JSON (TRACE= POLICY= CAPACITY= SET= FORMAT= ...)
-	@$(REPLAY)
+	@$(PY) -m kvttl.replay.command --policy '$(or $(POLICY),lru)' $(ON_TRACE)
 
 money: $(READY) ## what each TTL would have cost: 5 min, 1 h, 24 h or learned? (TRACE= TARIFF= MODEL= ...)
-	@$(REPLAY) --tariff '$(TARIFF)' $(if $(MODEL),--model '$(MODEL)')
+	@$(PY) -m kvttl.replay.command --policy '$(or $(POLICY),lru)' $(ON_TRACE) --tariff '$(TARIFF)' $(if $(MODEL),--model '$(MODEL)')
+
+tune: $(READY) ## search settings on a trace for a goal; writes data/heuristics.yaml (TRACE= POLICY= CAPACITY= GOAL= ...)
+	@$(PY) -m policy_tuning --policy '$(or $(POLICY),heuristic)' $(ON_TRACE) \
+		--goal '$(GOAL)' $(if $(AGAINST),--against '$(AGAINST)') $(if $(LIMIT),--limit $(LIMIT)) \
+		--trials $(TRIALS) --split $(SPLIT) $(if $(PRICES),--prices $(PRICES))
 
 bench-replay: $(READY) ## accesses per second of the replay engines; ends with one line of JSON
 	@$(PY) -m kvttl.bench.replay

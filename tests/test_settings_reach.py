@@ -264,6 +264,8 @@ VARIABLES = {  # of make, each with a value that no recipe has by itself
     "SET": "alpha=0.4717", "SKIP_BAD": "1",
     "FORMAT": "mooncake", "BLOCK_TOKENS": "4718", "TIME_UNIT": "ms", "SUBAGENT_TIMES": "relative",
     "TARIFF": "some.yaml", "MODEL": "some/config.json",
+    "GOAL": "ttft", "AGAINST": "bytes", "LIMIT": "0.4719", "TRIALS": "4720", "SPLIT": "0.4721",
+    "PRICES": "0.4722 1 2 3",
 }  # fmt: skip
 SWITCHES = {"ATTACH": "--attach", "QUICK": "--quick", "SKIP_BAD": "--skip-bad"}
 SWITCHES |= {"INSIDE": "--inside '1'"}

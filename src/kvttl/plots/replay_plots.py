@@ -1,5 +1,7 @@
 """Figures of replays: plain functions from results and tables to a matplotlib figure."""
 
+from collections.abc import Mapping
+
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -73,6 +75,34 @@ def plot_over_time(result: ReplayResult, step_s: float = 60.0) -> Figure:
     axes.set(xlabel="seconds", ylabel="share of prompt tokens", ylim=(0, 1))
     axes.grid(alpha=0.3)
     figure.legend(handles=tier_keys(), loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+@own_style()
+def plot_tuning(trials: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
+    """Draw what a search tried, what nothing beats in two measures, and how that does on the rest.
+
+    Parameters
+    ----------
+    trials : pandas.DataFrame
+        Of `policy_tuning.Tuning`.
+    labels : mapping
+        The columns on the x and on the y axis -> what the axes say.
+    """
+    figure, axes = open_axes(7, 4.6)
+    x, y = labels
+    axes.plot(trials[x], trials[y], ".", color="#BBBBBB", ms=4, label="tried")
+    looks = {"front": ("o", 4), "start": ("D", 7), "taken": ("*", 15)}
+    for part, colour in (("", "#0072B2"), ("_rest", "#E69F00")):
+        for role, (mark, size) in looks.items():
+            rows = trials[trials["role"] == role].sort_values(x)
+            style = {"color": colour, "marker": mark, "ms": size, "ls": "--" if part else "-"}
+            axes.plot(
+                rows[x + part], rows[y + part], label=f"{role}, {part[1:] or 'tuned'}", **style
+            )
+    axes.set(xlabel=labels[x], ylabel=labels[y])
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -7,8 +7,9 @@ cache that knows no prefixes does. A hit in a lower tier brings the block to gpu
 import numpy as np
 from numba import njit
 
-# Nothing here allocates: counting references would take most of the time.
-compiled = njit(cache=True, _nrt=False)
+# Nothing here allocates: counting references would take most of the time. Several replays may run
+# at the same time, a thread each: `policy_tuning` does so.
+compiled = njit(cache=True, _nrt=False, nogil=True)
 inlined = njit(cache=True, _nrt=False, inline="always")
 
 # Columns of a block's row: 16 bytes, so that a block is one cache line, not four.

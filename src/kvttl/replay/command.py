@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 
 import msgspec
 
@@ -20,6 +21,7 @@ from kvttl.settings import settings_from
 from kvttl.traces.formats import FORMATS
 from kvttl.traces.reading import read_trace
 from kvttl.traces.source import ORDER, SESSIONS_PER_HOUR, SUBAGENT_TIMES, TIME_UNITS, Source
+from kvttl.traces.trace import Trace
 
 CACHE_DIR = "data/trace_cache"
 SAMPLE = "data/sample_trace.jsonl.gz"
@@ -49,21 +51,37 @@ def _one_capacity(text):
         raise ValueError(f"CAPACITY must be {wanted}, got {text!r}") from None
 
 
+def pairs(given: Sequence[str]) -> dict[str, str]:
+    """Return the names and values of ``NAME=VALUE`` texts.
+
+    Examples
+    --------
+    >>> pairs(["base_ttl=300", "gamma=0"])
+    {'base_ttl': '300', 'gamma': '0'}
+    """
+    return dict(pair.partition("=")[::2] for pair in given)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Replay and print; returns the exit status."""
-    options = _options(argv)
+    parser = replay_options(__doc__.splitlines()[0])
+    parser.add_argument("--per", choices=("request", "block"), help="of the heuristics' decisions")
+    parser.add_argument("--tariff", help="a YAML file: say what each TTL would have cost instead")
+    parser.add_argument("--model", help="whose KV cache it is: a config.json or its folder")
+    parser.add_argument("--kv-dtype", choices=list(KV_BITS), default="auto")
+    options = parser.parse_args(argv)
     # What is not known, NaN, is null.
     return exit_status(lambda: print(msgspec.json.encode(_run(options)).decode()))
 
 
-def _options(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def replay_options(description: str, policy: str = "lru") -> argparse.ArgumentParser:
+    """Return a parser of what every command takes that replays a trace: which, how read, policy."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--trace", default=SAMPLE, help="file or folder")
     parser.add_argument("--format", choices=list(FORMATS), help="default: found from the content")
-    parser.add_argument("--policy", default="lru", help=", ".join((*POLICIES, *BASELINES)))
+    parser.add_argument("--policy", default=policy, help=", ".join((*POLICIES, *BASELINES)))
     parser.add_argument("--capacity", default="", help="blocks or a share; or gpu,disk,remote")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", dest="settings")
-    parser.add_argument("--per", choices=("request", "block"), help="of the heuristics' decisions")
     parser.add_argument("--skip-bad", action="store_true", help="skip and count bad lines")
     parser.add_argument("--seed", type=int, default=0, help="of overlaid sessions")
     parser.add_argument("--sessions-per-hour", type=float, default=SESSIONS_PER_HOUR)
@@ -74,26 +92,29 @@ def _options(argv):
     found = "default: found from all sessions"
     parser.add_argument("--subagent-times", choices=SUBAGENT_TIMES, help=found)
     parser.add_argument("--cache-dir", default=CACHE_DIR, help="compact copies; empty = none")
-    parser.add_argument("--tariff", help="a YAML file: say what each TTL would have cost instead")
-    parser.add_argument("--model", help="whose KV cache it is: a config.json or its folder")
-    parser.add_argument("--kv-dtype", choices=list(KV_BITS), default="auto")
-    return parser.parse_args(argv)
+    return parser
+
+
+def read_asked(options: argparse.Namespace) -> Trace:
+    """Return the trace that `replay_options` name; says on stderr what it holds."""
+    reading = {name: value for name, value in vars(options).items() if hasattr(Source, name)}
+    copies = options.cache_dir or None
+    trace = read_trace(options.trace, options.format, cache_dir=copies, progress=True, **reading)
+    print(f"{trace.name}: {trace}", file=sys.stderr)
+    if trace.skipped_lines:
+        print(f"{trace.skipped_lines} bad lines skipped", file=sys.stderr)
+    return trace
 
 
 def _run(options):
     capacity = parse_capacity(options.capacity)
-    config = settings_from(dict(pair.partition("=")[::2] for pair in options.settings))
+    config = settings_from(pairs(options.settings))
     known = (*POLICIES, *BASELINES)
     if options.policy not in known:
         raise ValueError(unknown_name("POLICY", options.policy, known))
     start_s = time.perf_counter()
-    reading = {name: value for name, value in vars(options).items() if hasattr(Source, name)}
-    copies = options.cache_dir or None
-    trace = read_trace(options.trace, options.format, cache_dir=copies, progress=True, **reading)
+    trace = read_asked(options)
     read_s = time.perf_counter() - start_s
-    print(f"{trace.name}: {trace}", file=sys.stderr)
-    if trace.skipped_lines:
-        print(f"{trace.skipped_lines} bad lines skipped", file=sys.stderr)
     if options.tariff:
         return _bills(trace, options, capacity)
     policy = POLICIES.get(options.policy, ReplayPolicy(None))
