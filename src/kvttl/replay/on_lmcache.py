@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import chain
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from kvttl.policies import Answer, CachePolicy
 from kvttl.replay.result import ReplayResult
 from kvttl.traces.trace import REASONS, Trace
 from tiered_caching import MultiTierCache
+
+_QUIET: dict[str, Any] = {"notify": None, "sweep_every_s": None, "perplexity_source": "off"}
 
 
 class _Engine:
@@ -62,9 +65,9 @@ def replay_on_lmcache(
     perplexity : sequence of float, optional
         As measured, one a request; NaN or None: unknown.
     turns : sequence of sequence of int, optional
-        Requests that several clients make at once, at the last one's arrival; None: one by one.
+        Requests that come at once, at the last one's arrival; None: one by one.
     start_s : float
-        The clock's first second: of a policy object, after all that it was told before.
+        The clock's first second; later than all that a policy object was told before.
     inside : bool
         The manager is in the server, as `kvttl.server` is.
     **rules
@@ -73,36 +76,42 @@ def replay_on_lmcache(
     Returns
     -------
     ReplayResult
-        Hits by request and tier; memory-time of gpu (of disk and remote: all
-        copies there, also of chunks that are in gpu too); moves are not counted.
+        Hits; memory-time (of disk and remote: all copies there, also of chunks that are in gpu
+        too); moves are not counted.
     """
-    model = (ServerModuleModel if inside else LMCacheModel)(hot_chunks, trace.block_tokens, **rules)
-    engine, clock = _Engine(model), SessionClock(start_s)
-    hits, area = np.zeros((trace.requests, 3), np.int64), np.zeros(3)
-    stored = np.zeros(trace.requests, np.int64)
-    known = {} if perplexity is None else dict(enumerate(perplexity))
-    settings = config or HeuristicConfig()
-    options: dict[str, object] = {"notify": None, "sweep_every_s": None, "perplexity_source": "off"}
-    options |= {"config": settings, "policy": policy, "clock": clock}
-    with MultiTierCache(model, engine, **options) as cache:
+    kind = ServerModuleModel if inside else LMCacheModel
+    engine = _Engine(model := kind(hot_chunks, trace.block_tokens, **rules))
+    known = dict(enumerate([] if perplexity is None else perplexity))
+    told = {"policy": policy, "config": config or HeuristicConfig(), "clock": SessionClock(start_s)}
+    area, by_row = np.zeros(3), {}
+    with MultiTierCache(model, engine, **told, **_QUIET) as cache:
         _connect(cache, model)
         for turn in turns or [[row] for row in range(trace.requests)]:
             _pass_time(cache, model, float(trace.arrival_s[turn[-1]]), area)
             asked = [list(prompts[row]) for row in turn]
-            if config is None:
-                engine.generate(asked, None)
-            else:  # a perplexity None or NaN: unknown
-                made = cache.generate(asked, None, [{"perplexity": known.get(row)} for row in turn])
-                for each in made if inside else ():
-                    model.note(each.decision.result(), policy == "formula")
-            hits[turn] = [[each.get(tier, 0) for tier in TIERS] for each in engine.hits]
-            stored[turn] = model.stored_tokens
+            given = [{"perplexity": known.get(row)} for row in turn]  # None and NaN: unknown
+            _serve(cache, engine, asked, None if config is None else given, policy == "formula")
+            by_row |= dict(zip(turn, zip(engine.hits, model.stored_tokens)))
             model.evict()
+    return _result(trace, hot_chunks, config, area, [by_row[row] for row in sorted(by_row)])
+
+
+def _result(trace, hot_chunks, config, area, served):
+    hits = np.array([[found.get(tier, 0) for tier in TIERS] for found, _ in served]).reshape(-1, 3)
     blocks, moved = hits // trace.block_tokens, np.zeros((4, 4), np.int64)
     name = "LMCache" if config is None else "kit on LMCache"
-    capacity = (hot_chunks, -1, -1)
     figures = blocks, hits, area, area * trace.block_tokens, moved
-    return ReplayResult(trace, name, capacity, *figures, stored_tokens=stored)
+    stored = np.array([stored for _, stored in served])
+    return ReplayResult(trace, name, (hot_chunks, -1, -1), *figures, stored_tokens=stored)
+
+
+def _serve(cache, engine, asked, given, by_formula):
+    """Serve prompts at once, and decide about each if metadata are given."""
+    for managed in [] if given is None else cache.generate(asked, None, given):
+        if isinstance(cache.controller, ServerModuleModel):
+            cache.controller.note(managed.decision.result(), by_formula)
+    if given is None:
+        engine.generate(asked, None)
 
 
 def _connect(cache, model):
