@@ -187,8 +187,8 @@ class ServerModuleModel(LMCacheModel):
         """Relieve gpu where it is too full; what is wanted and nowhere else is written to disk."""
         held = len(self.held["gpu"])
         if held > self.watermark * self.hot_chunks:
-            low = int(self.watermark * (1 - self.ratio) * self.hot_chunks)
-            self._give_up(held - low, writes_down=True)
+            low = self.watermark * (1 - self.ratio) * self.hot_chunks
+            self._give_up(math.ceil(held - low - 1e-6), writes_down=True)
 
     def note(self, record: Any, by_formula: bool) -> None:
         """Let gpu's order follow a decision, and write down what it wants in gpu."""
