@@ -164,6 +164,10 @@ class LMCacheController(BaseController):
         """Return whether the coordinator or the server was restarted since this began."""
         return self._http.signed_up_again(self.instance_id)
 
+    def work_left(self) -> int:
+        """Return how much the server has still to write, load or decide; 0: it is at rest."""
+        return self._http.work_left(self.instance_id)
+
     def lease(self) -> ServerLease:
         """Return a manager's right to this instance's server; see `ServerLease`."""
         return ServerLease(f"{self.instance_id} at {self._address}")

@@ -280,14 +280,16 @@ def truth_text(truth: pd.DataFrame) -> str:
     """Return the truth check as text."""
     lines = [
         "\nDoes the replay tell the truth? Requests whose hit tokens by tier are equal, and the"
-        " median error of the TTFT predicted with calibrated costs (with costs fitted to one seed):"
+        " error of the TTFT predicted from the model's hits, by costs fitted to one seed, on the"
+        " others (by the calibrated costs, on all; between contenders that had equal hits):"
     ]
     for row in truth.itertuples():
         lines.append(
             f"  {row.contender:14} {row.workload:8} {row.hot_share:4.0%}"
             f"  trace_replay {row.replay_equal:6.1%}  model of LMCache {row.model_equal:6.1%}"
             f"  ({row.model_differ} of {row.requests} differ)"
-            f"  TTFT {row.ttft_error:5.1%} (fitted: {row.ttft_error_fitted:5.1%})"
+            f"  TTFT {row.ttft_error:5.1%}, p90 {row.ttft_error_p90:5.1%}"
+            f" (calibrated: {row.ttft_error_calibrated:5.1%}; alike differ: {row.ttft_noise:5.1%})"
         )
     return "\n".join(lines)
 

@@ -355,6 +355,16 @@ class LMCacheHTTP:
         status = self._call_server(instance_id, "GET", "/status")
         return int(status["storage_manager"]["l1_manager"]["memory_configured_bytes"])
 
+    def work_left(self, instance_id: str) -> int:
+        """Return how much a server has still to write, load or decide; 0: it is at rest."""
+        status = self._call_server(instance_id, "GET", "/status")
+        storage, module = status["storage_manager"], status.get("kvttl", {})
+        l1, store = storage["l1_manager"], storage["store_controller"]
+        work = store["pending_keys_count"] + store["in_flight_task_count"]
+        work += l1["write_locked_count"] + l1["temporary_count"]
+        work += storage["prefetch_controller"]["in_flight_request_count"]
+        return work + module.get("open_requests", 0) + module.get("waiting_decisions", 0)
+
     def signed_up_again(self, instance_id: str) -> bool:
         """Return whether a server's sign-up is not the first one seen here.
 

@@ -197,6 +197,10 @@ class BaseController(ABC):
         """Return how many chunks gpu, disk and remote have room for; None = nobody knows."""
         return (None, None, None)
 
+    def work_left(self) -> int:
+        """Return how much the server has still to write or load; 0: it is at rest."""
+        return 0
+
     def close(self) -> None:
         """Release connections."""
 

@@ -34,6 +34,8 @@ class ReplayResult:
     block_level_hits : int or None
         Accesses whose block was resident when its turn came, whether or not its
         prefix was; only engines that go block by block know it.
+    stored_tokens : numpy.ndarray or None
+        Shape (requests,): tokens that were stored; only the models of LMCache know it.
 
     Examples
     --------
@@ -53,6 +55,7 @@ class ReplayResult:
     token_seconds: np.ndarray
     moved_tokens: np.ndarray
     block_level_hits: int | None = None
+    stored_tokens: np.ndarray | None = None
 
     # Shares of block accesses, and of prompt tokens, inside the longest resident prefix.
     block_hit_ratio = property(lambda self: self.since(-np.inf)["block_hit_ratio"])

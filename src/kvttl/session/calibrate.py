@@ -1,35 +1,44 @@
 """Measures what a hit in each tier costs, on a real stack."""
 
 import random
-import time
+from types import SimpleNamespace
 
 from caching_heuristics import TIERS
 from kvttl.replay.costs import TierCosts, fit_costs
 from kvttl.session.launch import greedy
 from kvttl.session.texts import random_words
+from kvttl.stack.process import comes_true
 
 
 def calibrate(
     cache: object,
-    words: tuple[int, ...] = (60, 240),
+    words: tuple[int, ...] = (30, 240, 480),
     repeats: int = 3,
     bytes_per_token: float = TierCosts.bytes_per_token,
     seed: int = 0,
 ) -> TierCosts:
     """Measure the running stack: new prompts, then the same from gpu, disk and remote.
 
+    Before each generation LMCache has nothing left to write. The time is that of the first
+    token where the engine says it, else the call's.
+
     Parameters
     ----------
     cache : MultiTierCache
         With an engine; `kvttl.session.launch.managed` makes one.
     words : sequence of int
-        Lengths of the prompts, two or more different ones.
+        Lengths of the prompts, two or more different ones; three show prefill's quadratic part.
     repeats : int
         Prompts of each length, after one of each to warm up.
     bytes_per_token : float
         KV cache of a token of the served model.
     seed : int
         Of the prompts' text.
+
+    Raises
+    ------
+    RuntimeError
+        LMCache goes on writing, so that nothing can be measured.
     """
     if len(set(words)) < 2 or min(words) < 1 or repeats < 1:
         raise ValueError(f"words must be two different lengths >= 1, got {words!r}")
@@ -39,11 +48,11 @@ def calibrate(
             made = _serve_from_each_tier(cache, random_words(rng, length))
             records += made if number else []  # the first ones warm up
         number += 1
-    return fit_costs(records, TierCosts(bytes_per_token=bytes_per_token))
+    costs = TierCosts(bytes_per_token=bytes_per_token)
+    return fit_costs(records, costs, [record.stored_tokens for record in records])
 
 
-# Before each generation: LMCache writes through after the answer; a load meanwhile takes longer.
-_PAUSE_S = 0.2
+_REST_S = 120.0  # the longest wait for LMCache to have written what it was given
 _MORE = 4  # rounds more while a tier has served nothing: a busy server moves late
 
 
@@ -60,11 +69,26 @@ _PLACING = (  # metadata that place a prompt in gpu, disk, remote, for the next 
 )
 
 
+_UNSTORED = {"extra_args": {"kv_transfer_params": {"lmcache.max_offload_tokens": 0}}}
+
+
 def _serve_from_each_tier(cache, prompt):
-    """Generate once anew and once from each tier; returns the four records."""
-    sampling, records = greedy(1), []
-    for metadata in (*_PLACING, _PLACING[0]):
-        time.sleep(_PAUSE_S)
+    """Generate twice anew, the first time without storing, and once from each tier."""
+    stored, records = greedy(1), []
+    plan = [(greedy(1, **_UNSTORED), _PLACING[0])]
+    plan += [(stored, metadata) for metadata in (*_PLACING, _PLACING[0])]
+    for sampling, metadata in plan:
+        if not comes_true(lambda: not cache.controller.work_left(), _REST_S):
+            raise RuntimeError(f"LMCache is still writing after {_REST_S:g} s")
         (managed,) = cache.generate(prompt, sampling, metadata)
-        records.append(managed.decision.result())
+        records.append(_measured(managed, sampling is stored))
     return records
+
+
+def _measured(managed, is_stored):
+    """Return what `fit_costs` needs of a generation."""
+    record, metrics = managed.decision.result(), getattr(managed.output, "metrics", None)
+    took_s = getattr(metrics, "first_token_latency", 0.0) or record.generate_s
+    about = {"prompt_tokens": record.prompt_tokens, "hit_tokens": record.hit_tokens}
+    new = record.prompt_tokens - sum(record.hit_tokens.values())
+    return SimpleNamespace(**about, generate_s=took_s, stored_tokens=new * is_stored)
