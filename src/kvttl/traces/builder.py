@@ -1,12 +1,29 @@
 """Builds a `Trace` request by request: numbers block keys densely, chains what is not."""
 
+import math
 from array import array
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from kvttl.traces.trace import COLUMNS, Trace, reordered
+from kvttl.traces.trace import COLUMNS, NAMED, OF_REQUESTS, Trace, reordered
+
+
+class Details(NamedTuple):
+    """What few files say of a request, as in `Trace`; names as text, -1 where unknown."""
+
+    turn_kind: int = 0
+    tool: str | int = -1
+    tool_s: float = math.nan
+    think_s: float = math.nan
+    model: str | int = -1
+    tenant: str | int = -1
+    request_type: str | int = -1
+
+
+_UNKNOWN = Details()
 
 
 class TraceBuilder:
@@ -38,7 +55,8 @@ class TraceBuilder:
         self._raw, self._shown = None if chained else DenseIds(), shown
         self._dense = DenseIds()
         self._ids, self._ends = array("i"), array("q", [0])
-        self._of_requests = [array(kind) for kind in "diiifb"]  # as in `COLUMNS`
+        self._of_requests = [array(np.dtype(COLUMNS[name]).char) for name in OF_REQUESTS]
+        self._names: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -52,6 +70,7 @@ class TraceBuilder:
         session: int = -1,
         generation_s: float = 0.0,
         finish: int = 0,
+        details: Details = _UNKNOWN,
     ) -> None:
         """Append a request: its blocks' 64-bit keys in prefix order, seconds, tokens, its end.
 
@@ -68,17 +87,26 @@ class TraceBuilder:
         self._ids.frombytes(memoryview(ids).cast("B") if len(ids) else b"")
         self._ends.append(len(self._ids))
         values = arrival_s, prompt_tokens, output_tokens, session, generation_s, finish
-        for column, value in zip(self._of_requests, values):
-            column.append(value)
+        for column, value in zip(self._of_requests, (*values, *details)):
+            column.append(value if type(value) is not str else self._code(value))
+
+    def _code(self, name):
+        return self._names.setdefault(name, len(self._names))
+
+    def tell(self, request: int, **details: str | float) -> None:
+        """Say more of a request that was added, by its number: fields of `Details`."""
+        for name, value in details.items():
+            column = self._of_requests[OF_REQUESTS.index(name)]
+            column[request] = self._code(value) if name in NAMED else value
 
     def set_arrivals(self, arrival_s: Sequence[float]) -> None:
         """Give all requests, in order of adding, other arrivals, seconds."""
         self._of_requests[0] = array("d", arrival_s)
 
-    def finish(self, name: str = "", skipped_lines: int = 0) -> Trace:
+    def finish(self, name: str = "", skipped_lines: int = 0, timed: bool = True) -> Trace:
         """Return the trace, by arrival (equal times in order of adding), from second 0."""
         arrays = self._ids, self._ends, *self._of_requests
-        columns = [np.array(a, dtype) for a, dtype in zip(arrays, COLUMNS.values())]
+        columns = [np.asarray(a, dtype) for a, dtype in zip(arrays, COLUMNS.values())]
         ids, offsets, *of_requests = columns
         arrival_s, unique = of_requests[0], len(self._dense)
         if np.any(arrival_s[1:] < arrival_s[:-1]):
@@ -91,7 +119,8 @@ class TraceBuilder:
             guessed = sessions_by_prefix(ids, offsets, unique) + sessions.max() + 1
             sessions = np.where(sessions < 0, guessed, sessions)
         arrays = ids, offsets, arrival_s, prompt, output, sessions, *endings
-        return Trace(*arrays, self.block_tokens, unique, name, skipped_lines)
+        names = np.array(list(self._names), str)
+        return Trace(*arrays, names, self.block_tokens, unique, name, skipped_lines, timed)
 
 
 def make_trace(

@@ -11,12 +11,12 @@ import warnings
 from pathlib import Path
 
 from kvttl import PROJECT, user_path
-from kvttl.traces.formats import FORMATS, format_of, in_folder
+from kvttl.traces.formats import FORMATS, files_of, format_of, in_folder
 from kvttl.traces.opening import head
 from kvttl.traces.source import ORDER, Source, parsed
 from kvttl.traces.trace import CACHE_VERSION, Trace, load_trace, save_trace
 
-READER_VERSION = 3  # of what readers refuse: a copy made by an older one is not used
+READER_VERSION = 4  # of what readers refuse: a copy made by an older one is not used
 
 
 def read_trace(
@@ -84,7 +84,7 @@ def _read(path, format, source, cache_dir):
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
     if name == "weka" and source.time_unit == ORDER:
         raise ValueError("time_unit must be a unit for agentic sessions, got 'order'")
-    files = FORMATS[name].files_of(path)
+    files = files_of(name, path)
     if not files:
         pattern = FORMATS[name].files
         raise ValueError(f"{path}: no {pattern} or {pattern}.gz file in this folder")
@@ -94,7 +94,8 @@ def _read(path, format, source, cache_dir):
             return load_trace(cached)
         except ValueError as error:
             warnings.warn(f"{error}; {path} is read anew", stacklevel=3)
-    trace = FORMATS[name].read(files, source).finish(path.name, source.skipped)
+    built = FORMATS[name].read(files, source)
+    trace = built.finish(path.name, source.skipped, source.time_unit != ORDER)
     if not trace.requests:
         skipped = f": {source.skipped} bad lines skipped, the first: {source.first_bad}"
         nothing = "the file is empty" if path.is_file() and _is_empty(path) else "no request in it"

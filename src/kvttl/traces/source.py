@@ -193,6 +193,19 @@ def tokens(record: dict, name: str, default=None) -> int:
     return int(value)
 
 
+def label(record: dict, name: str) -> str | int:
+    """Return a text of a record, not too long for a column of names; -1 if it has none."""
+    value = record.get(name)
+    return value[:80] if isinstance(value, str) and value else -1
+
+
+def lasted_s(record: dict, name: str, per_second: int = 1000) -> float:
+    """Return how long something took, NaN where a record does not say, or says null."""
+    if record.get(name) is None:
+        return math.nan
+    return in_time(name, number(record, name) / per_second)
+
+
 def block_keys(record: dict, name: str, chained: bool = True) -> np.ndarray:
     """Return the list of integer block ids of a record as int64; chained ones differ."""
     values = record[name]
