@@ -94,6 +94,7 @@ def replay(
     flat = trace.trace if isinstance(trace, RunIndex) else trace
     blocks = capacities(capacity, flat)
     if (make := _online(policy, config)) is not None:
+        _want_times(flat, policy)
         shown = functools.partial(_with_bar, progress=progress, name=_name(policy))
         made = _made(make, flat, blocks, sweep)
         return replay_online(flat, made, _name(policy), sweep, ends, shown)
@@ -172,12 +173,26 @@ def _name(policy):
 
 
 def _plan(trace, policy, config, metadata):
+    make = policy
     if isinstance(policy, str):
         if policy not in POLICIES:
             raise ValueError(unknown_name("policy", policy, POLICIES))
-        policy = POLICIES[policy].plan
+        make = POLICIES[policy].plan
     index = trace if isinstance(trace, RunIndex) else index_runs(trace)
-    return policy(index, config or HeuristicConfig(), **metadata)
+    plan = make(index, config or HeuristicConfig(), **metadata)
+    by_time = isinstance(policy, str) and POLICIES[policy].reads_config
+    if by_time or plan.ttl_s is not None:
+        _want_times(index.trace, policy)
+    return plan
+
+
+def _want_times(trace, policy):
+    """Raise where a policy that decides by time is to run on a trace that has none."""
+    if not trace.timed:
+        reason = "decides by time, and only the order of this trace's requests is known"
+        order = [name for name, row in POLICIES.items() if not (row.reads_config or row.online)]
+        allowed = f"policies that go by order: {', '.join(order)}, and libCacheSim's"
+        raise ValueError(f"policy {_name(policy)!r} {reason}; {allowed}")
 
 
 def _hit_arrays(trace):

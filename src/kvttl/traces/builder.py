@@ -81,7 +81,7 @@ class TraceBuilder:
         """
         keys, arrival_s = np.asarray(keys, np.int64), float(arrival_s)
         if self._raw is None:
-            ids = self._dense.prefixes(keys, self._shown)
+            ids = self._dense.prefixes(keys, self._shown)  # a key that comes twice is not chained
         else:
             ids = self._dense.chain(self._raw.ids(keys))
         self._ids.frombytes(memoryview(ids).cast("B") if len(ids) else b"")
@@ -89,6 +89,24 @@ class TraceBuilder:
         values = arrival_s, prompt_tokens, output_tokens, session, generation_s, finish
         for column, value in zip(self._of_requests, (*values, *details)):
             column.append(value if type(value) is not str else self._code(value))
+
+    def add_rows(self, keys, blocks, arrival_s, prompt_tokens, output_tokens) -> bool:
+        """Append requests of chained keys, one after another, of which no more is known.
+
+        Returns whether: where a row is not chained, nothing is appended.
+        """
+        ends = np.cumsum(blocks)
+        if (ids := self._dense.rows(keys, ends)) is None:
+            return False
+        known = {"arrival_s": arrival_s, "prompt_tokens": prompt_tokens}
+        known |= {"output_tokens": output_tokens, "sessions": -1, "generation_s": 0.0, "finish": 0}
+        known |= _UNKNOWN._asdict()
+        self._ends.frombytes((ends + len(self._ids)).astype(np.int64).tobytes())
+        self._ids.frombytes(ids.tobytes())
+        for name, column in zip(OF_REQUESTS, self._of_requests):
+            values = np.broadcast_to(np.asarray(known[name], COLUMNS[name]), len(blocks))
+            column.frombytes(values.tobytes())
+        return True
 
     def _code(self, name):
         return self._names.setdefault(name, len(self._names))
@@ -198,6 +216,18 @@ class DenseIds:
             raise ValueError(f"{follows}: ids must be prefix-chained")
         return out
 
+    def rows(self, keys: np.ndarray, ends: np.ndarray) -> np.ndarray | None:
+        """Return `prefixes` of rows that end at `ends`; None, and all forgotten, if one is not."""
+        kept, out = self._count, np.empty(len(keys), np.int32)
+        self._reserve(len(keys))
+        self._parents.resize(len(self._keys), refcheck=False)
+        tables = self._slots, self._keys, self._parents
+        self._count, right = _number_rows(keys, ends, *tables, kept, out)
+        if not right:
+            _forget(self._slots, self._keys, kept, self._count)
+            self._count = kept
+        return out if right else None
+
     def chain(self, ids: np.ndarray) -> np.ndarray:
         """Return ids that are equal only where all ids before them in the row are equal too."""
         return self._numbered(ids, chained=True)[0]
@@ -269,6 +299,19 @@ def _number_row(row, chained, slots, keys, parents, count, out):
             return count, i
         parent = np.int64(out[i])
     return count, -1
+
+
+@njit(cache=True)
+def _number_rows(keys, ends, slots, known, parents, count, out):
+    """Number rows of chained keys; returns the new count, and whether all are chained."""
+    first = 0
+    for end in ends:
+        row = keys[first:end], False, slots, known, parents
+        count, bad = _number_row(*row, count, out[first:end])
+        if bad >= 0:
+            return count, False
+        first = end
+    return count, True
 
 
 @njit(cache=True)

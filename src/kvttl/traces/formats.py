@@ -7,20 +7,35 @@ and counted; see `kvttl.traces.reading.read_trace`.
 from pathlib import Path
 
 from kvttl.traces.opening import head
+from kvttl.traces.readers.copilot import COPILOT
 from kvttl.traces.readers.decision_log import DECISIONS
+from kvttl.traces.readers.dynamo import DYNAMO
+from kvttl.traces.readers.kvcache_simulator import KVCACHE_SIMULATOR
+from kvttl.traces.readers.lmct import LMCT, MAGIC
 from kvttl.traces.readers.lookups import LOOKUPS
 from kvttl.traces.readers.mooncake import MOONCAKE
+from kvttl.traces.readers.mooncake_sessions import MOONCAKE_SESSIONS
 from kvttl.traces.readers.qwen import QWEN
+from kvttl.traces.readers.servegen import SERVEGEN
+from kvttl.traces.readers.tracelab import TRACELAB
 from kvttl.traces.readers.weka import WEKA
 from kvttl.traces.source import parsed
 
 FORMATS = {
     "qwen": QWEN,
+    "mooncake_sessions": MOONCAKE_SESSIONS,
+    "servegen": SERVEGEN,
+    "kvcache_simulator": KVCACHE_SIMULATOR,
     "mooncake": MOONCAKE,
     "lmcache": LOOKUPS,
     "decisions": DECISIONS,
+    "tracelab": TRACELAB,
+    "copilot": COPILOT,
+    "dynamo": DYNAMO,
+    "lmct": LMCT,
     "weka": WEKA,
 }
+ENDS = ("", ".gz", ".zst", ".xz", ".bz2")  # of names of packed files
 
 
 def files_of(name: str, path: Path) -> list[Path]:
@@ -38,7 +53,7 @@ def files_of(name: str, path: Path) -> list[Path]:
 
 def in_folder(path: Path, pattern: str) -> list[Path]:
     """Return a folder's files, packed or not, by name."""
-    return sorted([*path.glob(pattern), *path.glob(f"{pattern}.gz")])
+    return sorted(file for end in ENDS for file in path.glob(f"{pattern}{end}"))
 
 
 def format_of(path: Path) -> str | None:
@@ -49,6 +64,9 @@ def format_of(path: Path) -> str | None:
     ValueError
         Says what the file is where it is no text.
     """
+    with open(path, "rb") as file:
+        if MAGIC in file.read(64):  # which a frame's length stands before
+            return "lmct"
     lines, _ = head(path)
     for line in lines:
         try:

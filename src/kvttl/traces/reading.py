@@ -1,8 +1,7 @@
-"""Reads traces in the formats that users have into one `Trace`.
+"""Reads traces in the formats that users have (`kvttl.traces.formats`) into one `Trace`.
 
-Mooncake, Qwen-Bailian, LMCache's lookup-hash logs and this kit's decision logs
-are JSON lines, in one file or in a folder of rotated ones; WEKA's agentic
-sessions are a file or a line each. All may be gzipped, whatever their names say.
+A trace is a file, or a folder of rotated ones. Gzip, zstd, xz, bzip2 and Parquet are known by
+their content, whatever their names say.
 """
 
 import hashlib
@@ -46,13 +45,15 @@ def read_trace(
         Agentic sessions only: they are overlaid with exponential gaps between
         their starts, in an order drawn with `seed`, at this rate; at most so many.
     block_tokens : int, optional
-        Tokens a block where the file does not say: Mooncake 512,
-        Qwen-Bailian 16, decision log: found from its chunk counts.
+        Tokens a block where the file does not say: Mooncake 512, Qwen-Bailian and ServeGen 16,
+        TraceLab and Copilot (which have no block ids) 64, decision log: found from its counts.
     time_unit : str, optional
         ``s``, ``ms``, ``us`` or ``ns`` where neither file nor format says (Mooncake: ms,
-        others: s); ``order``: there are no times, take requests a second apart.
+        others: s); ``order``: there are no times, only policies that go by order can run.
     subagent_times : str, optional
         ``absolute`` or ``relative`` (to the marker); by default found from all sessions.
+    output_rate : float, optional
+        Tokens of output in a second, where lines wait for the end of others; inf: at once.
 
     Raises
     ------

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from kvttl.traces.builder import TraceBuilder
 from kvttl.traces.source import Source
 
-_OPTIONS = ("skip_bad", "block_tokens", "time_unit")
+_OPTIONS = ("skip_bad", "block_tokens", "time_unit", "output_rate")
 OF_SESSIONS = (*_OPTIONS, "seed", "sessions_per_hour", "max_sessions", "subagent_times")
 
 
@@ -24,6 +24,16 @@ class Format(NamedTuple):
 def hash_text(key: int) -> str:
     """Return a 64-bit key as a message shows it: of the first model the end of a log's hash."""
     return f"0x...{key % 2**64:016x}"
+
+
+def tools_told(names: Iterable, starts_s: Sequence = (), ends_s: Sequence = ()) -> dict:
+    """Return the fields of `Details` of tools: their names, and from first start to last end."""
+    told = {"tool": "+".join(sorted(set(names) - {-1}))[:80]} if set(names) - {-1} else {}
+    if ends_s:
+        told["tool_s"] = max(ends_s) - min(starts_s)
+        if told["tool_s"] < 0:
+            raise ValueError(f"a tool must not end before it starts, got {told['tool_s']:g} s")
+    return told
 
 
 class MintedIds:
