@@ -45,7 +45,7 @@ def files_of(name: str, path: Path) -> list[Path]:
     pattern = FORMATS[name].files
     found = in_folder(path, pattern)
     if not found and pattern == "*.jsonl":
-        found = in_folder(path, "*.json")
+        found = in_folder(path, "*.json") or in_folder(path, "*.parquet")
     if name == "weka":  # sessions one a line are no *.json
         found += [file for file in in_folder(path, "*.jsonl") if format_of(file) == name]
     return found

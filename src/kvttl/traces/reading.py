@@ -15,6 +15,7 @@ from kvttl.traces.opening import head
 from kvttl.traces.source import ORDER, Source, parsed
 from kvttl.traces.trace import CACHE_VERSION, Trace, load_trace, save_trace
 
+_SESSIONS = ("weka", "tracelab", "copilot", "dynamo")
 READER_VERSION = 4  # of what readers refuse: a copy made by an older one is not used
 
 
@@ -83,7 +84,7 @@ def _read(path, format, source, cache_dir):
     name = format or detect_format(path)
     if name not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
-    if name == "weka" and source.time_unit == ORDER:
+    if name in _SESSIONS and source.time_unit == ORDER:
         raise ValueError("time_unit must be a unit for agentic sessions, got 'order'")
     files = files_of(name, path)
     if not files:
@@ -109,7 +110,9 @@ def _read(path, format, source, cache_dir):
 def detect_format(path: str | Path) -> str:
     """Return the name in `FORMATS` that fits a file or folder, from its first record."""
     path = user_path(path)
-    files = sorted(path.glob("*.jsonl*")) or in_folder(path, "*.json") if path.is_dir() else [path]
+    kinds = "*.jsonl", "*.json", "*.parquet", "*.lct"
+    found = (in_folder(path, kind) for kind in kinds) if path.is_dir() else ([path],)
+    files = next(filter(None, found), [])
     for file in files:
         if name := format_of(file):
             return name

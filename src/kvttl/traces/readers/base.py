@@ -29,10 +29,10 @@ def hash_text(key: int) -> str:
 def tools_told(names: Iterable, starts_s: Sequence = (), ends_s: Sequence = ()) -> dict:
     """Return the fields of `Details` of tools: their names, and from first start to last end."""
     told = {"tool": "+".join(sorted(set(names) - {-1}))[:80]} if set(names) - {-1} else {}
+    if any(end < start for start, end in zip(starts_s, ends_s)):
+        raise ValueError("a tool must not end before it starts")
     if ends_s:
         told["tool_s"] = max(ends_s) - min(starts_s)
-        if told["tool_s"] < 0:
-            raise ValueError(f"a tool must not end before it starts, got {told['tool_s']:g} s")
     return told
 
 

@@ -39,7 +39,7 @@ def _calls(record, source):
             arrival_s, took_s = source.seconds(call, "timestamp"), lasted_s(call, "duration_ms")
             took_s = 0.0 if math.isnan(took_s) else took_s
             kind = _INITIATORS.get(call.get("initiator_type"), 0)
-            thought_s = max(0.0, arrival_s - over_s) if kind == 1 else math.nan
+            thought_s = max(arrival_s - over_s, 0.0) if kind == 1 else math.nan  # NaN stays
             over_s, name = arrival_s + took_s, call.get("message_id")
             tools = _tools([b for b in batches if b.get("request_id") == name], source)
             details = Details(kind, think_s=thought_s, model=label(call, "model"), **tools)

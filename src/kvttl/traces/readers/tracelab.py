@@ -54,7 +54,7 @@ def _round(record, source, before_s):
     times_s = [at_s for _, at_s in events]
     arrival_s = max((at_s for name, at_s in events if name in _INPUTS), default=min(times_s))
     kind = _INPUTS.get(record.get("first_input_event_type"), 0)
-    thought_s = max(0.0, arrival_s - before_s) if kind == 1 else math.nan
+    thought_s = max(arrival_s - before_s, 0.0) if kind == 1 else math.nan  # NaN stays
     tools = record.get("tools") or []
     spans = [t for t in tools if t.get("emitted_at") and t.get("result_at")]
     ways = ([source.seconds(t, name) for t in spans] for name in ("emitted_at", "result_at"))
