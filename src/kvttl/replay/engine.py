@@ -191,8 +191,7 @@ def _want_times(trace, policy):
     if not trace.timed:
         reason = "decides by time, and only the order of this trace's requests is known"
         order = [name for name, row in POLICIES.items() if not (row.reads_config or row.online)]
-        allowed = f"policies that go by order: {', '.join(order)}, and libCacheSim's"
-        raise ValueError(f"policy {_name(policy)!r} {reason}; {allowed}")
+        raise ValueError(f"policy {_name(policy)!r} {reason}; these run: {', '.join(order)}")
 
 
 def _hit_arrays(trace):

@@ -96,16 +96,17 @@ class TraceBuilder:
         Returns whether: where a row is not chained, nothing is appended.
         """
         ends = np.cumsum(blocks)
-        if (ids := self._dense.rows(keys, ends)) is None:
+        try:
+            ids = self._dense.prefixes(keys, ends=ends)
+        except ValueError:
             return False
-        known = {"arrival_s": arrival_s, "prompt_tokens": prompt_tokens}
-        known |= {"output_tokens": output_tokens, "sessions": -1, "generation_s": 0.0, "finish": 0}
-        known |= _UNKNOWN._asdict()
-        self._ends.frombytes((ends + len(self._ids)).astype(np.int64).tobytes())
+        self._ends.frombytes((ends + len(self._ids)).tobytes())
         self._ids.frombytes(ids.tobytes())
-        for name, column in zip(OF_REQUESTS, self._of_requests):
-            values = np.broadcast_to(np.asarray(known[name], COLUMNS[name]), len(blocks))
-            column.frombytes(values.tobytes())
+        rest = (np.full(len(ends), value) for value in (-1, 0.0, 0, *_UNKNOWN))
+        for column, values in zip(
+            self._of_requests, (arrival_s, prompt_tokens, output_tokens, *rest)
+        ):
+            column.frombytes(np.asarray(values, column.typecode).tobytes())
         return True
 
     def _code(self, name):
@@ -185,13 +186,15 @@ class DenseIds:
         """Return the dense ids of keys, shape (n,), int32; unknown keys get the next numbers."""
         return self._numbered(keys, chained=False)[0]
 
-    def prefixes(self, keys: np.ndarray, shown: Callable[[int], object] = int) -> np.ndarray:
+    def prefixes(self, keys: np.ndarray, shown: Callable = int, ends=None) -> np.ndarray:
         """Return `ids` of keys in prefix order, each of which always follows the same key.
+
+        With `ends` they are several rows.
 
         Raises
         ------
         ValueError
-            A known key follows another than before; this row is forgotten.
+            A known key follows another than before; these rows are forgotten.
 
         Examples
         --------
@@ -205,7 +208,7 @@ class DenseIds:
         kept = self._count
         self._reserve(len(keys))
         self._parents.resize(len(self._keys), refcheck=False)
-        out, bad = self._numbered(keys, chained=False)
+        out, bad = self._numbered(keys, chained=False, ends=ends)
         if bad >= 0:
             parent = self._parents[out[bad]]
             here = shown(int(keys[bad - 1])) if bad else "nothing"
@@ -216,27 +219,16 @@ class DenseIds:
             raise ValueError(f"{follows}: ids must be prefix-chained")
         return out
 
-    def rows(self, keys: np.ndarray, ends: np.ndarray) -> np.ndarray | None:
-        """Return `prefixes` of rows that end at `ends`; None, and all forgotten, if one is not."""
-        kept, out = self._count, np.empty(len(keys), np.int32)
-        self._reserve(len(keys))
-        self._parents.resize(len(self._keys), refcheck=False)
-        tables = self._slots, self._keys, self._parents
-        self._count, right = _number_rows(keys, ends, *tables, kept, out)
-        if not right:
-            _forget(self._slots, self._keys, kept, self._count)
-            self._count = kept
-        return out if right else None
-
     def chain(self, ids: np.ndarray) -> np.ndarray:
         """Return ids that are equal only where all ids before them in the row are equal too."""
         return self._numbered(ids, chained=True)[0]
 
-    def _numbered(self, row, chained):
+    def _numbered(self, keys, chained, ends=None):
         """Return ids, and the first place with another parent than before (-1; if that counts)."""
-        self._reserve(len(row))
-        tables, out = (self._slots, self._keys, self._parents), np.empty(len(row), np.int32)
-        self._count, bad = _number_row(row, chained, *tables, self._count, out)
+        self._reserve(len(keys))
+        tables, out = (self._slots, self._keys, self._parents), np.empty(len(keys), np.int32)
+        ends = np.array([len(keys)]) if ends is None else ends
+        self._count, bad = _number_rows(keys, ends, chained, *tables, self._count, out)
         return out, bad
 
     def _reserve(self, more):
@@ -277,41 +269,31 @@ def _forget(slots, keys, kept, count):
 
 
 @njit(cache=True)
-def _number_row(row, chained, slots, keys, parents, count, out):
-    """Number keys, chained ones (dense ids) together with the number before.
+def _number_rows(rows, ends, chained, slots, keys, parents, count, out):
+    """Number keys of rows, chained ones (dense ids) together with the number before.
 
     Returns the new count, and the first place whose key has another parent; -1: none, or no
     `parents` are kept.
     """
-    parent = np.int64(-1)
-    for i in range(len(row)):
-        key = np.int64(row[i])
-        if chained:
-            key |= (parent + 1) << 32
-        at = _slot_of(key, slots, keys)
-        out[i] = slots[at] if slots[at] >= 0 else count
-        if out[i] == count:
-            slots[at], keys[count] = count, key
-            if len(parents):
-                parents[count] = parent
-            count += 1
-        elif len(parents) and parents[out[i]] != parent:
-            return count, i
-        parent = np.int64(out[i])
-    return count, -1
-
-
-@njit(cache=True)
-def _number_rows(keys, ends, slots, known, parents, count, out):
-    """Number rows of chained keys; returns the new count, and whether all are chained."""
     first = 0
     for end in ends:
-        row = keys[first:end], False, slots, known, parents
-        count, bad = _number_row(*row, count, out[first:end])
-        if bad >= 0:
-            return count, False
+        parent = np.int64(-1)
+        for i in range(first, end):
+            key = np.int64(rows[i])
+            if chained:
+                key |= (parent + 1) << 32
+            at = _slot_of(key, slots, keys)
+            out[i] = slots[at] if slots[at] >= 0 else count
+            if out[i] == count:
+                slots[at], keys[count] = count, key
+                if len(parents):
+                    parents[count] = parent
+                count += 1
+            elif len(parents) and parents[out[i]] != parent:
+                return count, i
+            parent = np.int64(out[i])
         first = end
-    return count, True
+    return count, -1
 
 
 @njit(cache=True)

@@ -40,8 +40,8 @@ def _add(builder, source, event, session):
     keys = hash_keys(told, "input_sequence_hashes", source.number(model))
     prompt = source.prompt(told, "input_length", keys, size, covered=True)
     end_s = lasted_s(event, "event_time_unix_ms")
-    arrival_s = lasted_s(request, "request_received_ms") or end_s
-    arrival_s = end_s if arrival_s != arrival_s else arrival_s
+    received = request.get("request_received_ms")  # 0 where it was not measured
+    arrival_s = lasted_s(request, "request_received_ms") if received else end_s
     if not arrival_s <= end_s:
         raise ValueError(f"request_received_ms must be before event_time_unix_ms, got {arrival_s}")
     ended = request.get("finish_reason_metadata") or {}

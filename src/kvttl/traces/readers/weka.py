@@ -24,7 +24,6 @@ from kvttl.traces.source import tokens as whole_tokens
 from kvttl.traces.trace import FINISH_CODES
 
 SCOPES = ("local", "global")
-_LABELS = {"model": "model", "request_type": "type"}
 
 
 def _read(files: Sequence[Path], source: Source) -> TraceBuilder:
@@ -122,7 +121,7 @@ class _Sessions:
         ended = FINISH_CODES.get(str(request.get("stop")), 0)
         came = request.get("input_types")
         kind = 2 if came == ["tool_result"] else 1 if came else 0
-        said = {name: label(request, key) for name, key in _LABELS.items()}
+        said = {"model": label(request, "model"), "request_type": label(request, "type")}
         details = Details(kind, think_s=thought_s, **said)
         took_s = 0.0 if np.isnan(took_s) else took_s
         self.builder.add(keys, at_s, prompt, output, session, took_s, ended, details)
