@@ -271,14 +271,14 @@ def test_without_times_only_policies_that_go_by_order_run(tmp_path, name, size, 
     for policy in ("lru", "fifo", "recency", "optimal", "infinite"):
         result = replay(trace, policy, 0.9 if policy != "infinite" else None)
         assert np.isnan(result.block_seconds).all() and result.to_dict()["hit_blocks"]["gpu"] >= 1
-    reason = "decides by time, and only the order of this trace's requests is known; "
-    reason += "these run: lru, fifo, infinite, recency, optimal"
+    reason = "only the order of the requests of .*jsonl is known: TTLs need times; without run "
+    reason += "lru, fifo, infinite, recency, optimal"
     for policy in ("ttl", "heuristic", "heuristic_order", "adaptive", "fixed", Template):
         with pytest.raises(ValueError, match=reason):
             replay(trace, policy, 2)
     with pytest.raises(ValueError, match=reason):
         replay_without_capacity(trace, HeuristicConfig(), "ttl")
-    with pytest.raises(ValueError, match="policy '<lambda>' decides by time"):
+    with pytest.raises(ValueError, match=reason):
         replay(trace, lambda index, config: Plan(index, ttl_s=np.ones(trace.requests)), 2)
     assert named(trace, "request_type") == (["multimodal", "text"] if ids == 5 else [None, None])
 
@@ -306,6 +306,8 @@ DAMAGED = [
     ("tracelab", 1, ("prefix_tokens",), 100, "input_tokens_total must be prefix_tokens + newly"),
     ("tracelab", 1, ("prefix_tokens",), "x", "prefix_tokens must be a number >= 0"),
     ("tracelab", 1, ("output_tokens",), -3, "output_tokens must be a number >= 0"),
+    ("tracelab", 1, ("newly_append_tokens",), 2**31, "newly_append_tokens must be a whole number"),
+    ("copilot", 0, (*CALL, "tokens", "prompt"), 2**30, "at most 1048576 blocks, got 16777216"),
     ("tracelab", 1, ("session_id",), 5, "session_id must be text, got 5"),
     ("tracelab", 2, ("round_index",), 0, "round_index must not fall, got 0 after 1"),
     ("tracelab", 1, ("timing_events",), ..., "'timing_events' is missing"),

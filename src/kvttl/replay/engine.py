@@ -20,7 +20,7 @@ from kvttl.policies.online import OnlinePolicy
 from kvttl.policies.runs import LEVELS
 from kvttl.policies.state import REAL
 from kvttl.replay.block_kernel import block_rows, replay_blocks
-from kvttl.replay.policies import POLICIES, UNLIMITED, Plan, capacities
+from kvttl.replay.policies import POLICIES, UNLIMITED, Plan, capacities, want_times
 from kvttl.replay.result import ReplayResult
 from kvttl.replay.runs import RunIndex, index_runs
 from kvttl.replay.tier_kernel import Work, new_state, replay_requests
@@ -94,7 +94,6 @@ def replay(
     flat = trace.trace if isinstance(trace, RunIndex) else trace
     blocks = capacities(capacity, flat)
     if (make := _online(policy, config)) is not None:
-        _want_times(flat, policy)
         shown = functools.partial(_with_bar, progress=progress, name=_name(policy))
         made = _made(make, flat, blocks, sweep)
         return replay_online(flat, made, _name(policy), sweep, ends, shown)
@@ -161,6 +160,7 @@ def _online(policy, config):
 
 def _made(make, trace, blocks, sweep):
     """Make a policy for a trace; without limits it forgets nothing."""
+    want_times(trace)
     there = [None if c == UNLIMITED else c for c in blocks]
     while len(there) > 1 and there[-1] == 0:
         there.pop()
@@ -173,25 +173,12 @@ def _name(policy):
 
 
 def _plan(trace, policy, config, metadata):
-    make = policy
     if isinstance(policy, str):
         if policy not in POLICIES:
             raise ValueError(unknown_name("policy", policy, POLICIES))
-        make = POLICIES[policy].plan
+        policy = POLICIES[policy].plan
     index = trace if isinstance(trace, RunIndex) else index_runs(trace)
-    plan = make(index, config or HeuristicConfig(), **metadata)
-    by_time = isinstance(policy, str) and POLICIES[policy].reads_config
-    if by_time or plan.ttl_s is not None:
-        _want_times(index.trace, policy)
-    return plan
-
-
-def _want_times(trace, policy):
-    """Raise where a policy that decides by time is to run on a trace that has none."""
-    if not trace.timed:
-        reason = "decides by time, and only the order of this trace's requests is known"
-        order = [name for name, row in POLICIES.items() if not (row.reads_config or row.online)]
-        raise ValueError(f"policy {_name(policy)!r} {reason}; these run: {', '.join(order)}")
+    return policy(index, config or HeuristicConfig(), **metadata)
 
 
 def _hit_arrays(trace):

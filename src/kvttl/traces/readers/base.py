@@ -4,9 +4,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from kvttl.traces.builder import TraceBuilder
 from kvttl.traces.source import Source
 
+_MOST = 1 << 20  # 67 million tokens in blocks of 64
 _OPTIONS = ("skip_bad", "block_tokens", "time_unit", "output_rate")
 OF_SESSIONS = (*_OPTIONS, "seed", "sessions_per_hour", "max_sessions", "subagent_times")
 
@@ -55,6 +58,8 @@ class MintedIds:
 
     def prompt(self, before: Iterable[tuple[int, int]], kept: int, blocks: int) -> list:
         """Return the runs of a prompt of so many blocks that keeps at most `kept` of another."""
+        if blocks > _MOST:
+            raise ValueError(f"a prompt must have at most {_MOST} blocks, got {blocks}")
         runs, left = [], min(kept, blocks)
         for first, count in before:
             if left > 0:
@@ -66,6 +71,6 @@ class MintedIds:
         return runs
 
 
-def ids_of(runs: Iterable[tuple[int, int]]) -> list[int]:
+def ids_of(runs: Iterable[tuple[int, int]]) -> np.ndarray:
     """Return the ids of runs, one by one."""
-    return [key for first, count in runs for key in range(first, first + count)]
+    return np.concatenate([np.arange(first, first + count) for first, count in [(0, 0), *runs]])
