@@ -33,7 +33,7 @@ SEED ?= 0
 
 # make replay TRACE=<file or folder> POLICY=<name> CAPACITY=<blocks, share, or gpu,disk,remote>
 # SET="base_ttl=300 gamma=0" SKIP_BAD=1; what the trace does not say: FORMAT=<name> BLOCK_TOKENS=<tokens>
-# TIME_UNIT=<s|ms|us|ns|order> SUBAGENT_TIMES=<absolute|relative>
+# TIME_UNIT=<s|ms|us|ns|order> SUBAGENT_TIMES=<absolute|relative> OUTPUT_RATE=<tokens a second>
 # make money: the same, with TARIFF=<yaml> MODEL=<a model's config.json, or its folder>
 TRACE ?= data/sample_trace.jsonl.gz
 CAPACITY ?=
@@ -43,6 +43,7 @@ FORMAT ?=
 BLOCK_TOKENS ?=
 TIME_UNIT ?=
 SUBAGENT_TIMES ?=
+OUTPUT_RATE ?=
 TARIFF ?= data/tariffs.yaml
 MODEL ?=
 
@@ -67,9 +68,9 @@ TAKES_bench := CONFIG POLICY QUICK
 TAKES_bench-overhead := CONFIG
 TAKES_bench-gateway := CONFIG
 TAKES_bench-inside := QUICK SEED
-TAKES_replay := TRACE POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME_UNIT SUBAGENT_TIMES
-TAKES_money := TRACE TARIFF MODEL POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME_UNIT SUBAGENT_TIMES
-TAKES_tune := TRACE POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME_UNIT SUBAGENT_TIMES GOAL AGAINST LIMIT TRIALS SPLIT PRICES
+TAKES_replay := TRACE POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME_UNIT SUBAGENT_TIMES OUTPUT_RATE
+TAKES_money := TRACE TARIFF MODEL POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME_UNIT SUBAGENT_TIMES OUTPUT_RATE
+TAKES_tune := TRACE POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME_UNIT SUBAGENT_TIMES OUTPUT_RATE GOAL AGAINST LIMIT TRIALS SPLIT PRICES
 TAKES_chaos := N SEED
 TAKES_app := PORT
 TAKES_lab := PORT
@@ -187,7 +188,7 @@ bench-inside: $(READY) ## what the server module refuses beside LMCache's LRU, a
 ON_TRACE = --trace '$(TRACE)' --capacity '$(CAPACITY)' \
 	--seed $(SEED) $(if $(SET),--set $(SET)) $(if $(SKIP_BAD),--skip-bad) \
 	$(if $(FORMAT),--format '$(FORMAT)') $(if $(BLOCK_TOKENS),--block-tokens '$(BLOCK_TOKENS)') \
-	$(if $(TIME_UNIT),--time-unit '$(TIME_UNIT)') $(if $(SUBAGENT_TIMES),--subagent-times '$(SUBAGENT_TIMES)')
+	$(if $(TIME_UNIT),--time-unit '$(TIME_UNIT)') $(if $(OUTPUT_RATE),--output-rate '$(OUTPUT_RATE)') $(if $(SUBAGENT_TIMES),--subagent-times '$(SUBAGENT_TIMES)')
 
 replay: $(READY) ## one policy on a trace; ends with one line of JSON (TRACE= POLICY= CAPACITY= SET= FORMAT= ...)
 	@$(PY) -m kvttl.replay.command --policy '$(or $(POLICY),lru)' $(ON_TRACE)

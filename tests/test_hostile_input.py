@@ -21,8 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_trace_formats as formats
 import test_trace_readers as samples
 import trace_fixtures as fixtures
+import zstandard
 from local_managers import local_manager
 
 from kvttl.decisions.log import DecisionRecord, read_records, to_frame
@@ -166,6 +168,7 @@ TRACES = {
     "decisions.jsonl": DECISIONS,
     "sessions.jsonl": SESSIONS,
     "session.json": SESSIONS[:1],
+    **{f"{name}.jsonl": records for name, records in formats.SAMPLES.items()},
 }
 POLICIES = ("lru", "recency", "ttl", "heuristic", "heuristic_order", "optimal", "infinite", "fifo")
 
@@ -195,6 +198,7 @@ def test_hostile_traces(tmp_path, capsys, name):
         options = ["--policy", rng.choice(POLICIES), "--capacity", rng.choice(("", "2", "0.3"))]
         options += rng.choice(([], ["--skip-bad"], ["--skip-bad"], ["--block-tokens", "64"]))
         options += rng.choice(([], [], ["--time-unit", "us"], ["--subagent-times", "absolute"]))
+        options += ["--output-rate", "50"]
         read += replayed(path, capsys, *options) is not None
     assert read > CASES / 20  # most of what is fuzzed is what a reader takes in
 
@@ -386,6 +390,9 @@ def test_bombs_in_traces_take_little_memory(tmp_path, monkeypatch):
         path = tmp_path / f"{name}.jsonl.gz"
         with gzip.open(path, "wb", compresslevel=1) as file:
             file.write(start + b" " * (80 << 20))
+        path.with_suffix(".zst").write_bytes(zstandard.compress(b" " * (80 << 20)))
         for format in (None, "mooncake", "weka"):
+            with little_memory(64 << 20), pytest.raises(ValueError):
+                read_trace(path.with_suffix(".zst"), format)
             with little_memory(32 << 20), pytest.raises(ValueError):
                 read_trace(path, format)

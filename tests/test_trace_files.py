@@ -232,6 +232,10 @@ READ = {  # name, content: read by content, whatever the name
     "plain.gz": GOOD,
     "bom.jsonl": b"\xef\xbb\xbf" + GOOD,
     "bom.jsonl.gz": gzip.compress(b"\xef\xbb\xbf" + GOOD),
+    "z.jsonl.zst": zstandard.compress(GOOD),
+    "z.jsonl": zstandard.compress(GOOD),
+    "plain.jsonl.xz": lzma.compress(GOOD),
+    "plain.json": bz2.compress(GOOD),
     "crlf.jsonl": GOOD.replace(b"\n", b"\r\n"),
 }
 REFUSED = {  # name, content, what is said
@@ -241,17 +245,14 @@ REFUSED = {  # name, content, what is said
     "empty.jsonl": (b"", "the file is empty"),
     "blank.jsonl": (b"\n \n", "the file is empty"),
     "empty.jsonl.gz": (gzip.compress(b""), "the file is empty"),
-    "z.jsonl.zst": (zstandard.compress(GOOD), "compressed with zstd: unpack it first"),
-    "z.jsonl": (zstandard.compress(GOOD), "compressed with zstd: unpack it first"),
-    "plain.jsonl.xz": (lzma.compress(GOOD), "compressed with xz: unpack it first"),
-    "plain.json": (bz2.compress(GOOD), "compressed with bzip2: unpack it first"),
     "plain.tgz": (tar_of("a.jsonl", GOOD, "w:gz"), r"an archive \(tar\): unpack it first"),
     "plain.jsonl.tar": (tar_of("a.jsonl", GOOD), r"an archive \(tar\)"),
     "a.zip": (zip_of("a.jsonl", GOOD), r"an archive \(zip\)"),
     "twice.gz": (gzip.compress(gzip.compress(GOOD)), "compressed with gzip twice"),
     "utf16.jsonl": (GOOD.decode().encode("utf-16"), "UTF-16: save it as UTF-8"),
     "utf16le.jsonl": (GOOD.decode().encode("utf-16-le"), "UTF-16: save it as UTF-8"),
-    "t.parquet": (b"PAR1\x15\x04", "a Parquet file"),
+    "cut.jsonl.zst": (zstandard.compress(GOOD)[:-9], "damaged: ended before the end of a frame"),
+    "t.parquet": (b"PAR1\x15\x04", "t.parquet, line 1: .*[Pp]arquet"),
     "azure.csv": (CSV, "no block ids in it, so no hits can be counted"),
     "lengths.jsonl": (text({"request_id": 0, "input_length": 9}).encode(), "no block ids in it"),
     "kv_events.jsonl": (EVENTS, "KV events of vLLM .* not requests"),
@@ -308,7 +309,9 @@ def test_delays_in_place_of_times_are_refused_by_name(tmp_path, capsys):
     assert "line 2: " in error and "BLOCK_TOKENS=" in error
     turns[1].update(input_length=512)
     _, error = replayed(written(tmp_path / "a.jsonl", *turns), capsys)
-    assert "line 2: 'timestamp' is missing; --time-unit order, TIME_UNIT=order" in error
+    assert "line 2: delays count from the end of requests; " in error and "OUTPUT_RATE=" in error
+    figures, _ = replayed(tmp_path / "a.jsonl", capsys, "--output-rate", "inf")
+    assert (figures["requests"], figures["hit_blocks"]["gpu"]) == (2, 1)
 
 
 # --- agentic sessions ---------------------------------------------------------------------
@@ -437,6 +440,7 @@ def test_a_bad_session_of_many_is_named_or_counted(tmp_path, capsys):
 
 def test_make_replay_passes_what_a_trace_does_not_say(tmp_path):
     said = {"FORMAT": "weka", "BLOCK_TOKENS": "64", "TIME_UNIT": "ms", "SUBAGENT_TIMES": "absolute"}
+    said |= {"OUTPUT_RATE": "30"}
     make = ["make", "-n", "-C", str(ROOT), "replay", "TRACE=x", *map("=".join, said.items())]
     shown = subprocess.run(make, capture_output=True, text=True, check=True).stdout
     command = next(line for line in " ".join(shown.split("\\\n")).splitlines() if "--trace" in line)

@@ -91,6 +91,8 @@ def replay_options(description: str, policy: str = "lru") -> argparse.ArgumentPa
     parser.add_argument("--time-unit", choices=units, help="of a trace that does not say it")
     found = "default: found from all sessions"
     parser.add_argument("--subagent-times", choices=SUBAGENT_TIMES, help=found)
+    rate = "tokens of output in a second, where lines wait for the end of others; inf: at once"
+    parser.add_argument("--output-rate", type=float, help=rate)
     parser.add_argument("--cache-dir", default=CACHE_DIR, help="compact copies; empty = none")
     return parser
 

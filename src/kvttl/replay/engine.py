@@ -20,7 +20,7 @@ from kvttl.policies.online import OnlinePolicy
 from kvttl.policies.runs import LEVELS
 from kvttl.policies.state import REAL
 from kvttl.replay.block_kernel import block_rows, replay_blocks
-from kvttl.replay.policies import POLICIES, UNLIMITED, Plan, capacities
+from kvttl.replay.policies import POLICIES, UNLIMITED, Plan, capacities, want_times
 from kvttl.replay.result import ReplayResult
 from kvttl.replay.runs import RunIndex, index_runs
 from kvttl.replay.tier_kernel import Work, new_state, replay_requests
@@ -160,6 +160,7 @@ def _online(policy, config):
 
 def _made(make, trace, blocks, sweep):
     """Make a policy for a trace; without limits it forgets nothing."""
+    want_times(trace)
     there = [None if c == UNLIMITED else c for c in blocks]
     while len(there) > 1 and there[-1] == 0:
         there.pop()

@@ -75,6 +75,8 @@ class Plan:
                 raise ValueError(f"{name} must have shape {wanted}, got {np.shape(values)}")
         if self.key is not None and np.isnan(self.key).any():
             raise ValueError("key must be numbers, got NaN")
+        if self.ttl_s is not None:
+            want_times(self.index.trace)
         if self.ttl_s is not None and not np.all(np.asarray(self.ttl_s) >= 0):
             raise ValueError("ttl_s must be >= 0, got a lower value or NaN")
         if self.tier is not None and not np.isin(self.tier, range(len(TIERS))).all():
@@ -178,6 +180,7 @@ def decisions(
     perplexity : float or numpy.ndarray, optional
         Of all requests or of each, shape (requests,). Traces hold none: neutral.
     """
+    want_times(index.trace)
     metadata = index.metadata(per)
     if perplexity is not None:
         perplexity = np.broadcast_to(np.asarray(perplexity, float), index.trace.requests)
@@ -185,6 +188,14 @@ def decisions(
     tiers = config.tier(metadata)
     codes = np.int8(1) + (tiers == TIERS[2]) - (tiers == TIERS[0])  # 1 = disk
     return config.ttl(metadata), codes
+
+
+def want_times(trace) -> None:
+    """Raise where what decides by time is to run on a trace of which only the order is known."""
+    if not trace.timed:
+        known = f"only the order of the requests of {trace.name or 'this trace'} is known"
+        by_order = [name for name, row in POLICIES.items() if not (row.reads_config or row.online)]
+        raise ValueError(f"{known}: TTLs need times; without run {', '.join(by_order)}")
 
 
 def capacities(capacity, trace) -> tuple[int, int, int]:

@@ -27,7 +27,8 @@ class ReplayResult:
         Shape (requests, 3): blocks and tokens of each request's longest
         resident prefix, by the tier they were in.
     block_seconds, token_seconds : numpy.ndarray
-        Shape (3,): residence, summed over blocks or tokens, until the last arrival.
+        Shape (3,): residence, summed over blocks or tokens, until the last arrival; NaN where
+        only the order of requests is known.
     moved_tokens : numpy.ndarray
         Shape (4, 4), from row to column, in the order of `PLACES`: from "none"
         are tokens computed and stored, to "none" tokens dropped.
@@ -56,6 +57,11 @@ class ReplayResult:
     moved_tokens: np.ndarray
     block_level_hits: int | None = None
     stored_tokens: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if not self.trace.timed:  # how long something was held is then unknown
+            for name in ("block_seconds", "token_seconds"):
+                object.__setattr__(self, name, np.full(3, np.nan))
 
     # Shares of block accesses, and of prompt tokens, inside the longest resident prefix.
     block_hit_ratio = property(lambda self: self.since(-np.inf)["block_hit_ratio"])

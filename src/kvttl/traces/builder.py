@@ -1,12 +1,29 @@
 """Builds a `Trace` request by request: numbers block keys densely, chains what is not."""
 
+import math
 from array import array
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from kvttl.traces.trace import COLUMNS, Trace, reordered
+from kvttl.traces.trace import COLUMNS, NAMED, OF_REQUESTS, Trace, reordered
+
+
+class Details(NamedTuple):
+    """What few files say of a request, as in `Trace`; names as text, -1 where unknown."""
+
+    turn_kind: int = 0
+    tool: str | int = -1
+    tool_s: float = math.nan
+    think_s: float = math.nan
+    model: str | int = -1
+    tenant: str | int = -1
+    request_type: str | int = -1
+
+
+_UNKNOWN = Details()
 
 
 class TraceBuilder:
@@ -38,7 +55,8 @@ class TraceBuilder:
         self._raw, self._shown = None if chained else DenseIds(), shown
         self._dense = DenseIds()
         self._ids, self._ends = array("i"), array("q", [0])
-        self._of_requests = [array(kind) for kind in "diiifb"]  # as in `COLUMNS`
+        self._of_requests = [array(np.dtype(COLUMNS[name]).char) for name in OF_REQUESTS]
+        self._names: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -52,6 +70,7 @@ class TraceBuilder:
         session: int = -1,
         generation_s: float = 0.0,
         finish: int = 0,
+        details: Details = _UNKNOWN,
     ) -> None:
         """Append a request: its blocks' 64-bit keys in prefix order, seconds, tokens, its end.
 
@@ -62,23 +81,51 @@ class TraceBuilder:
         """
         keys, arrival_s = np.asarray(keys, np.int64), float(arrival_s)
         if self._raw is None:
-            ids = self._dense.prefixes(keys, self._shown)
+            ids = self._dense.prefixes(keys, self._shown)  # a key that comes twice is not chained
         else:
             ids = self._dense.chain(self._raw.ids(keys))
         self._ids.frombytes(memoryview(ids).cast("B") if len(ids) else b"")
         self._ends.append(len(self._ids))
         values = arrival_s, prompt_tokens, output_tokens, session, generation_s, finish
-        for column, value in zip(self._of_requests, values):
-            column.append(value)
+        for column, value in zip(self._of_requests, (*values, *details)):
+            column.append(value if type(value) is not str else self._code(value))
+
+    def add_rows(self, keys, blocks, arrival_s, prompt_tokens, output_tokens) -> bool:
+        """Append requests of chained keys, one after another, of which no more is known.
+
+        Returns whether: where a row is not chained, nothing is appended.
+        """
+        ends = np.cumsum(blocks)
+        try:
+            ids = self._dense.prefixes(keys, ends=ends)
+        except ValueError:
+            return False
+        self._ends.frombytes((ends + len(self._ids)).tobytes())
+        self._ids.frombytes(ids.tobytes())
+        rest = (np.full(len(ends), value) for value in (-1, 0.0, 0, *_UNKNOWN))
+        for column, values in zip(
+            self._of_requests, (arrival_s, prompt_tokens, output_tokens, *rest)
+        ):
+            column.frombytes(np.asarray(values, column.typecode).tobytes())
+        return True
+
+    def _code(self, name):
+        return self._names.setdefault(name, len(self._names))
+
+    def tell(self, request: int, **details: str | float) -> None:
+        """Say more of a request that was added, by its number: fields of `Details`."""
+        for name, value in details.items():
+            column = self._of_requests[OF_REQUESTS.index(name)]
+            column[request] = self._code(value) if name in NAMED else value
 
     def set_arrivals(self, arrival_s: Sequence[float]) -> None:
         """Give all requests, in order of adding, other arrivals, seconds."""
         self._of_requests[0] = array("d", arrival_s)
 
-    def finish(self, name: str = "", skipped_lines: int = 0) -> Trace:
+    def finish(self, name: str = "", skipped_lines: int = 0, timed: bool = True) -> Trace:
         """Return the trace, by arrival (equal times in order of adding), from second 0."""
         arrays = self._ids, self._ends, *self._of_requests
-        columns = [np.array(a, dtype) for a, dtype in zip(arrays, COLUMNS.values())]
+        columns = [np.asarray(a, dtype) for a, dtype in zip(arrays, COLUMNS.values())]
         ids, offsets, *of_requests = columns
         arrival_s, unique = of_requests[0], len(self._dense)
         if np.any(arrival_s[1:] < arrival_s[:-1]):
@@ -91,7 +138,8 @@ class TraceBuilder:
             guessed = sessions_by_prefix(ids, offsets, unique) + sessions.max() + 1
             sessions = np.where(sessions < 0, guessed, sessions)
         arrays = ids, offsets, arrival_s, prompt, output, sessions, *endings
-        return Trace(*arrays, self.block_tokens, unique, name, skipped_lines)
+        names = np.array(list(self._names), str)
+        return Trace(*arrays, names, self.block_tokens, unique, name, skipped_lines, timed)
 
 
 def make_trace(
@@ -138,13 +186,15 @@ class DenseIds:
         """Return the dense ids of keys, shape (n,), int32; unknown keys get the next numbers."""
         return self._numbered(keys, chained=False)[0]
 
-    def prefixes(self, keys: np.ndarray, shown: Callable[[int], object] = int) -> np.ndarray:
+    def prefixes(self, keys: np.ndarray, shown: Callable = int, ends=None) -> np.ndarray:
         """Return `ids` of keys in prefix order, each of which always follows the same key.
+
+        With `ends` they are several rows.
 
         Raises
         ------
         ValueError
-            A known key follows another than before; this row is forgotten.
+            A known key follows another than before; these rows are forgotten.
 
         Examples
         --------
@@ -158,7 +208,7 @@ class DenseIds:
         kept = self._count
         self._reserve(len(keys))
         self._parents.resize(len(self._keys), refcheck=False)
-        out, bad = self._numbered(keys, chained=False)
+        out, bad = self._numbered(keys, chained=False, ends=ends)
         if bad >= 0:
             parent = self._parents[out[bad]]
             here = shown(int(keys[bad - 1])) if bad else "nothing"
@@ -173,11 +223,12 @@ class DenseIds:
         """Return ids that are equal only where all ids before them in the row are equal too."""
         return self._numbered(ids, chained=True)[0]
 
-    def _numbered(self, row, chained):
+    def _numbered(self, keys, chained, ends=None):
         """Return ids, and the first place with another parent than before (-1; if that counts)."""
-        self._reserve(len(row))
-        tables, out = (self._slots, self._keys, self._parents), np.empty(len(row), np.int32)
-        self._count, bad = _number_row(row, chained, *tables, self._count, out)
+        self._reserve(len(keys))
+        tables, out = (self._slots, self._keys, self._parents), np.empty(len(keys), np.int32)
+        ends = np.array([len(keys)]) if ends is None else ends
+        self._count, bad = _number_rows(keys, ends, chained, *tables, self._count, out)
         return out, bad
 
     def _reserve(self, more):
@@ -218,27 +269,30 @@ def _forget(slots, keys, kept, count):
 
 
 @njit(cache=True)
-def _number_row(row, chained, slots, keys, parents, count, out):
-    """Number keys, chained ones (dense ids) together with the number before.
+def _number_rows(rows, ends, chained, slots, keys, parents, count, out):
+    """Number keys of rows, chained ones (dense ids) together with the number before.
 
     Returns the new count, and the first place whose key has another parent; -1: none, or no
     `parents` are kept.
     """
-    parent = np.int64(-1)
-    for i in range(len(row)):
-        key = np.int64(row[i])
-        if chained:
-            key |= (parent + 1) << 32
-        at = _slot_of(key, slots, keys)
-        out[i] = slots[at] if slots[at] >= 0 else count
-        if out[i] == count:
-            slots[at], keys[count] = count, key
-            if len(parents):
-                parents[count] = parent
-            count += 1
-        elif len(parents) and parents[out[i]] != parent:
-            return count, i
-        parent = np.int64(out[i])
+    first = 0
+    for end in ends:
+        parent = np.int64(-1)
+        for i in range(first, end):
+            key = np.int64(rows[i])
+            if chained:
+                key |= (parent + 1) << 32
+            at = _slot_of(key, slots, keys)
+            out[i] = slots[at] if slots[at] >= 0 else count
+            if out[i] == count:
+                slots[at], keys[count] = count, key
+                if len(parents):
+                    parents[count] = parent
+                count += 1
+            elif len(parents) and parents[out[i]] != parent:
+                return count, i
+            parent = np.int64(out[i])
+        first = end
     return count, -1
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvttl.traces.trace import OF_REQUESTS, Trace, dense, reordered
+from kvttl.traces.trace import NAMED, OF_REQUESTS, Trace, dense, reordered
 
 
 def overlaid(traces: Sequence[Trace], starts_s: Sequence[float], name: str = "") -> Trace:
@@ -52,8 +52,15 @@ def end_to_end(traces: Sequence[Trace], starts_s: Sequence[float], name: str) ->
     shifts = _before([trace.unique_blocks for trace in traces])
     columns["block_ids"] = np.concatenate([t.block_ids + shift for t, shift in zip(traces, shifts)])
     columns["offsets"] = np.cumsum([0, *np.concatenate([t.blocks for t in traces])])
-    unique = sum(trace.unique_blocks for trace in traces)
-    return replace(traces[0], **columns, unique_blocks=unique, name=name)
+    columns |= {"unique_blocks": sum(trace.unique_blocks for trace in traces)}
+    names, numbers = np.unique(np.concatenate([t.names for t in traces]), return_inverse=True)
+    firsts = np.cumsum([len(trace.names) for trace in traces])[:-1]
+    for column in NAMED:  # -1, unknown, is the last of the numbers
+        codes = zip(traces, np.split(numbers.astype(np.int32), firsts))
+        columns[column] = np.concatenate([np.append(n, -1)[getattr(t, column)] for t, n in codes])
+        columns[column] = columns[column].astype(np.int32)
+    columns["timed"] = all(trace.timed for trace in traces)
+    return replace(traces[0], **columns, names=names, name=name)
 
 
 def picked(trace: Trace, requests: np.ndarray) -> Trace:

@@ -1,8 +1,7 @@
-"""Reads traces in the formats that users have into one `Trace`.
+"""Reads traces in the formats that users have (`kvttl.traces.formats`) into one `Trace`.
 
-Mooncake, Qwen-Bailian, LMCache's lookup-hash logs and this kit's decision logs
-are JSON lines, in one file or in a folder of rotated ones; WEKA's agentic
-sessions are a file or a line each. All may be gzipped, whatever their names say.
+A trace is a file, or a folder of rotated ones. Gzip, zstd, xz, bzip2 and Parquet are known by
+their content, whatever their names say.
 """
 
 import hashlib
@@ -11,12 +10,13 @@ import warnings
 from pathlib import Path
 
 from kvttl import PROJECT, user_path
-from kvttl.traces.formats import FORMATS, format_of, in_folder
+from kvttl.traces.formats import FORMATS, files_of, format_of, in_folder
 from kvttl.traces.opening import head
 from kvttl.traces.source import ORDER, Source, parsed
 from kvttl.traces.trace import CACHE_VERSION, Trace, load_trace, save_trace
 
-READER_VERSION = 3  # of what readers refuse: a copy made by an older one is not used
+_SESSIONS = ("weka", "tracelab", "copilot", "dynamo")
+READER_VERSION = 4  # of what readers refuse: a copy made by an older one is not used
 
 
 def read_trace(
@@ -46,13 +46,15 @@ def read_trace(
         Agentic sessions only: they are overlaid with exponential gaps between
         their starts, in an order drawn with `seed`, at this rate; at most so many.
     block_tokens : int, optional
-        Tokens a block where the file does not say: Mooncake 512,
-        Qwen-Bailian 16, decision log: found from its chunk counts.
+        Tokens a block where the file does not say: Mooncake 512, Qwen-Bailian and ServeGen 16,
+        TraceLab and Copilot (which have no block ids) 64, decision log: found from its counts.
     time_unit : str, optional
         ``s``, ``ms``, ``us`` or ``ns`` where neither file nor format says (Mooncake: ms,
-        others: s); ``order``: there are no times, take requests a second apart.
+        others: s); ``order``: there are no times, only policies that go by order can run.
     subagent_times : str, optional
         ``absolute`` or ``relative`` (to the marker); by default found from all sessions.
+    output_rate : float, optional
+        Tokens of output in a second, where lines wait for the end of others; inf: at once.
 
     Raises
     ------
@@ -82,9 +84,9 @@ def _read(path, format, source, cache_dir):
     name = format or detect_format(path)
     if name not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
-    if name == "weka" and source.time_unit == ORDER:
+    if name in _SESSIONS and source.time_unit == ORDER:
         raise ValueError("time_unit must be a unit for agentic sessions, got 'order'")
-    files = FORMATS[name].files_of(path)
+    files = files_of(name, path)
     if not files:
         pattern = FORMATS[name].files
         raise ValueError(f"{path}: no {pattern} or {pattern}.gz file in this folder")
@@ -94,7 +96,8 @@ def _read(path, format, source, cache_dir):
             return load_trace(cached)
         except ValueError as error:
             warnings.warn(f"{error}; {path} is read anew", stacklevel=3)
-    trace = FORMATS[name].read(files, source).finish(path.name, source.skipped)
+    built = FORMATS[name].read(files, source)
+    trace = built.finish(path.name, source.skipped, source.time_unit != ORDER)
     if not trace.requests:
         skipped = f": {source.skipped} bad lines skipped, the first: {source.first_bad}"
         nothing = "the file is empty" if path.is_file() and _is_empty(path) else "no request in it"
@@ -107,7 +110,9 @@ def _read(path, format, source, cache_dir):
 def detect_format(path: str | Path) -> str:
     """Return the name in `FORMATS` that fits a file or folder, from its first record."""
     path = user_path(path)
-    files = sorted(path.glob("*.jsonl*")) or in_folder(path, "*.json") if path.is_dir() else [path]
+    kinds = "*.jsonl", "*.json", "*.parquet", "*.lct"
+    found = (in_folder(path, kind) for kind in kinds) if path.is_dir() else ([path],)
+    files = next(filter(None, found), [])
     for file in files:
         if name := format_of(file):
             return name

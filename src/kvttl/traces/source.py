@@ -1,6 +1,7 @@
 """What a reader is told and finds out while it reads, and the fields of a record, checked."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -42,6 +44,7 @@ class Source:
     block_tokens: int | None = None
     time_unit: str | None = None
     subagent_times: str | None = None
+    output_rate: float | None = None
 
     def __post_init__(self):
         self.skipped, self.first_bad, self.ticks = 0, "", 0
@@ -52,6 +55,8 @@ class Source:
             allowed = "sessions_per_hour must be > 0 and finite"
             raise ValueError(f"{allowed}, got {self.sessions_per_hour!r}")
         self.sessions_per_hour = float(self.sessions_per_hour)
+        if self.output_rate is not None and not self.output_rate > 0:
+            raise ValueError(f"output_rate must be > 0 tokens a second, got {self.output_rate!r}")
         for name, low in (("seed", 0), ("max_sessions", 1), ("block_tokens", 1)):
             value = getattr(self, name)
             if value is not None and not low <= value < 2**31:
@@ -193,19 +198,41 @@ def tokens(record: dict, name: str, default=None) -> int:
     return int(value)
 
 
+def label(record: dict, name: str) -> str | int:
+    """Return a text of a record, not too long for a column of names; -1 if it has none."""
+    value = record.get(name)
+    return value[:80] if isinstance(value, str) and value else -1
+
+
+def lasted_s(record: dict, name: str, per_second: int = 1000) -> float:
+    """Return how long something took, NaN where a record does not say, or says null."""
+    if record.get(name) is None:
+        return math.nan
+    return in_time(name, number(record, name) / per_second)
+
+
+def text(record: dict, name: str) -> str:
+    """Return a text of a record."""
+    if not isinstance(record[name], str):
+        raise ValueError(f"{name} must be text, got {record[name]!r:.60}")
+    return record[name]
+
+
 def block_keys(record: dict, name: str, chained: bool = True) -> np.ndarray:
     """Return the list of integer block ids of a record as int64; chained ones differ."""
     values = record[name]
     if not isinstance(values, list) or set(map(type, values)) - {int}:  # true is not 1
         raise ValueError(f"{name} must be a list of integers, got {values!r:.60}")
-    if values and not -(2**63) <= min(values) <= max(values) < 2**64:
-        raise ValueError(f"{name} must be a list of 64-bit integers, got {values!r:.60}")
     if chained and len(set(values)) < len(values):
         twice = Counter(values).most_common(1)[0][0]
         raise ValueError(f"{name} must not name a block twice in one request, got {twice} again")
     try:
         return np.array(values, np.int64)
     except OverflowError:  # ids beyond int64 wrap: they are names, not numbers
+        if not -(2**63) <= min(values) <= max(values) < 2**64:
+            raise ValueError(
+                f"{name} must be a list of 64-bit integers, got {values!r:.60}"
+            ) from None
         return np.array([_signed(value) for value in values], np.int64)
 
 
@@ -235,24 +262,40 @@ def _signed(value):
     return (value + 2**63) % 2**64 - 2**63
 
 
-def records(files, source: Source):
-    """Yield (file and line, record) of JSON-lines files; bad JSON is a bad line."""
+def batches(files, source: Source):
+    """Yield (file, up to 512 of its (number, line)) of files of lines."""
     for path in files:
         with bar(source, os.path.getsize(path), path.name) as shown:
-            for line_number, line in text_lines(path, source, shown.update):
-                with source.place(place := f"{path}, line {line_number}"):
-                    yield place, parsed(line)
+            lines = text_lines(path, source, shown.update)
+            while batch := list(itertools.islice(lines, 512)):
+                yield path, batch
+
+
+def records(files, source: Source):
+    """Yield (file and line, record) of JSON-lines files; bad JSON is a bad line."""
+    for path, batch in batches(files, source):
+        yield from records_of(path, batch, source)
+
+
+def records_of(path, batch, source: Source):
+    """Yield the `records` of one batch."""
+    for line_number, line in batch:
+        with source.place(place := f"{path}, line {line_number}"):
+            yield place, parsed(line)
 
 
 def parsed(line: bytes) -> dict:
     """Return the JSON object of a line."""
-    text = line.decode()
     try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error}): {text.strip()[:40]!r}") from error
+        record = msgspec.json.decode(line)
+    except msgspec.DecodeError:  # the other library takes NaN, and says more of what is wrong
+        text = line.decode()
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON ({error}): {text.strip()[:40]!r}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"must be a JSON object, got {text.strip()[:40]!r}")
+        raise ValueError(f"must be a JSON object, got {line.decode().strip()[:40]!r}")
     return record
 
 

@@ -14,14 +14,22 @@ from numba import njit
 from kvttl import whole_file
 from kvttl.traces.source import LATEST_S
 
-CACHE_VERSION = 2  # of the file that `save_trace` writes
+CACHE_VERSION = 3  # of the file that `save_trace` writes
 # Array of `Trace` -> dtype, in the order of its fields.
 COLUMNS = {"block_ids": np.int32, "offsets": np.int64, "arrival_s": np.float64}
 COLUMNS |= dict.fromkeys(("prompt_tokens", "output_tokens", "sessions"), np.int32)
 COLUMNS |= {"generation_s": np.float32, "finish": np.int8}
+# What few files say; names are indices into `Trace.names`.
+DETAILS = {"turn_kind": np.int8, "tool": np.int32, "tool_s": np.float32, "think_s": np.float32}
+NAMED = ("tool", "model", "tenant", "request_type")
+DETAILS |= dict.fromkeys(NAMED[1:], np.int32)
+COLUMNS |= DETAILS
 OF_REQUESTS = tuple(COLUMNS)[2:]
 FINISH = ("unknown", "tool call pending", "end of turn")
 REASONS = (None, "tool_calls", "stop")  # each of `FINISH` as an engine says it
+FINISH_CODES = dict.fromkeys(("tool_calls", "tool_use", "function_call"), 1)  # -> into `FINISH`
+FINISH_CODES |= dict.fromkeys(("stop", "end_turn", "stop_sequence"), 2)
+TURN_KINDS = ("unknown", "a person's message", "a tool's result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +51,16 @@ class Trace:
         Shape (requests,), float32: seconds from arrival to end, 0 where unknown.
     finish : numpy.ndarray
         Shape (requests,), int8: how it ended, an index into `FINISH`.
+    turn_kind : numpy.ndarray
+        Shape (requests,), int8: what it answers, an index into `TURN_KINDS`.
+    tool_s, think_s : numpy.ndarray
+        Shape (requests,), float32: seconds that the tools took which it called, and that
+        passed before it was sent without a tool; NaN where unknown.
+    tool, model, tenant, request_type : numpy.ndarray
+        Shape (requests,), int32: indices into `names`, -1 where unknown; ``tool`` is the tools
+        that it called, in order of names, joined by ``+``.
+    names : numpy.ndarray
+        Shape (n,), text.
     block_tokens : int
         Tokens in a complete block; a request's last block may hold fewer.
     unique_blocks : int
@@ -51,6 +69,8 @@ class Trace:
         Where it came from.
     skipped_lines : int
         Lines that the reader could not use.
+    timed : bool
+        False where only the order of requests is known: they are a second apart.
 
     Examples
     --------
@@ -70,10 +90,19 @@ class Trace:
     sessions: np.ndarray
     generation_s: np.ndarray
     finish: np.ndarray
+    turn_kind: np.ndarray
+    tool: np.ndarray
+    tool_s: np.ndarray
+    think_s: np.ndarray
+    model: np.ndarray
+    tenant: np.ndarray
+    request_type: np.ndarray
+    names: np.ndarray
     block_tokens: int
     unique_blocks: int
     name: str = ""
     skipped_lines: int = 0
+    timed: bool = True
 
     requests = property(lambda self: len(self.arrival_s), doc="Number of requests.")
     accesses = property(lambda self: len(self.block_ids), doc="Number of block accesses.")
@@ -168,7 +197,7 @@ def load_trace(path: str | Path) -> Trace:
         raise
     except Exception as error:  # NumPy raises a dozen kinds at files that it did not write
         raise ValueError(f"{path} is not a trace file of this kit: {error!s:.300}") from error
-    plain = {name: value if name in COLUMNS else value.item() for name, value in values.items()}
+    plain = {name: value if value.ndim else value.item() for name, value in values.items()}
     return Trace(**plain)
 
 
@@ -182,15 +211,20 @@ def _check_sizes(archive):
         _want(stored, f"{entry.filename} must be stored whole, and not compressed")
 
 
+_INTEGERS = ("block_tokens", "unique_blocks", "skipped_lines")
+_KINDS = {"U": "text", "b": "truth value", "i": "integer"}
+
+
 def _check_columns(values):
     """Raise where arrays are not those of a trace: engines index with them unchecked."""
     for name, dtype in COLUMNS.items():
         right = values[name].dtype == dtype and values[name].ndim == 1
         _want(right, f"{name} must be {np.dtype(dtype)}, shape (n,)")
-    for name in ("block_tokens", "unique_blocks", "skipped_lines", "name"):
-        kind = "U" if name == "name" else "i"
+    kinds = {"name": "U", "timed": "b", **dict.fromkeys(_INTEGERS, "i")}
+    for name, kind in kinds.items():
         right = values[name].dtype.kind == kind and values[name].ndim == 0
-        _want(right, f"{name} must be one {'text' if kind == 'U' else 'integer'}")
+        _want(right, f"{name} must be one {_KINDS[kind]}")
+    _want(values["names"].dtype.kind == "U" and values["names"].ndim == 1, "names must be text")
     ids, offsets, arrival_s = (values[name] for name in ("block_ids", "offsets", "arrival_s"))
     unique, requests = int(values["unique_blocks"]), len(arrival_s)
     _want(len(offsets) == requests + 1, "offsets must be one more than requests")
@@ -202,8 +236,10 @@ def _check_columns(values):
     _want(ascending, f"arrival_s must ascend within {LATEST_S:g} s")
     lasting = np.all(values["generation_s"] >= 0) and np.all(values["generation_s"] <= LATEST_S)
     _want(lasting, f"generation_s must be 0..{LATEST_S:g}")
-    codes = np.all((values["finish"] >= 0) & (values["finish"] < len(FINISH)))
-    _want(codes, f"finish must be 0..{len(FINISH) - 1}")
+    limits = {"finish": (0, len(FINISH)), "turn_kind": (0, len(TURN_KINDS))}
+    for name, (low, end) in (limits | dict.fromkeys(NAMED, (-1, len(values["names"])))).items():
+        codes = np.all((values[name] >= low) & (values[name] < end))
+        _want(codes, f"{name} must be {low}..{end - 1}")
     _want(0 <= unique <= len(ids), "unique_blocks must be <= the length of block_ids")
     inside = not len(ids) or 0 <= ids.min() <= ids.max() < unique
     _want(inside, f"block_ids must be 0..{unique - 1}")

@@ -7,16 +7,26 @@ from pathlib import Path
 
 import numpy as np
 
-from kvttl.traces.builder import DenseIds, TraceBuilder
+from kvttl.traces.builder import DenseIds, Details, TraceBuilder
 from kvttl.traces.opening import head, session_lines, text_lines, whole
-from kvttl.traces.source import SUBAGENT_TIMES, Source, bar, block_keys, in_time, number, parsed
+from kvttl.traces.readers.base import OF_SESSIONS, Format
+from kvttl.traces.source import (
+    SUBAGENT_TIMES,
+    Source,
+    bar,
+    block_keys,
+    in_time,
+    label,
+    number,
+    parsed,
+)
 from kvttl.traces.source import tokens as whole_tokens
+from kvttl.traces.trace import FINISH_CODES
 
 SCOPES = ("local", "global")
-_FINISH = {"tool_use": 1, "end_turn": 2, "stop_sequence": 2}  # -> an index into trace.FINISH
 
 
-def read_weka(files: Sequence[Path], source: Source) -> TraceBuilder:
+def _read(files: Sequence[Path], source: Source) -> TraceBuilder:
     """Read sessions, overlaid, sub-agents inside their session.
 
     Ids are local to a session and a model, or, where ``hash_id_scope`` is
@@ -107,10 +117,14 @@ class _Sessions:
         output = whole_tokens(request, "out", 0)
         scope = self.source.number((owner, request.get("model")))
         keys = self.raw.ids(keys).astype(np.int64) | (scope << 32)
-        took_s = request.get("api_time")  # a hint: what is no time is unknown
-        took_s = took_s if type(took_s) in (int, float) and 0 <= took_s < 1e9 else 0.0
-        ended = _FINISH.get(str(request.get("stop")), 0)
-        self.builder.add(keys, at_s, prompt, output, session, took_s, ended)
+        took_s, thought_s = (_hint_s(request.get(name)) for name in ("api_time", "think_time"))
+        ended = FINISH_CODES.get(str(request.get("stop")), 0)
+        came = request.get("input_types")
+        kind = 2 if came == ["tool_result"] else 1 if came else 0
+        said = {"model": label(request, "model"), "request_type": label(request, "type")}
+        details = Details(kind, think_s=thought_s, **said)
+        took_s = 0.0 if np.isnan(took_s) else took_s
+        self.builder.add(keys, at_s, prompt, output, session, took_s, ended, details)
 
     def finish(self, counts):
         """Return the builder, its times by the convention that holds, if need be in all files."""
@@ -128,6 +142,11 @@ class _Sessions:
         if "relative" in (told, *(() if told else shown)):
             self.builder.set_arrivals(self.relative_s)
         return self.builder
+
+
+def _hint_s(value):
+    """Return a hint's seconds: what is no time is unknown."""
+    return value if type(value) in (int, float) and 0 <= value < 1e9 else np.nan
 
 
 def _flat(requests, absolute_s, relative_s, per_second, found):
@@ -165,3 +184,6 @@ def _convention(marker_s, nested, duration_ms, per_second):
     took_s = duration_ms / 1000 if isinstance(duration_ms, (int, float)) else np.inf
     fits = max(times_s) > took_s + 1.0 >= max(times_s) - marker_s
     return "absolute" if close or fits else "unclear"
+
+
+WEKA = Format(_read, lambda record: "requests" in record, "requests", "*.json", OF_SESSIONS)
