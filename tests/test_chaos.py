@@ -13,6 +13,7 @@ import pytest
 import requests
 from chaos.campaign import deck
 from chaos.faults import KINDS
+from chaos.module import Endings
 from chaos.proxy import Proxy
 from chaos.report import add, merged, percentiles, shortened
 from chaos.worker import note_ends
@@ -20,17 +21,24 @@ from chaos.worker import note_ends
 from kvttl.manager.claims import ClaimLedger
 
 ROOT = Path(__file__).resolve().parents[1]
-DEALT = [name for name, kind in KINDS.items() if not kind.sabotage]
+DEALT = [name for name, kind in KINDS.items() if not kind.sabotage and not kind.inside]
 
-# Cheap faults of every family, and a library that dies and goes on as a gateway, where the campaign
-# has to notice the sabotage.
-SHORT = (
-    "coordinator_stopped server_stopped redis_killed redis_slow redis_full redis_read_only "
-    "redis_evicting disk_full disk_emptied files_flipped files_truncated values_flipped "
-    "values_swapped clock_forward clock_back clock_broken http_dropped http_answers_lost "
-    "http_delayed calls_interrupted coordinator_killed log_torn"
+# Cheap faults of every family, half of them outside, half on a server with a module. Outside the
+# library dies and goes on as a gateway; in both the campaign has to notice the sabotage.
+OUTSIDE = (
+    "coordinator_stopped redis_killed redis_full redis_evicting disk_emptied files_flipped "
+    "values_swapped clock_forward clock_broken http_dropped http_delayed calls_interrupted"
 ).split()
-GATEWAY = ["clients_gone"]
+INSIDE = (
+    "server_killed redis_slow redis_read_only disk_full files_truncated values_flipped clock_back "
+    "http_answers_lost hook_raises thread_hangs settings_patched journal_full journal_read_only "
+    "journal_torn"
+).split()
+CARDS = [
+    *(f"library:{name}" for name in (*OUTSIDE, "log_torn")),
+    *(f"gateway:{name}" for name in ("clients_gone", "sabotage_process", "sabotage_orphan")),
+    *(f"inside/library:{name}" for name in (*INSIDE, "sabotage_text", "sabotage_copies")),
+]
 SABOTAGE = {
     "sabotage_text": "wrong text",
     "sabotage_process": "processes left over",
@@ -41,11 +49,9 @@ SABOTAGE = {
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
-    """The report and the output of a short campaign with sabotage at its end."""
+    """The report of a short campaign with sabotage at the end of both its parts."""
     folder = tmp_path_factory.mktemp("chaos")
-    cards = [f"library:{name}" for name in SHORT]
-    cards += [f"gateway:{name}" for name in (*GATEWAY, *SABOTAGE)]
-    command = [sys.executable, "-m", "chaos", "--seed", "1", "--cards", ",".join(cards)]
+    command = [sys.executable, "-m", "chaos", "--seed", "1", "--cards", ",".join(CARDS)]
     command += ["--out", str(folder / "chaos.json"), "--keep", str(folder / "kept")]
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
     done = subprocess.run(
@@ -58,22 +64,27 @@ def short(tmp_path_factory):
 
 @pytest.mark.timeout(900)
 def test_a_short_campaign_ends_without_a_violation_but_those_of_the_sabotage(short):
-    assert [v for v in short["violations"] if v["kind"] not in SABOTAGE] == []
-    dealt = [*SHORT, *GATEWAY]
-    assert short["faults"] == len(dealt) + len(SABOTAGE)
-    assert {name: short["kinds"][name]["faults"] for name in dealt} == dict.fromkeys(dealt, 1)
-    assert all(short["kinds"][name]["recover_s"]["max"] is not None for name in dealt)
-    assert sum(row["calls"] for row in short["kinds"].values()) > 2 * len(SHORT)
+    for where, kinds in (("outside", OUTSIDE), ("inside", INSIDE)):
+        part = short[where]
+        assert [v for v in part["violations"] if v["kind"] not in SABOTAGE] == []
+        assert {name: part["kinds"][name]["faults"] for name in kinds} == dict.fromkeys(kinds, 1)
+        assert all(part["kinds"][name]["recover_s"]["max"] is not None for name in kinds)
+        assert part["outcomes"]["calls"] > 2 * len(kinds)
+    assert short["outside"]["faults"] + short["inside"]["faults"] == len(CARDS)
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", SABOTAGE)
 def test_what_breaks_a_rule_is_reported_with_seed_and_step(short, kind):
-    found = [v for v in short["violations"] if v["kind"] == kind]
+    found = [v for where in ("outside", "inside") for v in short[where]["violations"]]
+    found = [v for v in found if v["kind"] == kind]
     parts = SABOTAGE[kind].split("|")
     assert any(part in v["what"] for v in found for part in parts), found
-    assert {(v["seed"], v["door"]) for v in found} == {(1, "gateway")}
-    assert {v["step"] for v in found} <= set(range(len(SHORT) + 2, short["faults"] + 1))
+    (card,) = [card for card in CARDS if card.endswith(kind)]
+    place = ("inside/" if found[0]["inside"] else "") + found[0]["door"]
+    cards = [each for each in CARDS if each.startswith("inside/") == found[0]["inside"]]
+    assert f"{place}:{kind}" == card and {v["seed"] for v in found} == {1}
+    assert {v["step"] for v in found} <= set(range(cards.index(card) + 1, len(cards) + 1))
 
 
 # ---- dealing ---------------------------------------------------------------------------------
@@ -85,6 +96,9 @@ def test_a_thousand_faults_have_each_kind_at_least_twenty_times():
     counts = Counter(name for _, name in cards)
     assert set(counts) == set(DEALT) and min(counts.values()) >= 20
     assert {(door, name) for name in DEALT for door in KINDS[name].doors} == set(cards)
+    inside = Counter(name for seed in range(10) for _, name in deck(seed, 100, inside=True))
+    assert set(inside) - set(DEALT) == {name for name, kind in KINDS.items() if kind.inside}
+    assert set(inside) > set(DEALT) and min(inside.values()) >= 10
 
 
 def test_a_seed_deals_the_same_deck_again_and_one_door_after_the_other():
@@ -109,10 +123,36 @@ def test_a_chunk_is_excused_if_its_last_claim_ended_but_not_if_it_was_renewed_or
     assert ledger.wanted(["shared", "a"], 3_600) == ["disk", "disk"] and ended == {"a"}
 
 
+def record(owner, kind, chunks, time_s, tier, ttl_s=None):
+    return {
+        "prompt_digest": owner,
+        "kind": kind,
+        "chunk_keys": chunks,
+        "time_s": time_s,
+        "wanted_tier": tier,
+        "ttl_s": ttl_s,
+    }
+
+
+def test_records_excuse_a_chunk_whose_last_claim_has_ended_and_none_that_another_claims():
+    endings = Endings()
+    for owner in ("a", "b"):
+        endings.take(record(owner, "generation", ["shared", owner], 0, "disk", 100))
+    endings.take(record("a", "expiry", [], 100, "remote", 400))
+    assert not endings.excuses(("a", ""))
+    for _ in range(2):  # of the server, and of the log
+        endings.take(record("a", "expiry", [], 500, None))
+        assert endings.excuses(("a", "")) and not endings.excuses(("shared", ""))
+    endings = endings.go_on()
+    assert not endings.excuses(("a", ""))
+    endings.take(record("b", "expiry", [], 500, None))
+    assert endings.excuses(("shared", "")) and not endings.excuses(("shared", "tenant"))
+
+
 # ---- the report ------------------------------------------------------------------------------
 
 
-def part(seed, *rows):
+def part(seed, *rows, inside=False):
     steps = [
         {
             "number": number,
@@ -126,7 +166,7 @@ def part(seed, *rows):
         }
         for number, (kind, recover_s, violations) in enumerate(rows, start=1)
     ]
-    return {"seed": seed, "steps": steps}
+    return {"seed": seed, "inside": inside, "load": 1.0, "steps": steps}
 
 
 def test_parts_merge_by_seed_and_a_later_one_replaces_the_earlier(tmp_path):
@@ -134,13 +174,18 @@ def test_parts_merge_by_seed_and_a_later_one_replaces_the_earlier(tmp_path):
     add(path, part(1, ("redis_slow", 1.0, ["wrong text"]), ("redis_full", None, [])))
     add(path, part(2, ("redis_slow", 3.0, [])))
     report = add(path, part(1, ("redis_slow", 2.0, []), ("disk_full", 4.0, ["lost"])))
+    assert report["inside"]["faults"] == 0
+    report = add(path, part(1, ("redis_slow", 9.0, []), inside=True))
     assert report == json.loads(path.read_text())
-    assert (report["seeds"], report["faults"]) == ([1, 2], 3)
-    assert report["kinds"]["redis_slow"]["faults"] == 2
-    assert report["kinds"]["redis_slow"]["recover_s"] == {"p50": 2.0, "p90": 3.0, "max": 3.0}
-    (violation,) = report["violations"]
+    outside, inside = report["outside"], report["inside"]
+    assert (outside["seeds"], outside["faults"]) == ([1, 2], 3)
+    assert (inside["seeds"], inside["faults"], inside["violations"]) == ([1], 1, [])
+    assert outside["kinds"]["redis_slow"]["faults"] == 2
+    assert outside["kinds"]["redis_slow"]["recover_s"] == {"p50": 2.0, "p90": 3.0, "max": 3.0}
+    (violation,) = outside["violations"]
     assert violation == {
         "seed": 1,
+        "inside": False,
         "step": 2,
         "kind": "disk_full",
         "door": "library",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -26,13 +27,13 @@ def main(argv: list[str] | None = None) -> int:
     _with_own_mounts()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended politely, it cleans up
     known, broken = None, 0
-    for start in range(0, options.faults, PART):
-        seed, count = options.seed + start // PART, min(PART, options.faults - start)
+    parts = list(_parts(options))
+    for seed, inside, cards in parts:
         with tempfile.TemporaryDirectory(prefix="kv-chaos-", ignore_cleanup_errors=True) as folder:
-            part = Part(Path(folder), seed, options.tenants, lambda line: print(line, flush=True))
-            cards = options.cards or deck(seed, count, options.kinds)
+            say = functools.partial(print, flush=True)
+            part = Part(Path(folder), seed, options.tenants, say, inside)
             try:
-                part.run(cards[: options.until], known)
+                part.run(cards[: options.until], known, max(len(each) for *_, each in parts))
             finally:  # what is known by now is worth keeping, however it ended
                 report = add(options.out, part.as_dict())
                 if options.keep:
@@ -41,10 +42,25 @@ def main(argv: list[str] | None = None) -> int:
         broken += sum(len(step.violations) for step in part.steps)
         print(
             f"part of seed {seed}: {len(part.steps)} faults; {options.out} has "
-            f"{report['faults']}, {len(report['violations'])} violations"
+            + " and ".join(
+                f"{where} {report[where]['faults']}, {len(report[where]['violations'])} violations"
+                for where in ("outside", "inside")
+            )
         )
     print(json.dumps({"faults": options.faults, "seed": options.seed, "violations": broken}))
     return 1 if broken else 0
+
+
+def _parts(options):
+    """Yield seed, place and cards of each part."""
+    if options.cards:
+        for inside in (False, True):
+            if cards := [card[1:] for card in options.cards if card[0] == inside]:
+                yield options.seed, inside, cards
+        return
+    for start in range(0, options.faults, PART):
+        seed, count = options.seed + start // PART, min(PART, options.faults - start)
+        yield seed, options.inside, deck(seed, count, options.kinds, options.inside)
 
 
 def _keep(folder, kept):
@@ -58,17 +74,21 @@ def _options(argv):
     parser.add_argument("--seed", type=int, default=0, help="of the first part")
     parser.add_argument("--out", type=Path, default=Path("data/reports/chaos.json"))
     parser.add_argument("--kinds", type=lambda text: text.split(","), help=", ".join(KINDS))
-    parser.add_argument("--cards", type=_cards, help="door:kind,door:kind,... instead of a deck")
+    parser.add_argument("--inside", choices=("0", "1"), default="0", help="1: in LMCache's server")
+    how = "door:kind,inside/door:kind,... instead of a deck; those inside in a part of their own"
+    parser.add_argument("--cards", type=_cards, help=how)
     parser.add_argument("--until", type=int, help="stop after this step of a part")
     parser.add_argument("--no-tenants", dest="tenants", action="store_false")
     parser.add_argument("--keep", type=Path, help="folder for the logs of the last part")
     options = parser.parse_args(argv)
+    options.inside = options.inside == "1"
     options.faults = len(options.cards or ()) or options.faults
     return options
 
 
 def _cards(text):
-    return [tuple(card.split(":")) for card in text.split(",")]
+    cards = [card.split(":") for card in text.split(",")]
+    return [(door.startswith("inside/"), door.rpartition("/")[2], kind) for door, kind in cards]
 
 
 def _with_own_mounts() -> None:
