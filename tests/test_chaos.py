@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -23,68 +24,79 @@ from kvttl.manager.claims import ClaimLedger
 ROOT = Path(__file__).resolve().parents[1]
 DEALT = [name for name, kind in KINDS.items() if not kind.sabotage and not kind.inside]
 
-# Cheap faults of every family, half of them outside, half on a server with a module. Outside the
-# library dies and goes on as a gateway; in both the campaign has to notice the sabotage.
-OUTSIDE = (
-    "coordinator_stopped redis_killed redis_full redis_evicting disk_emptied files_flipped "
-    "values_swapped clock_forward clock_broken http_dropped http_delayed calls_interrupted"
+# Cheap faults of every family, half of them outside, half on a server with a module; which half is
+# the seed's. Outside the library dies and goes on as a gateway, where the campaign has to notice
+# the sabotage; inside the library has it.
+SEED = 1
+EITHER = (
+    "coordinator_stopped server_killed redis_killed redis_slow redis_full redis_read_only "
+    "redis_evicting disk_full disk_emptied files_flipped files_truncated values_flipped "
+    "values_swapped clock_forward clock_back clock_broken http_dropped http_answers_lost "
+    "http_delayed calls_interrupted"
 ).split()
-INSIDE = (
-    "server_killed redis_slow redis_read_only disk_full files_truncated values_flipped clock_back "
-    "http_answers_lost hook_raises thread_hangs settings_patched journal_full journal_read_only "
-    "journal_torn"
-).split()
-CARDS = [
-    *(f"library:{name}" for name in (*OUTSIDE, "log_torn")),
-    *(f"gateway:{name}" for name in ("clients_gone", "sabotage_process", "sabotage_orphan")),
-    *(f"inside/library:{name}" for name in (*INSIDE, "sabotage_text", "sabotage_copies")),
-]
-SABOTAGE = {
-    "sabotage_text": "wrong text",
-    "sabotage_process": "processes left over",
-    "sabotage_copies": "last copy of",
-    "sabotage_orphan": "have no claim|stay after all TTLs",
+MODULE = [name for name, kind in KINDS.items() if kind.inside]
+FIRST = random.Random(SEED).sample(EITHER, len(EITHER) // 2 + 3)
+KINDS_OF = {
+    "outside": [*FIRST, "log_torn", "clients_gone"],
+    "inside": [*(name for name in EITHER if name not in FIRST), *MODULE],
 }
+SABOTAGE = {
+    "outside": {
+        "sabotage_process": "processes left over",
+        "sabotage_orphan": "have no claim|stay after all TTLs",
+    },
+    "inside": {"sabotage_text": "wrong text", "sabotage_copies": "last copy of"},
+}
+AT_GATEWAY = ("clients_gone", *SABOTAGE["outside"])
+CARDS = {place: [*kinds, *SABOTAGE[place]] for place, kinds in KINDS_OF.items()}
+
+
+def door_of(kind):
+    return "gateway" if kind in AT_GATEWAY else "library"
 
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
-    """The report of a short campaign with sabotage at the end of both its parts."""
+    """The reports of two short campaigns with sabotage at their ends, at the same time."""
     folder = tmp_path_factory.mktemp("chaos")
-    command = [sys.executable, "-m", "chaos", "--seed", "1", "--cards", ",".join(CARDS)]
-    command += ["--out", str(folder / "chaos.json"), "--keep", str(folder / "kept")]
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
-    done = subprocess.run(
-        command, cwd=folder, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
-    )
-    print(done.stdout, done.stderr)
-    assert done.returncode == 1, "sabotage went unnoticed, or the campaign failed"
-    return json.loads((folder / "chaos.json").read_text())
+    options = {"cwd": folder, "env": {**os.environ, "PYTHONPATH": paths}, "text": True}
+    running = {}
+    for place, kinds in CARDS.items():
+        cards = ",".join(f"{door_of(kind)}:{kind}" for kind in kinds)
+        command = [sys.executable, "-m", "chaos", "--seed", str(SEED), "--cards", cards]
+        command += ["--inside", str(int(place == "inside")), "--keep", str(folder / place)]
+        command += ["--out", str(folder / f"{place}.json")]
+        running[place] = subprocess.Popen(
+            command, **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+    for place, process in running.items():
+        print(process.communicate()[0])
+        assert process.returncode == 1, f"{place} the sabotage went unnoticed, or it failed"
+    return {place: json.loads((folder / f"{place}.json").read_text())[place] for place in CARDS}
 
 
 @pytest.mark.timeout(900)
-def test_a_short_campaign_ends_without_a_violation_but_those_of_the_sabotage(short):
-    for where, kinds in (("outside", OUTSIDE), ("inside", INSIDE)):
-        part = short[where]
-        assert [v for v in part["violations"] if v["kind"] not in SABOTAGE] == []
-        assert {name: part["kinds"][name]["faults"] for name in kinds} == dict.fromkeys(kinds, 1)
-        assert all(part["kinds"][name]["recover_s"]["max"] is not None for name in kinds)
-        assert part["outcomes"]["calls"] > 2 * len(kinds)
-    assert short["outside"]["faults"] + short["inside"]["faults"] == len(CARDS)
+@pytest.mark.parametrize("place", CARDS)
+def test_a_short_campaign_ends_without_a_violation_but_those_of_the_sabotage(short, place):
+    report, dealt = short[place], KINDS_OF[place]
+    assert [v for v in report["violations"] if v["kind"] not in SABOTAGE[place]] == []
+    assert report["faults"] == len(CARDS[place])
+    assert {name: report["kinds"][name]["faults"] for name in dealt} == dict.fromkeys(dealt, 1)
+    assert all(report["kinds"][name]["recover_s"]["max"] is not None for name in dealt)
+    assert report["outcomes"]["calls"] > 2 * len(dealt)
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", SABOTAGE)
-def test_what_breaks_a_rule_is_reported_with_seed_and_step(short, kind):
-    found = [v for where in ("outside", "inside") for v in short[where]["violations"]]
-    found = [v for v in found if v["kind"] == kind]
-    parts = SABOTAGE[kind].split("|")
+@pytest.mark.parametrize(
+    "place, kind", [(p, kind) for p, kinds in SABOTAGE.items() for kind in kinds]
+)
+def test_what_breaks_a_rule_is_reported_with_seed_and_step(short, place, kind):
+    found = [v for v in short[place]["violations"] if v["kind"] == kind]
+    parts = SABOTAGE[place][kind].split("|")
     assert any(part in v["what"] for v in found for part in parts), found
-    (card,) = [card for card in CARDS if card.endswith(kind)]
-    place = ("inside/" if found[0]["inside"] else "") + found[0]["door"]
-    cards = [each for each in CARDS if each.startswith("inside/") == found[0]["inside"]]
-    assert f"{place}:{kind}" == card and {v["seed"] for v in found} == {1}
-    assert {v["step"] for v in found} <= set(range(cards.index(card) + 1, len(cards) + 1))
+    assert {(v["seed"], v["door"]) for v in found} == {(SEED, door_of(kind))}
+    assert {v["step"] for v in found} == {CARDS[place].index(kind) + 1}
 
 
 # ---- dealing ---------------------------------------------------------------------------------

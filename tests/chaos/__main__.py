@@ -27,40 +27,27 @@ def main(argv: list[str] | None = None) -> int:
     _with_own_mounts()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended politely, it cleans up
     known, broken = None, 0
-    parts = list(_parts(options))
-    for seed, inside, cards in parts:
+    for start in range(0, options.faults, PART):
+        seed, count = options.seed + start // PART, min(PART, options.faults - start)
         with tempfile.TemporaryDirectory(prefix="kv-chaos-", ignore_cleanup_errors=True) as folder:
             say = functools.partial(print, flush=True)
-            part = Part(Path(folder), seed, options.tenants, say, inside)
+            part = Part(Path(folder), seed, options.tenants, say, options.inside)
+            cards = options.cards or deck(seed, count, options.kinds, options.inside)
             try:
-                part.run(cards[: options.until], known, max(len(each) for *_, each in parts))
+                part.run(cards[: options.until], known)
             finally:  # what is known by now is worth keeping, however it ended
                 report = add(options.out, part.as_dict())
                 if options.keep:
                     _keep(Path(folder), options.keep)
             known = part.known
         broken += sum(len(step.violations) for step in part.steps)
+        there = report["inside" if options.inside else "outside"]
         print(
             f"part of seed {seed}: {len(part.steps)} faults; {options.out} has "
-            + " and ".join(
-                f"{where} {report[where]['faults']}, {len(report[where]['violations'])} violations"
-                for where in ("outside", "inside")
-            )
+            f"{there['faults']}, {len(there['violations'])} violations"
         )
     print(json.dumps({"faults": options.faults, "seed": options.seed, "violations": broken}))
     return 1 if broken else 0
-
-
-def _parts(options):
-    """Yield seed, place and cards of each part."""
-    if options.cards:
-        for inside in (False, True):
-            if cards := [card[1:] for card in options.cards if card[0] == inside]:
-                yield options.seed, inside, cards
-        return
-    for start in range(0, options.faults, PART):
-        seed, count = options.seed + start // PART, min(PART, options.faults - start)
-        yield seed, options.inside, deck(seed, count, options.kinds, options.inside)
 
 
 def _keep(folder, kept):
@@ -75,8 +62,7 @@ def _options(argv):
     parser.add_argument("--out", type=Path, default=Path("data/reports/chaos.json"))
     parser.add_argument("--kinds", type=lambda text: text.split(","), help=", ".join(KINDS))
     parser.add_argument("--inside", choices=("0", "1"), default="0", help="1: in LMCache's server")
-    how = "door:kind,inside/door:kind,... instead of a deck; those inside in a part of their own"
-    parser.add_argument("--cards", type=_cards, help=how)
+    parser.add_argument("--cards", type=_cards, help="door:kind,door:kind,... instead of a deck")
     parser.add_argument("--until", type=int, help="stop after this step of a part")
     parser.add_argument("--no-tenants", dest="tenants", action="store_false")
     parser.add_argument("--keep", type=Path, help="folder for the logs of the last part")
@@ -87,8 +73,7 @@ def _options(argv):
 
 
 def _cards(text):
-    cards = [card.split(":") for card in text.split(",")]
-    return [(door.startswith("inside/"), door.rpartition("/")[2], kind) for door, kind in cards]
+    return [tuple(card.split(":")) for card in text.split(",")]
 
 
 def _with_own_mounts() -> None:
