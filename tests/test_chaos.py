@@ -76,7 +76,7 @@ def short(tmp_path_factory):
     return {place: json.loads((folder / f"{place}.json").read_text())[place] for place in CARDS}
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("place", CARDS)
 def test_a_short_campaign_ends_without_a_violation_but_those_of_the_sabotage(short, place):
     report, dealt = short[place], KINDS_OF[place]
@@ -87,7 +87,7 @@ def test_a_short_campaign_ends_without_a_violation_but_those_of_the_sabotage(sho
     assert report["outcomes"]["calls"] > 2 * len(dealt)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize(
     "place, kind", [(p, kind) for p, kinds in SABOTAGE.items() for kind in kinds]
 )
