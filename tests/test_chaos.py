@@ -178,7 +178,7 @@ def part(seed, *rows, inside=False):
         }
         for number, (kind, recover_s, violations) in enumerate(rows, start=1)
     ]
-    return {"seed": seed, "inside": inside, "load": 1.0, "steps": steps}
+    return {"seed": seed, "inside": inside, "chosen": False, "load": 1.0, "steps": steps}
 
 
 def test_parts_merge_by_seed_and_a_later_one_replaces_the_earlier(tmp_path):

@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 part.run(cards[: options.until], known)
             finally:  # what is known by now is worth keeping, however it ended
-                report = add(options.out, part.as_dict())
+                made = part.as_dict() | {"chosen": bool(options.cards)}
+                report = add(options.out, made)
                 if options.keep:
                     _keep(Path(folder), options.keep)
             known = part.known

@@ -388,7 +388,8 @@ class Part:
         """Return after how long new KV is generated, decided, placed and recorded again."""
         calls = Traffic(self.door, step, kind, None)
         limit_s = 3 * LIMIT_S if kind.deadly else LIMIT_S  # an engine's start is part of it
-        while time.monotonic() - since_s < limit_s:
+        until_s = max(since_s + limit_s, time.monotonic() + 1.0)  # visits may have taken all of it
+        while time.monotonic() < until_s:
             wishes = [WARM, COLD] if self.inside else [WARM]
             probes = [self._probe() for _ in wishes]
             known = self._logged()
@@ -600,7 +601,8 @@ class Part:
         """Return the part for a report."""
         load = round(os.getloadavg()[-1] / os.cpu_count(), 1)
         about = {"seed": self.seed, "inside": self.inside, "load": load}
-        return about | {"steps": [asdict(step) for step in self.steps]}
+        done = [step for step in self.steps if step.took_s or step.violations]  # one is cut short
+        return about | {"steps": [asdict(step) for step in done]}
 
 
 def comes_empty_or_stays(look, standstill_s):

@@ -35,7 +35,7 @@ def shortened(part: dict) -> dict:
             for what in step["violations"]
         ]
     return {
-        **{name: part[name] for name in ("seed", "inside", "load")},
+        **{name: part[name] for name in ("seed", "inside", "chosen", "load")},
         "faults": len(part["steps"]),
         "seconds": round(sum(step["took_s"] for step in part["steps"])),
         "kinds": {
@@ -52,9 +52,9 @@ def rounded(seconds: list[float | None]) -> list[float | None]:
 def merged(parts: list[dict]) -> dict:
     """Return the report of several parts, those on a server with a module apart.
 
-    Of two with one seed, in the same place, the later counts.
+    Of two with one seed, in the same place, both dealt or both chosen, the later counts.
     """
-    latest = {(part["inside"], part["seed"]): part for part in parts}
+    latest = {(part["inside"], part["seed"], part["chosen"]): part for part in parts}
     parts = [part for _, part in sorted(latest.items())]
     return {
         "outside": _summed([part for part in parts if not part["inside"]]),
