@@ -77,7 +77,7 @@ def _summed(parts):
                 total[field] += value
     return {
         "faults": sum(part["faults"] for part in parts),
-        "seeds": [part["seed"] for part in parts],
+        "seeds": sorted({part["seed"] for part in parts}),
         "seconds": sum(part["seconds"] for part in parts),
         "violations": [violation for part in parts for violation in part["violations"]],
         "kinds": {
