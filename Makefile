@@ -15,7 +15,7 @@ LLM ?=
 REDIS_URL ?=
 # POLICY=adaptive: TTLs that learn; of run, serve and bench formula, of replay lru by default.
 POLICY ?=
-# INSIDE=1 of run, serve and up: the decisions are made inside LMCache's server (config.yaml's inside);
+# INSIDE=1 of run, serve, up and chaos: the decisions are made inside LMCache's server (config.yaml's inside);
 # INSIDE=adaptive, or POLICY=adaptive INSIDE=1: by a policy that learns.
 INSIDE ?=
 # make serve HOST=... PORT=8000 LOG=<folder> ATTACH=1 OPTIONS="--max-model-len 4096 --enable-lora"
@@ -71,7 +71,7 @@ TAKES_bench-inside := QUICK SEED
 TAKES_replay := TRACE POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME_UNIT SUBAGENT_TIMES OUTPUT_RATE
 TAKES_money := TRACE TARIFF MODEL POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME_UNIT SUBAGENT_TIMES OUTPUT_RATE
 TAKES_tune := TRACE POLICY CAPACITY SET SKIP_BAD SEED FORMAT BLOCK_TOKENS TIME_UNIT SUBAGENT_TIMES OUTPUT_RATE GOAL AGAINST LIMIT TRIALS SPLIT PRICES
-TAKES_chaos := N SEED
+TAKES_chaos := N SEED INSIDE
 TAKES_app := PORT
 TAKES_lab := PORT
 TAKES_ALL := PY PYTHON TORCH_CPU_INDEX KV_CHROMIUM $(foreach goal,$(MAKECMDGOALS),$(TAKES_$(goal)))
@@ -213,8 +213,9 @@ bench-sliders: $(READY) ## from a slider's step to the new picture in the browse
 demo-model: $(READY) ## train data/demo_model again (about half an hour)
 	@$(PY) data/train_demo_model.py
 
-chaos: $(READY) ## seeded faults on a real stack, and what held (N=1000: hours; SEED= of the first 100)
-	@PYTHONPATH=src:tests $(PY) -m chaos --faults $(if $(filter file,$(origin N)),100,$(N)) --seed $(SEED)
+chaos: $(READY) ## seeded faults on a real stack, and what held (N=1000: hours; SEED= of the first 100; INSIDE=1)
+	@PYTHONPATH=src:tests $(PY) -m chaos --faults $(if $(filter file,$(origin N)),100,$(N)) --seed $(SEED) \
+		$(if $(INSIDE),--inside '$(INSIDE)')
 
 lint: $(READY) ## ruff
 	@$(VENV)/bin/ruff check src tests data && $(VENV)/bin/ruff format --check src tests data

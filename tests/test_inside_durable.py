@@ -14,12 +14,14 @@ from types import SimpleNamespace
 import pytest
 import redis
 import torch
-from inside_server import Client, inside_server, prompt
+from inside_server import CHUNK_BYTES, Client, inside_server, prompt
+from lmcache.v1.distributed.api import ObjectKey
 from waiting import wait_until
 
 from caching_heuristics import TIERS
 from kvttl.background import JobQueue, Repeater
 from kvttl.decisions.log import DecisionRecord
+from kvttl.lmcache.tiers import ChunkKey
 from kvttl.manager.claims import ClaimLedger
 from kvttl.server import journal as journals
 from kvttl.server.compat import LATE_WRITES, POLICIES, REQUESTS, missing, warning_of
@@ -249,6 +251,24 @@ def test_what_could_not_be_written_is_written_later(tmp_path, monkeypatch):
     assert len(Life(tmp_path / "journal").ledger) == 2
 
 
+def test_what_a_tier_has_lost_while_the_server_was_down_is_not_believed_to_be_there(tmp_path):
+    life, keys = Life(tmp_path), [key(1), key(2), key(3)]
+    life.is_in(keys, "remote")
+    life.is_in(keys[:1], "disk")
+    life.journal.flush()
+    life.kill()
+    life = Life(tmp_path)
+    there = ChunkKey(MODEL.name, ObjectKey.ComputeKVRank(1, 0, 1, 0), 0, keys[2], "")
+
+    def contents():
+        life.is_in([key(4)], "remote")  # stored while it is listed
+        return [there]
+
+    life.places.look_through("remote", contents)
+    assert life.cold() == {keys[0]: 2, keys[2]: 4, key(4): 4}
+    life.kill()
+
+
 def test_two_servers_do_not_share_a_journal(tmp_path):
     life = Life(tmp_path)
     with pytest.raises(BlockingIOError):
@@ -457,6 +477,10 @@ def is_kept(client, tokens):
     return client.serve(tokens) == 5
 
 
+def unknown_bytes(status):
+    return status["gpu_bytes"][0] - CHUNK_BYTES * status["chunks"]["gpu"]
+
+
 @pytest.mark.parametrize("transport", ["zmq", "grpc"])
 def test_whatever_fails_or_hangs_costs_no_request(tmp_path, transport):
     """Each hook that the guard knows, in turn, while more is stored than there is room for."""
@@ -476,6 +500,10 @@ def test_whatever_fails_or_hangs_costs_no_request(tmp_path, transport):
             wait_until(lambda: is_kept(client, prompt(next(numbers), 5)))
             if thread := LOOPS.get(name):
                 wait_until(lambda thread=thread: client.status()["threads"][thread]["restarts"])
+        known = unknown_bytes(client.status())
+        flag.write_text("store")
+        client.serve(prompt(next(numbers), 5), tier="disk")
+        wait_until(lambda: unknown_bytes(client.status()) <= known)  # nobody else lets it go
         flag.write_text("")
         client.serve(tokens := prompt(next(numbers), 5), tier="disk")
         wait_until(lambda: client.look_up(tokens) == 5 and client.serve(tokens, tier="disk") == 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -29,19 +30,22 @@ def main(argv: list[str] | None = None) -> int:
     for start in range(0, options.faults, PART):
         seed, count = options.seed + start // PART, min(PART, options.faults - start)
         with tempfile.TemporaryDirectory(prefix="kv-chaos-", ignore_cleanup_errors=True) as folder:
-            part = Part(Path(folder), seed, options.tenants, lambda line: print(line, flush=True))
-            cards = options.cards or deck(seed, count, options.kinds)
+            say = functools.partial(print, flush=True)
+            part = Part(Path(folder), seed, options.tenants, say, options.inside)
+            cards = options.cards or deck(seed, count, options.kinds, options.inside)
             try:
                 part.run(cards[: options.until], known)
             finally:  # what is known by now is worth keeping, however it ended
-                report = add(options.out, part.as_dict())
+                made = part.as_dict() | {"chosen": bool(options.cards)}
+                report = add(options.out, made)
                 if options.keep:
                     _keep(Path(folder), options.keep)
             known = part.known
         broken += sum(len(step.violations) for step in part.steps)
+        there = report["inside" if options.inside else "outside"]
         print(
             f"part of seed {seed}: {len(part.steps)} faults; {options.out} has "
-            f"{report['faults']}, {len(report['violations'])} violations"
+            f"{there['faults']}, {len(there['violations'])} violations"
         )
     print(json.dumps({"faults": options.faults, "seed": options.seed, "violations": broken}))
     return 1 if broken else 0
@@ -58,11 +62,13 @@ def _options(argv):
     parser.add_argument("--seed", type=int, default=0, help="of the first part")
     parser.add_argument("--out", type=Path, default=Path("data/reports/chaos.json"))
     parser.add_argument("--kinds", type=lambda text: text.split(","), help=", ".join(KINDS))
+    parser.add_argument("--inside", choices=("0", "1"), default="0", help="1: in LMCache's server")
     parser.add_argument("--cards", type=_cards, help="door:kind,door:kind,... instead of a deck")
     parser.add_argument("--until", type=int, help="stop after this step of a part")
     parser.add_argument("--no-tenants", dest="tenants", action="store_false")
     parser.add_argument("--keep", type=Path, help="folder for the logs of the last part")
     options = parser.parse_args(argv)
+    options.inside = options.inside == "1"
     options.faults = len(options.cards or ()) or options.faults
     return options
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
 import threading
 import time
@@ -28,6 +29,7 @@ TENANTS = ("", "", "tenant-a", "tenant-b")
 AUDIT_EVERY = 20  # faults
 MARGIN = 0.2  # of each token over the next best: a different order of sums changes no text
 POOL_PROMPTS, SYSTEMS, PROBES_A_FAULT = 48, 6, 3
+HERE_S = 80.0  # what was stored a minute ago the module takes for its request's, by the real time
 EXTRA_FILES = 40  # open files that a process may have more than at its start
 _STANDSTILL_S = 20.0  # without any progress: what is there then stays
 _LOCKED_S = 310.0
@@ -175,13 +177,16 @@ class Traffic:
 # ---- the part -------------------------------------------------------------------------------
 
 
-def deck(seed: int, count: int, kinds: Iterable[str] | None = None) -> list[tuple[str, str]]:
+def deck(
+    seed: int, count: int, kinds: Iterable[str] | None = None, inside: bool = False
+) -> list[tuple[str, str]]:
     """Return (door, kind) of each fault: every kind as often as every other, in seeded order.
 
     One door after the other, as engines are dear: the second takes up what the first has logged.
     """
     rng = random.Random(f"deck {seed}")
-    chosen = sorted(kinds or [name for name, kind in KINDS.items() if not kind.sabotage])
+    dealt = [n for n, kind in KINDS.items() if not kind.sabotage and (inside or not kind.inside)]
+    chosen = sorted(kinds or dealt)
     dealt = (chosen * (count // len(chosen) + 1))[: count // len(chosen) * len(chosen)]
     rest = [name for name in chosen if not KINDS[name].dear] or chosen
     dealt += [rng.choice(rest) for _ in range(count - len(dealt))]
@@ -205,11 +210,15 @@ class Part:
         Whether prompts have salts.
     say : callable
         Gets one line about each fault.
+    inside : bool
+        The LMCache server decides, by its module.
     """
 
-    def __init__(self, folder: Path, seed: int, tenants: bool = True, say=print) -> None:
-        self.seed, self._say, self._tenants = seed, say, tenants
-        self.machine, self.door = Machine(folder), None
+    def __init__(
+        self, folder: Path, seed: int, tenants: bool = True, say=print, inside: bool = False
+    ) -> None:
+        self.seed, self._say, self._tenants, self.inside = seed, say, tenants, inside
+        self.machine, self.door = Machine(folder, inside), None
         self.steps: list[Step] = []
         self._rng = random.Random(f"part {seed}")
         self._baseline: dict[str, int] = {}
@@ -282,7 +291,8 @@ class Part:
         self.steps.append(step)
         started_s, family = time.monotonic(), self.door.family()
         copies = self.machine.copies()
-        self.door.ask("ended")  # from here on
+        self._ended()  # from here on
+        failures = self._failures()
         scene = Scene(self.machine, self.door, rng, self._wanted(copies), copies)
         scene.damaged |= self.machine.still_damaged()  # by earlier faults
         logged = self._logged()
@@ -301,6 +311,8 @@ class Part:
         step.recover_s = self._recover(step, kind, healed_s)
         if not kind.deadly:
             self._check_records(step, kind, traffic, logged, (away_s, back_s))
+        if self.inside:
+            self._check_module(step, kind, scene, failures)
         self._check_copies(step, kind, scene)
         if kind.silent and (gone := comes_empty(self.machine.shown_but_gone, 30.0)):
             step.violations.append(f"{len(gone)} lost copies are still shown: {gone[0][0][:12]}")
@@ -318,7 +330,28 @@ class Part:
         return rng.sample(self.pool, count), [rng.choice((HOT, WARM, COLD)) for _ in range(count)]
 
     def _wanted(self, copies):
-        return self.door.ask("wanted", list(copies)) if copies else {}
+        if not copies:
+            return {}
+        if self.inside:
+            return self.machine.module.wanted(copies, self.machine.now_s)
+        return self.door.ask("wanted", list(copies))
+
+    def _ended(self):
+        """Return a function that says if a chunk had no claim for a moment; a new list begins."""
+        if not self.inside:
+            names = self.door.ask("ended")
+            return lambda key: chunk_key(*key) in names
+        self._take_records()
+        endings, self._log.endings = self._log.endings, self._log.endings.go_on()
+        return endings.excuses
+
+    def _take_records(self):
+        self._log.update()
+        for row in self.machine.module.records():
+            self._log.endings.take(row)
+
+    def _failures(self):
+        return Counter(self.machine.module.status()["failures"]) if self.inside else Counter()
 
     def _restart(self, step, kind, family, next_role):
         """Start the manager again after a fault that ends it; nothing of the old one may stay.
@@ -355,30 +388,44 @@ class Part:
         """Return after how long new KV is generated, decided, placed and recorded again."""
         calls = Traffic(self.door, step, kind, None)
         limit_s = 3 * LIMIT_S if kind.deadly else LIMIT_S  # an engine's start is part of it
-        while time.monotonic() - since_s < limit_s:
-            probe = self._probes.pop() if self._probes else self._rng.choice(self.pool)
+        until_s = max(since_s + limit_s, time.monotonic() + 1.0)  # visits may have taken all of it
+        while time.monotonic() < until_s:
+            wishes = [WARM, COLD] if self.inside else [WARM]
+            probes = [self._probe() for _ in wishes]
             known = self._logged()
-            if not calls.call([probe], [WARM]):
+            if not calls.call(probes, wishes):
                 time.sleep(0.2)
                 continue
-            if comes(functools.partial(self._is_placed, probe), 2.0):
+            if comes(functools.partial(self._are_placed, probes), 2.0):
                 took_s = time.monotonic() - since_s
-                if self._recorded(probe, known):
+                if all(self._recorded(probe, known) for probe in probes):
                     return took_s
-            self._say(f"     not yet: {self._placed(probe)} {self._log.rows[-1]['error']}")
+            self._say(f"     not yet: {self._placed(probes)} {self._log.rows[-1]['error']}")
         step.violations.append(f"not managed again within {limit_s:g} s")
         return None
 
-    def _is_placed(self, probe):
-        """Say whether a prompt is on disk and in Redis, and no longer in gpu."""
-        placed = self._placed(probe)
-        return bool(placed) and all(tiers == {"disk", "remote"} for tiers in placed)
+    def _are_placed(self, probes):
+        """Say whether prompts are where they are wanted, and nowhere else.
 
-    def _placed(self, probe):
+        Outside LMCache writes everything to disk and Redis; inside what is wanted there.
+        """
+        below = ({"disk"}, {"remote"}) if self.inside else ({"disk", "remote"},)
+        placed = self._placed(probes)
+        return all(each and all(t == tiers for t in each) for each, tiers in zip(placed, below))
+
+    def _placed(self, probes):
         try:
-            return self.machine.placed(list(probe.tokens), probe.salt)
+            if not self.inside:
+                return [self.machine.placed(list(p.tokens), p.salt) for p in probes]
+            self._log.update()
+            copies = {chunk_key(*key): tiers for key, tiers in self.machine.copies().items()}
+            named = [self._log.chunks_of.get(probe.digest, ()) for probe in probes]
+            return [[copies.get(name, set()) for name in names] for names in named]
         except (OSError, ValueError, KeyError):
-            return []
+            return [[]]
+
+    def _probe(self):
+        return self._probes.pop() if self._probes else self._rng.choice(self.pool)
 
     def _recorded(self, probe, known):
         def clean():
@@ -405,7 +452,8 @@ class Part:
             if mute or (row["kind"] == "shed" and not row["error"]):
                 step.violations.append(f"a failure without a reason: {mute or row}")
         inside = [span for span in traffic.spans if away[0] <= span[0] and span[1] <= away[1]]
-        if kind.shows and inside and not any(row["error"] for row in rows):
+        where = "inside" if self.inside else "outside"
+        if where in kind.shows and inside and not any(row["error"] for row in rows):
             step.violations.append(f"{len(inside)} calls while LMCache was away, and no error")
 
     def _check_copies(self, step, kind, scene):
@@ -425,11 +473,11 @@ class Part:
         ]
         gone = comes_empty(lost, 3.0) if due and lost() else []
         if gone:
-            wanted, ended = self._wanted(gone), self.door.ask("ended")
+            wanted, ended = self._wanted(gone), self._ended()
             live = [key for key in gone if wanted.get(key)]
             # A call was under way when the last claim ended: the delete may have come before
             # the new claim, and the next call stores the chunk anew.
-            if excused := [key for key in live if chunk_key(*key) in ended]:
+            if excused := [key for key in live if ended(key)]:
                 self._say(f"     {len(excused)} chunks were gone before they were claimed again")
             live = [key for key in live if key not in excused]
             for key in live[:3]:
@@ -437,6 +485,24 @@ class Part:
                     f"last copy of {key[0][:12]} lost: was in {sorted(scene.copies[key])}, "
                     f"wanted in {wanted[key]} ({len(live)} of {len(due)} chunks)"
                 )
+
+    def _check_module(self, step, kind, scene, failures):
+        """No claim is lost, also by a server that was killed; the module is well and writes."""
+        say, module = step.violations.append, self.machine.module
+        self._take_records()
+        before = [key for key, tier in scene.wanted.items() if tier]
+        lost = [key for key, tier in self._wanted(before).items() if not tier]
+        if lost := [key for key in lost if not self._log.endings.excuses(key)]:
+            say(f"{len(lost)} of {len(before)} chunks have lost their claims: {lost[0][0][:12]}")
+        failed = self._failures() - (failures if "gpu" not in kind.loses else Counter())
+        if failed and not kind.hook:
+            say(f"hooks of the module failed: {dict(failed)}")
+        if comes_empty(lambda: module.status()["journal"]["errors"], 30.0):
+            say(f"the journal is not written: {module.status()['journal']}")
+        if comes_empty(lambda: module.status()["tier_errors"], 30.0):
+            say(f"tiers still fail: {module.status()['tier_errors']}")
+        if off := module.status()["switched_off"]:
+            say(f"switched off: {off}")
 
     def _check_leftovers(self, step, patience_s):
         """No process too many, and none too few; the manager's threads are those of its start."""
@@ -463,9 +529,10 @@ class Part:
         say = self._blame
         base_s = HeuristicConfig().base_ttl
         self.door.ask("flush", LIMIT_S)
-        for _ in range(4):  # KV that has no claim at two looks, half a `base_ttl` apart, gets one
-            self._jump(base_s / 2)
-            comes(lambda: self.door.ask("not_looked_for_s") < base_s / 4, 30.0)
+
+        self._account(base_s)
+        if self.inside and comes_empty(self._unclaimed, HERE_S, every_s=1.0):
+            self._account(base_s)
 
         def locked():
             state = json.dumps(self.machine.server_status())
@@ -479,11 +546,7 @@ class Part:
                 say(f"locks left in the LMCache server: {names}")
             self._jump(LADDER_TOP_S)
 
-        def left():
-            copies = self.machine.copies()
-            wanted = self._wanted(copies)
-            return {k: t for k, t in copies.items() if drop_all or not wanted[k]}
-
+        left = self._left if drop_all else self._unclaimed
         if orphans := comes_empty_or_stays(left, patience_s):
             some = [f"{key[0][:12]}{key[1]} in {sorted(t)}" for key, t in list(orphans.items())[:3]]
             what = "stay after all TTLs" if drop_all else "have no claim"
@@ -497,6 +560,24 @@ class Part:
             if count > self._baseline.setdefault(name, count) + EXTRA_FILES:
                 say(f"{name} has {count} open files, {self._baseline[name]} at its start")
         self._say(f"     audit after {number}: {self.door.ask('status')['claims']} claims live")
+
+    def _account(self, base_s):
+        """Let KV get a claim that has none at two looks, half a `base_ttl` apart."""
+        for _ in range(4):
+            self._jump(base_s / 2)
+            comes(lambda: self.door.ask("not_looked_for_s") < base_s / 4, 30.0)
+
+    def _unclaimed(self):
+        copies = self.machine.copies()
+        wanted = self._wanted(copies)
+        return {key: tiers for key, tiers in copies.items() if not wanted[key]}
+
+    def _left(self):
+        """Return what is anywhere; of gpu the server with a module is asked, too."""
+        left = dict(self.machine.copies())
+        if self.inside and not left and (used := self.machine.module.status()["gpu_bytes"][0]):
+            left["bytes nobody shows", str(used)] = {"gpu"}
+        return left
 
     def _sweep_up(self, orphans):
         """Take orphans away, so that the next audit speaks of the next faults."""
@@ -518,7 +599,10 @@ class Part:
 
     def as_dict(self) -> dict:
         """Return the part for a report."""
-        return {"seed": self.seed, "steps": [asdict(step) for step in self.steps]}
+        load = round(os.getloadavg()[-1] / os.cpu_count(), 1)
+        about = {"seed": self.seed, "inside": self.inside, "load": load}
+        done = [step for step in self.steps if step.took_s or step.violations]  # one is cut short
+        return about | {"steps": [asdict(step) for step in done]}
 
 
 def comes_empty_or_stays(look, standstill_s):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -64,14 +65,19 @@ class Kind:
         Ends the engine: calls may fail, and the manager is started again.
     interrupts : bool
         Calls may end with KeyboardInterrupt.
-    shows : bool
-        Decisions that were made meanwhile must say that LMCache was away.
+    shows : str
+        Where decisions that were made meanwhile must say that LMCache was away: ``outside``, or
+        also ``inside``.
     dear : bool
         Takes tens of seconds.
     unlogged : bool
         Records cannot be written meanwhile.
     sabotage : bool
         Breaks a rule on purpose.
+    inside : bool
+        Only of a server with a module.
+    hook : bool
+        The module may count failures of its own.
     """
 
     name: str
@@ -82,10 +88,12 @@ class Kind:
     silent: str = ""
     deadly: bool = False
     interrupts: bool = False
-    shows: bool = False
+    shows: str = ""
     dear: bool = False
     unlogged: bool = False
     sabotage: bool = False
+    inside: bool = False
+    hook: bool = False
 
 
 KINDS: dict[str, Kind] = {}
@@ -104,7 +112,7 @@ def fault(**properties):
 # ---- services --------------------------------------------------------------------------------
 
 
-@fault(hold_s=(1.0, 2.0), shows=True)
+@fault(hold_s=(1.0, 2.0), shows="outside")
 def coordinator_killed(scene):
     scene.machine.stack.kill("coordinator")
     yield
@@ -407,7 +415,7 @@ def troubled(scene, kind, share, delay_s=0.0):
         proxy.trouble = ""
 
 
-@fault(hold_s=(1.0, 2.0), shows=True)
+@fault(hold_s=(1.0, 2.0), shows="outside inside")
 def http_dropped(scene):
     yield from troubled(scene, "drop", 1.0)
 
@@ -471,12 +479,17 @@ def log_torn(scene):
     comes(lambda: not scene.door.alive())
     files = sorted((scene.machine.folder / "log").glob("*.jsonl"), key=os.path.getmtime)
     if files:
-        data = files[-1].read_bytes()
-        last = data.rstrip(b"\n").rfind(b"\n") + 1
-        if last < len(data) - 2:
-            cut = scene.rng.randrange(last + 1, len(data) - 1)
-            files[-1].write_bytes(data[:cut] + scene.rng.choice((b"", b"\0\xff\xfe", b"{")))
+        tear(files[-1], scene.rng)
     yield
+
+
+def tear(file, rng):
+    """Break a file's last line off, and put something else there."""
+    data = file.read_bytes()
+    last = data.rstrip(b"\n").rfind(b"\n") + 1
+    if last < len(data) - 2:
+        cut = rng.randrange(last + 1, len(data) - 1)
+        file.write_bytes(data[:cut] + rng.choice((b"", b"\0\xff\xfe", b"{")))
 
 
 @fault(deadly=True, dear=True, hold_s=(0.5, 1.0))
@@ -547,6 +560,93 @@ def clients_gone(scene):
     yield
 
 
+# ---- the server's module -----------------------------------------------------------------------
+
+HOOKS = (
+    "look-up|room for a store|store|end of a session|targets|retained|written|deletes|pass|journal"
+    "|disk: copies came|disk: copies went|remote: copies came|remote: copies went"
+).split("|")
+
+
+@fault(inside=True, hook=True, hold_s=(0.5, 1.5))
+def hook_raises(scene):
+    scene.machine.trouble(scene.rng.choice(HOOKS))
+    yield
+    scene.machine.trouble("")
+
+
+@fault(inside=True, hold_s=(0.0, 0.1))
+def thread_hangs(scene):
+    """Its watchdog puts another in its place."""
+    name, module = scene.rng.choice(("pass", "journal")), scene.machine.module
+    known = module.status()["threads"][name]["restarts"]
+    scene.machine.trouble(f"{name} hangs")
+    if not comes(lambda: module.status()["threads"][name]["restarts"] > known, 60):
+        scene.said.append(f"the thread {name} hangs, and nobody takes its place")
+    yield
+    scene.machine.trouble("")
+
+
+@fault(inside=True, hold_s=(0.2, 1.0))
+def settings_patched(scene):
+    """Other settings, some of them wrong, again and again; the first ones at the end."""
+    module, rng = scene.machine.module, scene.rng
+    before = module.status()["settings"]
+    for _ in range(8):
+        low = rng.uniform(0.1, 0.6)
+        given = {"low": low, "high": low + 0.2, "save": rng.choice(("end", "demotion"))}
+        given |= {"birth": rng.choice(("none", "all")), "budgets": {"tenant-a": rng.random()}}
+        wrong = rng.choice(
+            ({"low": 2.0}, {"workers": 3}, {"budgets": {"tenant-a": "much"}}, {"x": 1})
+        )
+        codes = module.change(**given), module.change(**{**given, **wrong})
+        if codes != (200, 400):
+            scene.said.append(f"settings {given}, and with {wrong}, were answered {codes}")
+        if {**module.status()["settings"], **given} != module.status()["settings"]:
+            scene.said.append(f"settings {given} are not in force")
+    yield
+    names = ("low", "high", "save", "birth")
+    module.change(budgets={"tenant-a": None}, **{name: before[name] for name in names})
+    if module.status()["settings"] != before:
+        scene.said.append("the settings are not the first ones again")
+
+
+@fault(inside=True, hold_s=(0.5, 1.5))
+def journal_full(scene):
+    yield from filled(scene, scene.machine.journal, group_of(scene, "server"))
+
+
+@fault(inside=True, hold_s=(0.5, 1.5))
+def journal_read_only(scene):
+    """Its file is gone, and where it was nothing can be written."""
+    journal = scene.machine.journal
+    for file in journal.glob("*/*.jsonl"):
+        file.unlink()
+    if not scene.machine.has_own_disk:
+        journal.rename(journal.with_suffix(".away"))
+        journal.write_bytes(b"")
+        yield
+        journal.unlink()
+        journal.with_suffix(".away").rename(journal)
+        return
+    for command in ("--bind", "remount,bind,ro"):
+        options = [command] if command[0] == "-" else ["-o", command]
+        places = [str(journal)] * (2 if command[0] == "-" else 1)
+        subprocess.run(["mount", *options, *places], check=True)
+    yield
+    subprocess.run(["umount", "-l", str(journal)], check=True)
+
+
+@fault(inside=True, loses="gpu")
+def journal_torn(scene):
+    """Killed while it wrote the last line."""
+    scene.machine.stack.kill("server")
+    for file in scene.machine.journal.glob("*/*.jsonl"):
+        tear(file, scene.rng)
+    yield
+    scene.machine.stack.start_one("server")
+
+
 # ---- sabotage: what the campaign must notice, never dealt --------------------------------------
 
 
@@ -581,7 +681,5 @@ def sabotage_orphan(scene):
 @fault(sabotage=True)
 def sabotage_process(scene):
     """Leave a process behind."""
-    import subprocess
-
     subprocess.Popen(["sleep", "600"], env=scene.machine.environment, start_new_session=True)
     yield

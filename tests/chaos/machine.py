@@ -26,15 +26,18 @@ import requests
 import yaml
 from redis_fixtures import free_port, stop_redis
 
+from chaos.child import TROUBLE
+from chaos.module import Endings, Key, Module
 from chaos.proxy import Proxy
 from kvttl.lmcache.tiers import parse_key
 from kvttl.session.demo_model import model_path
+from kvttl.stack import process as stack_process
 from kvttl.stack.lifecycle import LMCacheStack, load_config
 from kvttl.storage.checksum import CHECKSUM_BYTES, checksum
 
 MARK = "KV_CHAOS_RUN"  # in the environment of all that a campaign starts
 LIMIT_S = 120.0  # of whatever must come by itself
-_FILE_SYSTEMS_MB = {"disk": 192, "log": 32}
+_FILE_SYSTEMS_MB = {"disk": 192, "log": 32, "disk.kvttl": 16}
 MAX_TOKENS = 6
 # Shorter waits than the defaults: a campaign meets each of them some hundred times.
 SETTINGS = {
@@ -50,8 +53,6 @@ SETTINGS = {
 }
 
 _DIES_WITH_US = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
-
-Key = tuple[str, str]  # hash of a chunk, tenant's salt
 
 
 class Ended(RuntimeError):
@@ -163,11 +164,14 @@ class Machine:
     ----------
     folder : Path
         Scratch; the disk tier is a small file system of its own in it where that is allowed.
+    inside : bool
+        The LMCache server decides by its module, which `trouble` can make fail.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.run_id = folder, secrets.token_hex(8)
-        for name in ("disk", "redis", "tmp", "out", "log"):
+    def __init__(self, folder: Path, inside: bool = False) -> None:
+        self.folder, self.run_id, self.inside = folder, secrets.token_hex(8), inside
+        self._usual_child = stack_process.CHILD_MODULE
+        for name in ("redis", "tmp", "out", *_FILE_SYSTEMS_MB):
             (folder / name).mkdir(parents=True)
         self.sockets = Path(tempfile.mkdtemp(prefix="kvc-"))  # a path of a socket must be short
         mounted = [_mount(folder / name, size) for name, size in _FILE_SYSTEMS_MB.items()]
@@ -177,6 +181,8 @@ class Machine:
         compiled = f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", compiled)  # or each part compiles anew
         os.environ["TMPDIR"] = str(folder / "tmp")
+        self.trouble("")
+        os.environ[TROUBLE] = str(self._trouble)
         self.environment = dict(os.environ)
         self.redis = Redis(folder / "redis", self.environment)
         self.nursery = Nursery(self.environment, folder / "out" / "nursery.txt")
@@ -185,6 +191,7 @@ class Machine:
             redis_url=f"redis://127.0.0.1:{self.redis.port}",
             disk_path=str(folder / "disk"),
             run_dir=str(folder / "run"),
+            inside=inside,
         )
         self.stack = LMCacheStack(config, free_ports=True)
         self.model = model_path()
@@ -193,8 +200,11 @@ class Machine:
 
     def start(self) -> None:
         """Start coordinator and server, and the proxies before them."""
+        if self.inside:
+            stack_process.CHILD_MODULE = "chaos.child"
         self.stack.start()
         config = self.stack.config
+        self.module = Module(config.server_http_url, self.model) if self.inside else None
         self.server_proxy = Proxy(config.server_http_port)
         ports = {f'"http_port":{config.server_http_port}': f'"http_port":{self.server_proxy.port}'}
         self.coordinator_proxy = Proxy(config.coordinator_port, ports)
@@ -205,6 +215,26 @@ class Machine:
     @property
     def disk(self) -> Path:
         return self.folder / "disk"
+
+    @property
+    def journal(self) -> Path:
+        """Where the server's module writes down its claims."""
+        return self.folder / "disk.kvttl"
+
+    @property
+    def now_s(self) -> float:
+        """The managers' clock."""
+        return time.time() + self.offset_s
+
+    @property
+    def _trouble(self):
+        return self.folder / "trouble"
+
+    def trouble(self, what: str) -> None:
+        """Have one of the module's hooks raise (its name) or hang (``... hangs``), or none."""
+        fresh = self._trouble.with_suffix(".new")
+        fresh.write_text(what)
+        fresh.replace(self._trouble)
 
     def spec(self, role: str, **more: Any) -> dict[str, Any]:
         """Return what a worker needs to know."""
@@ -260,9 +290,13 @@ class Machine:
         return set(self.damaged)
 
     def shown_but_gone(self) -> list[Key]:
-        """Return the chunks that the directory shows on disk or in Redis and that are not there."""
-        there = {"fs": self.files(), "resp": self.values()}
-        return [k for name in there for k in self.listed("l2", name) if k not in there[name]]
+        """Return the chunks shown on disk or in Redis, by whom it may be, that are not there."""
+        there = {"disk": self.files(), "remote": self.values()}
+        shown = {"disk": self.listed("l2", "fs"), "remote": self.listed("l2", "resp")}
+        for key, tiers in self.module.shown().items() if self.module else ():
+            for tier in tiers.intersection(there):
+                shown[tier].add(key)
+        return [key for tier in there for key in shown[tier] if key not in there[tier]]
 
     def listed(self, tier: str, backend: str = "") -> set[Key]:
         """Return the chunks that the directory shows in a tier of LMCache's (``l1``, ``l2``)."""
@@ -333,13 +367,14 @@ class Machine:
                 proxy.close()
         with suppress(Exception):
             self.stack.stop()
+        stack_process.CHILD_MODULE = self._usual_child
         self.redis.close()
         self.nursery.close()
         for pid in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for name in _FILE_SYSTEMS_MB if self.has_own_disk else ():
-            if name == "log":  # `--keep` comes after this
+            if name != "disk":  # `--keep` comes after this
                 shutil.copytree(self.folder / name, self.folder / "out" / name)
             subprocess.run(["umount", "-l", str(self.folder / name)], check=False)
         shutil.rmtree(self.sockets, ignore_errors=True)
@@ -512,7 +547,7 @@ class LogReader:
     """Reads what is new in a decision log: whole lines that are JSON, each once."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._read_bytes = folder, {}
+        self._folder, self._read_bytes, self.endings = folder, {}, Endings()
         self.rows: list[dict] = []  # of generations, and of those that were given up
         self.chunks_of: dict[str, list[str]] = {}  # prompt's digest -> hashes
 
@@ -530,6 +565,7 @@ class LogReader:
         return self.rows
 
     def _take(self, row):
+        self.endings.take(row)
         if row["chunk_keys"]:
             self.chunks_of[row["prompt_digest"]] = row["chunk_keys"]
         if row["kind"] in ("generation", "shed"):

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,6 +26,7 @@ def shortened(part: dict) -> dict:
         violations += [
             {
                 "seed": part["seed"],
+                "inside": part["inside"],
                 "step": step["number"],
                 "kind": step["kind"],
                 "door": step["door"],
@@ -35,7 +35,7 @@ def shortened(part: dict) -> dict:
             for what in step["violations"]
         ]
     return {
-        "seed": part["seed"],
+        **{name: part[name] for name in ("seed", "inside", "chosen", "load")},
         "faults": len(part["steps"]),
         "seconds": round(sum(step["took_s"] for step in part["steps"])),
         "kinds": {
@@ -50,8 +50,23 @@ def rounded(seconds: list[float | None]) -> list[float | None]:
 
 
 def merged(parts: list[dict]) -> dict:
-    """Return the report of several parts; of two with one seed the later counts."""
-    parts = sorted({part["seed"]: part for part in parts}.values(), key=lambda part: part["seed"])
+    """Return the report of several parts, those on a server with a module apart.
+
+    Of two with one seed, in the same place, both dealt or both chosen, the later counts.
+    """
+    latest = {(part["inside"], part["seed"], part["chosen"]): part for part in parts}
+    parts = [part for _, part in sorted(latest.items())]
+    return {
+        "outside": _summed([part for part in parts if not part["inside"]]),
+        "inside": _summed([part for part in parts if part["inside"]]),
+        "machine": {"cpus": os.cpu_count(), "system": platform.platform(terse=True)},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in _PACKAGES},
+        "parts": parts,
+    }
+
+
+def _summed(parts):
     kinds: dict[str, dict] = {}
     for part in parts:
         for name, row in part["kinds"].items():
@@ -62,25 +77,16 @@ def merged(parts: list[dict]) -> dict:
                 total[field] += value
     return {
         "faults": sum(part["faults"] for part in parts),
-        "seeds": [part["seed"] for part in parts],
+        "seeds": sorted({part["seed"] for part in parts}),
         "seconds": sum(part["seconds"] for part in parts),
         "violations": [violation for part in parts for violation in part["violations"]],
         "kinds": {
             name: {**row, "recover_s": percentiles(row["recover_s"])}
             for name, row in sorted(kinds.items())
         },
-        "outcomes": dict(
-            Counter(
-                {
-                    key: sum(row[key] for row in kinds.values())
-                    for key in ("clean", "calls", "failed")
-                }
-            )
-        ),
-        "machine": {"cpus": os.cpu_count(), "system": platform.platform(terse=True)},
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in _PACKAGES},
-        "parts": parts,
+        "outcomes": {
+            key: sum(row[key] for row in kinds.values()) for key in ("clean", "calls", "failed")
+        },
     }
 
 

@@ -22,7 +22,12 @@ from types import SimpleNamespace
 
 import psutil
 
+from kvttl.lmcache.lease import AlreadyManaged
+from kvttl.lmcache.salts import chunk_key
+from kvttl.manager.claims import ClaimLedger
+
 _POLL_S = 0.05
+_TAKE_OVER_S = 60.0
 
 
 # ---- the nursery -----------------------------------------------------------------------------
@@ -104,7 +109,8 @@ class Control:
 
     @cache.setter
     def cache(self, cache):
-        note_ends(cache.claims, self._ended)
+        if isinstance(cache.claims, ClaimLedger):  # else they are in the server
+            note_ends(cache.claims, self._ended)
         self._cache = cache
 
     def _accept(self):
@@ -136,8 +142,6 @@ class Control:
 
     def wanted(self, keys):
         """Return the tier that live claims want each chunk in."""
-        from kvttl.lmcache.salts import chunk_key
-
         names = [chunk_key(*key) for key in keys]
         return dict(zip(keys, self.cache.claims.wanted(names, self.clock())))
 
@@ -148,7 +152,10 @@ class Control:
         return ended
 
     def not_looked_for_s(self):
-        """Return how long ago the manager has looked for KV without a claim."""
+        """Return how long ago the manager has looked for KV without a claim; let it look."""
+        if not isinstance(self.cache.claims, ClaimLedger):
+            self.cache.sweep()  # at whose end the server has looked
+            return 0.0
         return abs(self.clock() - (self.cache._decider._looked_at_s or 0.0))
 
     def flush(self, limit_s):
@@ -156,16 +163,19 @@ class Control:
 
     def status(self):
         threads = [t.name for t in threading.enumerate() if not t.name.startswith("control")]
-        files = len(os.listdir("/proc/self/fd"))
-        settler = self.cache._decider.settler
-        return {
-            "threads": sorted(threads),
-            "files": files,
-            "waiting": settler.unsettled,
-            "unclaimed": settler.has_unclaimed,
-            "claims": len(self.cache.claims),
-            "next_due_s": self.cache.claims.next_due_s,
-        }
+        return {"threads": sorted(threads), "claims": len(self.cache.claims)}
+
+
+def manager_once_free(make):
+    """Make a manager; a server with a module first has to find out that the last one was killed."""
+    until_s = time.monotonic() + _TAKE_OVER_S
+    while True:
+        try:
+            return make()
+        except AlreadyManaged:
+            if time.monotonic() > until_s:
+                raise
+            time.sleep(0.2)
 
 
 def _config(spec):
@@ -224,7 +234,8 @@ def library(spec) -> None:
     options = {"config": HeuristicConfig(), "notify": None, "background": True, "workers": 2}
     options |= {"clock": control.clock, "sweep_every_s": spec["sweep_every_s"]}
     with DecisionLog(spec["log"]) as log:
-        with MultiTierCache(controller, llm, log=log, **options) as cache:
+        make = functools.partial(MultiTierCache, controller, llm, log=log, **options)
+        with manager_once_free(make) as cache:
             sampling = SamplingParams(temperature=0.0, max_tokens=spec["max_tokens"])
 
             def generate(prompts, metadata):
@@ -279,7 +290,8 @@ def gateway(spec) -> int:
         place = {"host": "127.0.0.1", "port": spec["port"], "instance_id": stack.instance_id}
         way = SimpleNamespace(**place, config=stack.config)
         ours = {"clock": control.clock, "sweep_every_s": spec["sweep_every_s"]}
-        control.cache = managed(way, llm, config, **options, **ours)
+        make = functools.partial(managed, way, llm, config, **options, **ours)
+        control.cache = manager_once_free(make)
         return control.cache
 
     door.launch.managed = managed_here

@@ -6,6 +6,7 @@ gpu's lock for some 15 us a key.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import threading
@@ -105,11 +106,11 @@ class Hands:
         found = {self._tier_of.get(d.type_name): d.config for d, _ in self._sm.l2_adapters()}
         return [getattr(found.get(tier), name, None) for name in LMCACHE_TIERS[tier].address]
 
-    def contents(self) -> Iterator[tuple[str, Iterable[ChunkKey]]]:
-        """Yield what each tier below gpu holds, of those that can be listed."""
+    def contents(self) -> Iterator[tuple[str, Callable[[], Iterable[ChunkKey]]]]:
+        """Yield what lists the objects of each tier below gpu, of those where that is possible."""
         for tier, contents_of in CONTENTS_OF.items():
             if None not in (address := self.address(tier)):
-                yield tier, contents_of(*address)
+                yield tier, functools.partial(contents_of, *address)
 
     # ---- copies ------------------------------------------------------------------------------
 
@@ -312,6 +313,8 @@ class Hands:
 
     def targets(self, keys: Sequence, birth: Sequence[int]) -> dict[int, list]:
         """Return by adapter what LMCache is to write down; `birth` gets what nobody ordered."""
+        if self._guard.failures["store"]:  # nobody else may have heard of what came
+            self._places.came(list(self._places.of_objects(keys, new=True)), "gpu")
         plan: dict[int, list] = {index: [] for index in birth}
         orders = self._orders
         if not orders:

@@ -228,8 +228,8 @@ def take_up(module: Any) -> None:
         gc.freeze()  # what is there by now stays
         gc.enable()
     if module.journals and module.settings.adopt:
-        for tier, keys in module.hands.contents():
-            module.places.found(keys, tier)
+        for tier, contents in module.hands.contents():
+            module.places.look_through(tier, contents)
         for model in list(module.places.groups):
             module.guard(module.manager(model).account, "adoption")()
 

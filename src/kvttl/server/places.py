@@ -305,14 +305,17 @@ class Places:
                 if not chunk.bits:
                     chunk.space.chunks.pop(chunk.digest, None)
 
-    def found(self, keys: Iterable[ChunkKey], tier: str) -> None:
-        """Take note of objects that a tier was found to hold, whoever put them there."""
+    def look_through(self, tier: str, contents: Callable[[], Iterable[ChunkKey]]) -> None:
+        """Take note of all objects that a tier holds, whoever put them there; the rest is gone."""
+        known = {chunk for chunk in self.chunks() if chunk.bits & BIT_OF[tier]}
         objects = []
-        for name, rank, group, digest, salt in keys:
+        for name, rank, group, digest, salt in contents():
             model = Model(name, ObjectKey.WorldSizeFromKVRank(rank))
             self.groups.setdefault(model, set()).add(group)
             objects.append(ObjectKey(bytes.fromhex(digest), name, rank, group, salt))
-        self.came(list(self.of_objects(objects, new=True)), tier)
+        there = list(self.of_objects(objects, new=True))
+        self.came(there, tier)
+        self.went(known.difference(there), tier)
 
     def of_objects(self, keys: Iterable[ObjectKey], new: bool = False) -> Iterator[Chunk]:
         """Yield the chunks of LMCache's objects; unknown ones only if they are `new`."""
