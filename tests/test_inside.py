@@ -179,6 +179,21 @@ def test_what_pressure_put_down_comes_back_once_there_is_room(tmp_path):
         client.close()
 
 
+def test_a_hit_below_gpu_is_loaded_whole_where_gpu_is_full(tmp_path):
+    """What goes for it has another copy; LMCache would cut the hit where there is no room."""
+    with inside_server(tmp_path, {**ONE_HOUR, "save": "end"}, l1_chunks=64) as running:
+        client = Client(running.url)
+        for number in range(1, 6):  # 100 chunks, all of them wanted
+            client.serve(prompt(number, 20))
+        wait_until(lambda: client.status()["chunks"]["disk"] == 100)
+        wait_until(lambda: not client.status()["waiting_decisions"])
+        assert held(client)["gpu"] > 44
+        hits = [client.serve(prompt(number, 20)) for number in (1, 2, 3, 4, 5, 1, 3)]
+        assert hits == [20] * 7
+        assert client.status()["failures"] == {}
+        client.close()
+
+
 def test_tenants_have_their_own(client):
     tokens = prompt(7, 3)
     client.serve(tokens, salt="tenant-a", tier="gpu")

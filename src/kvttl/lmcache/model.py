@@ -97,6 +97,9 @@ class LMCacheModel(InProcessController):
     def _make_room(self, new):
         """LMCache makes none: what does not fit is not stored."""
 
+    def _room_to_load(self, keys, chunks):
+        """LMCache makes none: what does not fit is not loaded."""
+
     def _retained(self, keys):
         return keys if self.retain else []
 
@@ -106,6 +109,7 @@ class LMCacheModel(InProcessController):
         `kept` returns which of those that come from below stay in gpu.
         """
         sources = [tiers[0] for tiers in itertools.takewhile(bool, map(self._held, keys))]
+        self._room_to_load(keys, len(sources) - sources.count("gpu"))
         free = self._free()
         for tier in TIERS[1:]:  # one allocation an adapter: all of its chunks or none
             wanted = sources.count(tier)
@@ -164,9 +168,9 @@ class LMCacheModel(InProcessController):
 class ServerModuleModel(LMCacheModel):
     """The same server with `kvttl.server` in it: what the module changes of LMCache's rules.
 
-    It makes room before a store, by giving up what is worth least; writes nothing down before a
-    request's end; keeps in gpu, of what a hit loads, what a claim wants there; copies in every
-    direction. Above `watermark` gpu gives up, down to `watermark` x (1 - `ratio`): the settings
+    It makes room before a store, by giving up what is worth least, and before a load, where that
+    has another copy; writes nothing down before a request's end; keeps in gpu, of what a hit
+    loads, what a claim wants there; copies in every direction. Above `watermark` gpu gives up, down to `watermark` x (1 - `ratio`): the settings
     ``high`` and ``low``. No time passes in between: no store meets another one.
 
     Attributes
@@ -227,9 +231,14 @@ class ServerModuleModel(LMCacheModel):
             self._worths.pop(key, None)
         self._give_up(len(new) - self._free())
 
-    def _give_up(self, chunks, writes_down=False):
+    def _room_to_load(self, keys, chunks):
+        alone = [key for key in self.held["gpu"] if self._held(key) == ("gpu",)]
+        self._give_up(min(chunks, self.hot_chunks // 2) - self._free(), staying={*keys, *alone})
+
+    def _give_up(self, chunks, writes_down=False, staying=frozenset()):
         """Give up what ends first, of one prompt the last chunk first; the undecided last."""
-        order = sorted(self.held["gpu"], key=lambda k: (k not in self._worths, self._worths.get(k)))
+        leaving = [key for key in self.held["gpu"] if key not in staying]
+        order = sorted(leaving, key=lambda k: (k not in self._worths, self._worths.get(k)))
         going = order[: max(0, chunks)]
         alone = [key for key in going if writes_down and self._held(key) == ("gpu",)]
         wanted = [key for key, tier in zip(alone, self.wanted(alone)) if tier is not None]

@@ -161,7 +161,16 @@ class KvttlStorePolicy(_Asks, store_policy.DefaultStorePolicy):
 
 
 class KvttlPrefetchPolicy(_Asks, prefetch_policy.DefaultPrefetchPolicy):
-    """Loads as LMCache does, and keeps in gpu what is wanted there."""
+    """Loads as LMCache does, with room for it, and keeps in gpu what is wanted there."""
+
+    def plan_load(self, key_groups: list, *rest: Any, **named: Any) -> prefetch_policy.PrefetchPlan:
+        """Return what is loaded from where, and make room for it."""
+        plan = super().plan_load(key_groups, *rest, **named)
+        if self.module is not None and (loaded := plan.l2_planned_keys.merge()):
+            self.module.hands.room_to_load(
+                key_groups[0].keys[0], loaded.popcount() / len(key_groups)
+            )
+        return plan
 
     def plan_l1_retention(self, keys: list, l1_manager_desc: Any, l2_adapter_desc: Any) -> list:
         """Return for each object whether it stays in gpu."""

@@ -84,6 +84,7 @@ class Hands:
         self.gave_up: Callable[[list[Chunk]], Any] = lambda _chunks: None
         self._storing, self._moving = 0, 0
         self._promising, self._guard = threading.Lock(), guard
+        self.room_to_load = guard(self._room_to_load, "room to load")
         for tier, (_, adapter) in self._adapters().items():
             adapter.register_listener(_Listener(places, tier, guard))
 
@@ -278,6 +279,20 @@ class Hands:
             time.sleep(_ROOM_S / 50)
         nothing_known = not self._places.hot_chunks and self._guard.failures
         return is_there or bool(nothing_known) and self.clear()
+
+    def _room_to_load(self, key, chunks):
+        """Make room for a hit's chunks below gpu, of which `key` is one's: else it would be cut.
+
+        What goes has another copy, and goes at once: LMCache's loads wait meanwhile.
+        """
+        _, total = self._sm.get_l1_usage()
+        for chunk in self._places.of_objects([key]):
+            size_bytes = min(int(chunks * chunk.space.all_bytes), total // 2)
+            self.give_up(self._delete_saved, size_bytes)
+
+    def _delete_saved(self, chunks):
+        unsaved = [chunk for chunk in chunks if chunk.bits == HOT]
+        return unsaved + self._delete_hot([chunk for chunk in chunks if chunk.bits != HOT])
 
     def clear(self) -> bool:
         """Empty gpu where nothing is known of what is there: nobody else makes room."""
