@@ -197,6 +197,13 @@ class BaseController(ABC):
         """Return how many chunks gpu, disk and remote have room for; None = nobody knows."""
         return (None, None, None)
 
+    def chunk_bytes(self) -> int | None:
+        """Return what a chunk's KV cache takes; None = nobody knows."""
+
+    def held_chunks(self) -> Mapping[str, int]:
+        """Return how many chunks each tier holds; empty = nobody knows."""
+        return {}
+
     def close(self) -> None:
         """Release connections."""
 
