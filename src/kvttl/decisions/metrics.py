@@ -77,6 +77,8 @@ class DecisionMetrics:
         for tier in TIERS:  # from the start, so that a rate sees the first one
             self._of("decisions_total", tier)
             self._of("hit_tokens_total", tier)
+        for reason in ("ttl", "room", "tier_error"):
+            self._of("wanted_again_tokens_total", reason)
 
     def observe(self, record: DecisionRecord) -> None:
         """Add one record; a write-ahead claim counts as part of its generation's record."""

@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 _EVERY_S = 60.0
 _WAITING, _WAITING_BYTES = 20_000, 16 * 2**20  # requests that are not measured yet
 _REQUEST_BYTES = 400  # beside its keys
+OPTIMUM = "optimum"
+SHADOWS = ("lru", "fixed_5m", "fixed_1h", "formula", "adaptive", OPTIMUM)
+_COUNTED = {f"shadow_{what}_total": SHADOWS for what in ("hit_tokens", "prompt_tokens")}
+_COUNTED |= {"byte_seconds_total": TIERS, "shadow_byte_seconds_total": SHADOWS[:-1]}
 _COMPILED = "kvttl.meter.shadows"
 _SAMPLED_CHUNKS, _LEAST_CHUNKS = 8_192, 1_024  # that a shadow holds at most, and after:
 _MOST_S = 0.5  # of a core, for a measurement; then half the sample takes its place, from cold
@@ -71,8 +75,9 @@ class RegretMeter:
         self._ended_s = 0.0, self._looked_s  # the last request, by its clock and by ours
         self._compiler: subprocess.Popen | None = None
         self._thread = Repeater(self.measure, every_s)
-        for tier in TIERS:
-            metrics.add("byte_seconds_total", 0, tier)
+        for name, labels in _COUNTED.items():  # from the start, so that a rate sees the first one
+            for label in labels:
+                metrics.add(name, 0, label)
 
     def _no_requests(self):
         return BoundedDeque(_WAITING, _WAITING_BYTES, lambda a: a[0].nbytes + _REQUEST_BYTES)
@@ -114,7 +119,7 @@ class RegretMeter:
         """Yield amounts: the metric, the amount, its label."""
         if not self._is_compiled():
             return
-        from kvttl.meter.shadows import OPTIMUM, Asked, Shadows  # seconds, not on any request's way
+        from kvttl.meter.shadows import Asked, Shadows  # seconds, not on any request's way
 
         if self._shadows is None:
             room = self._controller.room_chunks()[0]

@@ -24,7 +24,6 @@ from kvttl.policies.state import REAL
 from kvttl.replay.engine import STEP, Sweep, in_order_of_time, play_events, replay
 from kvttl.traces.trace import Trace, dense
 
-OPTIMUM = "optimum"
 _REMEMBERED = 4  # times as many, that the policy which learns still knows
 _HOUR_S = 3600.0
 _LOOK_S = 600.0  # between two looks at what the optimum would have hit
