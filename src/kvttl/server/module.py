@@ -25,7 +25,6 @@ from kvttl.background import JobQueue, Repeater
 from kvttl.decisions.log import DecisionLog, DecisionRecord
 from kvttl.lmcache.lease import ServerLease
 from kvttl.lmcache.tiers import pages
-from kvttl.meter.live import RegretMeter
 from kvttl.replay.costs import TierCosts
 from kvttl.server.compat import (
     LATE_WRITES,
@@ -228,20 +227,14 @@ class KvttlModule:
                 log = DecisionLog(user_path(folder) / digest_of(model)) if folder else None
                 journal = self.journals.of(model, log) if self.journals else None
                 parts = self.places, self.hands, self.instance_id, self._lease
-                controller = InsideController(self._context, model, *parts)
-                config = Hinted(lambda: self.settings.formula)
-                meter = self.settings.meter and RegretMeter(controller, config, self.shown)
                 manager = ModelManager(
-                    controller,
-                    config=config,
-                    policy=self.settings.policy,
+                    InsideController(self._context, model, *parts),
+                    self.settings,
+                    config=Hinted(lambda: self.settings.formula),
                     costs=TierCosts(**costs) if costs else None,
-                    notify=None,
                     clock=self.handover.clock,
-                    sweep_every_s=self.settings.sweep_s,
                     log=journal or log,
                     metrics=self.shown,
-                    meter=meter or None,
                 )
                 manager.tell_values(self.guard)
                 self.handover.lead(manager)

@@ -108,7 +108,7 @@ class StackConfig(BaseModel):
     registration_heartbeat_s: float = Field(1.0, ge=0.1, le=10)
     event_flush_interval_s: float = Field(1e-5, ge=1e-6, le=10)
     directory_checkpoint_s: float = Field(1.0, ge=0, le=3600)
-    meter: bool = True
+    meter: bool = Field(True, description="true or false")
     inside: bool | Literal[POLICIES_INSIDE] = Field(
         False, description=f"true, false or one of {', '.join(POLICIES_INSIDE)}"
     )
