@@ -90,7 +90,7 @@ export PYTHONPATH := $(CURDIR)/src
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-agents run test up down status notebooks clean-notebooks check-notebooks lint \
-	show-start serve bench bench-gateway bench-inside bench-overhead bench-sliders replay money tune bench-replay bench-policy app lab \
+	show-start serve bench bench-gateway bench-inside bench-meter bench-overhead bench-sliders replay money tune bench-replay bench-policy app lab \
 	demo-model chaos clean
 
 help: ## list the targets
@@ -183,6 +183,9 @@ bench-gateway: $(READY) ## what the gateway adds to a request; ends with one lin
 
 bench-inside: $(READY) ## what the server module refuses beside LMCache's LRU, and its cost; a line of JSON (QUICK=1)
 	@PYTHONPATH=src:tests LMCACHE_LOG_LEVEL=ERROR $(PY) -W ignore -m bench_inside --seed $(SEED) $(if $(QUICK),--quick)
+
+bench-meter: $(READY) ## how far the regret meter's sample is off, and what it costs; ends with one line of JSON
+	@PYTHONPATH=src:tests $(PY) -m bench_meter
 
 # What `make replay`, `make money` and `make tune` are told of the trace.
 ON_TRACE = --trace '$(TRACE)' --capacity '$(CAPACITY)' \

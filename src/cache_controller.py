@@ -203,10 +203,7 @@ class LMCacheController(BaseController):
         LMCacheUnavailable, LMCacheError
             The coordinator does not answer, or refuses.
         """
-        return {
-            instance: {tier: self._http.count_keys(instance, tier) for tier in TIERS}
-            for instance in self._http.instances()
-        }
+        return {instance: self._held(instance) for instance in self._http.instances()}
 
     def room_chunks(self) -> tuple[int | None, int | None, int | None]:
         """Return how many chunks gpu has room for; nobody knows before an engine is attached.
@@ -218,10 +215,20 @@ class LMCacheController(BaseController):
         """
         if (module := self._module) is not None:
             return tuple(module.ask("room")["chunks"])
-        if self._token_bytes is None:
+        if not (chunk_bytes := self.chunk_bytes()):
             return super().room_chunks()
-        chunk_bytes = self._token_bytes * self.chunk_size_tokens
         return (self._http.memory_bytes(self.instance_id) // chunk_bytes, None, None)
+
+    def chunk_bytes(self) -> int | None:
+        """Return what a chunk's KV cache takes; None before an engine is attached."""
+        return self._token_bytes and self._token_bytes * self.chunk_size_tokens
+
+    def held_chunks(self) -> dict[str, int]:
+        """Return how many objects the directory shows in each tier, of all models."""
+        return self._held(self.instance_id)
+
+    def _held(self, instance):
+        return {tier: self._http.count_keys(instance, tier) for tier in TIERS}
 
     def close(self) -> None:
         """Close the HTTP session."""

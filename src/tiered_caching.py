@@ -345,6 +345,8 @@ class MultiTierCache(contextlib.AbstractContextManager):
         Every record is appended; `recover` reads them after a restart.
     metrics : DecisionMetrics, optional
         Counts every record.
+    meter : kvttl.meter.live.RegretMeter, optional
+        Says, in `metrics`, what other policies would have hit.
 
     Notes
     -----
@@ -387,11 +389,12 @@ class MultiTierCache(contextlib.AbstractContextManager):
         scorer: Callable[[Sequence[int]], float] | None = None,
         log: DecisionLog | None = None,
         metrics: DecisionMetrics | None = None,
+        meter: Any = None,
     ) -> None:
         self.controller = lmcache_controller
         self.config = HeuristicConfig() if config is None else config
         self.clock = clock
-        self._records = RecordKeeper(max_records, log, metrics, notify)
+        self._records = RecordKeeper(max_records, log, metrics, notify, meter)
         options = lmcache_controller, self.config, lambda: self.clock(), costs, log
         self._measured = RequestMetadata(None, perplexity_source, scorer)
         self._decider = Decider(
@@ -631,6 +634,8 @@ class MultiTierCache(contextlib.AbstractContextManager):
     def close(self) -> None:
         """Make the decisions that wait, end the threads, release the connections."""
         self._decider.close()
+        if self._records.meter is not None:
+            self._records.meter.close()
         self.controller.close()
 
     def _ready_engine(self):

@@ -252,8 +252,12 @@ MAY_IMPORT = {
     "tiered_caching": "caching_heuristics, background, storage, lmcache, decisions, manager",
     "cache_controller": "caching_heuristics, lmcache, tiered_caching",
     "replay": ("caching_heuristics, traces, policies, settings, lmcache, manager, tiered_caching"),
+    "meter": (
+        "caching_heuristics, background, traces, policies, lmcache, decisions, manager, replay"
+    ),
     "server": (
-        "caching_heuristics, background, lmcache, decisions, stack, manager, tiered_caching, replay"
+        "caching_heuristics, background, lmcache, decisions, stack, manager, tiered_caching, "
+        "replay, meter"
     ),
     "plots": "caching_heuristics, traces, policies, decisions, replay",
     "policy_tuning": "caching_heuristics, traces, settings, replay, plots",

@@ -71,6 +71,7 @@ OTHER = {
     "event_flush_interval_s": 0.0129,
     "directory_checkpoint_s": 1.3,
     "inside": True,
+    "meter": False,
 }
 # What an entry has of its own, and says so by name; everything else it takes from config.yaml.
 OF_A_SESSION = set(PORT_FIELDS)
@@ -153,6 +154,7 @@ def test_nothing_is_said_of_settings_that_nobody_has_changed(entry, stacks, tmp_
 
 # How a setting acts once it is the stack's: in what is started, or in how it is waited for.
 IN_THE_STACK_ITSELF = {"run_dir", "start_timeout_s", "stop_timeout_s", "redis_port"}
+IN_THE_STACK_ITSELF |= {"meter"}  # of a manager; inside, of the module: see below
 
 
 def started_with(config: StackConfig) -> str:
@@ -187,6 +189,8 @@ def test_inside_the_module_has_the_same_rules_of_room(tmp_path, monkeypatch):
     assert module["config"] == {"high": 0.8, "low": 0.6, "heuristics": {"base_ttl": 77.0}}
     assert arguments[arguments.index("--l2-prefetch-policy") + 1] == "retain"
     assert "--l2-prefetch-policy" not in arguments_of("server", StackConfig(inside=True))
+    silent = arguments_of("server", StackConfig(inside=True, meter=False))
+    assert '"meter": false' in silent[silent.index("--server-module") + 1]
     learns = arguments_of("server", StackConfig(inside="adaptive"))
     assert '"policy": "adaptive"' in learns[learns.index("--server-module") + 1]
     assert (

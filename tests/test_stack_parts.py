@@ -66,6 +66,7 @@ BAD_VALUES = {
     "redis_retries": [-1, 11, 1.0],
     "redis_verify_s": [0, None],
     "inside": ["clever", 2, None],
+    "meter": ["on", 1, None],
 }
 
 

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from caching_heuristics import TIERS
 from kvttl.background import BoundedDeque
@@ -53,12 +54,15 @@ class RecordKeeper:
         Counts every record.
     notify : callable, optional
         Gets one line about each record.
+    meter : RegretMeter, optional
+        Sees every record.
     """
 
     max_records: int
     log: DecisionLog | None = None
     metrics: DecisionMetrics | None = None
     notify: Callable[[str], object] | None = None
+    meter: Any = None
 
     def __post_init__(self) -> None:
         self.records = RecentRecords(self.max_records, _MAX_BYTES)
@@ -74,6 +78,8 @@ class RecordKeeper:
         try:
             if self.metrics is not None:
                 self.metrics.observe(record)
+            if self.meter is not None:
+                self.meter.observe(record)
             for line in notices(record) if self.notify else ():
                 self.notify(line)
         except Exception:

@@ -25,6 +25,12 @@ _METRICS = {  # name -> what it says, its labels
     "moves_total": ("Moves between tiers asked for, by status.", *_PATH, "status"),
     "moved_chunks_total": ("Chunks that moves brought to another tier.", *_PATH),
     "expiries_total": ("Claims whose TTL passed; below the last: dropped.", "from_tier", "to_tier"),
+    "wanted_again_tokens_total": ("Prompt tokens computed again, by why they were gone.", "reason"),
+    "byte_seconds_total": ("Bytes of KV cache times seconds that a tier held them.", "tier"),
+    "shadow_hit_tokens_total": ("Prompt tokens that a policy would hit in gpu's room.", "policy"),
+    "shadow_prompt_tokens_total": ("Prompt tokens that its cache was asked for.", "policy"),
+    "shadow_byte_seconds_total": ("Bytes times seconds that its cache held them.", "policy"),
+    "meter_failures_total": ("Times that the shadow caches failed, and began anew.",),
     "ttl_seconds": ("TTL decided, seconds.",),
     "generate_seconds": ("Time of a generation in the engine, seconds.",),
     "manage_seconds": ("Time spent on a decision and its moves, seconds.",),
@@ -71,16 +77,18 @@ class DecisionMetrics:
         for tier in TIERS:  # from the start, so that a rate sees the first one
             self._of("decisions_total", tier)
             self._of("hit_tokens_total", tier)
+        for reason in ("ttl", "room", "tier_error"):
+            self._of("wanted_again_tokens_total", reason)
 
     def observe(self, record: DecisionRecord) -> None:
         """Add one record; a write-ahead claim counts as part of its generation's record."""
         if record.kind == "claim":
             return
         if record.kind == "shed":
-            self._add("shed_total", 1)
+            self.add("shed_total", 1)
         elif record.kind == "expiry":
             to_tier = record.wanted_tier or "dropped"
-            self._add("expiries_total", 1, record.from_tier or "unknown", to_tier)
+            self.add("expiries_total", 1, record.from_tier or "unknown", to_tier)
         elif record.kind == "generation":
             self._observe_generation(record)
         for move in record.moves:
@@ -147,13 +155,15 @@ class DecisionMetrics:
 
     def _observe_generation(self, record):
         if record.error:
-            self._add("not_managed_total", 1, _reason(record.error))
+            self.add("not_managed_total", 1, _reason(record.error))
         elif record.wanted_tier is not None:
-            self._add("decisions_total", 1, record.wanted_tier)
-            self._add("salted_decisions_total", int(bool(record.cache_salt)))
-        self._add("prompt_tokens_total", record.prompt_tokens)
+            self.add("decisions_total", 1, record.wanted_tier)
+            self.add("salted_decisions_total", int(bool(record.cache_salt)))
+        self.add("prompt_tokens_total", record.prompt_tokens)
         for tier, tokens in record.hit_tokens.items():
-            self._add("hit_tokens_total", tokens, tier)
+            self.add("hit_tokens_total", tokens, tier)
+        for reason, tokens in record.wanted_again.items():
+            self.add("wanted_again_tokens_total", tokens, reason)
         if record.ttl_s is not None:
             self._time("ttl_seconds", record.ttl_s)
         self._time("generate_seconds", record.generate_s)
@@ -161,8 +171,8 @@ class DecisionMetrics:
 
     def _observe_move(self, move):
         path = [str(move.get(end, "unknown")) for end in ("from", "to")]
-        self._add("moves_total", 1, *path, str(move.get("status", "unknown")))
-        self._add("moved_chunks_total", move.get("moved_chunks"), *path)
+        self.add("moves_total", 1, *path, str(move.get("status", "unknown")))
+        self.add("moved_chunks_total", move.get("moved_chunks"), *path)
         if move.get("latency_s") is not None:
             self._time("move_seconds", move["latency_s"], *path)
 
@@ -170,7 +180,8 @@ class DecisionMetrics:
         metric = self._metrics[name]
         return metric.labels(*labels) if labels else metric
 
-    def _add(self, name, amount, *labels):
+    def add(self, name: str, amount: float, *labels: str) -> None:
+        """Add to a counter, named without its prefix; what is no amount is left out."""
         if _counts(amount):
             self._of(name, *labels).inc(amount)
 

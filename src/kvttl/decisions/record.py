@@ -73,6 +73,10 @@ class DecisionRecord:
         What became of each hint that the request gave about its KV cache.
     session : str
         What the request says which conversation it is of; empty = nothing.
+    wanted_again : mapping
+        Tokens that were computed although this manager had kept them before, by why they were
+        gone: ``"ttl"`` (no claim wanted them any more), ``"room"`` (one did, and no tier had
+        them), ``"tier_error"`` (the tier that was to have them takes no writes).
     """
 
     time_s: Number
@@ -103,6 +107,7 @@ class DecisionRecord:
     policy_error: str = ""
     hints: Mapping[str, str] = field(default_factory=dict)
     session: str = ""
+    wanted_again: Mapping[str, Count] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the record as one line of strict JSON.

@@ -27,7 +27,7 @@ _UUID, _numbers = uuid.uuid4().hex[:8], itertools.count()
 # What a decision that was handed over comes back with.
 _MADE = (
     "ttl_s wanted_tier chunks chunk_keys hit_tokens tier_before tier_after moves tier_errors "
-    "policy decided policy_error hints error"
+    "policy decided policy_error hints wanted_again error"
 ).split()
 
 

@@ -201,6 +201,13 @@ class BaseController(ABC):
         """Return how much the server has still to write or load; 0: it is at rest."""
         return 0
 
+    def chunk_bytes(self) -> int | None:
+        """Return what a chunk's KV cache takes; None = nobody knows."""
+
+    def held_chunks(self) -> Mapping[str, int]:
+        """Return how many chunks each tier holds; empty = nobody knows."""
+        return {}
+
     def close(self) -> None:
         """Release connections."""
 

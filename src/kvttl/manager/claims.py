@@ -20,9 +20,11 @@ from sortedcontainers import SortedList
 
 from caching_heuristics import TIER_CODES, TIERS, HeuristicConfig
 from kvttl.lmcache.salts import salt_of
+from kvttl.manager.tables import BoundedTable
 
 _DIGEST = re.compile("[0-9a-fA-F]{1,16}")
 _RENEWED = 128  # claims that a sweep asks about although their time is not up
+_LET_GO = 100_000  # chunks without a claim that are still known
 _LEAST_S = 1.0  # between two questions about a claim
 
 
@@ -114,6 +116,7 @@ class ClaimLedger:
         self._claims: dict[tuple[str, str], _Claim] = {}  # by owner and last chunk
         self._deadlines: SortedList[tuple[float, tuple[str, str]]] = SortedList()  # of all claims
         self._steps: list[Step] = []  # taken, not yet handed out by sweep
+        self._let_go: BoundedTable = BoundedTable(_LET_GO, math.inf, lambda _known: 0)
         self.changed: dict[tuple[str, str], None] | None = None
         self._lock = threading.Lock()
 
@@ -174,6 +177,12 @@ class ClaimLedger:
         with self._lock:
             self._advance(now_s)
             return [_hottest(self._chunks.get(chunk)) for chunk in chunks]
+
+    def wanted_before(self, chunks: Sequence[str], now_s: float) -> list[str | None]:
+        """Return as `wanted`, with "" for a chunk that was claimed, but is wanted no more."""
+        wanted = self.wanted(chunks, now_s)
+        with self._lock:
+            return ["" if t is None and c in self._let_go else t for c, t in zip(chunks, wanted)]
 
     def sweep(self, now_s: float, limit: int | None = None) -> list[Step]:
         """Take all claims that ended at or before `now_s` down the ladder; return what stepped.
@@ -271,6 +280,7 @@ class ClaimLedger:
             chunk.live[claim.tier] -= 1
             if not any(chunk.live):
                 del self._chunks[chunk.key]
+                self._let_go.put(chunk.key, True)
                 chunk.parent = None  # chunks that stay may name this one
         self._deadlines.discard((claim.deadline_s, claim.key))
         del self._claims[claim.key]

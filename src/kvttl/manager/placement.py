@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from kvttl.lmcache.layout import by_hottest, hits_by_tier
@@ -60,6 +61,7 @@ class KVPlacement:
         draft.tier_errors = self._controller.tier_errors()
         draft.tier_before = draft.tier_after = by_hottest(held)
         draft.hit_tokens = hits_by_tier(held, cached_tokens, self._controller.chunk_size_tokens)
+        draft.wanted_again = self._wanted_again(draft, tokens, layout.keys, cached_tokens)
         plan = self._claim(draft, layout.keys, held, cached_tokens, others)
         contested, promotes = not others.isdisjoint(layout.keys), _promotes(plan)
         settled = False
@@ -75,6 +77,18 @@ class KVPlacement:
                 hot = compact(tokens) if contested else None
                 again = Unsettled(draft.prompt_digest, draft.wish, layout.keys, tokens=hot)
                 self._settler.try_again(again, draft.time_s)
+
+    def _wanted_again(self, draft, tokens, keys, cached_tokens):
+        """Return the tokens that were computed although they had been kept, by why they were gone.
+
+        The chunk of a prompt's last token is computed in any case.
+        """
+        size = self._controller.chunk_size_tokens
+        missed = keys[cached_tokens // size : (len(tokens) - 1) // size]
+        before = self._settler.ledger.wanted_before(missed, draft.time_s)
+        failing = dict.fromkeys(draft.tier_errors, "tier_error")
+        why = Counter(failing.get(t, "room" if t else "ttl") for t in before if t is not None)
+        return {reason: chunks * size for reason, chunks in why.items()}
 
     def _claim(self, draft, keys, held, cached_tokens, others):
         """Make the claim and begin the moves that it needs; returns these, as in `_plan`."""

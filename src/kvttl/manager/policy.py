@@ -182,11 +182,15 @@ class Advisor:
         return f"policy {self.name}: {type(error).__name__}: {error}"
 
     def _numbers(self, keys):
-        """Return chunk keys as int64; equal ones of two tenants, adapters or models differ."""
-        scope = f"{getattr(self._controller, 'model', '')}@{salt_of(keys[0]) if keys else ''}"
-        scope = hashlib.blake2b(scope.encode(), digest_size=8).digest()
-        hashes = bytes.fromhex("".join(key[:16] for key in keys))
-        return np.frombuffer(hashes, ">u8").astype(np.int64) ^ np.frombuffer(scope, np.int64)
+        return chunk_numbers(keys, getattr(self._controller, "model", ""))
+
+
+def chunk_numbers(keys: Sequence[str], model: str = "") -> np.ndarray:
+    """Return chunk keys as int64; equal ones of two tenants, adapters or models differ."""
+    scope = f"{model}@{salt_of(keys[0]) if keys else ''}"
+    scope = hashlib.blake2b(scope.encode(), digest_size=8).digest()
+    hashes = bytes.fromhex("".join(key[:16] for key in keys))
+    return np.frombuffer(hashes, ">u8").astype(np.int64) ^ np.frombuffer(scope, np.int64)
 
 
 def tell(

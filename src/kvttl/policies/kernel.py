@@ -23,6 +23,8 @@ class Requests(NamedTuple):
     finish: np.ndarray
     output_tokens: np.ndarray
     events: np.ndarray  # (2 x requests,) int64, in order
+    ttl_s: np.ndarray  # (requests,): how long what they use may stay; infinite: undecided
+    first: int  # number of the first one, as the policy counts
 
 
 @njit(cache=True)
@@ -34,13 +36,15 @@ def play(s, x, r, w, first, last, rules, path, hits):
     for at in range(first, last):
         k = w.events[at] >> 1
         if w.events[at] & 1:
-            end(s, x, r, k, w.end_s[k], w.finish[k], w.output_tokens[k])
+            end(s, x, r, w.first + k, w.end_s[k], w.finish[k], w.output_tokens[k])
         else:
             now_s = w.arrival_s[k]
             if rules[0] > 0:
                 sweep_due(s, x, r, rules, now_s)
             keys = w.keys[w.offsets[k] : w.offsets[k + 1]]
-            begin(s, x, r, keys, now_s, w.prompt_tokens[k], path, hits[k])
+            runs, _ = begin(s, x, r, keys, now_s, w.prompt_tokens[k], path, hits[k])
+            for run in path[:runs]:
+                s.run[run].expires_s = now_s + w.ttl_s[k]
         its_end_is_next = at + 1 < len(w.events) and w.events[at + 1] == 2 * k + 1
         if rules[0] == 0 and not its_end_is_next:
             room_in_all(s, x, r, rules, x.clock[CLOCK])

@@ -29,7 +29,7 @@ from kvttl.traces.trace import REASONS, Trace
 
 _CHUNK = 16_384  # requests between two steps of the progress bar
 _NO_LIMITS = (UNLIMITED,) * 3
-_STEP = 1024  # events between two steps of the progress bar
+STEP = 1024  # events between two steps of the progress bar
 _LEVELS = slice(REAL, REAL + 3)
 
 
@@ -267,9 +267,12 @@ def replay_online(
     hits = np.zeros((trace.requests, LEVELS), np.int64)
     rules = (0.0, 1.0, 0.0) if sweep is None else tuple(sweep)
     events = len(work.events) if any(policy.limits) else 0
-    for first in progress(range(0, events, _STEP)):
-        last = min(first + _STEP, len(work.events))
-        _play(policy, work, first, last, rules, hits, ends)
+    for first in progress(range(0, events, STEP)):
+        last = min(first + STEP, len(work.events))
+        if type(policy).decide is OnlinePolicy.decide:
+            play_events(policy, work, first, last, rules, hits)
+        else:
+            _one_by_one(policy, work, first, last, rules, hits, ends)
     return _result(trace, policy, name, hits)
 
 
@@ -283,7 +286,8 @@ def _work(trace, policy, ends):
         raise ValueError(f"ends must be 'told' or 'due', got {ends!r}")
     told = trace.prompt_tokens, trace.finish, trace.output_tokens
     whole = [values.astype(np.int64) for values in told]  # one type, compiled once
-    return kernel.Requests(keys, flat.offsets, arrival_s, end_s, *whole, events)
+    undecided_s = np.full(trace.requests, np.inf)
+    return kernel.Requests(keys, flat.offsets, arrival_s, end_s, *whole, events, undecided_s, 0)
 
 
 def in_order_of_time(times_s: np.ndarray) -> np.ndarray:
@@ -291,10 +295,15 @@ def in_order_of_time(times_s: np.ndarray) -> np.ndarray:
     return np.lexsort((np.arange(len(times_s)), times_s))
 
 
-def _play(policy, work, first, last, rules, hits, ends):
-    if type(policy).decide is not OnlinePolicy.decide:
-        _one_by_one(policy, work, first, last, rules, hits, ends)
-        return
+def play_events(
+    policy: OnlinePolicy,
+    work: kernel.Requests,
+    first: int,
+    last: int,
+    rules: tuple[float, float, float],
+    hits: np.ndarray,
+) -> None:
+    """Replay events [first, last) of requests under a policy that leaves TTLs to them, compiled."""
     requests = work.events[first:last] >> 1
     chunks = int((work.offsets[requests + 1] - work.offsets[requests]).sum())
     policy.reserve(last - first, chunks)

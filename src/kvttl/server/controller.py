@@ -10,6 +10,7 @@ import itertools
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -120,10 +121,19 @@ class InsideController(BaseController):
 
     def room_chunks(self) -> tuple[int | None, int | None, int | None]:
         """Return how many chunks gpu has room for; of disk and remote nobody knows."""
+        return (self._hands.hot_bytes() // self.chunk_bytes(), None, None)
+
+    def chunk_bytes(self) -> int:
+        """Return what a chunk takes on all ranks."""
         space = self._places.space(*self._model, "")
         if space is None or not space.size_bytes:
             raise LMCacheUnavailable(f"no engine of {self._model.name} has come yet")
-        return (self._hands.hot_bytes() // space.all_bytes, None, None)
+        return space.all_bytes
+
+    def held_chunks(self) -> Counter[str]:
+        """Return how many chunks of this model each tier holds."""
+        chunks = self._places.chunks(self._model)
+        return Counter(tier for chunk in chunks for tier in TIERS_OF[chunk.bits])
 
     def valued(self, in_force: bool, keys: Sequence[str], answer: Any) -> None:
         """Let gpu's order follow what a policy says of chunks.

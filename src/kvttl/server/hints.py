@@ -13,6 +13,7 @@ from typing import Any
 from caching_heuristics import METADATA_FIELDS, TIERS, HeuristicConfig, check_number, unknown_name
 from kvttl.decisions.record import DecisionRecord
 from kvttl.lmcache.tiers import pages
+from kvttl.meter.live import RegretMeter
 from kvttl.server.hands import Hands
 from kvttl.server.places import HOT, Chunk
 from tiered_caching import MultiTierCache
@@ -156,6 +157,11 @@ class Hinted:
 
 class ModelManager(MultiTierCache):
     """The manager of one model's KV cache, as outside; a request's hints count for it."""
+
+    def __init__(self, controller: Any, settings: Any, *, config: Hinted, **options: Any) -> None:
+        meter = RegretMeter(controller, config, options["metrics"]) if settings.meter else None
+        told = {"policy": settings.policy, "sweep_every_s": settings.sweep_s, "notify": None}
+        super().__init__(controller, config=config, meter=meter, **told, **options)
 
     @property
     def sweeper(self) -> Any:

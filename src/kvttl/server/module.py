@@ -232,12 +232,10 @@ class KvttlModule:
                 parts = self.places, self.hands, self.instance_id, self._lease
                 manager = ModelManager(
                     InsideController(self._context, model, *parts),
+                    self.settings,
                     config=Hinted(lambda: self.settings.formula),
-                    policy=self.settings.policy,
                     costs=TierCosts(**costs) if costs else None,
-                    notify=None,
                     clock=self.handover.clock,
-                    sweep_every_s=self.settings.sweep_s,
                     log=journal or log,
                     metrics=self.shown,
                 )

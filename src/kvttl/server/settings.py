@@ -41,6 +41,7 @@ class ServerSettings:
     log: str = ""  # folder of decision logs
     journal: str = ""  # folder from which a restart goes on; "": beside the disk tier's; "off"
     adopt: bool = True  # claim what disk and remote hold without a claim; not if others share them
+    meter: bool = True  # count what other policies would have hit
     policy: str = "formula"  # who decides: one of `POLICY_NAMES`
     costs: Mapping[str, Any] = field(default_factory=dict)  # of `TierCosts`, for "adaptive"
     stuck_s: float = 60.0  # in one call, after which a thread is given up for a new one
@@ -60,7 +61,7 @@ class ServerSettings:
             check_number(name, getattr(self, name), 0.0, 604_800.0, open_low=True)
         check_whole("workers", self.workers)
         kinds = dict.fromkeys(("heuristics", "budgets", "adapters", "costs"), Mapping)
-        kinds |= {"log": str, "journal": str, "adopt": bool}
+        kinds |= {"log": str, "journal": str, "adopt": bool, "meter": bool}
         for name, kind in kinds.items():
             if not isinstance(getattr(self, name), kind):
                 problem = f"must be {_KINDS[kind]}, got {getattr(self, name)!r:.80}"

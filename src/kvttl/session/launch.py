@@ -20,6 +20,7 @@ from kvttl import user_path
 from kvttl.background import Repeater
 from kvttl.manager.clock import SessionClock
 from kvttl.manager.policy import POLICY_NAMES
+from kvttl.meter.live import RegretMeter
 from kvttl.session.demo_model import prompt_perplexity
 from kvttl.settings import load_settings
 from kvttl.stack.config import PORT_FIELDS, StackConfig
@@ -164,6 +165,9 @@ def managed(stack, llm, config: HeuristicConfig | None = None, **options) -> Mul
         from kvttl.replay.costs import TierCosts  # seconds, and not needed for the formula
 
         options = {"costs": TierCosts(), **options}
+    metrics = options.get("metrics")
+    if stack.config.meter and metrics is not None and not inside:  # there the server has its own
+        options = {"meter": RegretMeter(controller, config, metrics), **options}
     return MultiTierCache(controller, llm, config=config, **{"notify": None, **options})
 
 

@@ -64,6 +64,8 @@ class StackConfig(BaseModel):
         ``"default"`` drops it again after the load.
     directory_checkpoint_s : float
         How often the coordinator saves its directory for a restart, seconds; 0 = never.
+    meter : bool
+        Whether a manager with metrics counts what other policies would have hit.
     inside : bool or str
         Whether `kvttl.server` decides inside the server, by the heuristics or by the policy of
         this name. Then its TTLs say what leaves the memory tier, between the same watermark and
@@ -106,6 +108,7 @@ class StackConfig(BaseModel):
     registration_heartbeat_s: float = Field(1.0, ge=0.1, le=10)
     event_flush_interval_s: float = Field(1e-5, ge=1e-6, le=10)
     directory_checkpoint_s: float = Field(1.0, ge=0, le=3600)
+    meter: bool = Field(True, description="true or false")
     inside: bool | Literal[POLICIES_INSIDE] = Field(
         False, description=f"true, false or one of {', '.join(POLICIES_INSIDE)}"
     )

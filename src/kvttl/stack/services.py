@@ -79,6 +79,8 @@ def _module_arguments(config):
     settings = {"high": high, "low": min(low, high)}
     if own := {name: value for name, value in saved.items() if value != default[name]}:
         settings["heuristics"] = own
+    if not config.meter:
+        settings["meter"] = False
     if isinstance(config.inside, str):
         settings["policy"] = config.inside
     module = {"module_path": "kvttl.server", "config": settings}
