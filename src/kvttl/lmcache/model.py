@@ -171,7 +171,8 @@ class ServerModuleModel(LMCacheModel):
     It makes room before a store, by giving up what is worth least, and before a load, where that
     has another copy; writes nothing down before a request's end; keeps in gpu, of what a hit
     loads, what a claim wants there; copies in every direction. Above `watermark` gpu gives up, down
-    to `watermark` x (1 - `ratio`): the settings ``high`` and ``low``. No time passes in between: no store meets another one.
+    to `watermark` x (1 - `ratio`): the settings ``high`` and ``low``.
+    No time passes in between: no store meets another one.
 
     Attributes
     ----------

@@ -338,8 +338,7 @@ class Places:
         LMCacheUnavailable
             No engine has said yet what the model's chunks look like.
         """
-        found = []
-        space = None
+        found, space = [], None
         with self.lock:  # as above
             pass
         for key in keys:
