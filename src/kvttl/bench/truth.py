@@ -39,7 +39,7 @@ def replay_truth(result: object, settings: dict[str, HeuristicConfig]) -> pd.Dat
     """
     rows = []
     for (*at, name), part in result.requests.groupby(KEYS, sort=False):
-        if CONTENDERS[name].stack is not None:  # on LMCache
+        if CONTENDERS[name].rules:  # on LMCache's own rules
             figures = _truth_figures(result, part, name, settings.get(name))
             rows.append(dict(zip(KEYS, (*at, name))) | figures)
     return pd.DataFrame(rows)
