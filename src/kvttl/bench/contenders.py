@@ -30,7 +30,6 @@ MAIN_SHARE = 0.10  # of the working set, in the hot tier
 # would mix them up.
 _OWN = {"redis_url": None, "chunk_size_tokens": CHUNK_TOKENS, "block_size_tokens": CHUNK_TOKENS}
 _ENGINE_BLOCKS = AT_ONCE * (LONGEST_PROMPT // CHUNK_TOKENS + 2)
-_LEAST_BLOCKS = 66  # vLLM wants room for one prompt of its full context
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,6 @@ class Contender:
     ----------
     name, colour : str
         In tables and the picture.
-    prefix_cache : bool
-        vLLM's own prefix cache is its hot tier.
     stack : mapping, optional
         Settings of its LMCache; None = it has none. With ``inside`` its server decides.
     config : HeuristicConfig, optional
@@ -51,7 +48,6 @@ class Contender:
 
     name: str
     colour: str
-    prefix_cache: bool = False
     stack: Mapping[str, Any] | None = None
     config: HeuristicConfig | None = None
 
@@ -65,7 +61,7 @@ class Contender:
         return rules | {"retain": self.stack["prefetch_policy"] == "retain"}
 
 
-NONE, PREFIX, LMCACHE = "no cache", "vLLM prefix cache", "LMCache"
+NONE, LMCACHE = "no cache", "LMCache"
 PEER = "LMCache, tuned"  # the one to beat
 KIT, TUNED, ADAPTIVE = "kit outside", "kit inside, formula", "kit inside, adaptive"
 _AS_IT_COMES = {"prefetch_policy": "default", "redis_client": "lmcache", "inside": False}
@@ -77,7 +73,6 @@ CONTENDERS = {
     row.name: row
     for row in (
         Contender(NONE, "#888888"),
-        Contender(PREFIX, "#e69f00", prefix_cache=True),
         Contender(LMCACHE, "#0072b2", stack=_AS_IT_COMES),
         Contender(PEER, "#cc79a7", stack=_RETAIN),
         Contender(KIT, "#d55e00", stack=_MANAGED, config=HeuristicConfig()),
@@ -110,7 +105,7 @@ def running_contenders(
         made: dict[str, Runner] = {}
         cleanup.callback(_close, made)
         for row, stack in zip(rows, stacks):
-            made[row.name] = _runner(row, stack, hot_tokens, model, size, policy)
+            made[row.name] = _runner(row, stack, model, size, policy)
             made[row.name].warm_up()
         yield made
 
@@ -136,14 +131,13 @@ def _stack(hot_bytes, config_path, cleanup, row):
     return cleanup.enter_context(LMCacheStack(config.replaced(disk_path=folder), free_ports=True))
 
 
-def _runner(row, stack, hot_tokens, model, size, policy):
+def _runner(row, stack, model, size, policy):
     from vllm import LLM
 
-    blocks = max(hot_tokens // CHUNK_TOKENS, _LEAST_BLOCKS) if row.prefix_cache else 0
     options = {
         "disable_log_stats": False,  # else a request's time to first token is not kept
         "use_tqdm_on_load": False,
-        "num_gpu_blocks_override": blocks or _ENGINE_BLOCKS,
+        "num_gpu_blocks_override": _ENGINE_BLOCKS,
         "load_format": "dummy",  # random weights, the same in every engine
     }
     if stack is not None:
@@ -151,6 +145,6 @@ def _runner(row, stack, hot_tokens, model, size, policy):
         if stack.config.inside:
             return InsideRunner(llm, size, stack)
         return LMCacheRunner(llm, size, stack, policy if row.name == KIT else "formula")
-    kwargs = engine_kwargs(StackConfig(), model, **options, enable_prefix_caching=bool(blocks))
+    kwargs = engine_kwargs(StackConfig(), model, **options)
     del kwargs["kv_transfer_config"]
-    return Runner(LLM(**kwargs), size, blocks)
+    return Runner(LLM(**kwargs), size)

@@ -64,7 +64,7 @@ class Served:
 
 
 class Runner:
-    """An engine without LMCache: no cache at all, or vLLM's own prefix cache.
+    """An engine without LMCache: no cache at all.
 
     Parameters
     ----------
@@ -72,20 +72,15 @@ class Runner:
         The engine, with ``disable_log_stats=False``.
     bytes_per_token : int
         KV cache of a token.
-    hot_blocks : int
-        Blocks of its prefix cache; 0 = it has none.
     """
 
-    def __init__(self, llm: Any, bytes_per_token: int, hot_blocks: int = 0) -> None:
-        self.llm, self.bytes_per_token, self.hot_blocks = llm, bytes_per_token, hot_blocks
+    def __init__(self, llm: Any, bytes_per_token: int) -> None:
+        self.llm, self.bytes_per_token = llm, bytes_per_token
 
     def reset(self, settings: HeuristicConfig | None = None) -> None:
         """Forget everything: a pass starts with this."""
         self.hot_bytes, self.hot_byte_seconds, self._now_s = 0, 0.0, 0.0
         self.written_bytes: Counter[str] = Counter()  # by tier
-        self._seen: set[int] = set()
-        if self.hot_blocks and not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not reset its prefix cache")
 
     def warm_up(self) -> None:
         """Generate a few times: first calls take seconds."""
@@ -98,9 +93,8 @@ class Runner:
         self.hot_byte_seconds += self.hot_bytes * (arrival_s - self._now_s)
         self._now_s = arrival_s
 
-    def serve(self, requests: Sequence[BenchRequest], blocks: Sequence[Any]) -> list[Served]:
-        """Generate for all at once; `blocks` are each prompt's complete chunks, numbered."""
-        self._seen.update(*blocks)
+    def serve(self, requests: Sequence[BenchRequest]) -> list[Served]:
+        """Generate for all at once."""
         held = [self._held(request) for request in requests]
         start_s = time.perf_counter()
         outputs = self._generate(requests)
@@ -110,7 +104,7 @@ class Runner:
 
     def _held(self, request):
         """Return the tiers of each chunk of a prompt, before it is generated."""
-        return [("gpu",)] * (len(request.tokens) // CHUNK_TOKENS)
+        return []
 
     def _generate(self, requests):
         """Return the engine's answers."""
@@ -123,12 +117,8 @@ class Runner:
     def settle(self, below: float = math.inf) -> None:
         """Wait until the request's KV is stored: the next contender's turn must not pay for it.
 
-        And until the used share of the hot tier is `below` a limit; then `hot_bytes` is what
-        it holds. vLLM frees a cached block only to reuse it, so its prefix cache holds what
-        it has seen until its pool is full.
+        And until the used share of the hot tier is `below` a limit; `hot_bytes` is what it holds.
         """
-        blocks = min(len(self._seen), self.hot_blocks)
-        self.hot_bytes = blocks * CHUNK_TOKENS * self.bytes_per_token
 
     def expired_chunks(self) -> int:
         """Chunks that were moved with no request: a TTL had ended, or a wish was late."""

@@ -1,6 +1,6 @@
 """`make bench`: does managing pay? The kit beside what people do today, on the real stack.
 
-Every contender has a vLLM engine of its own and, but for the first two, an LMCache
+Every contender has a vLLM engine of its own and, but for the first, an LMCache
 server with a small hot tier. They serve the same requests in turns: one request (under pressure
 several), all contenders, in an order that rotates; then the next. So noise of the machine
 meets all of them alike. Ends with one line of JSON.
@@ -30,7 +30,6 @@ from kvttl.bench.contenders import (
     MAIN_SHARE,
     NONE,
     PEER,
-    PREFIX,
     TUNED,
 )
 from kvttl.bench.figures import machine, rounded_figures, run_benchmark
@@ -48,7 +47,7 @@ REQUESTS = {"agentic": 56, "mix": 56, "chat": 32, "pressure": 32, "control": 10}
 _FEW, _TWO = (LMCACHE, PEER, ADAPTIVE), (PEER, ADAPTIVE)
 _CELLS = {
     MAIN_SHARE: {
-        "agentic": (NONE, PREFIX, LMCACHE, PEER, KIT, TUNED, ADAPTIVE),
+        "agentic": (NONE, LMCACHE, PEER, KIT, TUNED, ADAPTIVE),
         "mix": (LMCACHE, PEER, KIT, TUNED, ADAPTIVE),
         "chat": _FEW,
         "pressure": _FEW,
@@ -95,13 +94,12 @@ def run_pass(
     names, start_s = list(runners), time.perf_counter()
     for turn, numbers in enumerate(workload.turns):
         requests = [workload.requests[number] for number in numbers]
-        blocks = [workload.trace.request(number) for number in numbers]
         first = turn % len(names)
         new: list[dict] = []
         for name in names[first:] + names[:first]:
             runner = runners[name]
             runner.advance(requests[-1].arrival_s)
-            for number, request, served in zip(numbers, requests, runner.serve(requests, blocks)):
+            for number, request, served in zip(numbers, requests, runner.serve(requests)):
                 new.append({"contender": name, "request": number, **_row(request, served)})
             runner.settle()
         for name, runner in runners.items():

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from caching_heuristics import TIERS, HeuristicConfig
-from kvttl import user_path
+from kvttl import PROJECT, user_path
 from kvttl.bench.contenders import (
     ADAPTIVE,
     CONTENDERS,
@@ -43,6 +43,7 @@ _GOAL = {"hot_mb_s": "memory", "ttft_p50_ms": "p50", "ttft_p90_ms": "p90"}
 _GOAL |= {"ttft_mean_ms": "mean", "written_mb": "written"}
 _RATIO_TOKENS = 1_800  # of the prompt whose miss and hits are compared
 BOUND = "optimum"
+FIELD = PROJECT / "data" / "field_ratios.csv"  # of deployments; data/README.md has the sources
 # 97.5 % quantiles of Student's t, by degrees of freedom from 1
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -268,12 +269,18 @@ def bound_text(bound: pd.DataFrame) -> str:
 
 
 def costs_text(costs: TierCosts) -> str:
-    """Return what a miss costs beside a hit in each tier, as text."""
-    ratios = ", ".join(
-        f"{t.removeprefix('miss_to_')} {n:.0f}" for t, n in miss_to_hit(costs).items()
-    )
-    miss_s = _predicted_s(costs)
-    return f"A miss of {_RATIO_TOKENS:,} tokens takes {miss_s:.2f} s; times a hit in {ratios}"
+    """Return what a miss costs beside a hit in each tier, here and in the field, as text."""
+    lines = [f"A miss of {_RATIO_TOKENS:,} tokens takes {_predicted_s(costs):.2f} s here."]
+    lines += [f"{'Times a hit in':40} gpu  disk  remote", _ratios("here", miss_to_hit(costs))]
+    lines += [
+        _ratios(f"{r['model']}, {r['gpu']}", r) for r in pd.read_csv(FIELD).to_dict("records")
+    ]
+    return "\n".join(lines)
+
+
+def _ratios(name, row):
+    gpu, disk, remote = (row[f"miss_to_{tier}"] for tier in TIERS)
+    return f"  {name:36} {gpu:5.1f} {disk:5.1f} {remote:7.1f}"
 
 
 # ---- figure ----------------------------------------------------------------------
@@ -344,7 +351,7 @@ def write_report(
     if TUNED in set(seeds["contender"]):
         save_settings(settings[TUNED], folder / SETTINGS)
     report = {**figures, **headline(result), "costs": asdict(result.costs)}
-    report["bound"] = bound.to_dict("records")
+    report |= {"bound": bound.to_dict("records"), "field": pd.read_csv(FIELD).to_dict("records")}
     report |= {"truth": truth.to_dict("records"), "text": text.splitlines()}
     write_json(folder / FIGURES, report)
     picture(seeds).savefig(folder / PICTURE, dpi=150)

@@ -64,9 +64,11 @@ class Workload:
 
     @property
     def turns(self) -> list[list[int]]:
-        """Return the requests that are served at once: those with one arrival."""
-        times = [request.arrival_s for request in self.requests]
-        return [[*some] for _, some in groupby(range(len(times)), times.__getitem__)]
+        """Return the requests that are served at once: one, under pressure those of one time."""
+        numbers = range(len(self.requests))
+        if self.name != "pressure":
+            return [[number] for number in numbers]
+        return [[*some] for _, some in groupby(numbers, lambda n: self.requests[n].arrival_s)]
 
     @property
     def span_s(self) -> float:
