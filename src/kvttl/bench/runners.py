@@ -5,7 +5,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -24,10 +24,10 @@ from kvttl.session.launch import greedy, managed
 from kvttl.stack.process import comes_true
 
 ANSWER_TOKENS = 4  # an answer that completes no chunk
-_QUIET_S = 3.0  # the longest wait for LMCache to have stored and evicted
+_QUIET_S = 10.0  # the longest wait for LMCache to have stored and evicted
 _DECIDED_S = 120.0  # the longest wait for a server's decision: it may have to compile its policy
 _POLL_S = 0.02
-_STEP_S = 5.0  # of the session, within which the TTLs in a server end together
+_STEP_S = 10.0  # of the session, within which the TTLs in a server end together
 _DAY_S = 86_400.0  # between two passes on a server's clock
 
 
@@ -148,7 +148,6 @@ class LMCacheRunner(Runner):
         self._look = self._pass.enter_context(closing(look))
         self._look.attach_engine(self.llm)
         self._empty()
-        self._stored = self._below()
         self._begin(settings)
 
     def _empty(self):
@@ -178,8 +177,10 @@ class LMCacheRunner(Runner):
         super().advance(max(due_s, self._now_s))
         self._cache.sweep()
         self._look_at_server()
+        self._note_writes()
 
     def _held(self, request):
+        perplexity_of(request.tokens)  # by now: it is nothing that the kit's call takes
         return self._look.layout(request.tokens).of(self.stack.instance_id)
 
     def _generate(self, requests):
@@ -198,11 +199,11 @@ class LMCacheRunner(Runner):
     def settle(self, below: float = math.inf) -> None:
         """Wait until LMCache has stored what it was given, and evicted: once a second at most."""
         deadline_s = time.monotonic() + _QUIET_S
-        while True:
-            at_work, used_share = self._look_at_server()
-            if time.monotonic() > deadline_s or (not at_work and used_share < below):
-                return
+        at_work, used_share = self._look_at_server()
+        while (at_work or used_share >= below) and time.monotonic() < deadline_s:
             time.sleep(_POLL_S)
+            at_work, used_share = self._look_at_server()
+        self._note_writes()
 
     def expired_chunks(self) -> int:
         """Chunks that were moved with no request: a TTL had ended, or a wish was late."""
@@ -210,8 +211,7 @@ class LMCacheRunner(Runner):
         return sum(_moved_chunks(r) for r in records if r.kind in ("expiry", "settled"))
 
     def _look_at_server(self):
-        """Note what all tiers hold; return the work that waits, and the memory's used share."""
-        self._note_writes()
+        """Note the bytes in the memory tier; return the work that waits, and the used share."""
         status = self._server.call("GET", "/status")
         storage, module = status["storage_manager"], status.get("kvttl", {})
         l1, store = storage["l1_manager"], storage["store_controller"]
@@ -223,21 +223,21 @@ class LMCacheRunner(Runner):
         return at_work, l1["memory_usage_ratio"]
 
     def _note_writes(self):
-        """Count what is new in the disk's folder and in Redis; no key's value ever changes."""
-        below = self._below()
-        for (tier, _name), size in (item for item in below.items() if item[0] not in self._stored):
-            self.written_bytes[tier] += size
-        self._stored = below
+        """Count what is new in the disk's folder and in Redis; no name's value ever changes."""
+        files = os.scandir(self.stack.config.disk_path)
+        below = {"disk": {each.name: each for each in files if ".tmp" not in each.name}}
+        below["remote"] = {name: name for name in self._redis.keys()}
+        for tier, held in below.items():
+            new = held.keys() - self._stored.get(tier, set())
+            self.written_bytes[tier] += sum(self._size(held[name]) for name in new)
+        self._stored = {tier: set(held) for tier, held in below.items()}
 
-    def _below(self):
-        """Return the bytes of what disk and Redis hold, by tier and name."""
-        files = [each for each in os.scandir(self.stack.config.disk_path) if each.is_file()]
-        held = {("disk", each.name): _size(each) for each in files}
-        names = self._redis.keys()
-        with self._redis.pipeline(transaction=False) as calls:
-            for name in names:
-                calls.strlen(name)
-            return held | {("remote", n): size for n, size in zip(names, calls.execute())}
+    def _size(self, of):
+        if isinstance(of, bytes):
+            return self._redis.strlen(of)
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            return of.stat().st_size
+        return 0
 
     def calibrate(self) -> TierCosts:
         """Measure what loading from each tier and prefilling cost on this stack."""
@@ -278,9 +278,12 @@ class InsideRunner(LMCacheRunner):
     def advance(self, arrival_s: float) -> None:
         """Let time pass, and TTLs end on the way, those of a few seconds together."""
         clock = self._clock
-        while (due_s := self._lead.next_due_s - clock.start_s + _STEP_S) < arrival_s:
-            clock.advance(max(due_s, self._now_s + _STEP_S))
-            self._ends(clock() - clock.start_s)
+        while self._now_s + _STEP_S < arrival_s:
+            due_s = max(self._lead.next_due_s - clock.start_s, self._now_s) + _STEP_S
+            if due_s >= arrival_s:
+                break
+            clock.advance(due_s)
+            self._ends(due_s)
         clock.advance(arrival_s)
         self._sweep()
         Runner.advance(self, arrival_s)
@@ -300,13 +303,6 @@ class InsideRunner(LMCacheRunner):
     def expired_chunks(self) -> int:
         """Chunks that the server moved."""
         return sum(move["moved_chunks"] for each in self._records for move in each["moves"])
-
-
-def _size(entry):
-    try:
-        return entry.stat().st_size
-    except FileNotFoundError:  # deleted meanwhile
-        return 0
 
 
 def _served(request, output, held, known, call_s):
