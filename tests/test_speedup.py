@@ -21,6 +21,7 @@ from kvttl.bench.contenders import ADAPTIVE, KIT, LMCACHE, MAIN_SHARE, PEER, TUN
 from kvttl.bench.figures import machine, percentiles, rounded_figures
 from kvttl.bench.model import bench_model, kv_bytes_per_token
 from kvttl.bench.speedup import (
+    LEAST_HOT_TOKENS,
     QUICK,
     BenchPlan,
     bench_settings,
@@ -248,7 +249,7 @@ def test_chosen_settings_cost_no_hits_on_the_sessions_they_were_chosen_on(no_tra
     config = choose_settings(model_path())
     workload = make_workload("agentic", 100, 56, model_path())
     trace, prompts = workload.trace, workload.prompts
-    hot = int(MAIN_SHARE * workload.working_set_tokens) // CHUNK_TOKENS
+    hot = max(int(MAIN_SHARE * workload.working_set_tokens), LEAST_HOT_TOKENS) // CHUNK_TOKENS
     chosen, plain = (replay_on_lmcache(trace, prompts, hot, c) for c in (config, None))
     assert chosen.block_seconds[0] < plain.block_seconds[0]
     assert chosen.token_hit_ratio >= plain.token_hit_ratio - 0.02

@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ _CELLS = {
     0.05: {"agentic": _TWO},
     0.25: {"agentic": _TWO},
 }
-_LEAST_HOT_TOKENS = 2_112  # less than a prompt is no cache
+LEAST_HOT_TOKENS = 2_112  # less than a prompt is no cache
 _TUNING = (100, 101, 102, 103, 104)
 _TTLS_S = (60.0, 90.0, 120.0, 180.0, 240.0, 300.0, 360.0, 480.0, 600.0, 900.0)
 
@@ -128,17 +129,16 @@ def run(
 ) -> BenchResult:
     """Run every pass of a plan."""
     workloads, requests, totals, costs = plan.workloads(model), [], [], None
-    passes = [(share, name, seed) for share in plan.cells for name in plan.cells[share]
-              for seed in plan.seeds]  # fmt: skip
-    with tqdm(total=len(passes), desc="passes", unit="pass") as bar:
+    agentic = [workloads["agentic", seed] for seed in plan.seeds]
+    passes = len(plan.seeds) * sum(map(len, plan.cells.values()))
+    with tqdm(total=passes, desc="passes", unit="pass") as bar:
         for share, cell in plan.cells.items():
-            mean = np.mean([workloads["agentic", seed].working_set_tokens for seed in plan.seeds])
-            hot_tokens = max(int(share * mean), _LEAST_HOT_TOKENS)
+            hot_tokens = _hot_tokens(share, agentic)
             names = [name for name in CONTENDERS if any(name in some for some in cell.values())]
             parts = names, hot_tokens, model, config_path, policy
             with contenders.running_contenders(*parts) as runners:
                 costs = costs or runners[KIT].calibrate()
-                for _, name, seed in (each for each in passes if each[0] == share):
+                for name, seed in product(cell, plan.seeds):
                     workload = workloads[name, seed]
                     some = {each: runners[each] for each in cell[name]}
                     rows, sums = run_pass(some, workload, settings)
@@ -148,6 +148,11 @@ def run(
                     totals += [about | size | row for row in sums]
                     bar.update()
     return BenchResult(pd.DataFrame(requests), pd.DataFrame(totals), workloads, costs, policy)
+
+
+def _hot_tokens(share, workloads):
+    tokens = share * np.mean([workload.working_set_tokens for workload in workloads])
+    return max(int(tokens), LEAST_HOT_TOKENS)
 
 
 def choose_settings(model: str) -> HeuristicConfig:
@@ -170,7 +175,7 @@ def _outcome(workloads, config):
     """Return mean hit shares in gpu and in all tiers, and the hot tier's mean chunk-seconds."""
     rows = []
     for workload in workloads:
-        hot_chunks = int(MAIN_SHARE * workload.working_set_tokens) // CHUNK_TOKENS
+        hot_chunks = _hot_tokens(MAIN_SHARE, [workload]) // CHUNK_TOKENS
         rules = CONTENDERS[KIT if config else PEER].rules
         result = replay_on_lmcache(workload.trace, workload.prompts, hot_chunks, config, **rules)
         gpu = result.hit_tokens[:, 0].sum() / result.trace.prompt_tokens.sum()
