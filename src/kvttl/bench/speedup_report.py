@@ -194,7 +194,8 @@ def _verdict(seeds, name, to):
 
 def _ratio(row, name):
     low, high = getattr(row, f"{name}_low"), getattr(row, f"{name}_high")
-    return f"{getattr(row, name):.2f} [{low:.2f}, {high:.2f}]"
+    value = getattr(row, name)
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]" if low <= high else f"{value:<17.2f}"
 
 
 def _word(row):
@@ -303,7 +304,7 @@ def picture(seeds: pd.DataFrame) -> Figure:
         axes.set_title(f"{workload}, hot tier {share:.0%}", fontsize=10)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    figure.supxlabel(f"TTFT as a multiple of {PEER}'s (95 % interval)", fontsize=10)
+    figure.supxlabel(f"TTFT as a multiple of that of {PEER} (95 % interval)", fontsize=10)
     keys = [Line2D([], [], ls="", marker="o", color="black", mfc=f) for f in ("black", "white")]
     figure.legend(keys, ["mean", "p90"], loc="outside upper right", ncols=2, frameon=False)
     return figure
