@@ -23,6 +23,7 @@ from kvttl.bench.model import bench_model, kv_bytes_per_token
 from kvttl.bench.speedup import (
     LEAST_HOT_TOKENS,
     QUICK,
+    REQUESTS,
     BenchPlan,
     bench_settings,
     choose_settings,
@@ -247,7 +248,7 @@ def test_measured_perplexity_decides_the_tier(no_traces):
 
 def test_chosen_settings_cost_no_hits_on_the_sessions_they_were_chosen_on(no_traces):
     config = choose_settings(model_path())
-    workload = make_workload("agentic", 100, 56, model_path())
+    workload = make_workload("agentic", 100, REQUESTS["agentic"], model_path())
     trace, prompts = workload.trace, workload.prompts
     hot = max(int(MAIN_SHARE * workload.working_set_tokens), LEAST_HOT_TOKENS) // CHUNK_TOKENS
     chosen, plain = (replay_on_lmcache(trace, prompts, hot, c) for c in (config, None))

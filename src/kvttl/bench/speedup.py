@@ -43,13 +43,13 @@ from kvttl.session.launch import add_policy_option, ends_with_parent
 from kvttl.settings import default_path, load_settings
 
 REPORTS = Path("data/reports")
-REQUESTS = {"agentic": 56, "mix": 56, "chat": 32, "pressure": 32, "control": 10}
+REQUESTS = {"agentic": 64, "mix": 64, "chat": 32, "pressure": 32, "control": 10}
 # Where only these run, so that all takes 40 minutes; PEER and ADAPTIVE are in every cell.
 _FEW, _TWO = (LMCACHE, PEER, ADAPTIVE), (PEER, ADAPTIVE)
 _CELLS = {
     MAIN_SHARE: {
         "agentic": (NONE, LMCACHE, PEER, KIT, TUNED, ADAPTIVE),
-        "mix": (LMCACHE, PEER, KIT, TUNED, ADAPTIVE),
+        "mix": (LMCACHE, PEER, TUNED, ADAPTIVE),
         "chat": _FEW,
         "pressure": _FEW,
         "control": (NONE, LMCACHE, PEER, ADAPTIVE),
