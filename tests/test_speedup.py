@@ -418,9 +418,9 @@ def test_quick_bench_measured_what_the_contenders_are(quick_run):
     assert (outside["manage_s"] > 0).all() and outside["perplexity"].gt(0).all()
     runs = read_report(folder)[0].set_index("contender")
     assert (runs["hot_mean_mb"] > 0).all() and (runs["written_mb"] > 0).all()
-    # LMCache writes each chunk to disk and Redis when it is stored, the module what is wanted.
-    assert runs["written_mb"][ADAPTIVE] < runs["written_mb"][PEER]
+    # LMCache moves nothing by itself; the module has made room, and written down what it had.
     assert runs["moved_chunks"][PEER] == 0
+    assert runs["recomputed_tokens"][ADAPTIVE] < runs["recomputed_tokens"][PEER]
 
 
 def test_model_agrees_with_lmcache(quick_run):
