@@ -172,7 +172,7 @@ clean-notebooks: $(READY) ## strip outputs from the notebooks
 check-notebooks: $(READY) ## fail if a notebook in git has outputs
 	@$(VENV)/bin/nbstripout --verify notebooks/*.ipynb
 
-bench: $(READY) ## the kit beside what people do today, on the real stack, 20 minutes (QUICK=1: 2)
+bench: $(READY) ## the kit beside what people do today, on the real stack, 40 minutes (QUICK=1: 2)
 	@$(PY) -m kvttl.bench.speedup --config $(CONFIG) $(if $(POLICY),--policy '$(POLICY)') $(if $(QUICK),--quick --out data/runs/bench-quick)
 
 bench-overhead: $(READY) ## what managing adds to a generation; ends with one line of JSON

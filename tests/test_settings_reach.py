@@ -112,7 +112,7 @@ def stacks(monkeypatch):
 
     monkeypatch.setattr(lifecycle.LMCacheStack, "start", start)
     monkeypatch.setattr(overhead, "decision_costs", dict)
-    monkeypatch.setattr(speedup, "bench_settings", lambda _model: ({}, ""))
+    monkeypatch.setattr(speedup, "bench_settings", lambda *_: ({}, ""))
     monkeypatch.setattr(speedup.BenchPlan, "workloads", lambda *_: {("agentic", 0): WORKLOAD})
     return seen
 

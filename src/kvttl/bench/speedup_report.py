@@ -15,14 +15,24 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from caching_heuristics import HeuristicConfig
-from kvttl import user_path
-from kvttl.bench.contenders import CONTENDERS, KIT, LMCACHE, MAIN_SHARE, ORDER, PEER, TUNED
+from caching_heuristics import TIERS, HeuristicConfig
+from kvttl import PROJECT, user_path
+from kvttl.bench.contenders import (
+    ADAPTIVE,
+    CONTENDERS,
+    KIT,
+    LMCACHE,
+    MAIN_SHARE,
+    ORDER,
+    PEER,
+    TUNED,
+)
 from kvttl.bench.figures import write_json
 from kvttl.bench.truth import KEYS, replay_truth
-from kvttl.bench.workloads import Workload
+from kvttl.bench.workloads import CHUNK_TOKENS, Workload
 from kvttl.plots.panels import OwnFigure, own_style
 from kvttl.replay.costs import TierCosts
+from kvttl.replay.engine import replay
 from kvttl.settings import save_settings
 
 RUNS, REQUESTS, FIGURES = "speedup.csv", "speedup_requests.csv.gz", "speedup.json"
@@ -30,6 +40,10 @@ SETTINGS, PICTURE = "speedup_heuristics.yaml", "speedup.png"
 _TIMES = {q: f"ttft_p{q}_ms" for q in (50, 90, 99)}
 # What is compared with LMCache, and how a verdict calls it
 _GOAL = {"hot_mb_s": "memory", "ttft_p50_ms": "p50", "ttft_p90_ms": "p90"}
+_GOAL |= {"ttft_mean_ms": "mean", "written_mb": "written"}
+_RATIO_TOKENS = 1_800  # of the prompt whose miss and hits are compared
+BOUND = "optimum"
+FIELD = PROJECT / "data" / "field_ratios.csv"  # of deployments; data/README.md has the sources
 # 97.5 % quantiles of Student's t, by degrees of freedom from 1
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -64,6 +78,7 @@ def by_seed(result: BenchResult) -> pd.DataFrame:
     keys = [*KEYS, "seed"]
     groups = result.requests.eval("added_s = call_s - engine_s").groupby(keys, sort=False)
     frame = pd.DataFrame({n: groups["ttft_s"].quantile(q / 100) * 1e3 for q, n in _TIMES.items()})
+    frame["ttft_mean_ms"] = groups["ttft_s"].mean() * 1e3
     prompts = groups["prompt_tokens"].sum()
     for tier in ("gpu", "disk", "remote", "none"):
         frame[f"hit_{tier}"] = groups[f"hit_{tier}"].sum() / prompts
@@ -76,6 +91,7 @@ def by_seed(result: BenchResult) -> pd.DataFrame:
     frame["moved_chunks"] += totals["expired_chunks"]
     frame["hot_mb_s"] = totals["hot_byte_seconds"] / 1e6
     frame["hot_mean_mb"] = frame["hot_mb_s"] / totals["span_s"]
+    frame["written_mb"] = totals[["disk_written", "remote_written"]].sum(axis=1) / 1e6
     return frame.join(totals[["hot_tokens", "working_set", "span_s", "wall_s"]]).reset_index()
 
 
@@ -130,10 +146,9 @@ def table(seeds: pd.DataFrame) -> str:
         lines.append(
             f"\n{workload}, hot tier {hot / working:.0%} of the working set"
             f" ({hot:.0f} of {working:.0f} tokens)\n"
-            "                     TTFT ms                              tokens served by       "
-            "recomputed   hot tier         chunks  managing\n"
-            "                     p50          p90          p99         gpu  disk  remote     "
-            "tokens       MB held          moved   p50 ms"
+            f"{'TTFT ms':>31}{'tokens served by':>57}{'recomputed':>19}{'hot tier':>10}"
+            f"{'written':>11}\n{'mean':>28}{'p50':>13}{'p90':>13}{'p99':>13}{'gpu':>11}{'disk':>6}"
+            f"{'remote':>8}{'tokens':>11}{'MB held':>12}{'MB':>12}"
         )
         lines += [_line(row) for _, row in part.sort_values("contender", key=_order).iterrows()]
     return "\n".join(lines)
@@ -144,14 +159,12 @@ def _order(names):
 
 
 def _line(row):
-    times = " ".join(f"{row[n]:5.0f} {_half(row['±' + n], 0):6}" for n in _TIMES.values())
+    names = ("ttft_mean_ms", *_TIMES.values())
+    times = " ".join(f"{row[n]:5.0f} {_half(row['±' + n], 0):6}" for n in names)
     served = f"{row.hit_gpu:5.0%} {row.hit_disk:5.0%} {row.hit_remote:7.0%}"
-    held = f"{row.hot_mean_mb:6.2f} {_half(row['±hot_mean_mb'], 2):6}"
-    manage = f"{row.manage_p50_ms:6.1f}" if CONTENDERS[row.contender].config else "     -"
-    return (
-        f"  {row.contender:18} {times} {served}   {row.recomputed_tokens:8.0f}"
-        f"     {held}  {row.moved_chunks:6.0f}   {manage}"
-    )
+    held = f"{row.hot_mean_mb:6.3f} {_half(row['±hot_mean_mb'], 3):7}"
+    tokens = f"{row.recomputed_tokens:8.0f}"
+    return f"  {row.contender:20} {times} {served}   {tokens}    {held} {row.written_mb:7.2f}"
 
 
 def _half(width, digits):
@@ -168,12 +181,12 @@ def verdict(seeds: pd.DataFrame) -> str:
 def _verdict(seeds, name, to):
     lines = [f"\nAgainst LMCache {name}, paired by seed (95 % interval); below 1 is better:"]
     rows = compared(seeds, to)
-    rows = rows[(rows["hot_mb_s"] > 0) & (rows["contender"] != to)]  # who has a hot tier
+    rows = rows[rows["ttft_mean_ms"].notna() & (rows["contender"] != to)]
     for row in rows.sort_values("contender", key=_order, kind="stable").itertuples():
         lines.append(
-            f"  {row.contender:18} {row.workload:8} {row.hot_share:4.0%}"
-            f"  hot memory {_ratio(row, 'hot_mb_s')}"
-            f"  TTFT p50 {_ratio(row, 'ttft_p50_ms')}  p90 {_ratio(row, 'ttft_p90_ms')}"
+            f"  {row.contender:20} {row.workload:8} {row.hot_share:4.0%}"
+            f"  TTFT mean {_ratio(row, 'ttft_mean_ms')}  p90 {_ratio(row, 'ttft_p90_ms')}"
+            f"  hot memory {_ratio(row, 'hot_mb_s')}  written {_ratio(row, 'written_mb')}"
             f"  {_word(row)}"
         )
     return "\n".join(lines)
@@ -181,12 +194,13 @@ def _verdict(seeds, name, to):
 
 def _ratio(row, name):
     low, high = getattr(row, f"{name}_low"), getattr(row, f"{name}_high")
-    return f"{getattr(row, name):.2f} [{low:.2f}, {high:.2f}]"
+    value = getattr(row, name)
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]" if low <= high else f"{value:<17.2f}"
 
 
 def _word(row):
     """Say in a word what the intervals allow to say."""
-    if math.isnan(row.hot_mb_s_low):
+    if math.isnan(row.ttft_mean_ms_low):
         return "one seed: no interval"
     won = [short for name, short in _GOAL.items() if getattr(row, f"{name}_high") < 1]
     lost = [short for name, short in _GOAL.items() if getattr(row, f"{name}_low") > 1]
@@ -198,16 +212,76 @@ def _word(row):
 def headline(result: BenchResult) -> dict[str, object]:
     """Return the goal's figures: agentic sessions at `MAIN_SHARE`, the kit against LMCache.
 
-    Names that end in ``_peer``: against LMCache tuned, the peer to beat.
+    Names that end in ``_peer``: against LMCache tuned, the peer to beat; ``tuned_`` and
+    ``adaptive_`` are inside LMCache's server. NaN: it did not run. And what misses and hits cost.
     """
     seeds, figures = by_seed(result), {}
     for to, end in ((LMCACHE, ""), (PEER, "_peer")):
         rows = compared(seeds, to).set_index(KEYS)
-        for name, short in ((KIT, "kit"), (TUNED, "tuned")):
-            row = rows.loc[("agentic", MAIN_SHARE, name)]
+        for name, short in ((KIT, "kit"), (TUNED, "tuned"), (ADAPTIVE, "adaptive")):
+            at = ("agentic", MAIN_SHARE, name)
+            row = rows.loc[at] if at in rows.index else {}
             for high, key in product(("", "_high"), _GOAL):
-                figures[f"{short}_{key}_ratio{high}{end}"] = float(row[key + high])
-    return figures
+                figures[f"{short}_{key}_ratio{high}{end}"] = float(row.get(key + high, math.nan))
+    return figures | {"miss_s": _predicted_s(result.costs, 0)} | miss_to_hit(result.costs)
+
+
+def _predicted_s(costs, gpu=0, disk=0, remote=0):
+    return float(costs.request_ttft_s([gpu, disk, remote], _RATIO_TOKENS))
+
+
+def miss_to_hit(costs: TierCosts) -> dict[str, float]:
+    """Return how many hits in each tier a miss of 1,800 tokens costs, as calibrated."""
+    tokens = _RATIO_TOKENS // CHUNK_TOKENS * CHUNK_TOKENS
+    miss_s = _predicted_s(costs)
+    return {f"miss_to_{t}": miss_s / _predicted_s(costs, **{t: tokens}) for t in TIERS}
+
+
+def bounds(result: BenchResult) -> pd.DataFrame:
+    """Return by workload, hot tier and seed what an offline optimum would reach, predicted.
+
+    It knows the future and keeps in gpu what hits most; disk holds all. TTFTs are those of the
+    calibrated costs, of the contenders that follow LMCache's rules too, to compare it with.
+    """
+    rows = []
+    for row in result.totals.drop_duplicates(["workload", "hot_share", "seed"]).itertuples():
+        room = row.hot_tokens // CHUNK_TOKENS, None, None
+        best = replay(result.workloads[row.workload, row.seed].trace, "optimal", room)
+        ttft_s = result.costs.request_ttft_s(best.hit_tokens, best.trace.prompt_tokens)
+        hits = best.hit_tokens.sum(axis=0) / best.trace.prompt_tokens.sum()
+        figures = {"ttft_mean_ms": ttft_s.mean() * 1e3, "hit_gpu": hits[0], "hit_disk": hits[1]}
+        at = {"workload": row.workload, "hot_share": row.hot_share, "contender": BOUND}
+        rows.append(at | figures | {"seed": row.seed})
+    return pd.DataFrame(rows)
+
+
+def bound_text(bound: pd.DataFrame) -> str:
+    """Return the bounds as text."""
+    lines = [
+        "\nThe bound: an offline optimum in gpu over a disk that holds all, costs as calibrated"
+    ]
+    for at, part in bound.groupby(["workload", "hot_share"], sort=False):
+        mean = part[["ttft_mean_ms", "hit_gpu", "hit_disk"]].mean()
+        lines.append(
+            f"  {BOUND:20} {at[0]:8} {at[1]:4.0%}  TTFT mean {mean.ttft_mean_ms:5.0f} ms"
+            f"  gpu {mean.hit_gpu:4.0%}  disk {mean.hit_disk:4.0%}"
+        )
+    return "\n".join(lines)
+
+
+def costs_text(costs: TierCosts) -> str:
+    """Return what a miss costs beside a hit in each tier, here and in the field, as text."""
+    lines = [f"A miss of {_RATIO_TOKENS:,} tokens takes {_predicted_s(costs):.2f} s here."]
+    lines += [f"{'Times a hit in':40} gpu  disk  remote", _ratios("here", miss_to_hit(costs))]
+    lines += [
+        _ratios(f"{r['model']}, {r['gpu']}", r) for r in pd.read_csv(FIELD).to_dict("records")
+    ]
+    return "\n".join(lines)
+
+
+def _ratios(name, row):
+    gpu, disk, remote = (row[f"miss_to_{tier}"] for tier in TIERS)
+    return f"  {name:36} {gpu:5.1f} {disk:5.1f} {remote:7.1f}"
 
 
 # ---- figure ----------------------------------------------------------------------
@@ -215,44 +289,49 @@ def headline(result: BenchResult) -> dict[str, object]:
 
 @own_style()
 def picture(seeds: pd.DataFrame) -> Figure:
-    """Draw TTFT against the memory held in the hot tier; further down and left is better."""
-    rows = summary(seeds)
-    panels = sorted(rows.groupby(["workload", "hot_share"]), key=lambda panel: panel[0])
+    """Draw who helps, and when not: by workload and hot tier, the TTFT as a multiple of LMCache's.
+
+    Filled: the mean. Hollow: p90. Left of 1 is faster than LMCache tuned.
+    """
+    rows = compared(seeds, PEER)
+    rows = rows[(rows["contender"] != PEER) & rows["ttft_mean_ms"].notna()]
+    panels = list(rows.groupby(["workload", "hot_share"], sort=False))
     lines = -(-len(panels) // _COLUMNS)
-    columns = min(len(panels), _COLUMNS)
-    figure = OwnFigure((3.7 * columns + 0.6, 3.0 * lines + 0.8), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    figure = OwnFigure((9.6, 2.2 * lines + 0.8), layout="constrained")
+    grid = figure.subplots(lines, min(len(panels), _COLUMNS), squeeze=False).ravel()
     for axes, ((workload, share), part) in zip(grid, panels):
-        _panel(axes, part)
+        _panel(axes, part.sort_values("contender", key=_order, ascending=False))
         axes.set_title(f"{workload}, hot tier {share:.0%}", fontsize=10)
-        axes.set(xlabel="mean memory held in the hot tier, MB", ylabel="TTFT, ms")
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    figure.legend(handles=_legend(rows), loc="outside lower center", ncols=4, frameon=False)
+    figure.supxlabel(f"TTFT as a multiple of that of {PEER} (95 % interval)", fontsize=10)
+    keys = [Line2D([], [], ls="", marker="o", color="black", mfc=f) for f in ("black", "white")]
+    figure.legend(keys, ["mean", "p90"], loc="outside upper right", ncols=2, frameon=False)
     return figure
 
 
 _COLUMNS = 3
 
 
-def _legend(rows):
-    seen = set(rows["contender"])
-    keys = [(row.name, row.colour, row.colour) for row in CONTENDERS.values() if row.name in seen]
-    keys += [("p50", "black", "black"), ("p90", "black", "white")]
-    look = {"ls": "", "marker": "o"}
-    return [Line2D([], [], **look, color=c, mfc=fill, label=name) for name, c, fill in keys]
-
-
 def _panel(axes, part):
-    for _, row in part.iterrows():
+    for at, row in enumerate(part.itertuples()):
         colour = CONTENDERS[row.contender].colour
-        for name, fill in (("ttft_p50_ms", colour), ("ttft_p90_ms", "white")):
-            half = {"xerr": row["±hot_mean_mb"], "yerr": row[f"±{name}"]}
-            style = {"fmt": "o", "color": colour, "mfc": fill, "capsize": 2}
-            axes.errorbar(row.hot_mean_mb, row[name], **half, **style)
-    axes.set_ylim(bottom=0)
-    axes.set_xlim(left=min(-0.03 * axes.get_xlim()[1], 0))
+        for name, fill, up in (("ttft_mean_ms", colour, 0.12), ("ttft_p90_ms", "white", -0.12)):
+            value, ends = getattr(row, name), (getattr(row, f"{name}_{end}") for end in _ENDS)
+            wide = [[abs(end - value)] for end in ends]
+            axes.errorbar(value, at + up, xerr=wide, fmt="o", color=colour, mfc=fill, capsize=2)
+    axes.axvline(1.0, color="#888888", lw=1)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(part)), part["contender"], fontsize=8)
+    axes.set_ylim(-0.6, len(part) - 0.4)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(lambda x, _at: f"{x:g}" if x in _TICKS else "")
+    axes.tick_params(axis="x", which="both", labelsize=8)
     axes.grid(alpha=0.3)
+
+
+_ENDS = ("low", "high")
+_TICKS = (0.3, 0.5, 0.7, 2.0, 3.0, 5.0)
 
 
 # ---- files -----------------------------------------------------------------------
@@ -264,12 +343,16 @@ def write_report(
     """Write the tables, the figures, the settings and the picture; returns the text."""
     folder.mkdir(parents=True, exist_ok=True)
     seeds, truth = by_seed(result), replay_truth(result, settings)
-    text = "\n".join((table(seeds), verdict(seeds), truth_text(truth)))
+    bound = bounds(result)
+    parts = costs_text(result.costs), table(seeds), verdict(seeds), bound_text(bound)
+    text = "\n".join((*parts, truth_text(truth)))
     seeds.round(4).to_csv(folder / RUNS, index=False)
     packed = {"method": "gzip", "mtime": 0}  # equal tables give equal files
     result.requests.round(5).to_csv(folder / REQUESTS, index=False, compression=packed)
-    save_settings(settings[TUNED], folder / SETTINGS)
+    if TUNED in set(seeds["contender"]):
+        save_settings(settings[TUNED], folder / SETTINGS)
     report = {**figures, **headline(result), "costs": asdict(result.costs)}
+    report |= {"bound": bound.to_dict("records"), "field": pd.read_csv(FIELD).to_dict("records")}
     report |= {"truth": truth.to_dict("records"), "text": text.splitlines()}
     write_json(folder / FIGURES, report)
     picture(seeds).savefig(folder / PICTURE, dpi=150)

@@ -7,14 +7,15 @@ shares the same share of its tokens: perplexity, hits and TTFT are then real.
 
 import os
 import random
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import islice
+from collections import deque
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import groupby, islice
 
 import numpy as np
 
 from kvttl import user_path
-from kvttl.session.demo_model import load_tokenizer
+from kvttl.session.demo_model import load_tokenizer, prompt_perplexity
 from kvttl.session.texts import CODE_PROMPT, TEMPLATE_LINE, random_characters, shuffled_prose
 from kvttl.traces.builder import TraceBuilder, make_trace
 from kvttl.traces.generator import agent_loops
@@ -23,6 +24,8 @@ from kvttl.traces.trace import Trace
 
 CHUNK_TOKENS = 32  # as in config.yaml
 LONGEST_PROMPT = 1_900  # tokens; the engine takes 2,048 with its answer
+AT_ONCE = 4  # clients of the workload "pressure"
+_SCORED_TOKENS = 512  # of a prompt, for its perplexity
 _TAIL = 24  # tokens that a prompt has at most beyond its last chunk: no answer completes it
 _KINDS = ("code", "prose", "template", "noise")
 _KIND_SHARES = (0.5, 0.25, 0.2, 0.05)
@@ -45,7 +48,7 @@ class Workload:
     Parameters
     ----------
     name : str
-        ``"agentic"``, ``"chat"`` or ``"control"``.
+        One of `WORKLOADS`.
     source : str
         What was scaled or generated.
     requests : tuple of BenchRequest
@@ -58,6 +61,14 @@ class Workload:
     source: str
     requests: tuple[BenchRequest, ...]
     token_scale: tuple[float, float] = (1.0, 1.0)
+
+    @property
+    def turns(self) -> list[list[int]]:
+        """Return the requests that are served at once: one, under pressure those of one time."""
+        numbers = range(len(self.requests))
+        if self.name != "pressure":
+            return [[number] for number in numbers]
+        return [[*some] for _, some in groupby(numbers, lambda n: self.requests[n].arrival_s)]
 
     @property
     def span_s(self) -> float:
@@ -95,7 +106,9 @@ def make_workload(name: str, seed: int, requests: int, model: str) -> Workload:
         ``"agentic"``: sessions of the trace folder ``weka-agentic`` in
         ``KV_TRACE_DIR``, or generated agent loops without one. ``"chat"``: short
         generated conversations under a few system prompts. ``"control"``: no
-        prompt shares anything with another.
+        prompt shares anything with another. ``"mix"``: tenants of these three kinds,
+        five, three and two tenths of the requests. ``"pressure"``: ``"agentic"`` by
+        several clients at once.
     seed : int
         Equal seeds give equal workloads.
     requests : int
@@ -114,8 +127,51 @@ def make_workload(name: str, seed: int, requests: int, model: str) -> Workload:
         raise ValueError(f"workload must be one of {', '.join(WORKLOADS)}, got {name!r}")
     if requests < 1:
         raise ValueError(f"requests must be >= 1, got {requests}")
-    trace, source, cut = WORKLOADS[name](seed, requests)
-    return Workload(name, source, *_with_text(trace, seed, model, cut))
+    made = [(*WORKLOADS[kind](seed, count), kind) for kind, count in _parts(name, requests)]
+    parts = [_with_text(trace, f"{kind} {seed}", model, cut) for trace, _, cut, kind in made]
+    low, high = zip(*(scale for _, scale in parts))
+    # A session's number is one tenant's: the others count on.
+    served = [
+        replace(each, session=each.session * len(parts) + tenant)
+        for tenant, (some, _) in enumerate(parts)
+        for each in some
+    ]
+    served.sort(key=lambda request: request.arrival_s)
+    served = _at_once(served) if name == "pressure" else served
+    source = "; ".join(source for _, source, _, _ in made)
+    return Workload(name, source, tuple(served), (min(low), max(high)))
+
+
+def _at_once(requests):
+    """Return requests of several clients at once: each has a session, then the next one."""
+    sessions: dict[int, deque[BenchRequest]] = {}
+    for request in requests:
+        sessions.setdefault(request.session, deque()).append(request)
+    waiting, clients, now_s = deque(sessions.values()), [], 0.0
+    made: list[BenchRequest] = []
+    while waiting or clients:
+        free = min(AT_ONCE - len(clients), len(waiting))
+        clients += [waiting.popleft() for _ in range(free)]
+        turn = [client.popleft() for client in clients]
+        now_s = max(now_s + 1.0, *(request.arrival_s for request in turn))
+        made += [replace(request, arrival_s=now_s) for request in turn]
+        clients = [client for client in clients if client]
+    return made
+
+
+def _parts(name, requests):
+    """Return the tenants of a workload: of what kind, and with how many requests."""
+    if name != "mix":
+        return [(name, requests)]
+    shares = {"chat": round(0.3 * requests), "control": round(0.2 * requests)}
+    counts = {"agentic": requests - sum(shares.values()), **shares}
+    return [(kind, count) for kind, count in counts.items() if count]
+
+
+@lru_cache(maxsize=1_000)
+def perplexity_of(tokens: tuple[int, ...]) -> float:
+    """Return the demo model's perplexity of a prompt's beginning: the benchmark's knows nothing."""
+    return prompt_perplexity(list(tokens), max_tokens=_SCORED_TOKENS)
 
 
 def _agentic(seed, requests):
@@ -163,6 +219,7 @@ def _control(seed, requests):
 
 
 WORKLOADS = {"agentic": _agentic, "chat": _chat, "control": _control}
+WORKLOADS |= {"pressure": _agentic, "mix": None}
 
 
 # ---- text ------------------------------------------------------------------------
