@@ -22,7 +22,7 @@ from kvttl.policies.runs import LEVELS, SEEN
 from kvttl.policies.signals import FINISH_REASONS, UNKNOWN
 from kvttl.policies.state import REAL
 from kvttl.replay.engine import STEP, Sweep, in_order_of_time, play_events, replay
-from kvttl.traces.trace import Trace, dense
+from kvttl.traces.trace import COLUMNS, Trace, dense
 
 _REMEMBERED = 4  # times as many, that the policy which learns still knows
 _HOUR_S = 3600.0
@@ -171,12 +171,11 @@ class Shadows:
     def _best(self, keys, rows):
         """Return the sampled chunks that each logged request would hit at best."""
         counts = rows[:, 1].astype(np.int32)
-        nothing, ends = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.float32)
-        of_requests = counts * self.chunk_tokens, nothing, nothing, ends, nothing.astype(np.int8)
-        ids = dense(keys)
-        offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        arrays = ids["block_ids"], offsets, rows[:, 0].copy(), *of_requests
-        trace = Trace(*arrays, self.chunk_tokens, ids["unique_blocks"])
+        columns = {name: np.zeros(len(rows), dtype) for name, dtype in COLUMNS.items()}
+        columns |= {"arrival_s": rows[:, 0].copy(), "prompt_tokens": counts * self.chunk_tokens}
+        columns["offsets"] = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        columns |= dense(keys)
+        trace = Trace(**columns, names=np.array([], str), block_tokens=self.chunk_tokens)
         return replay(trace, "optimal", self.capacity).hit_blocks[:, 0]
 
     def _forget(self, ends):
