@@ -421,6 +421,11 @@ class MultiTierCache(contextlib.AbstractContextManager):
     def __exit__(self, *_exc_info: object) -> None:
         self.close()
 
+    @property
+    def llm(self) -> Any:
+        """The engine, None before it is set; what is generated with it alone is not managed."""
+        return self._llm
+
     def set_llm(self, llm: Any) -> None:
         """Set the engine: anything with vLLM's ``generate(prompt, sampling_params)``."""
         self._llm, self._engine = llm, Engine(llm, self._decider.handover is not None)
