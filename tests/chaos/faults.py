@@ -629,10 +629,8 @@ def journal_read_only(scene):
         journal.unlink()
         journal.with_suffix(".away").rename(journal)
         return
-    for command in ("--bind", "remount,bind,ro"):
-        options = [command] if command[0] == "-" else ["-o", command]
-        places = [str(journal)] * (2 if command[0] == "-" else 1)
-        subprocess.run(["mount", *options, *places], check=True)
+    empty = ["-t", "tmpfs", "-o", "ro", "tmpfs"]  # at once: nobody can open a file in between
+    subprocess.run(["mount", *empty, str(journal)], check=True)
     yield
     subprocess.run(["umount", "-l", str(journal)], check=True)
 
