@@ -58,6 +58,8 @@ FULL = replace(
     cache_salt="tenant-a",
     tier_errors={"disk": "full"},
     hints={"tier": "accepted", "ttl": "refused: ttl must be >= 0"},
+    session="a conversation",
+    wanted_again={"ttl": 64},
     finish_reason="tool_calls",
     output_tokens=17,
     policy="adaptive",

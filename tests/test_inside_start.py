@@ -247,9 +247,9 @@ def test_hints_in_a_request_of_a_plain_client_are_followed_and_answered(served, 
     assert ask(about("a place"))[1] == 4 * CHUNK
     assert decided(served, count + 1)[-1].hit_tokens == {"disk": 4 * CHUNK}
     text = about("nothing to keep")
-    assert ask(text, store=False)[0] == ask(text, session="s")[0]
-    last = decided(served, count + 3)[-2:]
-    assert [(r.session, r.tier_before) for r in last] == [("", {"none": 4}), ("s", {"gpu": 4})]
+    first, second = ask(text, store=False), ask(text, session="s")
+    assert [record.session for record in decided(served, count + 3)[-2:]] == ["", "s"]
+    assert (second, ask(text)) == (first, (first[0], 4 * CHUNK)) and first[1] == 0
 
 
 def test_ttls_of_a_plain_client_end_on_the_ladder(served, ask):
