@@ -191,7 +191,8 @@ bench-meter: $(READY) ## how far the regret meter's sample is off, and what it c
 ON_TRACE = --trace '$(TRACE)' --capacity '$(CAPACITY)' \
 	--seed $(SEED) $(if $(SET),--set $(SET)) $(if $(SKIP_BAD),--skip-bad) \
 	$(if $(FORMAT),--format '$(FORMAT)') $(if $(BLOCK_TOKENS),--block-tokens '$(BLOCK_TOKENS)') \
-	$(if $(TIME_UNIT),--time-unit '$(TIME_UNIT)') $(if $(OUTPUT_RATE),--output-rate '$(OUTPUT_RATE)') $(if $(SUBAGENT_TIMES),--subagent-times '$(SUBAGENT_TIMES)')
+	$(if $(TIME_UNIT),--time-unit '$(TIME_UNIT)') $(if $(OUTPUT_RATE),--output-rate '$(OUTPUT_RATE)') \
+	$(if $(SUBAGENT_TIMES),--subagent-times '$(SUBAGENT_TIMES)')
 
 replay: $(READY) ## one policy on a trace; ends with one line of JSON (TRACE= POLICY= CAPACITY= SET= FORMAT= ...)
 	@$(PY) -m kvttl.replay.command --policy '$(or $(POLICY),lru)' $(ON_TRACE)

@@ -267,7 +267,7 @@ VARIABLES = {  # of make, each with a value that no recipe has by itself
     "OPTIONS": "--seed 4715", "TRACE": "some.jsonl", "POLICY": "fifo", "CAPACITY": "4716",
     "SET": "alpha=0.4717", "SKIP_BAD": "1",
     "FORMAT": "mooncake", "BLOCK_TOKENS": "4718", "TIME_UNIT": "ms", "SUBAGENT_TIMES": "relative",
-    "TARIFF": "some.yaml", "MODEL": "some/config.json",
+    "TARIFF": "some.yaml", "MODEL": "some/config.json", "OUTPUT_RATE": "4723",
     "GOAL": "ttft", "AGAINST": "bytes", "LIMIT": "0.4719", "TRIALS": "4720", "SPLIT": "0.4721",
     "PRICES": "0.4722 1 2 3",
 }  # fmt: skip
@@ -282,9 +282,10 @@ def make(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def recipes() -> dict[str, str]:
-    """Target -> its recipe."""
+    """Target -> its recipe, with what several of them share in place."""
     found = re.findall(r"^([a-z-]+):[^=\n]*##[^\n]*\n((?:\t.*\n)*)", MAKEFILE, re.M)
-    return dict(found)
+    (shared,) = re.findall(r"^ON_TRACE = (.*\n(?:\t.*\n)*)", MAKEFILE, re.M)
+    return {target: recipe.replace("$(ON_TRACE)", shared) for target, recipe in found}
 
 
 def taken_by(target: str) -> set[str]:
