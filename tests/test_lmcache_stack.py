@@ -305,13 +305,14 @@ def test_port_taken_between_check_and_bind(tmp_path, monkeypatch):
 
 
 def test_child_that_dies_is_one_error_with_its_log(tmp_path, monkeypatch):
-    def wrong_folder(config):  # the check at the start sees nothing: it is spoilt afterwards
+    def wrong_folder(config):  # the checks at the start see nothing: it is spoilt afterwards
+        (tmp_path / "disk").rmdir()
         (tmp_path / "disk").write_text("a file where LMCache wants a folder")
 
-    monkeypatch.setattr(services, "check_folders", wrong_folder)
+    monkeypatch.setattr(services, "check_shares_nothing", wrong_folder)
     with pytest.raises(StackError, match=r"server ended at start with exit code \d+") as caught:
         LMCacheStack(settings(tmp_path), free_ports=True).start()
-    assert "FileExistsError" in str(caught.value) and "server.log" in str(caught.value)
+    assert "NotADirectoryError" in str(caught.value) and "server.log" in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 16
     assert not running_in(tmp_path)
 

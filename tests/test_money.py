@@ -197,6 +197,13 @@ def test_the_tariffs_that_are_shipped_are_dated_and_have_sources():
     assert load_tariffs(bytes_per_token=1024)["h100 8b, disk"].bytes_per_token == 1024
 
 
+def test_a_date_may_be_text(tmp_path):
+    """So it comes where another library has changed what YAML's readers make of dates."""
+    file = tmp_path / "t.yaml"
+    file.write_text('a: {source: x, read_on: "2026-06-17", input_per_mtok: 1, read: 0}')
+    assert load_tariffs(file)["a"].read_on == date(2026, 6, 17)
+
+
 GOOD = "source: a page\n  read_on: 2026-06-17\n  "
 
 

@@ -52,5 +52,6 @@ def is_gone(pid: int) -> bool:
 
 
 def take_ctrl_c() -> None:
-    """In the child: Ctrl-C works even where the tests run as a shell's background job."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """In the child: Ctrl-C and SIGHUP work even where the tests run in the background."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -153,6 +154,8 @@ def _tariff(where, values, model):
         if unknown := [name for name in values if name not in known]:
             raise ValueError(unknown_name("field", unknown[0], known))
         values = values | model
+        with suppress(KeyError, ValueError):  # as text where somebody has changed YAML's readers
+            values["read_on"] = date.fromisoformat(str(values["read_on"]))
         for name, each in known.items():
             if each.default is each.empty and name not in values:
                 raise ValueError(f"{name} is missing")
