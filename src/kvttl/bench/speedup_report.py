@@ -325,7 +325,9 @@ def _panel(axes, part):
     axes.set_yticks(range(len(part)), part["contender"], fontsize=8)
     axes.set_ylim(-0.6, len(part) - 0.4)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(lambda x, _at: f"{x:g}" if x in _TICKS else "")
+    is_narrow = np.ptp(np.log10(axes.get_xlim())) < 0.7  # of a decade: there is room for all
+    shown = lambda x, _at: f"{x:.2g}" if is_narrow or round(x, 9) in _TICKS else ""  # noqa: E731
+    axes.xaxis.set_minor_formatter(shown)
     axes.tick_params(axis="x", which="both", labelsize=8)
     axes.grid(alpha=0.3)
 
