@@ -53,12 +53,13 @@ class Contender:
 
     @property
     def rules(self) -> dict[str, Any]:
-        """Its LMCache's rules, as `LMCacheModel` takes them; empty where it has others, or none."""
-        if self.stack is None or self.stack["inside"]:
+        """Its server's rules, as `replay_on_lmcache` takes them; empty where it has none."""
+        if self.stack is None:
             return {}
         rules = {"watermark": self.stack["trigger_watermark"]}
         rules |= {"ratio": self.stack["eviction_ratio"]}
-        return rules | {"retain": self.stack["prefetch_policy"] == "retain"}
+        rules |= {"retain": self.stack["prefetch_policy"] == "retain"}
+        return rules | {"inside": bool(self.stack["inside"])}
 
 
 NONE, LMCACHE = "no cache", "LMCache"

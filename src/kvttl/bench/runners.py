@@ -15,7 +15,7 @@ import redis
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
 from kvttl.bench.workloads import CHUNK_TOKENS, BenchRequest, perplexity_of
-from kvttl.lmcache.client import Service
+from kvttl.lmcache.client import Service, work_in
 from kvttl.lmcache.layout import hits_by_tier
 from kvttl.manager.clock import SessionClock, ends_on_the_way
 from kvttl.replay.costs import TierCosts
@@ -28,7 +28,7 @@ _QUIET_S = 10.0  # the longest wait for LMCache to have stored and evicted
 _DECIDED_S = 120.0  # the longest wait for a server's decision: it may have to compile its policy
 _POLL_S = 0.02
 _STEP_S = 10.0  # of the session, within which the TTLs in a server end together
-_DAY_S = 86_400.0  # between two passes on a server's clock
+DAY_S = 86_400.0  # between two passes on a server's clock: what a policy has learned is kept
 
 
 @dataclass(frozen=True)
@@ -213,14 +213,9 @@ class LMCacheRunner(Runner):
     def _look_at_server(self):
         """Note the bytes in the memory tier; return the work that waits, and the used share."""
         status = self._server.call("GET", "/status")
-        storage, module = status["storage_manager"], status.get("kvttl", {})
-        l1, store = storage["l1_manager"], storage["store_controller"]
-        at_work = store["pending_keys_count"] + store["in_flight_task_count"]
-        at_work += l1["write_locked_count"] + l1["temporary_count"]
-        at_work += storage["prefetch_controller"]["in_flight_request_count"]
-        at_work += module.get("open_requests", 0) + module.get("waiting_decisions", 0)
+        l1 = status["storage_manager"]["l1_manager"]
         self.hot_bytes = l1["memory_used_bytes"]
-        return at_work, l1["memory_usage_ratio"]
+        return work_in(status), l1["memory_usage_ratio"]
 
     def _note_writes(self):
         """Count what is new in the disk's folder and in Redis; no name's value ever changes."""
@@ -287,7 +282,7 @@ class InsideRunner(LMCacheRunner):
         clock.advance(arrival_s)
         self._sweep()
         Runner.advance(self, arrival_s)
-        self._start_s = clock() + _DAY_S
+        self._start_s = clock() + DAY_S
 
     def _generate(self, requests):
         return Runner._generate(self, requests)

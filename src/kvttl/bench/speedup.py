@@ -105,7 +105,10 @@ def run_pass(
                 new.append({"contender": name, "request": number, **_row(request, served)})
             runner.settle()
         for name, runner in runners.items():
-            runner.settle(below=CONTENDERS[name].rules.get("watermark", math.inf))
+            rules = CONTENDERS[name].rules
+            # Only LMCache itself evicts by the clock.
+            evicts = rules and not rules["inside"]
+            runner.settle(below=rules["watermark"] if evicts else math.inf)
         rows += [row | {"hot_bytes": runners[row["contender"]].hot_bytes} for row in new]
     wall_s = time.perf_counter() - start_s
     totals = []

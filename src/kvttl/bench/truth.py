@@ -10,6 +10,7 @@ import pandas as pd
 
 from caching_heuristics import TIERS, HeuristicConfig
 from kvttl.bench.contenders import CONTENDERS, KIT
+from kvttl.bench.runners import DAY_S
 from kvttl.bench.workloads import CHUNK_TOKENS
 from kvttl.policies import FAMILIES
 from kvttl.replay.costs import fit_costs, queued_ttft_s
@@ -18,7 +19,6 @@ from kvttl.replay.on_lmcache import replay_on_lmcache
 
 KEYS = ["workload", "hot_share", "contender"]
 _COLUMNS = [f"hit_{tier}" for tier in TIERS]
-_DAY_S = 86_400.0  # between two passes on a server's clock: what a policy has learned is kept
 
 
 def replay_truth(result: object, settings: dict[str, HeuristicConfig]) -> pd.DataFrame:
@@ -69,14 +69,13 @@ def _predicted(result, share, name, part, settings):
 
     A policy that learns has learned in one pass when the next begins.
     """
-    stack, config, start_s, found = CONTENDERS[name].stack, settings.get(name), 0.0, []
-    rules = {"watermark": stack["trigger_watermark"], "ratio": stack["eviction_ratio"]}
-    rules |= {"retain": stack["prefetch_policy"] == "retain", "inside": bool(stack.get("inside"))}
+    stack, rules = CONTENDERS[name].stack, CONTENDERS[name].rules
+    config, start_s, found = settings.get(name), 0.0, []
     hot = result.totals.query("hot_share == @share")["hot_tokens"].iloc[0] // CHUNK_TOKENS
     policy = decider = result.policy if name == KIT else "formula"
     if rules["inside"]:
         config = config or HeuristicConfig()
-    if isinstance(stack.get("inside"), str):
+    if isinstance(stack["inside"], str):
         decider = stack["inside"]
         policy = FAMILIES[decider]((hot, None, None), CHUNK_TOKENS)
     for (workload, seed), measured in part.groupby(["workload", "seed"], sort=False):
@@ -95,7 +94,7 @@ def _predicted(result, share, name, part, settings):
             model_stored=model.stored_tokens,
         )
         found += [measured.iloc[turn].assign(at_once=len(turn)) for turn in turns]
-        start_s += load.span_s + _DAY_S
+        start_s += load.span_s + DAY_S
     return _with_times(found, result.costs)
 
 

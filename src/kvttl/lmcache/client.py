@@ -10,7 +10,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -357,13 +357,7 @@ class LMCacheHTTP:
 
     def work_left(self, instance_id: str) -> int:
         """Return how much a server has still to write, load or decide; 0: it is at rest."""
-        status = self._call_server(instance_id, "GET", "/status")
-        storage, module = status["storage_manager"], status.get("kvttl", {})
-        l1, store = storage["l1_manager"], storage["store_controller"]
-        work = store["pending_keys_count"] + store["in_flight_task_count"]
-        work += l1["write_locked_count"] + l1["temporary_count"]
-        work += storage["prefetch_controller"]["in_flight_request_count"]
-        return work + module.get("open_requests", 0) + module.get("waiting_decisions", 0)
+        return work_in(self._call_server(instance_id, "GET", "/status"))
 
     def signed_up_again(self, instance_id: str) -> bool:
         """Return whether a server's sign-up is not the first one seen here.
@@ -430,3 +424,13 @@ def _plain_reason(error):
             return cause.strerror
         cause = getattr(cause, "reason", None) or cause.__cause__ or cause.__context__
     return type(error).__name__
+
+
+def work_in(status: Mapping[str, Any]) -> int:
+    """Return how much is still to write, load or decide, as a server's ``/status`` says it."""
+    storage, module = status["storage_manager"], status.get("kvttl", {})
+    l1, store = storage["l1_manager"], storage["store_controller"]
+    work = store["pending_keys_count"] + store["in_flight_task_count"]
+    work += l1["write_locked_count"] + l1["temporary_count"]
+    work += storage["prefetch_controller"]["in_flight_request_count"]
+    return work + module.get("open_requests", 0) + module.get("waiting_decisions", 0)
