@@ -13,10 +13,10 @@ CONFIG ?= config.yaml
 # make run LLM=<folder or hub id> REDIS_URL=redis://... N=<generations> METRICS_PORT=9464
 LLM ?=
 REDIS_URL ?=
-# POLICY=adaptive: TTLs that learn; of run, serve and bench formula, of replay lru by default.
+# POLICY=adaptive: TTLs that learn, where the decisions are made; of run, serve and bench formula, of replay lru by default.
 POLICY ?=
-# INSIDE=1 of run, serve, up and chaos: the decisions are made inside LMCache's server (config.yaml's inside);
-# INSIDE=adaptive, or POLICY=adaptive INSIDE=1: by a policy that learns.
+# INSIDE=1 of run, serve, up and chaos: the decisions are made inside LMCache's server, as config.yaml's inside says
+# (chaos: outside by default); INSIDE=adaptive: by a policy that learns; INSIDE=0: by a manager outside.
 INSIDE ?=
 # make serve HOST=... PORT=8000 LOG=<folder> ATTACH=1 OPTIONS="--max-model-len 4096 --enable-lora"
 HOST ?=

@@ -148,7 +148,7 @@ def main() -> int:
     folder = tempfile.TemporaryDirectory()
     fast = {"mq_timeout_s": 1.0, "engine_heartbeat_s": 0.5}  # or a killed server takes minutes
     fast["start_timeout_s"] = 250  # on a loaded machine
-    config = load_config(disk_path=folder.name, **fast)
+    config = load_config(disk_path=folder.name, inside=False, **fast)
     with folder, LMCacheStack(config, free_ports=True) as stack, engine(stack, model_path()) as llm:
         prompts, texts = _clear_ones(llm, 12)
         while sum(counts.values()) < options.aborts and time.monotonic() < until_s:

@@ -59,7 +59,10 @@ def redis_url(real_redis):
 
 
 def new_stack(folder, redis_url=None, **settings):
-    """A coordinator and an LMCache server on free ports, disk tier in a scratch folder."""
+    """A coordinator and an LMCache server on free ports, disk tier in a scratch folder.
+
+    Decisions are made outside the server, unless a test says otherwise.
+    """
     from kvttl.stack.lifecycle import LMCacheStack, load_config
 
     config = load_config(
@@ -67,7 +70,7 @@ def new_stack(folder, redis_url=None, **settings):
         disk_path=str(folder / "disk"),
         run_dir=str(folder / "run"),
         start_timeout_s=250,
-        **settings,
+        **{"inside": False, **settings},
     )
     return LMCacheStack(config, free_ports=True)
 

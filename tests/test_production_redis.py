@@ -309,6 +309,7 @@ def managed_stack(tls_redis, tmp_path_factory):
         disk_path=str(folder / "disk"),
         run_dir=str(folder / "run"),
         l1_size_gb=0.1,
+        inside=False,
         redis_timeout_s=1.5,
         redis_verify_s=2,
     )

@@ -70,7 +70,7 @@ OTHER = {
     "registration_heartbeat_s": 1.28,
     "event_flush_interval_s": 0.0129,
     "directory_checkpoint_s": 1.3,
-    "inside": True,
+    "inside": False,
     "meter": False,
 }
 # What an entry has of its own, and says so by name; everything else it takes from config.yaml.
@@ -170,7 +170,9 @@ def test_a_setting_changes_what_is_started(name):
         kwargs = lifecycle.engine_kwargs(StackConfig(block_size_tokens=value), "model")
         assert kwargs["block_size"] == value
         return
-    with_it, without = started_with(StackConfig(**{name: value})), started_with(StackConfig())
+    outside = StackConfig(inside=False)  # inside the two of eviction are the module's, see below
+    value = True if name == "inside" else value
+    with_it, without = started_with(outside.replaced(**{name: value})), started_with(outside)
     new = set(re.findall(r"[^\s\"',{}]+", with_it)) - set(re.findall(r"[^\s\"',{}]+", without))
     wanted = f"{value:g}" if isinstance(value, float) else str(value)
     wanted = "--server-module" if name == "inside" else wanted
@@ -193,13 +195,21 @@ def test_inside_the_module_has_the_same_rules_of_room(tmp_path, monkeypatch):
     assert '"meter": false' in silent[silent.index("--server-module") + 1]
     learns = arguments_of("server", StackConfig(inside="adaptive"))
     assert '"policy": "adaptive"' in learns[learns.index("--server-module") + 1]
-    assert (
-        overrides_of("1", policy="adaptive") == overrides_of("adaptive") == {"inside": "adaptive"}
-    )
-    assert (overrides_of("1"), overrides_of("0", policy="adaptive")) == (
-        {"inside": True},
-        {"inside": False},
-    )
+    by_file = {}
+    for value in (True, False, "recency"):
+        by_file[value] = file = tmp_path / f"{value}.yaml"
+        file.write_text(yaml.safe_dump({"stack": {"inside": value}}))
+    for file, inside, policy, given in (
+        *((file, "adaptive", "formula", "adaptive") for file in by_file.values()),
+        *((file, "1", "adaptive", "adaptive") for file in by_file.values()),
+        *((file, "1", "formula", True) for file in by_file.values()),
+        *((file, "0", "adaptive", False) for file in by_file.values()),
+        (by_file[True], None, "adaptive", "adaptive"),  # of the one that decides by default
+    ):
+        assert overrides_of(file, inside, policy=policy) == {"inside": given}
+    for value in (False, "recency"):  # what the file says is not changed by a policy
+        assert overrides_of(by_file[value], None, policy="adaptive") == {}
+    assert overrides_of(by_file[True], None) == {}
     with pytest.raises(ValueError, match="inside = 'clever' is not allowed: true, false or one of"):
         StackConfig(inside="clever")
     with pytest.raises(ValueError, match="eviction_policy = 'ARC' is not allowed: LRU or noop"):

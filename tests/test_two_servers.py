@@ -31,7 +31,8 @@ def settings(tmp_path_factory, redis_url, **overrides):
     folder = tmp_path_factory.mktemp("host-b")
     values = {"disk_path": str(folder / "disk"), "run_dir": str(folder / "run")}
     return load_config(
-        **{"instance_id": OTHER, "redis_url": redis_url, "l1_size_gb": 0.1, **values, **overrides}
+        inside=False,
+        **{"instance_id": OTHER, "redis_url": redis_url, "l1_size_gb": 0.1, **values, **overrides},
     )
 
 

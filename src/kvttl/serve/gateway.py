@@ -236,7 +236,7 @@ def _until_dead(engine):
 
 def _stack(options):
     """Return a context manager of the stack: one of its own, or the one that runs."""
-    given = overrides_of(options.inside, options.redis_url, options.policy)
+    given = overrides_of(options.config, options.inside, options.redis_url, options.policy)
     config = load_config(options.config, **given)
     return launch.started(LMCacheStack(config, attach=options.attach))
 

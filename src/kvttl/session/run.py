@@ -57,7 +57,7 @@ def _run(options):
     folder = options.out or launch.new_run_folder()
     started_s, model = time.perf_counter(), model_path(options.llm)
     made = {**launch.measuring(model, options.perplexity), "policy": options.policy}
-    given = overrides_of(options.inside, options.redis_url, options.policy)
+    given = overrides_of(options.config, options.inside, options.redis_url, options.policy)
     with (
         _metrics(options.metrics_port) as metrics,
         DecisionLog(folder) as log,

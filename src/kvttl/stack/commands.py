@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments):
-    config = load_config(arguments.config, **overrides_of(arguments.inside))
+    config = load_config(arguments.config, **overrides_of(arguments.config, arguments.inside))
     if arguments.command == "status":
         return _status(config)
     with _lock(config):

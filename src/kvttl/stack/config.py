@@ -110,7 +110,7 @@ class StackConfig(BaseModel):
     directory_checkpoint_s: float = Field(1.0, ge=0, le=3600)
     meter: bool = Field(True, description="true or false")
     inside: bool | Literal[POLICIES_INSIDE] = Field(
-        False, description=f"true, false or one of {', '.join(POLICIES_INSIDE)}"
+        True, description=f"true, false or one of {', '.join(POLICIES_INSIDE)}"
     )
 
     def __init__(self, **values: Any) -> None:
@@ -141,7 +141,7 @@ class StackConfig(BaseModel):
             allowed = "kit with rediss://; LMCache's own client has no TLS"
             raise _refusal("redis_client", "lmcache", allowed)
         if self.inside and self.eviction_policy == "ARC":
-            raise _refusal("eviction_policy", "ARC", "LRU or noop with inside, whose TTLs evict")
+            raise _refusal("eviction_policy", "ARC", "LRU or noop with inside, whose TTLs evict (false: no module)")
         return self
 
     def replaced(self, **changes: Any) -> "StackConfig":
@@ -230,16 +230,20 @@ def engine_kwargs(config: StackConfig, model: str, **overrides) -> dict:
 
 def add_inside_option(parser: Any) -> None:
     """Let a command be told where the decisions are made."""
-    choices, help = ("0", "1", *POLICIES_INSIDE), "1 or a policy: in LMCache's server"
+    choices, help = ("0", "1", *POLICIES_INSIDE), "1 or a policy: in LMCache's server; 0: outside"
     parser.add_argument("--inside", choices=choices, help=help)
 
 
 def overrides_of(
-    inside: str | None, redis_url: str | None = None, policy: str = "formula"
+    path: str | Path, inside: str | None, redis_url: str | None = None, policy: str = "formula"
 ) -> dict[str, Any]:
-    """Return overrides for `load_config`: of a command's options those that were used."""
+    """Return overrides for `load_config`: of a command's options those that were used.
+
+    A policy is the server's wherever the server decides and the file names none.
+    """
     options = {"redis_url": redis_url} if redis_url else {}
-    inside = policy if inside == "1" and policy != "formula" else inside
+    if policy != "formula" and (inside == "1" or inside is None and load_config(path).inside is True):
+        inside = policy
     return options if inside is None else {**options, "inside": _SWITCH.get(inside, inside)}
 
 
