@@ -133,6 +133,8 @@ class LMCacheController(BaseController):
         layout = module.layout(tokens, cache_salt)
         with contextlib.suppress(LMCacheError):  # it knows the other servers
             shown = self._directory.layout(tokens, cache_salt)
+            if not layout.keys:  # no engine has come to the server yet
+                return shown
             if shown.keys == layout.keys:
                 others = {n: held for n, held in shown.tiers.items() if n != self.instance_id}
                 return replace(layout, tiers={**others, **layout.tiers})

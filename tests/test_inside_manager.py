@@ -17,7 +17,7 @@ from waiting import wait_until
 
 from cache_controller import LMCacheController
 from caching_heuristics import HeuristicConfig
-from kvttl.lmcache.client import LMCacheUnavailable
+from kvttl.lmcache.client import LMCacheError, LMCacheUnavailable
 from kvttl.lmcache.lease import AlreadyManaged
 from kvttl.session import launch
 from kvttl.session.demo_model import model_path
@@ -159,6 +159,16 @@ def test_the_controller_moves_in_every_direction(managers, engine, stack):
     assert controller.lookup(tokens) == {"found": False} and engine.client.look_up(tokens) == 0
 
 
+def test_nothing_is_found_of_a_model_that_no_engine_has_come_with(stack):
+    controller = LMCacheController(stack.host, stack.port, "m", instance_id=stack.instance_id)
+    tokens = prompt(9, 5)
+    assert controller.lookup(tokens) == {"found": False}
+    assert len(controller.layout(tokens).keys) == 5 and controller.layout_of().keys == ()
+    assert controller.room_chunks() == (None, None, None) and controller.tier_errors() == {}
+    with pytest.raises(LMCacheError, match="no engine of 'm' has come to this server yet"):
+        controller.discard(["00"])
+
+
 def test_tenants_are_told_apart(managers, stack):
     tokens, cache = prompt(3, 3), managers()
     cache.manage({"prompt_token_ids": tokens, "cache_salt": "tenant-a"}, answer_of(tokens))
@@ -255,7 +265,7 @@ def test_another_policy_than_the_servers_is_refused(managers):
     "call, body, sentence",
     [
         ("layout", {"world_size": 1}, "missing required field `model`"),
-        ("layout", {"model": "nobody's"}, "no engine of"),
+        ("layout", {"model": "nobody's", "keys": ["00"]}, "no engine of"),
         ("manage", {"model": MODEL, "tokens": [1]}, "missing required field `who`"),
         ("move", {"model": MODEL, "keys": [], "source": "gpu", "target": "tape"}, "tape"),
         ("discard", {"model": MODEL, "keys": ["no hash"]}, "hexadecimal"),

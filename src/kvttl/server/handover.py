@@ -225,7 +225,12 @@ class ManagerOutside:
         return {"count": len(claims), "next_due_s": due_s, "wanted": wanted}  # infinity is null
 
     def layout(self, ask: _About) -> dict[str, Any]:
-        """Return where chunks are: of a prompt, by their keys, or all of a model."""
+        """Return where chunks are: of a prompt, by their keys, or all of a model.
+
+        None, not even a prompt's, of a model that no engine has come with.
+        """
+        if ask.keys is None and not self._knows(ask):
+            return {"keys": [], "tiers": []}
         controller = self._controller(ask)
         if ask.tokens is not None:
             return self._shown(controller.layout(ask.tokens, ask.cache_salt))
@@ -244,7 +249,9 @@ class ManagerOutside:
         return {"left": self._controller(ask).discard(ask.keys or [])}
 
     def room(self, ask: _About) -> dict[str, Any]:
-        """Return how many chunks the tiers have room for, and why some take none."""
+        """Return how many chunks the tiers have room for (null: unknown), and why some take none."""
+        if not self._knows(ask):
+            return {"chunks": [None] * len(TIERS), "errors": {}}
         controller = self._controller(ask)
         return {"chunks": controller.room_chunks(), "errors": controller.tier_errors()}
 
@@ -254,8 +261,11 @@ class ManagerOutside:
     def _controller(self, ask):
         return self._module.manager(self._model(ask)).controller
 
+    def _knows(self, ask):
+        return self._module.places.space(ask.model, ask.world_size, "") is not None
+
     def _model(self, ask):
-        if self._module.places.space(ask.model, ask.world_size, "") is None:
+        if not self._knows(ask):
             raise LMCacheUnavailable(f"no engine of {ask.model!r:.200} has come to this server yet")
         return Model(ask.model, ask.world_size)
 

@@ -141,7 +141,11 @@ class StackConfig(BaseModel):
             allowed = "kit with rediss://; LMCache's own client has no TLS"
             raise _refusal("redis_client", "lmcache", allowed)
         if self.inside and self.eviction_policy == "ARC":
-            raise _refusal("eviction_policy", "ARC", "LRU or noop with inside, whose TTLs evict (false: no module)")
+            raise _refusal(
+                "eviction_policy",
+                "ARC",
+                "LRU or noop with inside, whose TTLs evict (false: no module)",
+            )
         return self
 
     def replaced(self, **changes: Any) -> "StackConfig":
@@ -242,7 +246,9 @@ def overrides_of(
     A policy is the server's wherever the server decides and the file names none.
     """
     options = {"redis_url": redis_url} if redis_url else {}
-    if policy != "formula" and (inside == "1" or inside is None and load_config(path).inside is True):
+    if policy != "formula" and (
+        inside == "1" or inside is None and load_config(path).inside is True
+    ):
         inside = policy
     return options if inside is None else {**options, "inside": _SWITCH.get(inside, inside)}
 
