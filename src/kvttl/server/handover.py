@@ -249,7 +249,7 @@ class ManagerOutside:
         return {"left": self._controller(ask).discard(ask.keys or [])}
 
     def room(self, ask: _About) -> dict[str, Any]:
-        """Return how many chunks the tiers have room for (null: unknown), and why some take none."""
+        """Return how many chunks tiers have room for (null: unknown), and why some take none."""
         if not self._knows(ask):
             return {"chunks": [None] * len(TIERS), "errors": {}}
         controller = self._controller(ask)
