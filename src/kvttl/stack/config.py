@@ -141,11 +141,8 @@ class StackConfig(BaseModel):
             allowed = "kit with rediss://; LMCache's own client has no TLS"
             raise _refusal("redis_client", "lmcache", allowed)
         if self.inside and self.eviction_policy == "ARC":
-            raise _refusal(
-                "eviction_policy",
-                "ARC",
-                "LRU or noop with inside, whose TTLs evict (false: no module)",
-            )
+            allowed = "LRU or noop with inside, whose TTLs evict (false: LMCache's policy)"
+            raise _refusal("eviction_policy", "ARC", allowed)
         return self
 
     def replaced(self, **changes: Any) -> "StackConfig":
@@ -246,10 +243,9 @@ def overrides_of(
     A policy is the server's wherever the server decides and the file names none.
     """
     options = {"redis_url": redis_url} if redis_url else {}
-    if policy != "formula" and (
-        inside == "1" or inside is None and load_config(path).inside is True
-    ):
-        inside = policy
+    if policy != "formula":
+        by_file = inside is None and load_config(path).inside is True
+        inside = policy if by_file or inside == "1" else inside
     return options if inside is None else {**options, "inside": _SWITCH.get(inside, inside)}
 
 
