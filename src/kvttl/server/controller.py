@@ -117,7 +117,7 @@ class InsideController(BaseController):
 
     def tier_errors(self) -> Mapping[str, str]:
         """Return why tiers take no copies."""
-        return dict(self._hands.errors)
+        return self._hands.failing()
 
     def room_chunks(self) -> tuple[int | None, int | None, int | None]:
         """Return how many chunks gpu has room for; of disk and remote nobody knows."""

@@ -23,6 +23,7 @@ from kvttl.server.compat import offer
 from kvttl.server.guard import Guard
 from kvttl.server.places import BIT_OF, HOT, Chunk, Places
 from kvttl.stack.reconcile import CONTENTS_OF
+from kvttl.stack.tier_watch import FAILING
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +146,12 @@ class Hands:
         for chunk in chunks:
             chunk.moving = moving
 
+    def failing(self) -> dict[str, str]:
+        """Return why tiers take no copies: what a look at them says before what writes have met."""
+        return {**self.errors, **FAILING}
+
     def _patience_s(self, tier):
-        return _STALLED_S if tier in self.errors else _WRITE_S
+        return _STALLED_S if tier in self.failing() else _WRITE_S
 
     def _write_down(self, chunks, tier, patience_s, may_fail=False):
         """Have LMCache's store loop copy chunks from gpu; returns whether all are there.

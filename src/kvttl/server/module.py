@@ -177,7 +177,7 @@ class KvttlModule:
             "shed_decisions": self.shed,
             "done": dict(self.hands.done),
             "put_down": len(self.put_down),
-            "tier_errors": dict(self.hands.errors),
+            "tier_errors": self.hands.failing(),
             "switched_off": self.absent,
             "failures": dict(self.guard.failures),
             "left_out": self.guard.resting,
@@ -266,7 +266,7 @@ class KvttlModule:
         record = self.manager(model).decide(output, hints, took_s, cache_salt, now)
         chunks, hot = self.note(model, record)
         below = next(iter(self.hands.tiers), None)
-        if hot and below and self.settings.save == "end" and below not in self.hands.errors:
+        if hot and below and self.settings.save == "end" and below not in self.hands.failing():
             unsaved = [chunk for chunk in chunks if chunk.bits == HOT]
             self.hands.copy(unsaved, below, 0.0)
         return record

@@ -13,6 +13,7 @@ from kvttl.storage.probes import TierError, hold_folder, probe_folder, probe_red
 from kvttl.storage.redis_client import connect_as_server
 
 LOOK_EVERY_S = 5.0  # or more often, as redis_verify_s is
+FAILING: dict[str, str] = {}  # of this process's server: why a tier takes no writes
 
 
 def _try_redis(host, port):
@@ -34,7 +35,7 @@ def watch_tiers(server_arguments: list[str]) -> None:
     """
     from lmcache.v1.internal_api_server.common import env_api  # one of the routers it takes up
 
-    places, errors = addresses(server_options(server_arguments).l2_adapter), dict[str, str]()
+    places = addresses(server_options(server_arguments).l2_adapter)
     if "disk" in places:
         hold_folder(*places["disk"])  # never closed
 
@@ -42,10 +43,10 @@ def watch_tiers(server_arguments: list[str]) -> None:
         for tier in TRY_OF.keys() & places.keys():
             try:
                 TRY_OF[tier](*places[tier])
-                errors.pop(tier, None)
+                FAILING.pop(tier, None)
             except (TierError, ValueError) as error:  # ValueError: a certificate's file is gone
-                errors[tier] = str(error)
+                FAILING[tier] = str(error)
 
-    env_api.router.add_api_route(TIERS_PATH, lambda: dict(errors))
+    env_api.router.add_api_route(TIERS_PATH, lambda: dict(FAILING))
     every_s = min(LOOK_EVERY_S, float(os.environ.get("KV_REDIS_VERIFY_S", LOOK_EVERY_S)))
     Repeater(look, every_s).start()
