@@ -121,7 +121,7 @@ def plot_published(table: pd.DataFrame, title: str = "") -> Figure:
     memory = table["measure"] == "memory"
     panels = {
         "share of prompt tokens hit": table[~memory],
-        "idle KV cache for each one at work (times)": table[memory],
+        "suspended KV cache / active KV cache (times)": table[memory],
     }
     rows = [len(part) + 1 for part in panels.values()]
     figure, axes = open_axes(9, 1 + 0.3 * sum(rows), 2, height_ratios=rows)
