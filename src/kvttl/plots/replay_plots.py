@@ -106,5 +106,45 @@ def plot_tuning(trials: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
     return figure
 
 
+@own_style()
+def plot_published(table: pd.DataFrame, title: str = "") -> Figure:
+    """Draw figures that others published, and ours beside them, a line a figure.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Indexed by figure: theirs, ours, ratio (NaN where ours is of other traffic), measure
+        (``memory``: a multiple, else a share).
+    title : str
+        What it shows.
+    """
+    memory = table["measure"] == "memory"
+    panels = {
+        "share of prompt tokens hit": table[~memory],
+        "suspended KV cache / active KV cache (times)": table[memory],
+    }
+    rows = [len(part) + 1 for part in panels.values()]
+    figure, axes = open_axes(9, 1 + 0.3 * sum(rows), 2, height_ratios=rows)
+    for each, (words, part) in zip(axes, panels.items()):
+        place, own = pd.Series(range(len(part)), part.index), part["ratio"].notna()
+        each.plot(
+            part["theirs"], place, "o", mfc="none", mec="#0072B2", mew=2, ms=10, label="published"
+        )
+        each.plot(
+            part["ours"][own], place[own], "D", color="#D55E00", ms=5, label="ours, their file"
+        )
+        other = {"mfc": "none", "mec": "#777777", "ms": 6, "label": "ours, other traffic"}
+        each.plot(part["ours"][~own], place[~own], "s", **other)
+        each.set_yticks(place, part.index, fontsize=8)
+        each.set(xlabel=words, xlim=(0, None), ylim=(len(part) - 0.4, -0.6))
+        each.grid(alpha=0.3)
+    axes[0].set_xlim(0, 1.02)
+    figure.suptitle(title, fontsize=11)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+    )
+    return figure
+
+
 def _words(name):
     return name.replace("_", " ").removesuffix(" s") + (" (s)" if name.endswith("_s") else "")

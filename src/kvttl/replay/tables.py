@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
 from caching_heuristics import HeuristicConfig
 from kvttl import plain_name, user_path
@@ -28,6 +29,7 @@ def policy_table(
     config: HeuristicConfig | None = None,
     costs: TierCosts | None = None,
     since_s: float = 0.0,
+    progress: bool = False,
 ) -> pd.DataFrame:
     """Replay every policy at every capacity, in one tier.
 
@@ -43,6 +45,8 @@ def policy_table(
         Settings of the TTL policies; of the estimated TTFT.
     since_s : float
         Requests before this second warm the caches up and do not count in the ratios.
+    progress : bool
+        Show a bar on stderr once it takes more than a second.
 
     Returns
     -------
@@ -62,7 +66,8 @@ def policy_table(
     """
     index = trace if isinstance(trace, RunIndex) else index_runs(trace)
     rows = []
-    for policy, share in product(policies, shares):
+    steps = list(product(policies, shares))
+    for policy, share in tqdm(steps, "policies", unit="replay", delay=1, disable=not progress):
         if policy in BASELINES:
             result = replay_baseline(index.trace, policy, share)
         else:
