@@ -9,6 +9,7 @@ import ipywidgets as widgets
 from caching_heuristics import SETTINGS
 
 _SIGNIFICANT = 3  # digits that a slider can set; the entry takes any number
+_LABEL = "136px"  # wide
 _STEP = 0.01  # of a slider: in decades where its scale is logarithmic
 
 
@@ -44,7 +45,7 @@ class Control:
         self.message = widgets.HTML(layout=hidden)
         for part in ("slider", "entry", "message"):
             getattr(self, part).add_class(f"kv-{part}-{name}")
-        label = widgets.Label(setting.label, layout=_fixed("136px"))
+        label = widgets.Label(setting.label, layout=_fixed(_LABEL))
         unit = widgets.Label(setting.unit, layout=_fixed("74px"))
         row = widgets.HBox([label, self.slider, self.entry, unit])
         self.widget = widgets.VBox([row, self.message])
@@ -96,9 +97,15 @@ class Control:
         return min(max(value, low), high)
 
 
+def labelled(kind: type, label: str, **options) -> widgets.Widget:
+    """Return a widget whose label is as wide as those of the settings."""
+    options |= {"style": {"description_width": _LABEL}, "layout": widgets.Layout(width="auto")}
+    return kind(description=label, **options)
+
+
 def warning(text: str) -> str:
     """Return a text as a warning, in HTML."""
-    return f'<span style="color:#B00020">⚠ {html.escape(text)}</span>'
+    return f'<span style="color:var(--jp-error-color1,#B00020)">⚠ {html.escape(text)}</span>'
 
 
 def rounded(value: float) -> float:

@@ -1,0 +1,36 @@
+// What Jupyter's widgets do not say to a screen reader: whose slider it is, and its value in units.
+(() => {
+  const label = (row) => row.querySelector('.widget-label')?.textContent.trim();
+  const unit = (row) => (row.querySelector(':scope > .widget-label:last-child') ?? {}).textContent;
+  const spoken = (handle, row) => {
+    const entry = row.querySelector('input[type=number]');
+    const now = Number(handle.getAttribute('aria-valuenow'));
+    const is_log = Number(handle.getAttribute('aria-valuemin')) < 0 || row.querySelector('.kv-log');
+    const value = is_log ? 10 ** now : now;
+    const text = `${Number(value.toPrecision(3))} ${entry ? unit(row) ?? '' : ''}`.trim();
+    if (handle.getAttribute('aria-valuetext') !== text) handle.setAttribute('aria-valuetext', text);
+  };
+  const name = () => {
+    document.title = 'KV cache TTL kit';
+    document.documentElement.lang = 'en';
+    for (const row of document.querySelectorAll('.kv-page .widget-inline-hbox, .kv-page .kv-control')) {
+      const text = label(row);
+      for (const part of row.querySelectorAll('input, select, .noUi-handle')) {
+        if (text && !part.getAttribute('aria-label')) part.setAttribute('aria-label', text);
+        if (part.matches('.noUi-handle')) spoken(part, row.closest('.kv-control') ?? row);
+      }
+    }
+    for (const line of document.querySelectorAll('.kv-status, .kv-readout')) line.setAttribute('role', 'status');
+    for (const image of document.querySelectorAll('img.kv-picture')) {
+      image.alt = image.parentElement.querySelector('.kv-readout b')?.textContent ?? '';
+    }
+  };
+  let due = false;
+  const soon = () => { if (!due) { due = true; setTimeout(() => { due = false; name(); }, 100); } };
+  new MutationObserver((changes) => {
+    for (const { target } of changes) {
+      if (target.matches?.('.noUi-handle')) spoken(target, target.closest('.kv-control') ?? target.closest('.widget-inline-hbox'));
+    }
+    soon();
+  }).observe(document.body, { subtree: true, childList: true, attributes: true, attributeFilter: ['aria-valuenow'] });
+})();
