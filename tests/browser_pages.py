@@ -116,9 +116,14 @@ class ExplorerPage:
             self.handle(name).press(key)
 
     def drag(self, name, dx, steps=40):
-        """Drag a slider's handle by `dx` pixels in `steps` moves."""
-        self.handle(name).scroll_into_view_if_needed()
-        box = self.handle(name).bounding_box()
+        """Drag a setting's handle by `dx` pixels in `steps` moves."""
+        self.drag_in(f"kv-slider-{name}", dx, steps)
+
+    def drag_in(self, mark, dx, steps=40):
+        """Drag the handle of the slider that has a class."""
+        handle = self.page.locator(f".{mark}:visible .noUi-handle")
+        handle.scroll_into_view_if_needed()
+        box = handle.bounding_box()
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         self.page.mouse.move(x, y)
         self.page.mouse.down()
@@ -155,12 +160,12 @@ class ExplorerPage:
             assert time.monotonic() < deadline_s, f"{self.values()} {self.readout}"
             self.page.wait_for_timeout(50)
 
-    def status(self, words):
+    def status(self, words, timeout_s=60):
         line = self.page.locator(".kv-status:visible", has_text=words)
-        line.wait_for()
+        line.wait_for(timeout=timeout_s * 1e3)
         return line.inner_text()
 
-    def screenshot(self, name):
+    def screenshot(self, name, full_page=True):
         ARTIFACTS.mkdir(exist_ok=True)
-        self.page.screenshot(path=ARTIFACTS / name, full_page=True)
+        self.page.screenshot(path=ARTIFACTS / name, full_page=full_page)
         return ARTIFACTS / name

@@ -48,6 +48,7 @@ class Control:
         label = widgets.Label(setting.label, layout=_fixed(_LABEL))
         unit = widgets.Label(setting.unit, layout=_fixed("74px"))
         row = widgets.HBox([label, self.slider, self.entry, unit])
+        row.add_class("kv-control")
         self.widget = widgets.VBox([row, self.message])
         self.set(value)
         self.slider.observe(self._slider_moved, "value")
@@ -99,8 +100,8 @@ class Control:
 
 def labelled(kind: type, label: str, **options) -> widgets.Widget:
     """Return a widget whose label is as wide as those of the settings."""
-    options |= {"style": {"description_width": _LABEL}, "layout": widgets.Layout(width="auto")}
-    return kind(description=label, **options)
+    style = {"description_width": _LABEL}
+    return kind(description=label, style=style, layout=widgets.Layout(width="auto"), **options)
 
 
 def warning(text: str) -> str:

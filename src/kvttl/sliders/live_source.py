@@ -61,7 +61,7 @@ class Seen(NamedTuple):
         return {tier: prices[tier] for tier in TIERS if prices.get(tier) is not None}
 
 
-class Source:
+class LiveSource:
     """Reads a server at an address, again and again.
 
     Parameters

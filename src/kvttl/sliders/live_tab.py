@@ -17,21 +17,21 @@ from kvttl.lmcache.client import LMCacheError
 from kvttl.plots.panels import TIER_COLOURS, duration
 from kvttl.replay.tables import export
 from kvttl.sliders.controls import labelled, warning
-from kvttl.sliders.live_source import OWN, Seen, Source
-from kvttl.sliders.panel import beside, button, heading, row
-from kvttl.sliders.readout import table
+from kvttl.sliders.live_source import OWN, LiveSource, Seen
+from kvttl.sliders.panel import Tab, beside, button, heading, row
+from kvttl.sliders.readout import small_table
 
 _SHOWN = 9  # decisions
 _EVERY_S = {"every second": 1.0, "every 2 s": 2.0, "every 10 s": 10.0, "every minute": 60.0}
 
 
-class LiveTab(widgets.HBox):
+class LiveTab(Tab):
     """What a running server says of itself, read again every few seconds while it is looked at.
 
     Parameters
     ----------
     url : str
-        Where it answers at first; see `Source`.
+        Where it answers at first; see `LiveSource`.
     folder : path
         Where exports go: ``live_<time>.csv`` and ``.json``.
 
@@ -42,25 +42,22 @@ class LiveTab(widgets.HBox):
     """
 
     def __init__(self, url: str, folder: str | Path = "data/exports") -> None:
+        super().__init__()
         self.seen: Seen | None = None
-        self._source, self._task, self._folder = Source(url), None, user_path(folder)
-        options = {"continuous_update": False}
-        self.url = labelled(widgets.Text, "server", value=url, **options)
+        self._source, self._task, self._folder = LiveSource(url), None, user_path(folder)
+        self.url = labelled(widgets.Text, "server", value=url, continuous_update=False)
         self.every_s = labelled(widgets.Dropdown, "refreshed", options=_EVERY_S.items(), value=2.0)
-        self.said, self.status = widgets.HTML(), widgets.HTML()
-        self.panels = {n: widgets.HTML() for n in ("where", "hits", "price", "regret", "last")}
-        for name, part in {"said": self.said, "status": self.status, **self.panels}.items():
-            part.add_class(f"kv-{name}" if name == "status" else f"kv-live-{name}")
-        self.url.add_class("kv-url")
+        self.said, self.panels = widgets.HTML(), {name: widgets.HTML() for name in _PANELS}
+        for name, part in {"said": self.said, **self.panels}.items():
+            part.add_class(f"kv-live-{name}")
         self.url.observe(self._moved, "value")
         tip = "The last decisions as CSV, all else as JSON"
-        press = button("Export live", tip, self._export_pressed, "primary")
+        press = button("Export live", tip, lambda _: self.report(self._exported), "primary")
         left = (self.url, self.every_s, row(press), self.said, self.status)
         cards = [_card(title, self.panels[name]) for name, title in _TITLES.items()]
         grid = widgets.Layout(grid_template_columns="1fr 1fr", grid_gap="8px 32px")
         last = _card("Last decisions", self.panels["last"])
-        super().__init__(beside(left, (widgets.GridBox(cards, layout=grid), last)))
-        self.layout = widgets.Layout(flex_flow="row wrap", grid_gap="0 20px")
+        self.children = beside(left, (widgets.GridBox(cards, layout=grid), last))
 
     def follow(self) -> None:
         """Begin to read again and again; needs a running event loop, as a kernel has."""
@@ -83,13 +80,12 @@ class LiveTab(widgets.HBox):
         source = self._source
         try:
             seen = await asyncio.to_thread(source.read)
+            if source is self._source:
+                self.show(seen)
         except LMCacheError as error:
             since = f" What is shown is of {_clock(self.seen.time_s)}." if self.seen else ""
             again = f"It is asked again {self.every_s.label}."
             self.said.value = warning(f"{error}. {again}{since}")
-            return
-        if source is self._source:
-            self.show(seen)
 
     def show(self, seen: Seen) -> None:
         """Show what was read; a panel of which nothing has changed is left alone."""
@@ -100,7 +96,7 @@ class LiveTab(widgets.HBox):
             self.panels[name].value = make(seen)
 
     def _moved(self, change):
-        self._source, self.seen = Source(change["new"]), None
+        self._source, self.seen = LiveSource(change["new"]), None
         for part in (self.said, *self.panels.values()):
             part.value = ""
         if self._task is not None:
@@ -116,11 +112,8 @@ class LiveTab(widgets.HBox):
         path.with_suffix(".json").write_bytes(msgspec.json.encode(facts))
         return [path, path.with_suffix(".json")]
 
-    def _export_pressed(self, _):
-        try:
-            self.status.value = html.escape(f"exported to {' and '.join(map(str, self.export()))}")
-        except (OSError, ValueError) as error:
-            self.status.value = warning(str(error))
+    def _exported(self):
+        return f"exported to {' and '.join(map(str, self.export()))}"
 
 
 def _card(title, panel):
@@ -133,15 +126,15 @@ def _clock(time_s):
 
 def _bars(rows, most=1.0):
     """Return bars with what they are and their number: rows of (name, colour, number, text)."""
-    lines = [
+    return "".join(
         f"<div style='display:flex;align-items:center;line-height:1.6'>"
         f"<span style='flex:0 0 7em'>{html.escape(name)}</span>"
-        f"<span style='flex:1 1 0;background:var(--jp-layout-color2)'><span style='display:block;"
-        f"height:12px;background:{colour};width:{min(1, number / (most or 1)):.2%}'></span></span>"
+        "<span style='flex:1 1 0;background:var(--jp-layout-color2)'><span class='kv-colour' style="
+        f"'display:block;height:12px;background:{colour};width:{number / (most or 1):.2%};"
+        "max-width:100%'></span></span>"
         f"<span style='flex:0 0 9.5em;text-align:right'>{html.escape(text)}</span></div>"
         for name, colour, number, text in rows
-    ]
-    return "".join(lines)
+    )
 
 
 def _where(seen):
@@ -211,7 +204,7 @@ def _last(seen):
         )
         for each in seen.records[:_SHOWN]
     ]
-    return table(heads, rows)
+    return small_table(heads, rows)
 
 
 _TITLES = {"where": "Where it is now", "hits": "Hits by tier", "price": "Price", "regret": "Regret"}

@@ -14,7 +14,23 @@ from kvttl.traces.reading import read_trace
 from kvttl.traces.trace import Trace
 
 
-class SettingsPanel(widgets.HBox):
+class Tab(widgets.HBox):
+    """Controls beside what is shown, and a status line that buttons report to."""
+
+    def __init__(self) -> None:
+        self.status = widgets.HTML()
+        self.status.add_class("kv-status")
+        super().__init__(layout=widgets.Layout(flex_flow="row wrap", grid_gap="0 20px"))
+
+    def report(self, work: Callable[[], str]) -> None:
+        """Do what a button asks; say what came of it, also if it failed."""
+        try:
+            self.status.value = html.escape(work())
+        except (OSError, ValueError) as error:
+            self.status.value = warning(str(error))
+
+
+class SettingsPanel(Tab):
     """Controls of a `HeuristicConfig` beside a picture, a readout and a status line.
 
     A subclass draws (`draw`), and puts what `beside` returns into ``children``.
@@ -42,10 +58,9 @@ class SettingsPanel(widgets.HBox):
         self.controls = {name: Control(name, value, changed) for name, value in settings.items()}
         self.image = widgets.Image(format="png", layout=widgets.Layout(width="100%"))
         self.image.add_class("kv-picture")
-        self.readout, self.status = widgets.HTML(), widgets.HTML()
+        self.readout = widgets.HTML()
         self.readout.add_class("kv-readout")
-        self.status.add_class("kv-status")
-        super().__init__(layout=widgets.Layout(flex_flow="row wrap", grid_gap="0 20px"))
+        super().__init__()
 
     @property
     def values(self) -> dict[str, float]:
@@ -132,10 +147,7 @@ class SettingsPanel(widgets.HBox):
     def report(self, work: Callable[[], str]) -> None:
         """Do what a button asks; say what came of it, also if it failed."""
         invalid = f" (the last valid settings; see {', '.join(self.errors)})" if self.errors else ""
-        try:
-            self.status.value = html.escape(work() + invalid)
-        except (OSError, ValueError) as error:
-            self.status.value = warning(str(error))
+        super().report(lambda: work() + invalid)
 
 
 class TraceChoice:
@@ -160,8 +172,6 @@ class TraceChoice:
         self.dropdown = labelled(widgets.Dropdown, "trace", options=list(traces))
         self.file = labelled(widgets.Text, "or a file", **path)
         self.widgets = (self.dropdown, self.file)
-        self.dropdown.add_class("kv-trace")
-        self.file.add_class("kv-file")
         self.file.observe(self._named, "value")
 
     def _named(self, change):

@@ -52,10 +52,10 @@ def readout(found: Changes, decisions: int, source: str = "") -> str:
     before, after = found.moved.sum(axis=1), found.moved.sum(axis=0)
     rows = map(_row, TIERS, before, after, found.before_token_s, found.after_token_s)
     heads = ("tier", "decisions", "memory-time (million token-seconds)", "change")
-    return text + table(heads, rows)
+    return text + small_table(heads, rows)
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def small_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return rows of cells, HTML already, as a small table; the first cell of a row names it."""
     head = "".join(f"<th scope='col' {_CELL}>{title}</th>" for title in heads)
     lines = [

@@ -27,7 +27,7 @@ from kvttl.replay.tables import at_same_memory, export, mean_blocks_held
 from kvttl.sliders.controls import labelled
 from kvttl.sliders.panel import SettingsPanel, TraceChoice, beside, button, row
 from kvttl.sliders.picture import MovingPicture
-from kvttl.sliders.readout import table
+from kvttl.sliders.readout import small_table
 from kvttl.traces.trace import Trace
 
 THIS = "this"  # the name of what is set among its peers
@@ -213,8 +213,7 @@ class ReplayTab(SettingsPanel):
         chosen = (self.trace, self.policy, self.capacity, self.tariff, self.perplexity)
         for widget in (*chosen, self.has_perplexity):
             widget.observe(self.redraw_soon, "value")
-        for name in ("policy", "capacity", "share", "tariff", "perplexity"):
-            getattr(self, name).add_class(f"kv-{name}")
+        self.share.add_class("kv-share")
         self.export_button = button("Export replay", "PNG and CSV", self._export_pressed, "primary")
         asked = (self.trace, self.file, self.policy, self.capacity, self.share, self.tariff)
         known = (self.has_perplexity, self.perplexity, row(self.export_button))
@@ -270,4 +269,4 @@ def replay_readout(view: ReplayView) -> str:
         for name, title in _ROWS.items()
         for found in (view.figures[name],)
     ]
-    return text + table(heads, rows)
+    return text + small_table(heads, rows)

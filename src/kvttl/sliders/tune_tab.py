@@ -18,8 +18,8 @@ from kvttl.replay.command import parse_capacity
 from kvttl.replay.tables import export
 from kvttl.settings import FILE_NAME, save_settings
 from kvttl.sliders.controls import labelled, warning
-from kvttl.sliders.panel import TraceChoice, beside, button, row
-from kvttl.sliders.readout import table
+from kvttl.sliders.panel import Tab, TraceChoice, beside, button, row
+from kvttl.sliders.readout import small_table
 from kvttl.traces.trace import Trace
 from policy_tuning import MEASURES, Question, Tuning, tune
 
@@ -36,7 +36,7 @@ class _Stopped(Exception):
     """The search was told to stop."""
 
 
-class TuneTab(widgets.HBox):
+class TuneTab(Tab):
     """A search of `policy_tuning`, beside the kernel's loop, and what it found.
 
     Parameters
@@ -60,6 +60,7 @@ class TuneTab(widgets.HBox):
         take: Callable[[HeuristicConfig], object],
         data_folder: str | Path = "data",
     ) -> None:
+        super().__init__()
         self.tuning: Tuning | None = None
         self._take, self._folder, self._task = take, user_path(data_folder), None
         self._stopping, self._drawn_s = False, 0.0
@@ -77,23 +78,19 @@ class TuneTab(widgets.HBox):
         self.bar = widgets.IntProgress(layout=widgets.Layout(width="auto"))
         hidden = widgets.Layout(width="100%", max_width="820px", display="none")
         self.image = widgets.Image(format="png", layout=hidden)
-        self.readout, self.status = widgets.HTML(_ABOUT), widgets.HTML()
+        self.readout = widgets.HTML(_ABOUT)
         self.search = button("Search", "Go on where this question stopped", self._pressed, "info")
-        self.stop = button("Stop", "Trials are kept", lambda _: self._stop())
+        self.stop = button("Stop", "Trials are kept", self._stop)
         tip = f"Write {FILE_NAME}, and set the sliders of Decisions and Replay"
-        self.over = button("Take over", tip, lambda _: self._report(self._taken), "success")
-        save = ("All trials as CSV, and the picture", lambda _: self._report(self._exported))
+        self.over = button("Take over", tip, lambda _: self.report(self._taken), "success")
+        save = ("All trials as CSV, and the picture", lambda _: self.report(self._exported))
         self.save = button("Export search", *save, "primary")
-        for name in ("policy", "capacity", "goal", "against", "trials", "seed", "split", "bar"):
-            getattr(self, name).add_class(f"kv-tune-{name}")
-        for part, name in ((self.image, "picture"), (self.readout, "readout")):
-            part.add_class(f"kv-{name}")
-        self.status.add_class("kv-status")
+        self.image.add_class("kv-picture")
+        self.readout.add_class("kv-readout")
         asked = (self.policy, self.capacity, self.goal, self.against)
         how = (self.split, self.trials, self.seed, row(self.search, self.stop), self.bar)
         left = (*self.choice.widgets, *asked, *how, row(self.over, self.save), self.status)
-        super().__init__(beside(left, (self.image, self.readout)))
-        self.layout = widgets.Layout(flex_flow="row wrap", grid_gap="0 20px")
+        self.children = beside(left, (self.image, self.readout))
         self._enable(running=False)
 
     def question(self) -> Question:
@@ -146,17 +143,11 @@ class TuneTab(widgets.HBox):
         self.search.disabled, self.stop.disabled = running, not running
         self.over.disabled = self.save.disabled = self.tuning is None
 
-    def _pressed(self, _):
-        self._task = asyncio.get_running_loop().create_task(self.run())
-
-    def _stop(self):
+    def _stop(self, _):
         self._stopping = True
 
-    def _report(self, work):
-        try:
-            self.status.value = html.escape(work())
-        except (OSError, ValueError) as error:
-            self.status.value = warning(str(error))
+    def _pressed(self, _):
+        self._task = asyncio.get_running_loop().create_task(self.run())
 
     def _taken(self):
         path = save_settings(self.tuning.config, self._folder / FILE_NAME)
@@ -177,4 +168,4 @@ def readout_of(tuning: Tuning) -> str:
         if value != start[n]
     ]
     lead = f"<b>{html.escape(tuning.sentence)}</b>"
-    return lead + (table(("setting", "default", "found", ""), changed) if changed else "")
+    return lead + (small_table(("setting", "default", "found", ""), changed) if changed else "")
