@@ -132,4 +132,5 @@ def _slider(setting):
     low, high = setting.slider
     if low == 0:
         return widgets.FloatSlider(min=low, max=high, **options)
-    return widgets.FloatLogSlider(value=low, min=math.log10(low), max=math.log10(high), **options)
+    options |= {"min": math.log10(low), "max": math.log10(high)}
+    return widgets.FloatLogSlider(value=low, _dom_classes=("kv-log",), **options)

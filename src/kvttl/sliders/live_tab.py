@@ -22,6 +22,7 @@ from kvttl.sliders.panel import Tab, beside, button, heading, row
 from kvttl.sliders.readout import small_table
 
 _SHOWN = 9  # decisions
+_GREY = "var(--jp-ui-font-color3)"
 _EVERY_S = {"every second": 1.0, "every 2 s": 2.0, "every 10 s": 10.0, "every minute": 60.0}
 
 
@@ -156,7 +157,7 @@ def _hits(seen):
     rows = [(tier, TIER_COLOURS[tier], hits[tier], f"{hits[tier]:.1%}") for tier in TIERS]
     left = 1 - sum(hits.values())
     asked = seen.of("prompt_tokens_total").get("", 0)
-    rows.append(("computed", TIER_COLOURS["none"], left, f"{left:.1%}"))
+    rows.append(("computed", _GREY, left, f"{left:.1%}"))
     again = seen.of("wanted_again_tokens_total")
     gone = ", ".join(f"{reason} {n:,.0f}" for reason, n in again.items() if n)
     lost = f"; computed again, by why they were gone: {gone}" if gone else ""
@@ -178,9 +179,9 @@ def _regret(seen):
     found = seen.regret()
     if not found:
         return "Nothing yet: the meter counts once a minute, the optimum an hour late."
-    own, grey = found[OWN], "var(--jp-ui-font-color3)"
+    own = found[OWN]
     rows = [
-        (n, TIER_COLOURS["gpu"] if n == OWN else grey, x, f"{x:.1%} ({(x - own) * 100:+.1f})")
+        (n, TIER_COLOURS["gpu"] if n == OWN else _GREY, x, f"{x:.1%} ({(x - own) * 100:+.1f})")
         for n, x in found.items()
     ]
     return _bars(rows) + "<div>of prompt tokens hit in gpu's room (points over this server)</div>"

@@ -213,7 +213,8 @@ class ReplayTab(SettingsPanel):
         chosen = (self.trace, self.policy, self.capacity, self.tariff, self.perplexity)
         for widget in (*chosen, self.has_perplexity):
             widget.observe(self.redraw_soon, "value")
-        self.share.add_class("kv-share")
+        for mark in ("kv-share", "kv-log"):
+            self.share.add_class(mark)
         self.export_button = button("Export replay", "PNG and CSV", self._export_pressed, "primary")
         asked = (self.trace, self.file, self.policy, self.capacity, self.share, self.tariff)
         known = (self.has_perplexity, self.perplexity, row(self.export_button))

@@ -5,8 +5,7 @@
   const spoken = (handle, row) => {
     const entry = row.querySelector('input[type=number]');
     const now = Number(handle.getAttribute('aria-valuenow'));
-    const is_log = Number(handle.getAttribute('aria-valuemin')) < 0 || row.querySelector('.kv-log');
-    const value = is_log ? 10 ** now : now;
+    const value = handle.closest('.kv-log') ? 10 ** now : now;
     const text = `${Number(value.toPrecision(3))} ${entry ? unit(row) ?? '' : ''}`.trim();
     if (handle.getAttribute('aria-valuetext') !== text) handle.setAttribute('aria-valuetext', text);
   };
