@@ -61,6 +61,8 @@ def test_a_tab_that_cannot_be_made_says_why_and_is_tried_again(page, monkeypatch
     page.selected_index = 1
     replay = page.tab("Replay")
     assert "\u26a0" in replay.readout.value and "sample_trace" in replay.readout.value
+    replay.export_button.click()
+    assert "nothing to export" in replay.status.value
     sample.write_bytes(trace)
     replay.update(alpha=0.3)
     assert "of tokens hit" in replay.readout.value

@@ -83,7 +83,7 @@ class LiveTab(Tab):
             seen = await asyncio.to_thread(source.read)
             if source is self._source:
                 self.show(seen)
-        except LMCacheError as error:
+        except (LMCacheError, LookupError, TypeError, ValueError) as error:  # or of a newer kit
             since = f" What is shown is of {_clock(self.seen.time_s)}." if self.seen else ""
             again = f"It is asked again {self.every_s.label}."
             self.said.value = warning(f"{error}. {again}{since}")
@@ -169,10 +169,7 @@ def _price(seen):
     if not prices:
         return "No price: TTLs and tier rules decide (a policy that learns has one for each tier)."
     rows = [(t, TIER_COLOURS[t], p, f"{p:.3g}") for t, p in prices.items()]
-    return (
-        _bars(rows, max(prices.values()))
-        + "<div>what a place is worth, in the last decisions</div>"
-    )
+    return _bars(rows, max(prices.values())) + "<div>of a place, in the last decisions</div>"
 
 
 def _regret(seen):
@@ -191,21 +188,19 @@ def _last(seen):
     if not seen.records:
         return "None yet." if seen.status else "They are in the manager's log (Decisions)."
     heads = ("time", "what", "prompt", "tokens", "hit", "TTL", "tier", "moved", "error")
-    rows = [
-        (
-            _clock(each["time_s"]),
-            each.get("kind", "generation"),
-            html.escape(each["prompt_digest"][:10]),
-            f"{each.get('prompt_tokens', 0):,}",
-            ", ".join(f"{t} {n}" for t, n in each.get("hit_tokens", {}).items() if n),
-            duration(each["ttl_s"]) if each.get("ttl_s") is not None else "",
-            each.get("wanted_tier") or "",
-            ", ".join(f"{m.get('from')}→{m.get('to')}" for m in each.get("moves", ())),
-            html.escape((each.get("error") or "")[:60]),
-        )
-        for each in seen.records[:_SHOWN]
-    ]
-    return small_table(heads, rows)
+    return small_table(heads, (map(html.escape, _cells(each)) for each in seen.records[:_SHOWN]))
+
+
+def _cells(record):
+    yield _clock(record["time_s"])
+    yield record.get("kind", "generation")
+    yield record["prompt_digest"][:10]
+    yield f"{record.get('prompt_tokens', 0):,}"
+    yield ", ".join(f"{tier} {n}" for tier, n in record.get("hit_tokens", {}).items() if n)
+    yield "" if record.get("ttl_s") is None else duration(record["ttl_s"])
+    yield record.get("wanted_tier") or ""
+    yield ", ".join(f"{move.get('from')}→{move.get('to')}" for move in record.get("moves", ()))
+    yield (record.get("error") or "")[:60]
 
 
 _TITLES = {"where": "Where it is now", "hits": "Hits by tier", "price": "Price", "regret": "Regret"}

@@ -199,6 +199,7 @@ class ReplayTab(SettingsPanel):
         super().__init__(config or HeuristicConfig())
         self.costs, self.folder = costs, user_path(folder)
         self._pictures: dict[str, ReplayPicture] = {}
+        self._drawn: dict[str, object] = {}
         self.trace, self.file = choice.widgets
         self.policy = labelled(widgets.Dropdown, "policy", options=_CHOICES.items())
         limit = {"placeholder": "what the TTLs hold", "continuous_update": False}
@@ -242,6 +243,8 @@ class ReplayTab(SettingsPanel):
 
     def export(self) -> list[Path]:
         """Write what is drawn, the last possible settings, as CSV and PNG; returns the files."""
+        if not self._drawn:
+            raise ValueError("there is nothing to export: no trace was replayed yet")
         name = self._drawn["trace"]
         stem = re.sub(r"[^\w.-]+", "_", f"replay_{name}")
         frame = pd.DataFrame([self._drawn])

@@ -76,7 +76,7 @@ class TuneTab(Tab):
         split = {"min": 0.1, "max": 0.9, "step": 0.05}
         self.split = labelled(widgets.FloatSlider, "tuned on, of time", value=0.5, **split)
         self.bar = widgets.IntProgress(layout=widgets.Layout(width="auto"))
-        hidden = widgets.Layout(width="100%", max_width="820px", display="none")
+        hidden = widgets.Layout(width="100%", max_width="640px", display="none")
         self.image = widgets.Image(format="png", layout=hidden)
         self.readout = widgets.HTML(_ABOUT)
         self.search = button("Search", "Go on where this question stopped", self._pressed, "info")
@@ -106,7 +106,7 @@ class TuneTab(Tab):
         self._enable(running=True)
         loop = asyncio.get_running_loop()
         try:
-            question, trace = self.question(), self.choice.trace()
+            question, trace = self.question(), await asyncio.to_thread(self.choice.trace)
             how = (trace, question, self.trials.value, self._folder / "runs" / "tune")
             watch = self._watcher(loop, question)
             self.tuning = await asyncio.to_thread(tune, *how, watch=watch)
@@ -115,8 +115,8 @@ class TuneTab(Tab):
             self.status.value = "Found: look at the rest before you take it over."
         except _Stopped:
             self.status.value = "Stopped; Search goes on from here."
-        except (OSError, ValueError) as error:
-            self.status.value = warning(str(error))
+        except Exception as error:
+            self.status.value = warning(f"{error}")
         finally:
             self._enable(running=False)
 

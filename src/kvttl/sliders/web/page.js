@@ -3,11 +3,13 @@
   const label = (row) => row.querySelector('.widget-label')?.textContent.trim();
   const unit = (row) => (row.querySelector(':scope > .widget-label:last-child') ?? {}).textContent;
   const spoken = (handle, row) => {
+    const said = handle.getAttribute('aria-valuetext');
+    if (said === handle.dataset.kvSaid) return;
+    const position = parseFloat(said);  // aria-valuenow has one digit behind the point only
+    const value = handle.closest('.kv-log') ? 10 ** position : position;
     const entry = row.querySelector('input[type=number]');
-    const now = Number(handle.getAttribute('aria-valuenow'));
-    const value = handle.closest('.kv-log') ? 10 ** now : now;
-    const text = `${Number(value.toPrecision(3))} ${entry ? unit(row) ?? '' : ''}`.trim();
-    if (handle.getAttribute('aria-valuetext') !== text) handle.setAttribute('aria-valuetext', text);
+    handle.dataset.kvSaid = `${Number(value.toPrecision(3))} ${entry ? unit(row) ?? '' : ''}`.trim();
+    handle.setAttribute('aria-valuetext', handle.dataset.kvSaid);
   };
   const name = () => {
     document.title = 'KV cache TTL kit';
@@ -31,5 +33,5 @@
       if (target.matches?.('.noUi-handle')) spoken(target, target.closest('.kv-control') ?? target.closest('.widget-inline-hbox'));
     }
     soon();
-  }).observe(document.body, { subtree: true, childList: true, attributes: true, attributeFilter: ['aria-valuenow'] });
+  }).observe(document.body, { subtree: true, childList: true, attributes: true, attributeFilter: ['aria-valuetext'] });
 })();
