@@ -30,7 +30,7 @@ GOAL_P50_MS = 120.0
 STEPS = 50
 SLIDERS = ("alpha", "hot_threshold", "base_ttl", "variance_threshold", "recent_seconds")
 
-REPLAYED = ("base_ttl", "alpha")  # of which every step changes a replay
+REPLAYED = ("base_ttl",)  # of which every step changes a replay
 
 _SHOWN = "[...document.querySelectorAll('.kv-picture')].find(p => p.checkVisibility())"
 _START_S, _STOP_S = 60.0, 10.0  # of a server
