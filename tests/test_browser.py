@@ -195,6 +195,7 @@ def test_replay_follows_mouse_and_keyboard_and_exports(tabs):
     before = page.readout
     page.drag_in("kv-share", -60)  # by mouse
     page.until(lambda: page.readout != before)
+    page.settle()
     capacity = page.page.get_by_label("capacity").locator("visible=true").input_value()
     assert 0 < float(capacity) < 0.1
     page.page.get_by_label("policy").locator("visible=true").select_option(

@@ -399,7 +399,7 @@ def test_the_plain_functions_work_without_widgets():
     picture = ReplayPicture(index)
     empty = picture.png()
     picture.update(view)
-    assert picture.png() != empty and "points over recency" in replay_readout(view)
+    assert picture.png() != empty and "points above recency" in replay_readout(view)
     with pytest.raises(ValueError, match="at least one trace"):
         ReplayTab({})
 

@@ -31,7 +31,7 @@ from kvttl.sliders.readout import small_table
 from kvttl.traces.trace import Trace
 
 THIS = "this"  # the name of what is set among its peers
-_ROWS = {THIS: "these settings", "recency": "recency: LMCache's LRU", "optimal": "optimum"}
+_ROWS = {THIS: "as set here", "recency": "recency: LMCache's LRU", "optimal": "optimum"}
 _ROWS["no_cache"] = "no cache"
 _CHOICES = {
     "these settings: TTL and tier": "heuristic",
@@ -40,7 +40,7 @@ _CHOICES = {
     "adaptive": "adaptive",
     "LRU, block by block": "lru",
 }
-_GIVEN = "give all prompts a perplexity, which traces do not know"
+_GIVEN = "give all prompts a perplexity"
 _CURVE_SHARES = np.geomspace(0.002, 1.0, 12)  # of unique blocks
 
 
@@ -140,7 +140,7 @@ class ReplayPicture(MovingPicture):
         most = replay(self.index, "infinite").token_hit_ratio
         axes.set(xscale="log", xlim=(0.002, 1.2), ylim=(0, min(1.02, 1.3 * most + 0.02)))
         axes.set(xlabel="blocks held on average, share of unique", ylabel="token hit ratio")
-        (self._now,) = axes.plot([], [], "*", color="#D55E00", ms=15, label="these settings")
+        (self._now,) = axes.plot([], [], "*", color="#D55E00", ms=15, label=_ROWS[THIS])
         (self._same,) = axes.plot([], [], "o", color="#0072B2", ms=6, label="at the same memory")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8, loc="upper left")
@@ -258,8 +258,9 @@ def replay_readout(view: ReplayView) -> str:
     """Return the figures of a setting and its peers as a table, HTML."""
     values, unique = view.figures[THIS], max(view.result.trace.unique_blocks, 1)
     lead = values["token_hit_ratio"] - view.figures["recency"]["token_hit_ratio"]
-    text = f"<b>{values['token_hit_ratio']:.1%} of tokens hit</b>, {lead * 100:+.1f} points over"
-    text += f" recency; {values['speedup']:.2f} times faster to the first token than no cache"
+    apart = f"{abs(lead) * 100:.1f} points {'below' if lead < 0 else 'above'} recency"
+    text = f"<b>{values['token_hit_ratio']:.1%} of tokens hit</b>, {apart}"
+    text += f"; {values['speedup']:.2f} times faster to the first token than no cache"
     heads = ("", "tokens hit", "TTFT mean", "TTFT median", "$ per million tokens", "blocks held")
     rows = [
         (
