@@ -41,12 +41,9 @@ def readout(found: Changes, decisions: int, source: str = "") -> str:
     source : str
         Where the run's log is.
     """
-    of_run = (
-        f" <span style='color:var(--jp-ui-font-color2)'>({html.escape(source)})</span>"
-        if source
-        else ""
-    )
-    text = f"<b>{sentence(found, decisions)}</b>{of_run}"
+    text = f"<b>{sentence(found, decisions)}</b>"
+    if source:
+        text += f" <span style='color:var(--jp-ui-font-color2)'>({html.escape(source)})</span>"
     if not decisions:
         return text
     before, after = found.moved.sum(axis=1), found.moved.sum(axis=0)
