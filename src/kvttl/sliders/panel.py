@@ -191,7 +191,7 @@ class TraceChoice:
 def beside(controls: Sequence[widgets.Widget], shown: Sequence[widgets.Widget]) -> list:
     """Return two columns: what is set, and what comes of it; one above the other where narrow."""
     columns = [widgets.VBox(list(parts)) for parts in (controls, shown)]
-    for column, flex, name in zip(columns, ("0 1 450px", "1 1 600px"), ("controls", "shown")):
+    for column, flex, name in zip(columns, ("0 1 440px", "1 1 500px"), ("controls", "shown")):
         column.layout.flex, column.layout.min_width = flex, "0"
         column.add_class(f"kv-{name}")
     return columns
