@@ -160,8 +160,8 @@ VOILA := --Voila.ip=127.0.0.1 --show_tracebacks=True --ExecutePreprocessor.timeo
 	--VoilaConfiguration.file_allowlist=[]
 LAB = --ServerApp.ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
-app: $(READY) ## sliders and plots as a page, without code (this machine only; PORT=)
-	@env JUPYTER_PREFER_ENV_PATH=1 $(PY) -m voila notebooks/04_ttl_and_tier_plots.ipynb $(VOILA) --port=$(or $(PORT),8866)
+app: $(READY) ## decisions, replay, tuning and a live server as a page (this machine only; PORT=)
+	@env JUPYTER_PREFER_ENV_PATH=1 $(PY) -m voila src/kvttl/sliders/web/page.ipynb $(VOILA) --port=$(or $(PORT),8866)
 
 lab: $(READY) ## JupyterLab on the notebooks (this machine only; PORT=)
 	@env JUPYTER_PREFER_ENV_PATH=1 $(PY) -m jupyterlab $(LAB) --ServerApp.port=$(or $(PORT),8888)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -194,6 +194,7 @@ def tune(
     trials: int = 200,
     folder: str | Path | None = None,
     progress: bool = False,
+    watch: Callable[[pd.DataFrame], None] | None = None,
 ) -> Tuning:
     """Search the settings of a policy that are best for a goal.
 
@@ -203,6 +204,9 @@ def tune(
         Settings to try, >= 1; the first are the start settings.
     folder : path, optional
         Where trials are kept: the same question goes on where it stopped.
+    watch : callable, optional
+        Is given ``Tuning.trials`` so far, without settings and scores on the rest, again and
+        again; what it raises ends the search.
 
     Raises
     ------
@@ -225,7 +229,7 @@ def tune(
         figures[question.paid_with] = limit
     _, limit = question.costs_of(figures)
     study = _study(trace, question, folder)
-    _search(study, parts, limit, trials, progress)
+    _search(study, parts, limit, trials, progress, watch)
     return _outcome(_done(study), parts, limit)
 
 
@@ -254,7 +258,7 @@ def _done(study):
     return study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
 
 
-def _search(study, parts, limit, trials, progress):
+def _search(study, parts, limit, trials, progress, watch):
     """Try settings, several at a time, until there are so many trials.
 
     Each batch has a generator of its own, so a search that goes on is as one that never stopped.
@@ -279,6 +283,17 @@ def _search(study, parts, limit, trials, progress):
                 study.tell(trial, goal)
             done += len(asked)
             bar.update(len(asked))
+            if watch is not None:
+                watch(_so_far(_done(study), question, limit))
+
+
+def _so_far(done, question, limit):
+    figures = [trial.user_attrs["measures"] for trial in done]
+    goal, paid = np.array([question.costs_of(row) for row in figures]).T
+    frame = pd.DataFrame(figures).assign(role="", **{f"{name}_rest": np.nan for name in MEASURES})
+    frame.loc[np.where(paid <= limit, goal, np.inf).argmin(), "role"] = "taken"
+    frame.loc[0, "role"] = "start"
+    return frame
 
 
 def _outcome(done, parts, limit):

@@ -1,4 +1,4 @@
-"""Notebook 04 in a browser, in JupyterLab and in Voilà: helpers of test_browser.py."""
+"""The page of `make app` and notebook 04 in a browser: helpers of test_browser.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from pathlib import Path
 
 from redis_fixtures import free_port
 
-from kvttl.bench.sliders import APP_NOTEBOOK, open_app, running, server_command
+from kvttl.bench.sliders import (
+    NOTEBOOK,
+    open_app,
+    running,
+    server_command,
+    wait_for_picture,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 ARTIFACTS = ROOT / "test_artifacts"  # not in git
@@ -40,7 +46,7 @@ def served_lab(project):
     home = str(lab_home(project))
     command = [*server_command("lab", port), *options]
     with running(command, port, project, JUPYTER_CONFIG_DIR=home) as url:
-        yield lambda chromium: open_lab(chromium, f"{url}/lab/tree/{APP_NOTEBOOK}?reset")
+        yield lambda chromium: open_lab(chromium, f"{url}/lab/tree/{NOTEBOOK}?reset")
 
 
 def lab_home(project):
@@ -66,11 +72,11 @@ def run_all(page):
     page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
     page.wait_for_function(_LAB_READY)
     page.wait_for_selector(".kv-picture")
-    page.wait_for_function("document.querySelector('.kv-picture').naturalWidth > 0")
+    wait_for_picture(page)
 
 
 class ExplorerPage:
-    """The explorer on a page: what a person sees and does."""
+    """A tab of the page, or the explorer in a notebook: what a person sees and does."""
 
     def __init__(self, page):
         self.page = page
@@ -78,21 +84,22 @@ class ExplorerPage:
     @property
     def picture(self):
         """The picture's address: a new one for each new picture."""
-        return self.page.locator(".kv-picture").get_attribute("src")
+        return self.page.locator(".kv-picture:visible").get_attribute("src")
 
     @property
     def readout(self):
-        return self.page.locator(".kv-readout").inner_text()
+        return self.page.locator(".kv-readout:visible").inner_text()
 
     def entry(self, name):
-        return self.page.locator(f".kv-entry-{name} input")
+        return self.page.locator(f".kv-entry-{name}:visible input")
 
     def value(self, name):
         return float(self.entry(name).input_value())
 
     def values(self):
         names = self.page.evaluate(
-            "() => [...document.querySelectorAll('[class*=kv-entry-]')].map(e =>"
+            "() => [...document.querySelectorAll('[class*=kv-entry-]')]"
+            ".filter(e => e.checkVisibility()).map(e =>"
             " [...e.classList].find(c => c.startsWith('kv-entry-')).slice(9))"
         )
         return {name: self.value(name) for name in names}
@@ -102,16 +109,21 @@ class ExplorerPage:
         return line.inner_text() if line.is_visible() else ""
 
     def handle(self, name):
-        return self.page.locator(f".kv-slider-{name} .noUi-handle")
+        return self.page.locator(f".kv-slider-{name}:visible .noUi-handle")
 
     def press(self, name, key, times):
         for _ in range(times):
             self.handle(name).press(key)
 
     def drag(self, name, dx, steps=40):
-        """Drag a slider's handle by `dx` pixels in `steps` moves."""
-        self.handle(name).scroll_into_view_if_needed()
-        box = self.handle(name).bounding_box()
+        """Drag a setting's handle by `dx` pixels in `steps` moves."""
+        self.drag_in(f"kv-slider-{name}", dx, steps)
+
+    def drag_in(self, mark, dx, steps=40):
+        """Drag the handle of the slider that has a class."""
+        handle = self.page.locator(f".{mark}:visible .noUi-handle")
+        handle.scroll_into_view_if_needed()
+        box = handle.bounding_box()
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         self.page.mouse.move(x, y)
         self.page.mouse.down()
@@ -123,16 +135,14 @@ class ExplorerPage:
         self.entry(name).press("Enter")
 
     def click(self, name):
-        self.page.locator(f".kv-{name}").click()
+        self.page.locator(f".kv-{name}:visible").click()
 
     @contextmanager
     def new_picture(self):
         """The block must lead to another picture."""
         before = self.picture
         yield
-        self.page.wait_for_function(
-            "before => document.querySelector('.kv-picture').src !== before", arg=before
-        )
+        self.until(lambda: self.picture != before)
         self.settle()
 
     def settle(self, quiet_ms=600):
@@ -150,12 +160,12 @@ class ExplorerPage:
             assert time.monotonic() < deadline_s, f"{self.values()} {self.readout}"
             self.page.wait_for_timeout(50)
 
-    def status(self, words):
-        line = self.page.locator(".kv-status", has_text=words)
-        line.wait_for()
+    def status(self, words, timeout_s=60):
+        line = self.page.locator(".kv-status:visible", has_text=words)
+        line.wait_for(timeout=timeout_s * 1e3)
         return line.inner_text()
 
-    def screenshot(self, name):
+    def screenshot(self, name, full_page=True):
         ARTIFACTS.mkdir(exist_ok=True)
-        self.page.screenshot(path=ARTIFACTS / name, full_page=True)
+        self.page.screenshot(path=ARTIFACTS / name, full_page=full_page)
         return ARTIFACTS / name

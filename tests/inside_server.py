@@ -115,9 +115,11 @@ class Client:
 
 
 @contextlib.contextmanager
-def inside_server(folder, config=None, *, l1_chunks=64, redis=None, options=(), program=None):
+def inside_server(
+    folder, config=None, *, l1_chunks=64, redis=None, options=(), program=None, http=0
+):
     """Run a server with the module, without an engine; yields its ZMQ url and process."""
-    port, http_port = free_port(), free_port()
+    port, http_port = free_port(), http or free_port()
     module = {"module_path": "kvttl.server", "config": {"sweep_s": 0.05, **(config or {})}}
     adapters = [{"type": "fs", "base_path": str(Path(folder) / "disk")}]
     if redis:

@@ -1,4 +1,4 @@
-"""Notebook 04 in headless Chromium, in Voilà and in JupyterLab: what a person does with it."""
+"""The page of `make app`, and notebook 04 in JupyterLab, in headless Chromium."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import sys
 
 import browser_pages
+import inside_server
+import pandas as pd
 import psutil
 import pytest
 from browser_pages import ExplorerPage
@@ -152,6 +154,135 @@ def test_servers_and_kernels_listen_on_this_machine_only(opened, chromium):
     ]
     assert set(listening) == {"127.0.0.1"}
     explorer.page.close()
+
+
+# --- the tabs of the page -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tabs(chromium, tmp_path_factory):
+    """(project folder, the page of `make app`)."""
+    project = scratch_project(tmp_path_factory.mktemp("tabs") / "project", browser_pages.ROOT)
+    with browser_pages.served_app(project) as open_page:
+        yield project, ExplorerPage(open_page(chromium))
+
+
+def check_look(page, name):
+    """Nothing is below the fold of a laptop's screen, on light and on dark; keeps screenshots."""
+    for scheme in ("light", "dark"):
+        page.page.emulate_media(color_scheme=scheme)
+        page.screenshot(f"{name}_{scheme}.png", full_page=False)
+        colour = page.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        red = int(colour.removeprefix("rgb(").split(",")[0])
+        assert (red < 64) == (scheme == "dark"), colour
+    page.page.emulate_media(color_scheme="light")
+    assert page.page.evaluate("document.documentElement.scrollHeight") <= 900
+    for button in page.page.locator("button:visible").all():
+        box = button.bounding_box()
+        assert box["y"] + box["height"] <= 900, button.inner_text()
+
+
+def test_replay_follows_mouse_and_keyboard_and_exports(tabs):
+    project, page = tabs
+    page.page.get_by_role("tab", name="Replay").click()  # by mouse
+    page.until(lambda: "of tokens hit" in page.readout)
+    with page.new_picture():  # by keyboard, found as a screen reader does
+        base_ttl = page.page.get_by_role("slider", name="base TTL").locator("visible=true")
+        for _ in range(40):
+            base_ttl.press("ArrowLeft")
+    page.until(lambda: page.value("base_ttl") < 1500)
+    page.until(lambda: base_ttl.get_attribute("aria-valuetext") == f"{page.value('base_ttl'):g} s")
+    before = page.readout
+    page.drag_in("kv-share", -60)  # by mouse
+    page.until(lambda: page.readout != before)
+    page.settle()
+    capacity = page.page.get_by_label("capacity").locator("visible=true").input_value()
+    assert 0 < float(capacity) < 0.1
+    page.page.get_by_label("policy").locator("visible=true").select_option(
+        label="LRU, block by block"
+    )
+    page.settle()
+    check_look(page, "replay")
+    assert page.page.locator(".kv-picture:visible").get_attribute("alt").endswith("of tokens hit")
+    page.click("export-replay")
+    page.status("exported to")
+    row = pd.read_csv(project / "data" / "exports" / "replay_sample.csv").iloc[0]
+    assert (row["policy"], row["capacity"]) == ("lru", float(capacity))
+    assert row["base_ttl"] == page.value("base_ttl")
+    assert f"{row['token_hit_ratio']:.1%} of tokens hit" in page.readout
+    base_ttl = page.value("base_ttl")
+    page.page.get_by_role("tab", name="Decisions").click()  # the settings come along
+    page.until(lambda: page.value("base_ttl") == base_ttl)
+    page.click("default")
+
+
+def test_tune_searches_and_its_settings_go_to_file_and_sliders(tabs):
+    project, page = tabs
+    page.page.get_by_role("tab", name="Decisions").focus()
+    page.page.keyboard.press("ArrowRight")  # by keyboard
+    page.page.keyboard.press("ArrowRight")
+    page.page.keyboard.press("Enter")
+    page.until(lambda: "Which settings suit" in page.readout)
+    page.page.get_by_label("trials").fill("16")
+    page.page.get_by_label("trials").press("Enter")
+    page.page.get_by_label("capacity").locator("visible=true").fill("lots")
+    page.page.locator(".kv-search").press("Enter")
+    assert "CAPACITY must be" in page.status("⚠")
+    page.page.get_by_label("capacity").locator("visible=true").fill("")
+    page.click("search")  # by mouse
+    page.status("Found", timeout_s=120)
+    assert "16 trials, seed 0" in page.readout and "survives" in page.readout
+    page.settle()
+    check_look(page, "tune")
+    page.click("export-search")
+    page.status("exported to")
+    trials = pd.read_csv(project / "data" / "exports" / "tune.csv")
+    taken = trials[trials["role"] == "taken"].iloc[0]
+    page.click("take-over")
+    page.status("Saved")
+    saved = load_settings(project / "data" / "heuristics.yaml").to_dict()
+    assert len(trials) == 16 and saved != HeuristicConfig().to_dict()
+    assert all(taken[name] == value for name, value in saved.items())
+    for tab in ("Decisions", "Replay"):
+        page.page.get_by_role("tab", name=tab).click()
+        page.until(lambda: page.values() == saved)
+
+
+def test_live_follows_a_server_that_starts_serves_and_ends(tabs, tmp_path):
+    project, page = tabs
+    port = free_port()
+    page.page.get_by_role("tab", name="Live").click()
+    server = page.page.get_by_label("server")
+    server.fill(f"127.0.0.1:{port}")
+    server.press("Enter")
+    said = page.page.locator(".kv-live-said")
+    page.until(lambda: f"http://127.0.0.1:{port} is away: Connection refused" in said.inner_text())
+    page.page.get_by_label("refreshed").select_option(label="every second")
+    config = {"heuristics": {"base_ttl": 3600.0}}
+    with inside_server.inside_server(tmp_path, config, http=port) as running:
+        client = inside_server.Client(running.url)
+        for _ in range(2):
+            client.serve(inside_server.prompt(1, 6))
+        client.close()
+        where, last = (page.page.locator(f".kv-live-{name}") for name in ("where", "last"))
+        page.until(lambda: "6 chunks" in where.inner_text())  # by itself, once it is there
+        page.until(lambda: last.inner_text().count("generation") == 2)
+        assert "50.0%" in page.page.locator(".kv-live-hits").inner_text()
+        assert "inside LMCache" in said.inner_text()
+        table = last.locator("table").element_handle()
+        page.page.wait_for_timeout(3000)
+        assert table.evaluate("table => table.isConnected")  # what stays the same does not flicker
+        check_look(page, "live")
+        page.page.locator(".kv-export-live").press("Enter")  # by keyboard
+        page.status("exported to")
+    page.until(
+        lambda: "is away" in said.inner_text() and "What is shown is of" in said.inner_text()
+    )
+    assert "6 chunks" in where.inner_text()
+    (csv,) = (project / "data" / "exports").glob("live_*.csv")
+    assert len(pd.read_csv(csv)) >= 2
+    facts = json.loads(csv.with_suffix(".json").read_text())
+    assert facts["status"]["chunks"]["gpu"] == 6 and facts["url"].endswith(str(port))
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path):

@@ -301,7 +301,9 @@ def test_the_tab_exports_what_it_shows(tmp_path):
     tab = ReplayTab({"one/<b>": TRACE}, folder=tmp_path / "a<b")
     csv, png = tab.export()
     assert (csv.name, png.name) == ("replay_one_b_.csv", "replay_one_b_.png")
-    assert csv.read_text().startswith("trace,policy,base_ttl") and png.read_bytes().startswith(PNG)
+    assert csv.read_text().startswith(
+        "trace,policy,capacity,base_ttl"
+    ) and png.read_bytes().startswith(PNG)
     assert np.isnan(pd.read_csv(csv)["perplexity"][0])
     tab.perplexity.value, tab.has_perplexity.value = 55.0, True
     tab.controls["hot_threshold"].entry.value = 500.0  # above the cold one: not drawn
@@ -397,7 +399,7 @@ def test_the_plain_functions_work_without_widgets():
     picture = ReplayPicture(index)
     empty = picture.png()
     picture.update(view)
-    assert picture.png() != empty and "with the same memory" in replay_readout(view)
+    assert picture.png() != empty and "points above recency" in replay_readout(view)
     with pytest.raises(ValueError, match="at least one trace"):
         ReplayTab({})
 

@@ -262,7 +262,9 @@ MAY_IMPORT = {
     "plots": "caching_heuristics, traces, policies, decisions, replay",
     "policy_tuning": "caching_heuristics, traces, settings, replay, plots",
     "session": "all above",
-    "sliders": "caching_heuristics, traces, settings, decisions, replay, plots",
+    "sliders": (
+        "caching_heuristics, traces, settings, lmcache, decisions, replay, plots, policy_tuning"
+    ),
     "agents": ("caching_heuristics, lmcache, decisions, manager, tiered_caching, plots, session"),
     "serve": ("caching_heuristics, settings, lmcache, decisions, stack, tiered_caching, session"),
     "bench": "all above",

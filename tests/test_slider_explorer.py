@@ -94,7 +94,7 @@ def test_what_is_redrawn_in_place_equals_what_is_drawn_anew(explorer):
         assert not explorer.errors
         kept = explorer.image.value
         explorer._picture._draw_background()
-        assert explorer._picture.png(explorer.config) == kept
+        assert explorer._picture.png() == kept
 
 
 def test_the_picture_is_an_image_and_nothing_piles_up(explorer):
@@ -108,7 +108,7 @@ def test_the_picture_is_an_image_and_nothing_piles_up(explorer):
         explorer.controls["alpha"].slider.value = step / 50
     assert everything(explorer) == before
     assert not any(isinstance(widget, widgets.Output) for widget in before)
-    assert Image.open(io.BytesIO(explorer.image.value)).size == (1240, 390)
+    assert Image.open(io.BytesIO(explorer.image.value)).size == (960, 590)
 
 
 def test_without_a_run_there_is_nothing_to_compare(tmp_path):
@@ -263,7 +263,7 @@ def test_a_drag_is_one_change_also_where_drawing_is_slow(records, tmp_path, monk
         now_s[0] += 2.0
         return b""
 
-    monkeypatch.setattr(explorer._picture, "png", draws_for_two_seconds)
+    monkeypatch.setattr(explorer._picture, "of", draws_for_two_seconds)
     for step in range(1, 9):
         explorer.controls["alpha"].slider.value = step * 0.1
     explorer.undo()

@@ -24,7 +24,7 @@ _JOINERS = "\u200c\u200d"  # which some alphabets and emoji need
 
 def data_folder() -> Path:
     """Return the ``data/`` of the checkout that we stand in, or in a folder of; else the kit's."""
-    folders = (Path("data"), Path("..", "data"))
+    folders = (Path(*[".."] * up, "data") for up in range(5))
     return next((f for f in folders if (f / _SAMPLE).is_file()), PROJECT / "data")
 
 

@@ -1,8 +1,8 @@
 """`make bench-sliders`: from a key on a slider to the new picture in the browser.
 
-Voilà serves notebook 04 to headless Chromium. The page itself takes the times:
-from the key event to the first frame after the new image has loaded. Ends with
-one line of JSON.
+Voilà serves the page of `make app` to headless Chromium. The page itself takes the times: from the
+key event to the first frame after the new image has loaded, on Decisions and (``replay_``) on
+Replay; and from opening it to its first picture. Ends with one line of JSON.
 """
 
 import argparse
@@ -23,12 +23,16 @@ from kvttl.decisions.sample import FILE_NAME
 from kvttl.stack.process import Child, comes_true
 from kvttl.stack.services import pick_ports
 
-APP_NOTEBOOK = Path("notebooks/04_ttl_and_tier_plots.ipynb")  # that `make app` serves
+APP = Path("src/kvttl/sliders/web/page.ipynb")  # that `make app` serves
+NOTEBOOK = Path("notebooks/04_ttl_and_tier_plots.ipynb")
 REPORT = Path("data/reports/sliders.json")
 GOAL_P50_MS = 120.0
 STEPS = 50
 SLIDERS = ("alpha", "hot_threshold", "base_ttl", "variance_threshold", "recent_seconds")
 
+REPLAYED = ("base_ttl",)  # of which every step changes a replay
+
+_SHOWN = "[...document.querySelectorAll('.kv-picture')].find(p => p.checkVisibility())"
 _START_S, _STOP_S = 60.0, 10.0  # of a server
 
 _BROWSERS = ("chromium", "google-chrome", "chromium-browser", "chrome")  # as in .ci/setup
@@ -36,10 +40,11 @@ _FLAGS = ["--disable-gpu", "--disable-quic", "--disable-sync"]  # beside Playwri
 
 
 def scratch_project(folder: str | Path, root: str | Path = ".") -> Path:
-    """Copy what notebook 04 needs, so that no run, settings or exports of ours matter."""
-    for name in (APP_NOTEBOOK, Path("data", FILE_NAME)):
+    """Copy what page and notebook 04 need, so that no run, settings or exports of ours matter."""
+    data = (Path("data", name) for name in (FILE_NAME, "sample_trace.jsonl.gz", "tariffs.yaml"))
+    for name in (APP, NOTEBOOK, *data):
         copy = Path(folder, name)
-        copy.parent.mkdir(parents=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(Path(root, name), copy)
     return Path(folder)
 
@@ -104,23 +109,47 @@ def _browser_path():
 
 def open_app(chromium, url: str, timeout_s: float = 60.0):
     """Open Voilà's page and wait for its picture; returns Playwright's page."""
-    page = chromium.new_page(viewport={"width": 1440, "height": 1400})
+    page = chromium.new_page(viewport={"width": 1440, "height": 900})
     page.set_default_timeout(timeout_s * 1e3)
     page.goto(url)
-    page.wait_for_selector(".kv-picture")
-    page.wait_for_function("document.querySelector('.kv-picture').naturalWidth > 0")
+    wait_for_picture(page)
     return page
 
 
-def slider_steps(page, steps: int = STEPS) -> list[float]:
+def wait_for_picture(page) -> None:
+    """Wait until the tab that is shown has drawn something."""
+    page.locator(".kv-picture:visible").wait_for()
+    page.wait_for_function(f"{_SHOWN}?.naturalWidth > 0")
+
+
+def slider_steps(page, steps: int, sliders: Sequence[str] = SLIDERS) -> list[float]:
     """Press an arrow key `steps` times on the sliders in turn; returns the latencies, ms."""
     page.evaluate(Path(__file__).with_name("slider_steps.js").read_text("utf-8"))
     for step in range(steps):
-        name = SLIDERS[step * len(SLIDERS) // steps]
-        page.locator(f".kv-slider-{name} .noUi-handle").press("ArrowRight")
+        name = sliders[step * len(sliders) // steps]
+        page.locator(f".kv-slider-{name}:visible .noUi-handle").press("ArrowRight")
         page.wait_for_function(f"window.kvSteps.length === {step + 1}")
         page.wait_for_timeout(60)  # as a hand: faster steps would queue
     return page.evaluate("window.kvSteps")
+
+
+def _measured(page, steps):
+    """Return percentiles of both tabs, and how long the page took to open."""
+    page.reload()
+    wait_for_picture(page)
+    opened_ms = page.evaluate("performance.now()")
+    slider_steps(page, len(SLIDERS))  # warm-up
+    named = percentiles("step", slider_steps(page, steps))
+    page.get_by_role("tab", name="Replay").click()
+    wait_for_picture(page)
+    entry = page.locator(".kv-entry-base_ttl:visible input")
+    entry.fill("60")  # s: where every step changes what is held
+    entry.press("Enter")
+    page.locator(".kv-entry-alpha:visible input").press("Tab")
+    page.wait_for_timeout(1_000)
+    slider_steps(page, len(REPLAYED), REPLAYED)
+    named |= percentiles("replay", slider_steps(page, steps, REPLAYED))
+    return {name.removeprefix("step_"): ms for name, ms in named.items()} | {"open_ms": opened_ms}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -133,16 +162,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="kv-bench-") as folder, browser() as chromium:
         project = scratch_project(Path(folder, "project"))
         with running([*server_command("app", port), "--no-browser"], port, project) as url:
-            page = open_app(chromium, url)
-            slider_steps(page, len(SLIDERS))  # warm-up
-            page.reload()
-            page.wait_for_function("document.querySelector('.kv-picture')?.naturalWidth > 0")
-            named = percentiles("step", slider_steps(page, options.steps))
-            figures = {name.removeprefix("step_"): ms for name, ms in named.items()}
+            figures = _measured(open_app(chromium, url), options.steps)
             figures |= {"steps": options.steps, "goal_p50_ms": GOAL_P50_MS}
             figures["chromium"] = chromium.version
-    line = f"{options.steps} steps: {figures['p50_ms']:.0f} ms (p50), goal {GOAL_P50_MS:.0f}"
-    publish(REPORT, about, figures, [line])
+    tabs = f"Decisions {figures['p50_ms']:.0f} ms, Replay {figures['replay_p50_ms']:.0f} ms"
+    line = f"{options.steps} steps (p50): {tabs}, goal {GOAL_P50_MS:.0f}"
+    opened = f"opened in {figures['open_ms'] / 1e3:.1f} s"
+    publish(REPORT, about, figures, [line, opened])
 
 
 if __name__ == "__main__":

@@ -148,6 +148,14 @@ class Service:
         LMCacheError
             A refusal (4xx, 5xx), with the service's own words; no JSON object.
         """
+        response = self._answered(method, path, body, read_timeout_s)
+        return _Answer(response, f"{method} {self.url}{path}")
+
+    def text(self, path: str) -> str:
+        """Return what a GET answers, such as ``/metrics``; raises as `call` does."""
+        return self._answered("GET", path).text
+
+    def _answered(self, method, path, body=None, read_timeout_s=None):
         self._breaker.check(self.url, LMCacheUnavailable, self._probe_beside)
         try:
             timeout_s = self.connect_timeout_s, read_timeout_s or self.read_timeout_s
@@ -157,13 +165,12 @@ class Service:
             self._breaker.failed(reason)
             raise LMCacheUnavailable(f"{self.url} is away: {reason}") from error
         self._breaker.succeeded()
-        call = f"{method} {self.url}{path}"
         if not response.ok:
             status, text = response.status_code, response.text
-            error = LMCacheError(f"{call} answered {status}: {text[:300]}")
+            error = LMCacheError(f"{method} {self.url}{path} answered {status}: {text[:300]}")
             error.status, error.text = status, text
             raise error
-        return _Answer(response, call)
+        return response
 
     def _probe_beside(self):
         threading.Thread(target=self._probe, daemon=True).start()

@@ -9,6 +9,7 @@ import ipywidgets as widgets
 from caching_heuristics import SETTINGS
 
 _SIGNIFICANT = 3  # digits that a slider can set; the entry takes any number
+_LABEL = "136px"  # wide
 _STEP = 0.01  # of a slider: in decades where its scale is logarithmic
 
 
@@ -44,9 +45,10 @@ class Control:
         self.message = widgets.HTML(layout=hidden)
         for part in ("slider", "entry", "message"):
             getattr(self, part).add_class(f"kv-{part}-{name}")
-        label = widgets.Label(setting.label, layout=_fixed("136px"))
+        label = widgets.Label(setting.label, layout=_fixed(_LABEL))
         unit = widgets.Label(setting.unit, layout=_fixed("74px"))
         row = widgets.HBox([label, self.slider, self.entry, unit])
+        row.add_class("kv-control")
         self.widget = widgets.VBox([row, self.message])
         self.set(value)
         self.slider.observe(self._slider_moved, "value")
@@ -96,9 +98,15 @@ class Control:
         return min(max(value, low), high)
 
 
+def labelled(kind: type, label: str, **options) -> widgets.Widget:
+    """Return a widget whose label is as wide as those of the settings."""
+    style = {"description_width": _LABEL}
+    return kind(description=label, style=style, layout=widgets.Layout(width="auto"), **options)
+
+
 def warning(text: str) -> str:
     """Return a text as a warning, in HTML."""
-    return f'<span style="color:#B00020">⚠ {html.escape(text)}</span>'
+    return f'<span style="color:var(--jp-error-color1,#B00020)">⚠ {html.escape(text)}</span>'
 
 
 def rounded(value: float) -> float:
@@ -124,4 +132,5 @@ def _slider(setting):
     low, high = setting.slider
     if low == 0:
         return widgets.FloatSlider(min=low, max=high, **options)
-    return widgets.FloatLogSlider(value=low, min=math.log10(low), max=math.log10(high), **options)
+    options |= {"min": math.log10(low), "max": math.log10(high)}
+    return widgets.FloatLogSlider(value=low, _dom_classes=("kv-log",), **options)

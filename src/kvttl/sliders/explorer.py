@@ -1,32 +1,20 @@
 """Sliders over the decision plots: tune the heuristics, see what changes, save and export."""
 
-import io
 import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import ipywidgets as widgets
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from PIL import Image
 
 from caching_heuristics import HeuristicConfig
 from kvttl import user_path
 from kvttl.decisions.log import DecisionRecord
 from kvttl.plots.export import all_figures, export_plots
-from kvttl.plots.panels import (
-    AGAINST,
-    OwnFigure,
-    TierPanel,
-    TtlPanel,
-    legend_above,
-    own_style,
-    tier_keys,
-)
-from kvttl.plots.what_if import Decisions, changes, decisions_of
+from kvttl.plots.what_if import changes, decisions_of
 from kvttl.settings import FILE_NAME, load_settings, save_settings
-from kvttl.sliders.panel import SettingsPanel, button
+from kvttl.sliders.panel import SettingsPanel, beside, button, row
+from kvttl.sliders.picture import LivePicture
 from kvttl.sliders.readout import readout
 
 PRESETS = {
@@ -86,44 +74,24 @@ class Explorer(SettingsPanel):
         self._last_change = ("", -math.inf)
         self._picture = LivePicture(self._decisions)
         self._latest = self.values
-        self.children = [self.image, self.readout, self.sliders(), self._buttons()]
+        shown = (self.image, self.readout, self.status)
+        self.children = beside([*self.sliders(), *self._buttons()], shown)
         self.redraw()
 
     # ---- settings ----------------------------------------------------------------
 
     def update(self, **settings: float) -> HeuristicConfig:
-        """Set controls and redraw at once: the plain function under the sliders.
-
-        Parameters
-        ----------
-        **settings
-            Fields of `HeuristicConfig`. An invalid combination is shown at its
-            controls, and the last valid picture stays.
-
-        Returns
-        -------
-        HeuristicConfig
-            The settings in force.
-
-        Raises
-        ------
-        TypeError
-            If there is no such setting.
-        """
-        unknown = sorted(set(settings) - set(self.controls))
-        if unknown:
-            raise TypeError(f"no such setting: {', '.join(unknown)}")
+        """Set controls and redraw at once; `undo` takes it back. See `SettingsPanel.update`."""
+        config = super().update(**settings)
         self._remember("")
-        self._show(self.values | settings)
-        self.redraw()
-        return self.config
+        return config
 
     def undo(self) -> None:
         """Go back one change (a whole drag is one)."""
         if self._undo:
             self._last_change = ("", -math.inf)
-            self._show(self._undo.pop())
-            self.redraw()
+            super().update(**self._undo.pop())
+            self._latest = self.values
 
     def reset(self) -> None:
         """Go back to the settings that the explorer was opened with."""
@@ -132,11 +100,6 @@ class Explorer(SettingsPanel):
     def apply_preset(self, name: str) -> HeuristicConfig:
         """Set all controls to a preset; see `PRESETS`."""
         return self.update(**HeuristicConfig(**PRESETS[name]).to_dict())
-
-    def _show(self, values):
-        for name, value in values.items():
-            self.controls[name].set(value)
-        self._latest = self.values
 
     def control_changed(self, name: str, value: float) -> None:
         """Follow a control that a person moved; `undo` takes it back."""
@@ -154,7 +117,7 @@ class Explorer(SettingsPanel):
 
     def draw(self, config: HeuristicConfig) -> None:
         """Show these settings, and what they would change in the run."""
-        self.image.value = self._picture.png(config)
+        self.image.value = self._picture.of(config)
         found = changes(self._decisions, config, self._run_config)
         self.readout.value = readout(found, len(self._decisions), self._source)
         # From here on counts the pause that ends a drag: drawing may take longer than it.
@@ -175,21 +138,17 @@ class Explorer(SettingsPanel):
     # ---- layout ------------------------------------------------------------------
 
     def _buttons(self):
-        self.name = widgets.Text("explorer", layout=widgets.Layout(width="140px"))
+        self.name = widgets.Text("explorer", layout=widgets.Layout(width="150px"))
         self.name.add_class("kv-export-name")
-        line = [widgets.Label("Presets")]
-        for name in PRESETS:
-            line.append(button(name, "Set all sliders", lambda _, n=name: self.apply_preset(n)))
-        line += [
-            button("Undo", "Take the last change back", lambda _: self.undo()),
-            button("Reset", "As opened", lambda _: self.reset()),
-            button("Save settings", f"Write {self.settings_path}", self._save_pressed, "success"),
-            button("Export plots", "PNG, SVG, PDF and JSON", self._export_pressed, "primary"),
-            widgets.Label("as"),
-            self.name,
-        ]
-        row = widgets.HBox(line, layout=widgets.Layout(flex_flow="row wrap", margin="8px 0 0 0"))
-        return widgets.VBox([row, self.status])
+        tip = "Set all sliders"
+        presets = [button(n, tip, lambda _, n=n: self.apply_preset(n)) for n in PRESETS]
+        save = (f"Write {self.settings_path}", self._save_pressed, "success")
+        export = ("PNG, SVG, PDF and JSON", self._export_pressed, "primary")
+        undo = button("Undo", "Take the last change back", lambda _: self.undo())
+        reset = button("Reset", "As opened", lambda _: self.reset())
+        yield row(widgets.Label("Presets"), *presets)
+        yield row(undo, reset, button("Save settings", *save))
+        yield row(button("Export plots", *export), widgets.Label("as"), self.name)
 
     def _save_pressed(self, _):
         self.report(lambda: f"Saved {self.save()}")
@@ -201,59 +160,3 @@ class Explorer(SettingsPanel):
     def _exported(self):
         paths = self.export(self.name.value)
         return f"Exported {len(paths)} files to {paths[0].parent}"
-
-
-class LivePicture:
-    """TTL curves and two tier maps side by side, for one change after the other.
-
-    Parameters
-    ----------
-    decisions : Decisions
-        Of a run; shown as dots.
-
-    Examples
-    --------
-    >>> from kvttl.plots.what_if import decisions_of
-    >>> picture = LivePicture(decisions_of([]))
-    >>> first, other = (picture.png(HeuristicConfig(alpha=a)) for a in (0.25, 0.5))
-    >>> first[1:4], first == other, first == picture.png(HeuristicConfig(alpha=0.25))
-    (b'PNG', False, True)
-    """
-
-    @own_style()
-    def __init__(self, decisions: Decisions) -> None:
-        self.figure = OwnFigure(figsize=(12.4, 3.9), dpi=100, layout="constrained")
-        self._canvas = FigureCanvasAgg(self.figure)
-        curves, *maps = self.figure.subplots(1, 3)
-        self.ttl = TtlPanel(curves)
-        tiers = [TierPanel(axes, against, decisions) for axes, against in zip(maps, AGAINST)]
-        self.panels = (self.ttl, *tiers)
-        self._artists = [artist for panel in self.panels for artist in panel.artists]
-        title = "dots: the run; black rim: would change" if len(decisions) else None
-        for panel in tiers:
-            legend_above(panel.axes, tier_keys(), title=title, title_fontsize=8)
-        self._background = None
-
-    @own_style()
-    def png(self, config: HeuristicConfig) -> bytes:
-        """Return the picture of these settings."""
-        moved = [panel.update(config) for panel in self.panels]
-        if self._background is None or any(moved):
-            self._draw_background()
-        self._canvas.restore_region(self._background)
-        for artist in self._artists:
-            artist.axes.draw_artist(artist)
-        image = Image.fromarray(np.asarray(self._canvas.buffer_rgba())).convert("RGB")
-        buffer = io.BytesIO()
-        image.save(buffer, "png", compress_level=1)  # fast rather than small
-        return buffer.getvalue()
-
-    def _draw_background(self):
-        """Draw all that stands still; after the first time it keeps its place."""
-        if self._background is None:
-            self._canvas.draw()  # with everything, so that the layout leaves room
-            self.figure.set_layout_engine("none")
-            for artist in self._artists:
-                artist.set_animated(True)
-        self._canvas.draw()
-        self._background = self._canvas.copy_from_bbox(self.figure.bbox)

@@ -3,18 +3,37 @@
 import asyncio
 import html
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import ipywidgets as widgets
 
 from caching_heuristics import TTL_SETTINGS, HeuristicConfig
-from kvttl.sliders.controls import Control, warning
+from kvttl.sliders.controls import Control, labelled, warning
+from kvttl.traces.reading import read_trace
+from kvttl.traces.trace import Trace
 
 
-class SettingsPanel(widgets.VBox):
-    """Controls of a `HeuristicConfig`, a picture, a readout and a status line.
+class Tab(widgets.HBox):
+    """Controls beside what is shown, and a status line that buttons report to."""
 
-    A subclass draws (`draw`), and puts `sliders()` and its own buttons into ``children``.
+    def __init__(self) -> None:
+        self.status = widgets.HTML()
+        self.status.add_class("kv-status")
+        super().__init__(layout=widgets.Layout(flex_flow="row wrap", grid_gap="0 20px"))
+
+    def report(self, work: Callable[[], str]) -> None:
+        """Do what a button asks; say what came of it, also if it failed."""
+        try:
+            self.status.value = html.escape(work())
+        except (OSError, ValueError) as error:
+            self.status.value = warning(str(error))
+
+
+class SettingsPanel(Tab):
+    """Controls of a `HeuristicConfig` beside a picture, a readout and a status line.
+
+    A subclass draws (`draw`), and puts what `beside` returns into ``children``.
 
     Parameters
     ----------
@@ -39,11 +58,9 @@ class SettingsPanel(widgets.VBox):
         self.controls = {name: Control(name, value, changed) for name, value in settings.items()}
         self.image = widgets.Image(format="png", layout=widgets.Layout(width="100%"))
         self.image.add_class("kv-picture")
-        self.readout, self.status = widgets.HTML(), widgets.HTML()
+        self.readout = widgets.HTML()
         self.readout.add_class("kv-readout")
-        self.status.add_class("kv-status")
         super().__init__()
-        self.layout.max_width = "1240px"
 
     @property
     def values(self) -> dict[str, float]:
@@ -53,6 +70,33 @@ class SettingsPanel(widgets.VBox):
     def draw(self, config: HeuristicConfig) -> None:
         """Show these settings in `image` and `readout`."""
         raise NotImplementedError
+
+    def update(self, **settings: float) -> HeuristicConfig:
+        """Set controls and redraw at once: the plain function under the sliders.
+
+        Parameters
+        ----------
+        **settings
+            Fields of `HeuristicConfig`. An invalid combination is shown at its
+            controls, and the last valid picture stays.
+
+        Returns
+        -------
+        HeuristicConfig
+            The settings in force.
+
+        Raises
+        ------
+        TypeError
+            If there is no such setting.
+        """
+        unknown = sorted(set(settings) - set(self.controls))
+        if unknown:
+            raise TypeError(f"no such setting: {', '.join(unknown)}")
+        for name, value in settings.items():
+            self.controls[name].set(value)
+        self.redraw()
+        return self.config
 
     def control_changed(self, name: str, value: float) -> None:
         """Follow a control that a person moved."""
@@ -81,7 +125,10 @@ class SettingsPanel(widgets.VBox):
         self._explain("")
         self.config = config
         self.drawn += 1
-        self.draw(config)
+        try:
+            self.draw(config)
+        except (OSError, ValueError) as error:  # what is asked for beside the settings
+            self.readout.value = warning(str(error))
 
     def _explain(self, message):
         """Show an error at every control that it names."""
@@ -90,22 +137,74 @@ class SettingsPanel(widgets.VBox):
         for name, control in self.controls.items():
             control.say(self.errors.get(name, ""))
 
-    def sliders(self) -> widgets.HBox:
-        """Return the controls in columns, a group each."""
-        groups = {"TTL": [widgets.HTML("<b>TTL</b>")], "Tier": [widgets.HTML("<b>Tier</b>")]}
+    def sliders(self) -> list[widgets.Widget]:
+        """Return the controls, those of the TTL first, under their headings."""
+        groups = {"TTL": [], "Tier": []}
         for name, control in self.controls.items():
             groups["TTL" if name in TTL_SETTINGS else "Tier"].append(control.widget)
-        wide = widgets.Layout(flex="1 1 430px", max_width="560px")  # two side by side, with room
-        columns = [widgets.VBox(parts, layout=wide) for parts in groups.values()]
-        return widgets.HBox(columns, layout=widgets.Layout(flex_flow="row wrap", grid_gap="24px"))
+        return [part for name, group in groups.items() for part in (heading(name), *group)]
 
     def report(self, work: Callable[[], str]) -> None:
         """Do what a button asks; say what came of it, also if it failed."""
         invalid = f" (the last valid settings; see {', '.join(self.errors)})" if self.errors else ""
-        try:
-            self.status.value = html.escape(work() + invalid)
-        except (OSError, ValueError) as error:
-            self.status.value = warning(str(error))
+        super().report(lambda: work() + invalid)
+
+
+class TraceChoice:
+    """A trace from a list, or a file of one's own.
+
+    Parameters
+    ----------
+    traces : mapping of str to Trace or path
+        What can be chosen, by name; a file is read when it is first used.
+
+    Attributes
+    ----------
+    dropdown, file, widgets
+        The list, the path's entry, and both.
+    """
+
+    def __init__(self, traces: Mapping[str, Trace | Path]) -> None:
+        if not traces:
+            raise ValueError("traces must name at least one trace, got none")
+        self._traces = dict(traces)
+        path = {"placeholder": "path of your own, then Enter", "continuous_update": False}
+        self.dropdown = labelled(widgets.Dropdown, "trace", options=list(traces))
+        self.file = labelled(widgets.Text, "or a file", **path)
+        self.widgets = (self.dropdown, self.file)
+        self.file.observe(self._named, "value")
+
+    def _named(self, change):
+        if name := change["new"].strip():
+            self._traces.setdefault(name, Path(name))
+            self.dropdown.options = list(self._traces)
+            self.dropdown.value = name
+
+    def trace(self) -> Trace:
+        """Return the chosen trace; raises OSError or ValueError where it cannot be read."""
+        name = self.dropdown.value
+        if not isinstance(self._traces[name], Trace):
+            self._traces[name] = read_trace(self._traces[name])
+        return self._traces[name]
+
+
+def beside(controls: Sequence[widgets.Widget], shown: Sequence[widgets.Widget]) -> list:
+    """Return two columns: what is set, and what comes of it; one above the other where narrow."""
+    columns = [widgets.VBox(list(parts)) for parts in (controls, shown)]
+    for column, flex, name in zip(columns, ("0 1 440px", "1 1 500px"), ("controls", "shown")):
+        column.layout.flex, column.layout.min_width = flex, "0"
+        column.add_class(f"kv-{name}")
+    return columns
+
+
+def row(*parts: widgets.Widget) -> widgets.HBox:
+    """Return widgets side by side, in as many lines as they need."""
+    return widgets.HBox(parts, layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
+
+
+def heading(text: str) -> widgets.HTML:
+    """Return a heading over a group of controls."""
+    return widgets.HTML(f'<h3 style="margin:2px;font-size:1em;line-height:1.7">{text}</h3>')
 
 
 def button(text: str, tooltip: str, on_click: Callable, style: str = "") -> widgets.Button:

@@ -1,12 +1,14 @@
 """What other settings change in a run, in words and as a small table (HTML)."""
 
 import html
+from collections.abc import Iterable, Sequence
 
 from caching_heuristics import TIERS
 from kvttl.plots.panels import TIER_COLOURS
 from kvttl.plots.what_if import Changes
 
-_CELL = 'style="padding:1px 14px 1px 0;text-align:right"'
+_CELL = 'style="padding:1px 20px 1px 0;text-align:right"'
+_FIRST = 'style="padding:1px 20px 1px 0;text-align:left;font-weight:normal"'
 
 
 def sentence(found: Changes, decisions: int) -> str:
@@ -39,23 +41,33 @@ def readout(found: Changes, decisions: int, source: str = "") -> str:
     source : str
         Where the run's log is.
     """
-    of_run = f" <span style='color:#666'>({html.escape(source)})</span>" if source else ""
-    text = f"<b>{sentence(found, decisions)}</b>{of_run}"
+    text = f"<b>{sentence(found, decisions)}</b>"
+    if source:
+        text += f" <span style='color:var(--jp-ui-font-color2)'>({html.escape(source)})</span>"
     if not decisions:
         return text
     before, after = found.moved.sum(axis=1), found.moved.sum(axis=0)
     rows = map(_row, TIERS, before, after, found.before_token_s, found.after_token_s)
     heads = ("tier", "decisions", "memory-time (million token-seconds)", "change")
-    head = "".join(f"<th {_CELL}>{title}</th>" for title in heads)
-    return f"{text}<table style='line-height:1.35'><tr>{head}</tr>{''.join(rows)}</table>"
+    return text + small_table(heads, rows)
+
+
+def small_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return rows of cells, HTML already, as a small table; the first cell of a row names it."""
+    head = "".join(f"<th scope='col' {_CELL}>{title}</th>" for title in heads)
+    lines = [
+        f"<tr><th scope='row' {_FIRST}>{first}</th>"
+        + "".join(f"<td {_CELL}>{cell}</td>" for cell in cells)
+        for first, *cells in rows
+    ]
+    return f"<table style='line-height:1.4;margin:4px 0'><tr>{head}</tr>{''.join(lines)}</table>"
 
 
 def _row(name, before, after, before_token_s, after_token_s):
-    square = f"<span style='color:{TIER_COLOURS[name]}'>■</span> {name}"
+    square = f"<span class='kv-colour' style='color:{TIER_COLOURS[name]}'>■</span> {name}"
     memory = f"{before_token_s / 1e6:,.2f} → {after_token_s / 1e6:,.2f}"
     change = _relative(before_token_s, after_token_s)
-    cells = (square, f"{before} → {after}", memory, change)
-    return "<tr>" + "".join(f"<td {_CELL}>{cell}</td>" for cell in cells) + "</tr>"
+    return square, f"{before} → {after}", memory, change
 
 
 def _relative(before, after):
