@@ -1,4 +1,4 @@
-"""The compiled core of replays that go block by block: LRU and FIFO lists in three tiers.
+"""The compiled core of replays that go block by block: FIFO lists in three tiers.
 
 Blocks are touched in the order of the prompt and a full tier evicts at once, as a
 cache that knows no prefixes does. A hit in a lower tier brings the block to gpu.
@@ -46,22 +46,20 @@ def block_rows(trace):
 
 
 @compiled
-def replay_blocks(ids, offsets, arrival_s, rows, capacity, refresh, held, first, last, out):
+def replay_blocks(ids, offsets, arrival_s, rows, capacity, held, first, last, out):
     """Replay requests [first, last); returns the block-level hits.
 
     Parameters
     ----------
     rows : array
         Of `block_rows`; kept from call to call, as `held` is.
-    refresh : bool
-        Whether a hit makes a block the newest (LRU) or not (FIFO).
     held : array
         Shape (2, 3): blocks and tokens in each tier.
     out : tuple of arrays
         hit_blocks, hit_tokens (requests, 3); area (2, 3); moved (4, 4) tokens.
     """
     hit_blocks, hit_tokens, area, moved = out
-    gpu, hits = len(rows) - 3, 0
+    hits = 0
     for r in range(first, last):
         if r > 0:
             add_time(area, held, arrival_s[r] - arrival_s[r - 1])
@@ -76,9 +74,6 @@ def replay_blocks(ids, offsets, arrival_s, rows, capacity, refresh, held, first,
             tier = rows[block, _TIER]
             hits += tier < _NONE
             if tier == 0:
-                if refresh:
-                    _unlink(rows, block)
-                    _link(rows, block, gpu)
                 continue
             if tier < _NONE:
                 _leave(rows, block, tier, held)

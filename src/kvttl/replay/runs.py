@@ -117,10 +117,7 @@ class RunIndex:
     def by_request(self) -> "SegmentArrays":
         """Whole requests as segments, for policies that decide once a request: far fewer."""
         columns, piece_offsets = _merge(self.offsets, self.request, self.previous, self.length)
-        requests, blocks = np.arange(self.trace.requests + 1), self.trace.blocks.astype(np.int32)
-        # int32 as by run: for another type the kernels would be compiled once more.
-        own = (requests, requests[:-1].astype(np.int32), blocks, _short(self.trace))
-        return _segments(*own, piece_offsets, *columns)
+        return _whole_requests(self.trace, piece_offsets, *columns)
 
     @cached_property
     def by_future(self) -> "RunIndex":
@@ -217,51 +214,112 @@ def index_runs(trace: Trace) -> RunIndex:
     ValueError
         The ids are not prefix-chained, or a request has a block twice.
     """
-    # An upper bound; pages that are never written take no memory.
-    columns = np.empty((6, trace.accesses + 1), np.int32)
-    offsets = np.empty(trace.requests + 1, np.int64)
-    last = np.full(trace.unique_blocks, -1, np.int32)
-    runs, bad = _index(trace.block_ids, trace.offsets, last, columns, offsets)
-    if bad >= 0:
-        raise ValueError(f"block_ids must be prefix-chained, request {bad} is not")
-    request, previous, start, length = columns[:4, :runs]
-    short = np.zeros(runs, np.int32)
+    offsets, columns = _indexed(trace, whole=False)
+    short = np.zeros(len(columns[0]), np.int32)
     some = trace.blocks > 0
     short[offsets[1:][some] - 1] = _short(trace)[some]
-    return RunIndex(trace, offsets, request, previous, start, length, short)
+    return RunIndex(trace, offsets, *columns, short)
+
+
+def index_requests(trace: Trace) -> "SegmentArrays":
+    """Return `RunIndex.by_request`, without the runs."""
+    offsets, columns = _indexed(trace, whole=True)
+    return _whole_requests(trace, offsets, *columns[1:])
+
+
+def _whole_requests(trace, piece_offsets, *columns):
+    requests, blocks = np.arange(trace.requests + 1), trace.blocks.astype(np.int32)
+    # int32 as by run: for another type the kernels would be compiled once more.
+    own = (requests, requests[:-1].astype(np.int32), blocks, _short(trace))
+    return _segments(*own, piece_offsets, *columns)
+
+
+def _indexed(trace, whole):
+    """Return each request's offsets, and columns: request, previous, start, length."""
+    # An upper bound; pages that are never written take no memory.
+    columns, rest = np.empty((4, trace.accesses), np.int32), np.empty((trace.accesses, 4), np.int32)
+    offsets = np.empty(trace.requests + 1, np.int64)
+    fronts = np.full(trace.unique_blocks, _NEW, np.int32)
+    runs, bad = _index(trace.block_ids, trace.offsets, whole, fronts, rest, columns, offsets)
+    if bad >= 0:
+        raise ValueError(f"block_ids must be prefix-chained, request {bad} is not")
+    return offsets, columns[:, :runs]
+
+
+_NEW, _WITHIN = -1, -2  # of a block that begins no run's rest: never seen; further back in one
 
 
 @njit(cache=True)
-def _index(ids, offsets, last, columns, run_offsets):
-    """Fill the runs' columns; returns how many there are and the first bad request, else -1."""
-    request, previous, start, length = columns[0], columns[1], columns[2], columns[3]
-    taken, depth = columns[4], columns[5]  # blocks taken by later requests; blocks before
-    run = -1
-    run_offsets[0] = 0
+def _index(ids, offsets, whole, fronts, rest, columns, run_offsets):
+    """Fill the runs' columns; returns how many there are and the first bad request, else -1.
+
+    Only where a run begins a block is looked up: the rest of it is compared with the run that it
+    comes from. So `fronts` has the run of no blocks but those that a run's rest begins with, and
+    `rest`, (runs, 4), the rest's place in `ids`, blocks taken before it, its blocks, its depth.
+    `whole` requests are runs: what is counted are pieces of them then, and `previous` is a request.
+    """
+    request, previous, start, length = columns
+    run = 0
     for r in range(len(offsets) - 1):
-        first, before = run + 1, np.int32(-2)
-        for at in range(offsets[r], offsets[r + 1]):
-            block = ids[at]
-            old = last[block]
-            if old != before:
-                if old >= first:
-                    return run + 1, r
-                run += 1
-                before = old
-                request[run], previous[run], length[run] = r, old, 0
-                depth[run], start[run], taken[run] = at - offsets[r], 0, 0
-                if old >= 0:
-                    start[run] = taken[old]
-                    if depth[old] + taken[old] != depth[run]:
-                        return run + 1, r
-            length[run] += 1
-            if old >= 0:
-                if ids[offsets[request[old]] + depth[old] + taken[old]] != block:
-                    return run + 1, r
-                taken[old] += 1
-            last[block] = run
-        run_offsets[r + 1] = run + 1
-    return run + 1, -1
+        run_offsets[r] = run
+        at, end = offsets[r], offsets[r + 1]
+        while at < end:
+            block, depth, taken = ids[at], at - offsets[r], 0
+            old = fronts[block]
+            if old == _NEW:
+                blocks = _new(ids, at, end, fronts)
+            else:
+                place = np.int64(rest[old, 0])
+                if (
+                    old == _WITHIN
+                    or rest[old, 3] != depth
+                    or (depth and ids[place - 1] != ids[at - 1])
+                ):
+                    return run, r
+                taken = rest[old, 1]
+                blocks = _equal(ids, place, at, min(rest[old, 2], end - at))
+                if blocks < rest[old, 2]:
+                    fronts[ids[place + blocks]] = old
+                    _set(
+                        rest[old],
+                        place + blocks,
+                        taken + blocks,
+                        rest[old, 2] - blocks,
+                        depth + blocks,
+                    )
+            fronts[block] = _WITHIN
+            if not whole or depth == 0:
+                fronts[block] = r if whole else run
+                _set(rest[fronts[block]], at, 0, end - at if whole else blocks, depth)
+            request[run], previous[run], start[run], length[run] = r, old, taken, blocks
+            at += blocks
+            run += 1
+    run_offsets[-1] = run
+    return run, -1
+
+
+@njit(cache=True)
+def _new(ids, at, end, fronts):
+    """Count and mark the blocks of a stretch that were never seen."""
+    first = at
+    while at < end and fronts[ids[at]] == _NEW:
+        fronts[ids[at]] = _WITHIN
+        at += 1
+    return at - first
+
+
+@njit(cache=True)
+def _equal(ids, one, other, most):
+    """Count the blocks of two stretches that are equal."""
+    blocks = 1
+    while blocks < most and ids[one + blocks] == ids[other + blocks]:
+        blocks += 1
+    return blocks
+
+
+@njit(cache=True)
+def _set(row, place, taken, left, depth):
+    row[0], row[1], row[2], row[3] = place, taken, left, depth
 
 
 @njit(cache=True)

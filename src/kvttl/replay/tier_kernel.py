@@ -8,18 +8,21 @@ numbers say where all its blocks are: gpu holds [lo, g), disk [g, d), remote [d,
 from typing import NamedTuple
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from kvttl.replay.block_kernel import add_time, compiled, hold, inlined, next_tier
 from kvttl.replay.runs import SegmentArrays
 
 
 class State(NamedTuple):
-    """Everything that changes during a replay; arrays by segment, by tier, or heaps."""
+    """Everything that changes during a replay; arrays by segment, by tier, or sums."""
 
     marks: np.ndarray  # (segments, 4) int32: lo, g, d, m
-    heap: np.ndarray  # (4, n) int32: places (see mirror); eviction by tier, then deadlines
-    heap_key: np.ndarray  # (4, n) float64
-    ends: np.ndarray  # (4, 3) int64: where each heap begins and ends; whether it is sorted
+    there: np.ndarray  # (3, words) uint64: bits of the segments that may be in a tier, by rank
+    levels: np.ndarray  # where in `there` the bits begin, bits of words that have some, and so on
+    passed: np.ndarray  # (1,) int64: deadlines that took effect
     held: np.ndarray  # (2, 3) int64: blocks, tokens in each tier
     area: np.ndarray  # (2, 3) float64: the same x seconds
     moved: np.ndarray  # (4, 4) int64 tokens
@@ -31,85 +34,90 @@ class Work(NamedTuple):
     """What the kernel reads; see SegmentArrays and Plan."""
 
     segments: SegmentArrays
-    key: np.ndarray  # (segments,) float64
+    rank: np.ndarray  # (segments,) int32: place in the order of eviction
+    by_rank: np.ndarray  # (segments,) int32: its inverse
     tier: np.ndarray  # (segments,) int8
     until_s: np.ndarray  # (segments, 3) float64, not falling; or (0, 3): nothing expires
+    due_s: np.ndarray  # (deadlines,) float64, ascending
+    due: np.ndarray  # (deadlines,) int32: whose they are
     capacity: np.ndarray  # (3,) int64, -1 = unlimited
     block_tokens: int
 
 
 def new_state(segments: int) -> State:
     """Return the state of three empty tiers."""
-    heap_key, ends = np.empty((4, segments + 1)), np.array([[0, 0, 1]] * 4, np.int64)
-    heaps = (np.empty(heap_key.shape, np.int32), heap_key, ends)
+    sizes = [max(1, -(-segments // 64))]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 64))
+    there, levels = np.zeros((3, sum(sizes)), np.uint64), np.cumsum([0, *sizes[:-1]])
     sums = (np.zeros((2, 3), np.int64), np.zeros((2, 3)), np.zeros((4, 4), np.int64))
     marks, counts = np.zeros((segments, 4), np.int32), np.zeros((2, 4), np.int64)
-    return State(marks, *heaps, *sums, np.zeros(1), counts)
+    return State(marks, there, levels, np.zeros(1, np.int64), *sums, np.zeros(1), counts)
 
 
-@inlined
-def _before(key, place, other_key, other):
-    return key < other_key or (key == other_key and place < other)
+def eviction_order(segments: SegmentArrays, key: np.ndarray | None):
+    """Return each segment's place in the order of eviction, and the segments in that order."""
+    if key is None:  # by request, and of each the deepest first
+        return segments.mirror, segments.mirror
+    order = segments.mirror[np.argsort(key[segments.mirror], kind="stable")]
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return rank, order
 
 
-@inlined
-def _push(s, heap, key, place):
-    keys, places, ends = s.heap_key[heap], s.heap[heap], s.ends[heap]
-    if ends[0] == ends[1]:
-        ends[0], ends[1], ends[2] = 0, 0, 1
-    at = ends[1]
-    if ends[2] == 1:
-        if at == 0 or not _before(key, place, keys[at - 1], places[at - 1]):
-            ends[1] = at + 1
-            keys[at], places[at] = key, place
-            return
-        at = _compact(keys, places, ends)
-    ends[1] = at + 1
-    while at > 0:
-        up = (at - 1) >> 1
-        if not _before(key, place, keys[up], places[up]):
-            break
-        keys[at], places[at] = keys[up], places[up]
-        at = up
-    keys[at], places[at] = key, place
+def deadlines_in_order(segments: SegmentArrays, until_s, capacity, end_s: float):
+    """Return the times before `end_s` at which a segment must leave a tier, and the segments."""
+    until_s = until_s[segments.mirror][:, np.flatnonzero(capacity)]
+    before_s = np.insert(until_s[:, :-1], 0, -np.inf, axis=1)
+    place, tier = np.nonzero((until_s > before_s) & (until_s < end_s))
+    at_s = until_s[place, tier]
+    order = np.argsort(at_s, kind="stable")
+    return at_s[order], segments.mirror[place[order]]
+
+
+@intrinsic
+def _lowest_bit(typing, word):
+    """The place of the lowest bit that is set; numba has none."""
+
+    def generate(context, builder, signature, values):
+        return builder.cttz(values[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), generate
 
 
 @compiled
-def _compact(keys, places, ends):
-    """Turn a sorted queue into a heap, which it already is but for its place."""
-    size = ends[1] - ends[0]
-    for at in range(size):
-        keys[at], places[at] = keys[ends[0] + at], places[ends[0] + at]
-    ends[0], ends[1], ends[2] = 0, size, 0
-    return size
+def _add(there, levels, rank):
+    """Note that a segment may be in a tier."""
+    for level in range(len(levels)):
+        at = levels[level] + (rank >> 6)
+        bits = there[at]
+        there[at] = bits | np.uint64(1) << np.uint64(rank & 63)
+        if bits:
+            return
+        rank >>= 6
+
+
+@compiled
+def _drop(there, levels, rank):
+    for level in range(len(levels)):
+        at = levels[level] + (rank >> 6)
+        there[at] &= ~(np.uint64(1) << np.uint64(rank & 63))
+        if there[at]:
+            return
+        rank >>= 6
+
+
+@compiled
+def _lowest(there, levels):
+    """The rank of what goes first, of a tier that holds some."""
+    rank = 0
+    for level in range(len(levels) - 1, -1, -1):
+        rank = rank << 6 | _lowest_bit(there[levels[level] + rank])
+    return rank
 
 
 @inlined
-def _pop(s, heap):
-    """Drop the first entry: keys that came in order are a queue, others a binary heap."""
-    keys, places, ends = s.heap_key[heap], s.heap[heap], s.ends[heap]
-    if ends[2]:
-        ends[0] += 1
-        return
-    ends[1] -= 1
-    n = ends[1]
-    key, place = keys[n], places[n]
-    at = 0
-    while True:
-        down = 2 * at + 1
-        if down >= n:
-            break
-        if down + 1 < n and _before(keys[down + 1], places[down + 1], keys[down], places[down]):
-            down += 1
-        if not _before(keys[down], places[down], key, place):
-            break
-        keys[at], places[at] = keys[down], places[down]
-        at = down
-    keys[at], places[at] = key, place
-
-
-@inlined
-def _tokens(segment, begin, end, r):
+def tokens_of(segment, begin, end, r):
     """Tokens of a segment's blocks [begin, end)."""
     if end <= begin:
         return 0
@@ -117,7 +125,7 @@ def _tokens(segment, begin, end, r):
     return (end - begin) * r.block_tokens - lacks
 
 
-@compiled
+@inlined
 def _tick(s, now_s):
     dt = now_s - s.clock_s[0]
     if dt > 0.0:
@@ -130,12 +138,12 @@ def _sink(s, r, segment, tier, blocks, below):
     """Move the last blocks of a segment's share of a tier to a tier below; 3 drops them."""
     end = s.marks[segment, tier + 1]
     begin = end - blocks
-    tokens = _tokens(segment, begin, end, r)
+    tokens = tokens_of(segment, begin, end, r)
     hold(s.held, tier, -blocks, -tokens)
     s.moved[tier, below] += tokens
     if below < 3:
-        if r.capacity[below] > 0 and s.marks[segment, below] == s.marks[segment, below + 1]:
-            _push(s, below, r.key[segment], r.segments.mirror[segment])
+        if r.capacity[below] > 0:
+            _add(s.there[below], s.levels, r.rank[segment])
         hold(s.held, below, blocks, tokens)
     for k in range(tier + 1, min(below, 3) + 1):  # no blocks are between the two tiers
         s.marks[segment, k] = begin
@@ -146,11 +154,12 @@ def _evict(s, r, first):
     """Bring each tier from `first` down to its capacity, hottest tier first."""
     for tier in range(first, 3):
         while 0 < r.capacity[tier] < s.held[0, tier]:
-            segment = r.segments.mirror[s.heap[tier, s.ends[tier, 0]]]
+            rank = _lowest(s.there[tier], s.levels)
+            segment = r.by_rank[rank]
             there = s.marks[segment, tier + 1] - s.marks[segment, tier]
             over = s.held[0, tier] - r.capacity[tier]
             if over >= there:
-                _pop(s, tier)
+                _drop(s.there[tier], s.levels, rank)
             if there > 0:
                 _sink(s, r, segment, tier, min(over, there), next_tier(tier, r.capacity))
 
@@ -158,23 +167,20 @@ def _evict(s, r, first):
 @compiled
 def _expire(s, r, now_s):
     """Let every TTL that passed before `now_s` take effect, in order of time."""
-    while s.ends[3, 0] < s.ends[3, 1] and s.heap_key[3, s.ends[3, 0]] < now_s:
-        at_s, segment = s.heap_key[3, s.ends[3, 0]], r.segments.mirror[s.heap[3, s.ends[3, 0]]]
-        _pop(s, 3)
+    while s.passed[0] < len(r.due) and r.due_s[s.passed[0]] < now_s:
+        at_s, segment = r.due_s[s.passed[0]], r.due[s.passed[0]]
+        s.passed[0] += 1
         if s.marks[segment, 0] >= s.marks[segment, 3]:
             continue  # all taken or evicted
         _tick(s, at_s)
-        below, next_s = 3, np.inf  # the next rung, and until when
-        for tier in range(2, -1, -1):
-            until_s = r.until_s[segment, tier]
-            if until_s > at_s and r.capacity[tier] != 0 and tier > r.tier[segment]:
-                below, next_s = tier, until_s
+        below = 3  # the next rung
+        for tier in range(2, r.tier[segment], -1):
+            if r.until_s[segment, tier] > at_s and r.capacity[tier] != 0:
+                below = tier
         for tier in range(2, -1, -1):
             there = s.marks[segment, tier + 1] - s.marks[segment, tier]
             if there > 0 and r.until_s[segment, tier] <= at_s:
                 _sink(s, r, segment, tier, there, below)
-        if s.marks[segment, 0] < s.marks[segment, 3]:
-            _push(s, 3, next_s, r.segments.mirror[segment])
         _evict(s, r, 0)
 
 
@@ -191,7 +197,7 @@ def _take(s, r, piece):
     for tier in range(3):
         stop = min(end, s.marks[old, tier + 1])
         if stop > begin:
-            tokens = _tokens(old, begin, stop, r)
+            tokens = tokens_of(old, begin, stop, r)
             s.counts[0, tier] = stop - begin
             s.counts[0, 3] -= stop - begin
             s.counts[1, tier] += tokens
@@ -207,7 +213,7 @@ def _put(s, r, segment):
     length, tier = r.segments.length[segment], r.tier[segment]
     for k in range(4):
         s.marks[segment, k] = length if k > tier else 0
-    tokens = _tokens(segment, 0, length, r)
+    tokens = tokens_of(segment, 0, length, r)
     hold(s.held, tier, length, tokens)
     known = 0
     for source in range(3):
@@ -215,9 +221,7 @@ def _put(s, r, segment):
         known += s.counts[1, source]
     s.moved[3, tier] += max(0, tokens - known)
     if r.capacity[tier] > 0:
-        _push(s, tier, r.key[segment], r.segments.mirror[segment])
-    if len(r.until_s):
-        _push(s, 3, r.until_s[segment, tier], r.segments.mirror[segment])
+        _add(s.there[tier], s.levels, r.rank[segment])
 
 
 @inlined
