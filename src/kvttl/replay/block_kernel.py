@@ -17,21 +17,6 @@ _NEWER, _OLDER, _TIER, _TOKENS = 0, 1, 2, 3
 _NONE = 3  # as a tier
 
 
-@inlined
-def _unlink(rows, block):
-    newer, older = rows[block, _NEWER], rows[block, _OLDER]
-    rows[newer, _OLDER] = older
-    rows[older, _NEWER] = newer
-
-
-@inlined
-def _link(rows, block, end):
-    """Put a block at a list's new end; `end` is the list's own row in the ring."""
-    newest = rows[end, _OLDER]
-    rows[end, _OLDER], rows[block, _NEWER] = block, end
-    rows[block, _OLDER], rows[newest, _NEWER] = newest, block
-
-
 def block_rows(trace):
     """Return the rows of all blocks, in no tier, and of the ends of three empty lists.
 
@@ -108,13 +93,17 @@ def next_tier(tier, capacity):
 
 @inlined
 def _leave(rows, block, tier, held):
-    _unlink(rows, block)
+    newer, older = rows[block, _NEWER], rows[block, _OLDER]
+    rows[newer, _OLDER], rows[older, _NEWER] = older, newer
     hold(held, tier, -1, -rows[block, _TOKENS])
 
 
 @inlined
 def _enter(rows, block, source, tier, held, moved):
-    _link(rows, block, len(rows) - 3 + tier)
+    end = len(rows) - 3 + tier  # of the tier's list, a row of its own in the ring
+    newest = rows[end, _OLDER]
+    rows[end, _OLDER], rows[block, _NEWER] = block, end
+    rows[block, _OLDER], rows[newest, _NEWER] = newest, block
     rows[block, _TIER] = tier
     hold(held, tier, 1, rows[block, _TOKENS])
     moved[source, tier] += rows[block, _TOKENS]

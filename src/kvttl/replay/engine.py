@@ -23,14 +23,8 @@ from kvttl.replay.block_kernel import block_rows, replay_blocks
 from kvttl.replay.lru_kernel import Prompts, new_lists, replay_lru
 from kvttl.replay.policies import POLICIES, UNLIMITED, Plan, capacities, want_times
 from kvttl.replay.result import ReplayResult
-from kvttl.replay.runs import RunIndex, index_requests, index_runs
-from kvttl.replay.tier_kernel import (
-    Work,
-    deadlines_in_order,
-    eviction_order,
-    new_state,
-    replay_requests,
-)
+from kvttl.replay.runs import RunIndex, index_runs, whole_requests
+from kvttl.replay.tier_kernel import new_state, replay_requests, work_of
 from kvttl.replay.ttl_kernel import ladder_deadlines, replay_ttl
 from kvttl.traces.trace import REASONS, Trace
 
@@ -107,8 +101,11 @@ def replay(
     if sweep or ends != "told":
         raise ValueError(f"sweep and ends are for policies that decide as they go, not {policy!r}")
     if policy in [name for name, row in POLICIES.items() if row.plan is None]:
-        run = _replay_lru if POLICIES[policy].refreshes else _replay_blocks
-        return run(trace, policy, blocks, progress)
+        if blocks[0] == 0 and any(blocks):
+            raise ValueError(f"gpu must hold blocks for {policy!r}, got capacity 0")
+        if POLICIES[policy].refreshes:
+            return _replay_lru(whole_requests(trace), flat, policy, blocks, progress)
+        return _replay_blocks(flat, policy, blocks, progress)
     if policy == "infinite":
         blocks = _NO_LIMITS
     plan = _plan(trace, policy, config, metadata)
@@ -214,22 +211,16 @@ def _deadlines(plan, tier):
 def _replay_plan(plan, name, blocks, progress):
     segments, trace = plan.segments, plan.index.trace
     hits, state = _hit_arrays(trace), new_state(len(segments.request))
-    key = plan.key if plan.key is None else np.asarray(plan.key, np.float64)
+    key = None if plan.key is None else np.asarray(plan.key, np.float64)
     tier, limits = _tiers(plan, blocks), np.array(blocks, np.int64)
-    until_s, due = np.empty((0, 3)), (np.empty(0), np.empty(0, np.int32))
-    if plan.ttl_s is not None:
-        until_s = _deadlines(plan, tier)
-        due = deadlines_in_order(segments, until_s, limits, trace.span_s)
-    own = *eviction_order(segments, key), tier, until_s, *due, limits, trace.block_tokens
-    work = Work(segments, *own)
+    until_s = None if plan.ttl_s is None else _deadlines(plan, tier)
+    work = work_of(segments, key, tier, until_s, limits, trace.block_tokens, trace.span_s)
     for first, last in _chunks(trace, blocks, progress, name):
         replay_requests(state, work, trace.arrival_s, first, last, *hits)
     return ReplayResult(trace, name, blocks, *hits, *state.area, state.moved)
 
 
-def _replay_lru(trace, name, blocks, progress):
-    segments = trace.by_request if isinstance(trace, RunIndex) else index_requests(trace)
-    trace = trace.trace if isinstance(trace, RunIndex) else trace
+def _replay_lru(segments, trace, name, blocks, progress):
     hits, lists, level_hits = _hit_arrays(trace), new_lists(trace.requests), 0
     work = Prompts(segments, np.array(blocks, np.int64), trace.block_tokens)
     for first, last in _chunks(trace, blocks, progress, name):
@@ -238,7 +229,6 @@ def _replay_lru(trace, name, blocks, progress):
 
 
 def _replay_blocks(trace, name, blocks, progress):
-    trace = trace.trace if isinstance(trace, RunIndex) else trace
     hits, area, moved = _hit_arrays(trace), np.zeros((2, 3)), np.zeros((4, 4), np.int64)
     limits, held, level_hits = np.array(blocks, np.int64), np.zeros((2, 3), np.int64), 0
     arrays = (trace.block_ids, trace.offsets, trace.arrival_s, block_rows(trace), limits, held)

@@ -88,21 +88,16 @@ def _overflow(s, r, request, end):
             s.oldest[tier, 0], s.oldest[tier, 1] = s.oldest[tier - 1, 0], s.oldest[tier - 1, 1]
         over, below = s.held[0, tier] - r.capacity[tier], next_tier(tier, r.capacity)
         while 0 < over and r.capacity[tier] > 0:
-            old, length = s.oldest[tier, 0], end
-            if old < request:
-                length = r.segments.length[old]
+            old = s.oldest[tier, 0]
             begin = max(s.oldest[tier, 1], s.taken[old])
-            stop = min(begin + over, length)
-            if stop > begin:
-                there = tokens_of(old, begin, stop, r)
-                hold(s.held, tier, begin - stop, -there)
-                s.moved[tier, below] += there
-                over -= stop - begin
-                if below < 3:
-                    hold(s.held, below, stop - begin, there)
-            s.oldest[tier, 1] = stop
-            if over > 0:
-                s.oldest[tier, 0], s.oldest[tier, 1] = old + 1, 0
+            stop = min(begin + over, r.segments.length[old] if old < request else end)
+            there = tokens_of(old, begin, stop, r)
+            hold(s.held, tier, begin - stop, -there)
+            if below < 3:
+                hold(s.held, below, stop - begin, there)
+            s.moved[tier, below] += there
+            over -= stop - begin
+            s.oldest[tier, 0], s.oldest[tier, 1] = (old + 1, 0) if over > 0 else (old, stop)
 
 
 @compiled

@@ -104,8 +104,15 @@ class RunIndex:
         values = {name: getattr(self, name) for name in METADATA_FIELDS if hasattr(self, name)}
         if per == "block":
             return values
-        known = self.longest_known
-        return {n: np.where(known >= 0, np.append(v, 0.0)[known], 0.0) for n, v in values.items()}
+        return dict(self._of_longest_known)
+
+    @cached_property
+    def _of_longest_known(self):
+        known = self.longest_known >= 0
+        values = {name: np.zeros(len(known)) for name in self.metadata("block")}
+        for name, of_requests in values.items():
+            of_requests[known] = getattr(self, name)[self.longest_known[known]]
+        return values
 
     @cached_property
     def by_run(self) -> "SegmentArrays":
@@ -116,8 +123,7 @@ class RunIndex:
     @cached_property
     def by_request(self) -> "SegmentArrays":
         """Whole requests as segments, for policies that decide once a request: far fewer."""
-        columns, piece_offsets = _merge(self.offsets, self.request, self.previous, self.length)
-        return _whole_requests(self.trace, piece_offsets, *columns)
+        return whole_requests(self.trace)
 
     @cached_property
     def by_future(self) -> "RunIndex":
@@ -181,25 +187,6 @@ def _segments(offsets, request, length, short, piece_offsets, old, start, piece_
     return SegmentArrays(*own, *pieces, mirror.astype(np.int32), rest.astype(np.int32))
 
 
-@njit(cache=True)
-def _merge(offsets, request, previous, length):
-    """Join runs that follow each other and came from one request; returns columns, offsets."""
-    columns, ends = np.zeros((3, len(request)), np.int32), np.zeros(len(offsets), np.int64)
-    piece = -1
-    for r in range(len(offsets) - 1):
-        depth, before = 0, np.int64(-2)
-        for run in range(offsets[r], offsets[r + 1]):
-            old = np.int64(request[previous[run]]) if previous[run] >= 0 else np.int64(-1)
-            if old != before:
-                piece += 1
-                columns[0, piece] = before = old
-                columns[1, piece] = depth
-            columns[2, piece] += length[run]
-            depth += length[run]
-        ends[r + 1] = piece + 1
-    return columns[:, : piece + 1], ends
-
-
 def _short(trace):
     """Return the tokens that each request's last block lacks, shape (requests,)."""
     complete = trace.block_tokens * (trace.blocks > 0)
@@ -221,17 +208,15 @@ def index_runs(trace: Trace) -> RunIndex:
     return RunIndex(trace, offsets, *columns, short)
 
 
-def index_requests(trace: Trace) -> "SegmentArrays":
-    """Return `RunIndex.by_request`, without the runs."""
-    offsets, columns = _indexed(trace, whole=True)
-    return _whole_requests(trace, offsets, *columns[1:])
-
-
-def _whole_requests(trace, piece_offsets, *columns):
+def whole_requests(trace: Trace | RunIndex) -> SegmentArrays:
+    """Return `RunIndex.by_request`, for which no runs are needed."""
+    if isinstance(trace, RunIndex):
+        return trace.by_request
+    piece_offsets, (_, *pieces) = _indexed(trace, whole=True)
     requests, blocks = np.arange(trace.requests + 1), trace.blocks.astype(np.int32)
     # int32 as by run: for another type the kernels would be compiled once more.
     own = (requests, requests[:-1].astype(np.int32), blocks, _short(trace))
-    return _segments(*own, piece_offsets, *columns)
+    return _segments(*own, piece_offsets, *pieces)
 
 
 def _indexed(trace, whole):
@@ -269,28 +254,20 @@ def _index(ids, offsets, whole, fronts, rest, columns, run_offsets):
             if old == _NEW:
                 blocks = _new(ids, at, end, fronts)
             else:
-                place = np.int64(rest[old, 0])
-                if (
-                    old == _WITHIN
-                    or rest[old, 3] != depth
-                    or (depth and ids[place - 1] != ids[at - 1])
-                ):
+                left, place = rest[old], np.int64(rest[old, 0])
+                follows = depth == 0 or ids[place - 1] == ids[at - 1]
+                if old == _WITHIN or left[3] != depth or not follows:
                     return run, r
-                taken = rest[old, 1]
-                blocks = _equal(ids, place, at, min(rest[old, 2], end - at))
-                if blocks < rest[old, 2]:
+                taken, blocks = left[1], _equal(ids, place, at, min(left[2], end - at))
+                if blocks < left[2]:
                     fronts[ids[place + blocks]] = old
-                    _set(
-                        rest[old],
-                        place + blocks,
-                        taken + blocks,
-                        rest[old, 2] - blocks,
-                        depth + blocks,
-                    )
+                left[0], left[1], left[3] = place + blocks, taken + blocks, depth + blocks
+                left[2] -= blocks
             fronts[block] = _WITHIN
-            if not whole or depth == 0:
+            if depth == 0 or not whole:
                 fronts[block] = r if whole else run
-                _set(rest[fronts[block]], at, 0, end - at if whole else blocks, depth)
+                new = rest[fronts[block]]
+                new[0], new[1], new[2], new[3] = at, 0, end - at if whole else blocks, depth
             request[run], previous[run], start[run], length[run] = r, old, taken, blocks
             at += blocks
             run += 1
@@ -315,11 +292,6 @@ def _equal(ids, one, other, most):
     while blocks < most and ids[one + blocks] == ids[other + blocks]:
         blocks += 1
     return blocks
-
-
-@njit(cache=True)
-def _set(row, place, taken, left, depth):
-    row[0], row[1], row[2], row[3] = place, taken, left, depth
 
 
 @njit(cache=True)

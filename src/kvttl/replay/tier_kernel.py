@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
 from kvttl.replay.block_kernel import add_time, compiled, hold, inlined, next_tier
@@ -34,12 +34,12 @@ class Work(NamedTuple):
     """What the kernel reads; see SegmentArrays and Plan."""
 
     segments: SegmentArrays
-    rank: np.ndarray  # (segments,) int32: place in the order of eviction
-    by_rank: np.ndarray  # (segments,) int32: its inverse
+    rank: np.ndarray  # (segments,) uint32: place in the order of eviction
+    by_rank: np.ndarray  # (segments,) uint32: its inverse
     tier: np.ndarray  # (segments,) int8
     until_s: np.ndarray  # (segments, 3) float64, not falling; or (0, 3): nothing expires
     due_s: np.ndarray  # (deadlines,) float64, ascending
-    due: np.ndarray  # (deadlines,) int32: whose they are
+    due: np.ndarray  # (deadlines,) uint32: whose they are
     capacity: np.ndarray  # (3,) int64, -1 = unlimited
     block_tokens: int
 
@@ -55,24 +55,38 @@ def new_state(segments: int) -> State:
     return State(marks, there, levels, np.zeros(1, np.int64), *sums, np.zeros(1), counts)
 
 
-def eviction_order(segments: SegmentArrays, key: np.ndarray | None):
-    """Return each segment's place in the order of eviction, and the segments in that order."""
-    if key is None:  # by request, and of each the deepest first
-        return segments.mirror, segments.mirror
-    order = segments.mirror[np.argsort(key[segments.mirror], kind="stable")]
+def work_of(segments, key, tier, until_s, capacity, block_tokens, end_s) -> Work:
+    """Return what the kernel reads; `key` None: recency, `until_s` None: nothing expires."""
+    order = mirror = segments.mirror.astype(np.uint32)  # what may be < 0 takes numba longer
+    if key is not None:  # else by request, and of each the deepest first
+        order = mirror[np.argsort(key[mirror], kind="stable")]
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    return rank, order
+    until_s = np.empty((0, 3)) if until_s is None else until_s
+    due = _in_order(*_deadlines(mirror[: len(until_s)], until_s, capacity, end_s))
+    return Work(segments, rank, order, tier, until_s, *due, capacity, block_tokens)
 
 
-def deadlines_in_order(segments: SegmentArrays, until_s, capacity, end_s: float):
+def _in_order(at_s, who):
+    """Sort by time: roughly first, by radix, since floats nearly in order are sorted fast."""
+    scale = 65535 / max(at_s.max(initial=0.0), 1e-9)
+    order = np.argsort((at_s * scale).astype(np.uint16), kind="stable")
+    order = order[np.argsort(at_s[order], kind="stable")]
+    return at_s[order], who[order]
+
+
+@njit(cache=True)
+def _deadlines(mirror, until_s, capacity, end_s):
     """Return the times before `end_s` at which a segment must leave a tier, and the segments."""
-    until_s = until_s[segments.mirror][:, np.flatnonzero(capacity)]
-    before_s = np.insert(until_s[:, :-1], 0, -np.inf, axis=1)
-    place, tier = np.nonzero((until_s > before_s) & (until_s < end_s))
-    at_s = until_s[place, tier]
-    order = np.argsort(at_s, kind="stable")
-    return at_s[order], segments.mirror[place[order]]
+    at_s, who, count = np.empty(until_s.size), np.empty(until_s.size, np.uint32), 0
+    for segment in mirror:
+        before_s = -np.inf
+        for tier in range(3):
+            if capacity[tier] != 0 and before_s < until_s[segment, tier] < end_s:
+                before_s = at_s[count] = until_s[segment, tier]
+                who[count] = segment
+                count += 1
+    return at_s[:count], who[:count]
 
 
 @intrinsic
@@ -86,23 +100,13 @@ def _lowest_bit(typing, word):
 
 
 @compiled
-def _add(there, levels, rank):
-    """Note that a segment may be in a tier."""
+def _mark(there, levels, rank, is_there):
+    """Note that a segment may be in a tier, or that it is not."""
     for level in range(len(levels)):
-        at = levels[level] + (rank >> 6)
-        bits = there[at]
-        there[at] = bits | np.uint64(1) << np.uint64(rank & 63)
-        if bits:
-            return
-        rank >>= 6
-
-
-@compiled
-def _drop(there, levels, rank):
-    for level in range(len(levels)):
-        at = levels[level] + (rank >> 6)
-        there[at] &= ~(np.uint64(1) << np.uint64(rank & 63))
-        if there[at]:
+        at, bit = levels[level] + (rank >> 6), np.uint64(1) << np.uint64(rank & 63)
+        before = there[at]
+        there[at] = before | bit if is_there else before & ~bit
+        if (before if is_there else there[at]) != 0:
             return
         rank >>= 6
 
@@ -110,9 +114,9 @@ def _drop(there, levels, rank):
 @compiled
 def _lowest(there, levels):
     """The rank of what goes first, of a tier that holds some."""
-    rank = 0
+    rank = np.uint64(0)
     for level in range(len(levels) - 1, -1, -1):
-        rank = rank << 6 | _lowest_bit(there[levels[level] + rank])
+        rank = rank << np.uint64(6) | np.uint64(_lowest_bit(there[np.uint64(levels[level]) + rank]))
     return rank
 
 
@@ -143,7 +147,7 @@ def _sink(s, r, segment, tier, blocks, below):
     s.moved[tier, below] += tokens
     if below < 3:
         if r.capacity[below] > 0:
-            _add(s.there[below], s.levels, r.rank[segment])
+            _mark(s.there[below], s.levels, r.rank[segment], True)
         hold(s.held, below, blocks, tokens)
     for k in range(tier + 1, min(below, 3) + 1):  # no blocks are between the two tiers
         s.marks[segment, k] = begin
@@ -153,15 +157,16 @@ def _sink(s, r, segment, tier, blocks, below):
 def _evict(s, r, first):
     """Bring each tier from `first` down to its capacity, hottest tier first."""
     for tier in range(first, 3):
+        below = next_tier(tier, r.capacity)
         while 0 < r.capacity[tier] < s.held[0, tier]:
             rank = _lowest(s.there[tier], s.levels)
             segment = r.by_rank[rank]
             there = s.marks[segment, tier + 1] - s.marks[segment, tier]
             over = s.held[0, tier] - r.capacity[tier]
             if over >= there:
-                _drop(s.there[tier], s.levels, rank)
+                _mark(s.there[tier], s.levels, rank, False)
             if there > 0:
-                _sink(s, r, segment, tier, min(over, there), next_tier(tier, r.capacity))
+                _sink(s, r, segment, tier, min(over, there), below)
 
 
 @compiled
@@ -221,7 +226,7 @@ def _put(s, r, segment):
         known += s.counts[1, source]
     s.moved[3, tier] += max(0, tokens - known)
     if r.capacity[tier] > 0:
-        _add(s.there[tier], s.levels, r.rank[segment])
+        _mark(s.there[tier], s.levels, r.rank[segment], True)
 
 
 @inlined
