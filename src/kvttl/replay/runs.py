@@ -123,7 +123,8 @@ class RunIndex:
     @cached_property
     def by_request(self) -> "SegmentArrays":
         """Whole requests as segments, for policies that decide once a request: far fewer."""
-        return whole_requests(self.trace)
+        columns, piece_offsets = _merge(self.offsets, self.request, self.previous, self.length)
+        return _whole(self.trace, piece_offsets, *columns)
 
     @cached_property
     def by_future(self) -> "RunIndex":
@@ -187,6 +188,25 @@ def _segments(offsets, request, length, short, piece_offsets, old, start, piece_
     return SegmentArrays(*own, *pieces, mirror.astype(np.int32), rest.astype(np.int32))
 
 
+@njit(cache=True)
+def _merge(offsets, request, previous, length):
+    """Join runs that follow each other and came from one request; returns columns, offsets."""
+    columns, ends = np.zeros((3, len(request)), np.int32), np.zeros(len(offsets), np.int64)
+    piece = -1
+    for r in range(len(offsets) - 1):
+        depth, before = 0, np.int64(-2)
+        for run in range(offsets[r], offsets[r + 1]):
+            old = np.int64(request[previous[run]]) if previous[run] >= 0 else np.int64(-1)
+            if old != before:
+                piece += 1
+                columns[0, piece] = before = old
+                columns[1, piece] = depth
+            columns[2, piece] += length[run]
+            depth += length[run]
+        ends[r + 1] = piece + 1
+    return columns[:, : piece + 1], ends
+
+
 def _short(trace):
     """Return the tokens that each request's last block lacks, shape (requests,)."""
     complete = trace.block_tokens * (trace.blocks > 0)
@@ -213,6 +233,10 @@ def whole_requests(trace: Trace | RunIndex) -> SegmentArrays:
     if isinstance(trace, RunIndex):
         return trace.by_request
     piece_offsets, (_, *pieces) = _indexed(trace, whole=True)
+    return _whole(trace, piece_offsets, *pieces)
+
+
+def _whole(trace, piece_offsets, *pieces):
     requests, blocks = np.arange(trace.requests + 1), trace.blocks.astype(np.int32)
     # int32 as by run: for another type the kernels would be compiled once more.
     own = (requests, requests[:-1].astype(np.int32), blocks, _short(trace))
