@@ -19,8 +19,13 @@ from kvttl.policies import kernel
 from kvttl.policies.online import OnlinePolicy
 from kvttl.policies.runs import LEVELS
 from kvttl.policies.state import REAL
-from kvttl.replay.block_kernel import block_rows, replay_blocks
-from kvttl.replay.lru_kernel import Prompts, new_lists, replay_lru
+from kvttl.replay.block_kernel import (
+    Prompts,
+    block_rows,
+    new_lists,
+    replay_blocks,
+    replay_lru,
+)
 from kvttl.replay.policies import POLICIES, UNLIMITED, Plan, capacities, want_times
 from kvttl.replay.result import ReplayResult
 from kvttl.replay.runs import RunIndex, index_runs, whole_requests
@@ -101,11 +106,7 @@ def replay(
     if sweep or ends != "told":
         raise ValueError(f"sweep and ends are for policies that decide as they go, not {policy!r}")
     if policy in [name for name, row in POLICIES.items() if row.plan is None]:
-        if blocks[0] == 0 and any(blocks):
-            raise ValueError(f"gpu must hold blocks for {policy!r}, got capacity 0")
-        if POLICIES[policy].refreshes:
-            return _replay_lru(whole_requests(trace), flat, policy, blocks, progress)
-        return _replay_blocks(flat, policy, blocks, progress)
+        return _replay_lists(trace, flat, policy, blocks, progress)
     if policy == "infinite":
         blocks = _NO_LIMITS
     plan = _plan(trace, policy, config, metadata)
@@ -218,6 +219,14 @@ def _replay_plan(plan, name, blocks, progress):
     for first, last in _chunks(trace, blocks, progress, name):
         replay_requests(state, work, trace.arrival_s, first, last, *hits)
     return ReplayResult(trace, name, blocks, *hits, *state.area, state.moved)
+
+
+def _replay_lists(trace, flat, name, blocks, progress):
+    if blocks[0] == 0 and any(blocks):
+        raise ValueError(f"gpu must hold blocks for {name!r}, got capacity 0")
+    if POLICIES[name].refreshes:
+        return _replay_lru(whole_requests(trace), flat, name, blocks, progress)
+    return _replay_blocks(flat, name, blocks, progress)
 
 
 def _replay_lru(segments, trace, name, blocks, progress):

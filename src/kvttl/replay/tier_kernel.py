@@ -12,7 +12,14 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from kvttl.replay.block_kernel import add_time, compiled, hold, inlined, next_tier
+from kvttl.replay.block_kernel import (
+    add_time,
+    compiled,
+    hold,
+    inlined,
+    next_tier,
+    segment_tokens,
+)
 from kvttl.replay.runs import SegmentArrays
 
 
@@ -121,15 +128,6 @@ def _lowest(there, levels):
 
 
 @inlined
-def tokens_of(segment, begin, end, r):
-    """Tokens of a segment's blocks [begin, end)."""
-    if end <= begin:
-        return 0
-    lacks = r.segments.short[segment] if end == r.segments.length[segment] else 0
-    return (end - begin) * r.block_tokens - lacks
-
-
-@inlined
 def _tick(s, now_s):
     dt = now_s - s.clock_s[0]
     if dt > 0.0:
@@ -142,7 +140,7 @@ def _sink(s, r, segment, tier, blocks, below):
     """Move the last blocks of a segment's share of a tier to a tier below; 3 drops them."""
     end = s.marks[segment, tier + 1]
     begin = end - blocks
-    tokens = tokens_of(segment, begin, end, r)
+    tokens = segment_tokens(segment, begin, end, r)
     hold(s.held, tier, -blocks, -tokens)
     s.moved[tier, below] += tokens
     if below < 3:
@@ -202,7 +200,7 @@ def _take(s, r, piece):
     for tier in range(3):
         stop = min(end, s.marks[old, tier + 1])
         if stop > begin:
-            tokens = tokens_of(old, begin, stop, r)
+            tokens = segment_tokens(old, begin, stop, r)
             s.counts[0, tier] = stop - begin
             s.counts[0, 3] -= stop - begin
             s.counts[1, tier] += tokens
@@ -218,7 +216,7 @@ def _put(s, r, segment):
     length, tier = r.segments.length[segment], r.tier[segment]
     for k in range(4):
         s.marks[segment, k] = length if k > tier else 0
-    tokens = tokens_of(segment, 0, length, r)
+    tokens = segment_tokens(segment, 0, length, r)
     hold(s.held, tier, length, tokens)
     known = 0
     for source in range(3):
