@@ -136,7 +136,7 @@ def _overflow_blocks(rows, capacity, held, moved):
 
 
 @inlined
-def segment_tokens(segment, begin, end, r):
+def size_of(segment, begin, end, r):
     """Tokens of a segment's blocks [begin, end)."""
     if end <= begin:
         return 0
@@ -188,7 +188,7 @@ def _count_hits(s, r, first, last, hit_blocks, hit_tokens):
         for tier in range(3):
             at = _first(s, tier, old, begin, end)
             hit_blocks[tier] += end - at
-            hit_tokens[tier] += segment_tokens(old, at, end, r)
+            hit_tokens[tier] += size_of(old, at, end, r)
             end = at
 
 
@@ -199,11 +199,11 @@ def _take(s, r, old, begin, end):
     s.taken[old] = end
     for tier in range(3):
         at = _first(s, tier, old, begin, stop)
-        hold(s.held, tier, at - stop, -segment_tokens(old, at, stop, r))
+        hold(s.held, tier, at - stop, -size_of(old, at, stop, r))
         if at == begin:
             return tier
         if r.capacity[tier] != 0:  # before their turn these go down, as do all above them
-            s.moved[tier, next_tier(tier, r.capacity)] += segment_tokens(old, at, end, r)
+            s.moved[tier, next_tier(tier, r.capacity)] += size_of(old, at, end, r)
         stop = at
     return 3
 
@@ -219,7 +219,7 @@ def _overflow(s, r, request, end):
             old = s.oldest[tier, 0]
             begin = max(s.oldest[tier, 1], s.taken[old])
             stop = min(begin + over, r.segments.length[old] if old < request else end)
-            there = segment_tokens(old, begin, stop, r)
+            there = size_of(old, begin, stop, r)
             hold(s.held, tier, begin - stop, -there)
             if below < 3:
                 hold(s.held, below, stop - begin, there)
@@ -244,7 +244,7 @@ def replay_lru(s, r, arrival_s, first, last, hit_blocks, hit_tokens):
             if old >= 0:
                 tier = _take(s, r, old, begin, end)
             hits += end - begin if tier < 3 else 0
-            come = segment_tokens(request, begin, end, r)
+            come = size_of(request, begin, end, r)
             s.moved[tier, 0] += come if tier > 0 else 0
             hold(s.held, 0, end - begin, come)
             if tier > 0:

@@ -19,13 +19,7 @@ from kvttl.policies import kernel
 from kvttl.policies.online import OnlinePolicy
 from kvttl.policies.runs import LEVELS
 from kvttl.policies.state import REAL
-from kvttl.replay.block_kernel import (
-    Prompts,
-    block_rows,
-    new_lists,
-    replay_blocks,
-    replay_lru,
-)
+from kvttl.replay.block_kernel import Prompts, block_rows, new_lists, replay_blocks, replay_lru
 from kvttl.replay.policies import POLICIES, UNLIMITED, Plan, capacities, want_times
 from kvttl.replay.result import ReplayResult
 from kvttl.replay.runs import RunIndex, index_runs, whole_requests

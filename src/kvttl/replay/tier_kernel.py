@@ -12,14 +12,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from kvttl.replay.block_kernel import (
-    add_time,
-    compiled,
-    hold,
-    inlined,
-    next_tier,
-    segment_tokens,
-)
+from kvttl.replay.block_kernel import add_time, compiled, hold, inlined, next_tier, size_of
 from kvttl.replay.runs import SegmentArrays
 
 
@@ -140,7 +133,7 @@ def _sink(s, r, segment, tier, blocks, below):
     """Move the last blocks of a segment's share of a tier to a tier below; 3 drops them."""
     end = s.marks[segment, tier + 1]
     begin = end - blocks
-    tokens = segment_tokens(segment, begin, end, r)
+    tokens = size_of(segment, begin, end, r)
     hold(s.held, tier, -blocks, -tokens)
     s.moved[tier, below] += tokens
     if below < 3:
@@ -200,7 +193,7 @@ def _take(s, r, piece):
     for tier in range(3):
         stop = min(end, s.marks[old, tier + 1])
         if stop > begin:
-            tokens = segment_tokens(old, begin, stop, r)
+            tokens = size_of(old, begin, stop, r)
             s.counts[0, tier] = stop - begin
             s.counts[0, 3] -= stop - begin
             s.counts[1, tier] += tokens
@@ -216,7 +209,7 @@ def _put(s, r, segment):
     length, tier = r.segments.length[segment], r.tier[segment]
     for k in range(4):
         s.marks[segment, k] = length if k > tier else 0
-    tokens = segment_tokens(segment, 0, length, r)
+    tokens = size_of(segment, 0, length, r)
     hold(s.held, tier, length, tokens)
     known = 0
     for source in range(3):
