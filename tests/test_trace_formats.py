@@ -504,7 +504,7 @@ def test_lines_in_batches_are_read_as_one_by_one(tmp_path, monkeypatch, spoilt):
     batches, adds = [], mooncake._add_plain
     monkeypatch.setattr(mooncake, "_add_plain", lambda *given: batches.append(given) and False)
     slow = read_trace(path, skip_bad=True)
-    assert len(batches) == 2 and adds is not mooncake._add_plain
+    assert len(batches) == 3 and adds is not mooncake._add_plain
     assert fast.skipped_lines == slow.skipped_lines == (spoilt in ("moved", "few", "bool", "twice"))
     for field in fast.__dataclass_fields__:
         one, two = getattr(fast, field), getattr(slow, field)

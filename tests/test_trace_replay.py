@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import replay_reference as reference
@@ -14,7 +16,7 @@ from kvttl.manager.metadata import PromptHistory
 from kvttl.replay.engine import replay, replay_without_capacity
 from kvttl.replay.lru_curve import lru_curve
 from kvttl.replay.policies import POLICIES, Plan, capacities, decisions
-from kvttl.replay.runs import index_runs
+from kvttl.replay.runs import index_runs, whole_requests
 from kvttl.traces.builder import make_trace
 from kvttl.traces.generator import agent_loops
 from kvttl.traces.trace import Trace
@@ -286,6 +288,19 @@ def test_traces_that_are_not_chained_are_refused():
             index_runs(make_trace(rows))
 
 
+@pytest.mark.parametrize(
+    "rows", [[[0, 1], [2, 1]], [[0, 1, 0]], [[0, 0]], [[0, 1], [1]], [[0, 1], [0], [2, 1]]], ids=str
+)
+@pytest.mark.parametrize("index", [index_runs, whole_requests])
+def test_an_index_refuses_ids_that_are_not_chained(index, rows):
+    """Whoever makes a `Trace` by hand: the builder refuses them before."""
+    ids = np.concatenate(rows).astype(np.int32)
+    lengths = np.cumsum([0, *map(len, rows)])
+    chained = make_trace([range(a, b) for a, b in zip(lengths, lengths[1:])])
+    with pytest.raises(ValueError, match=f"prefix-chained, request {len(rows) - 1} is not"):
+        index(replace(chained, block_ids=ids))
+
+
 # --- results and errors -------------------------------------------------------------------
 
 
@@ -372,8 +387,9 @@ def test_wrong_arguments_are_named():
         replay(trace, "clock")
     with pytest.raises(ValueError, match="per must be"):
         replay(trace, "heuristic", 5, per="session")
-    with pytest.raises(ValueError, match="gpu must hold"):
-        replay(trace, "fifo", (0, 5, 5))
+    for policy in ("lru", "fifo"):
+        with pytest.raises(ValueError, match=f"gpu must hold blocks for '{policy}'"):
+            replay(trace, policy, (0, 5, 5))
     for name, bad in (("key", np.nan), ("ttl_s", -1.0)):
         with pytest.raises(ValueError, match=name):
             replay(trace, lambda i, c, n=name, b=bad: Plan(i, "run", **{n: np.full(i.runs, b)}), 5)

@@ -1,12 +1,13 @@
-"""`make bench-replay`: block accesses per second, ours and libCacheSim's, in one run.
+"""`make bench-replay`: block accesses per second of processor time, ours and libCacheSim's.
 
 On Mooncake's conversation trace where KV_TRACE_DIR has it, else on a generated
-one. Medians of several repeats, taken in turns, so that other jobs on the machine
-slow all alike. Ends with one line of JSON; the report is data/reports/replay.json.
+one. Medians of several repeats, taken in turns in one run, so that other jobs on the
+machine slow all alike. Ends with one line of JSON; the report is data/reports/replay.json.
 """
 
 import argparse
 import os
+import time
 import timeit
 from pathlib import Path
 
@@ -29,7 +30,8 @@ _CAPACITY = 0.05  # of unique blocks
 _CURVE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # capacities of lru_curve, all in one pass
 _TIERS = (0.01, 0.05, 0.2)
 _CONFIG = HeuristicConfig(base_ttl=100)
-_OURS = "ttl ttl_with_index tiers tiers_recency recency lru lru_curve lru_curve_with_index".split()
+_OURS = "ttl ttl_with_index tiers tiers_recency tiers_with_index tiers_lru recency lru lru_curve"
+_OURS = [*_OURS.split(), "lru_curve_with_index", "heuristic_order", "optimal"]
 _GROWTH = (1_000_000, 10_000_000, 100_000_000)  # accesses
 
 
@@ -49,7 +51,7 @@ def median_seconds(jobs: dict, repeats: int) -> dict[str, float]:
     seconds = {name: [] for name in jobs}
     for _ in range(repeats):
         for name, job in jobs.items():
-            seconds[name].append(timeit.timeit(job, number=1))
+            seconds[name].append(timeit.timeit(job, timer=time.process_time, number=1))
     return {name: float(np.median(values)) for name, values in seconds.items()}
 
 

@@ -19,11 +19,11 @@ from kvttl.policies import kernel
 from kvttl.policies.online import OnlinePolicy
 from kvttl.policies.runs import LEVELS
 from kvttl.policies.state import REAL
-from kvttl.replay.block_kernel import block_rows, replay_blocks
+from kvttl.replay.block_kernel import Prompts, block_rows, new_lists, replay_blocks, replay_lru
 from kvttl.replay.policies import POLICIES, UNLIMITED, Plan, capacities, want_times
 from kvttl.replay.result import ReplayResult
-from kvttl.replay.runs import RunIndex, index_runs
-from kvttl.replay.tier_kernel import Work, new_state, replay_requests
+from kvttl.replay.runs import RunIndex, index_runs, whole_requests
+from kvttl.replay.tier_kernel import new_state, replay_requests, work_of
 from kvttl.replay.ttl_kernel import ladder_deadlines, replay_ttl
 from kvttl.traces.trace import REASONS, Trace
 
@@ -100,7 +100,7 @@ def replay(
     if sweep or ends != "told":
         raise ValueError(f"sweep and ends are for policies that decide as they go, not {policy!r}")
     if policy in [name for name, row in POLICIES.items() if row.plan is None]:
-        return _replay_blocks(flat, policy, blocks, progress)
+        return _replay_lists(trace, flat, policy, blocks, progress)
     if policy == "infinite":
         blocks = _NO_LIMITS
     plan = _plan(trace, policy, config, metadata)
@@ -206,24 +206,37 @@ def _deadlines(plan, tier):
 def _replay_plan(plan, name, blocks, progress):
     segments, trace = plan.segments, plan.index.trace
     hits, state = _hit_arrays(trace), new_state(len(segments.request))
-    key = np.array(segments.request if plan.key is None else plan.key, np.float64)
+    key = None if plan.key is None else np.asarray(plan.key, np.float64)
     tier, limits = _tiers(plan, blocks), np.array(blocks, np.int64)
-    until_s = np.empty((0, 3)) if plan.ttl_s is None else _deadlines(plan, tier)
-    work = Work(segments, key, tier, until_s, limits, trace.block_tokens)
+    until_s = None if plan.ttl_s is None else _deadlines(plan, tier)
+    work = work_of(segments, key, tier, until_s, limits, trace.block_tokens, trace.span_s)
     for first, last in _chunks(trace, blocks, progress, name):
         replay_requests(state, work, trace.arrival_s, first, last, *hits)
     return ReplayResult(trace, name, blocks, *hits, *state.area, state.moved)
 
 
-def _replay_blocks(trace, name, blocks, progress):
+def _replay_lists(trace, flat, name, blocks, progress):
     if blocks[0] == 0 and any(blocks):
         raise ValueError(f"gpu must hold blocks for {name!r}, got capacity 0")
+    if POLICIES[name].refreshes:
+        return _replay_lru(whole_requests(trace), flat, name, blocks, progress)
+    return _replay_blocks(flat, name, blocks, progress)
+
+
+def _replay_lru(segments, trace, name, blocks, progress):
+    hits, lists, level_hits = _hit_arrays(trace), new_lists(trace.requests), 0
+    work = Prompts(segments, np.array(blocks, np.int64), trace.block_tokens)
+    for first, last in _chunks(trace, blocks, progress, name):
+        level_hits += replay_lru(lists, work, trace.arrival_s, first, last, *hits)
+    return ReplayResult(trace, name, blocks, *hits, *lists.area, lists.moved, int(level_hits))
+
+
+def _replay_blocks(trace, name, blocks, progress):
     hits, area, moved = _hit_arrays(trace), np.zeros((2, 3)), np.zeros((4, 4), np.int64)
     limits, held, level_hits = np.array(blocks, np.int64), np.zeros((2, 3), np.int64), 0
-    arrays = (trace.block_ids, trace.offsets, trace.arrival_s, block_rows(trace), limits)
-    state = (POLICIES[name].refreshes, held)
+    arrays = (trace.block_ids, trace.offsets, trace.arrival_s, block_rows(trace), limits, held)
     for first, last in _chunks(trace, blocks, progress, name):
-        level_hits += replay_blocks(*arrays, *state, first, last, (*hits, area, moved))
+        level_hits += replay_blocks(*arrays, first, last, (*hits, area, moved))
     return ReplayResult(trace, name, blocks, *hits, *area, moved, int(level_hits))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 
 from kvttl.replay.policies import capacities as as_blocks
-from kvttl.replay.runs import RunIndex, index_runs
+from kvttl.replay.runs import RunIndex, whole_requests
 from kvttl.traces.trace import Trace
 
 NEVER = np.iinfo(np.int64).max  # the distance of a first access
@@ -43,8 +43,8 @@ def lru_curve(trace: Trace | RunIndex, capacities: Sequence[int | float]) -> dic
     >>> curve["block_level_hits"].tolist()
     [0, 2, 3]
     """
-    index = trace if isinstance(trace, RunIndex) else index_runs(trace)
-    segments, trace = index.by_request, index.trace
+    segments = whole_requests(trace)
+    trace = trace.trace if isinstance(trace, RunIndex) else trace
     own, prefix, tokens = _distances(segments, trace.block_tokens)
     blocks = np.array([as_blocks(capacity, trace)[0] for capacity in capacities], np.int64)
     limits = np.where(blocks < 0, NEVER, blocks)  # a distance below it is a hit

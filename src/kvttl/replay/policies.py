@@ -79,7 +79,8 @@ class Plan:
             want_times(self.index.trace)
         if self.ttl_s is not None and not np.all(np.asarray(self.ttl_s) >= 0):
             raise ValueError("ttl_s must be >= 0, got a lower value or NaN")
-        if self.tier is not None and not np.isin(self.tier, range(len(TIERS))).all():
+        codes = np.zeros(1) if self.tier is None else np.asarray(self.tier)
+        if not np.all((codes == 0) | (codes == 1) | (codes == 2)):
             raise ValueError(f"tier must be indices into {TIERS}")
 
     @property

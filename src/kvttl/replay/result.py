@@ -34,7 +34,7 @@ class ReplayResult:
         are tokens computed and stored, to "none" tokens dropped.
     block_level_hits : int or None
         Accesses whose block was resident when its turn came, whether or not its
-        prefix was; only engines that go block by block know it.
+        prefix was; only LRU, FIFO and libCacheSim's policies know it.
     stored_tokens : numpy.ndarray or None
         Shape (requests,): tokens that were stored; only the models of LMCache know it.
 

@@ -104,8 +104,15 @@ class RunIndex:
         values = {name: getattr(self, name) for name in METADATA_FIELDS if hasattr(self, name)}
         if per == "block":
             return values
-        known = self.longest_known
-        return {n: np.where(known >= 0, np.append(v, 0.0)[known], 0.0) for n, v in values.items()}
+        return dict(self._of_longest_known)
+
+    @cached_property
+    def _of_longest_known(self):
+        known = self.longest_known >= 0
+        values = {name: np.zeros(len(known)) for name in self.metadata("block")}
+        for name, of_requests in values.items():
+            of_requests[known] = getattr(self, name)[self.longest_known[known]]
+        return values
 
     @cached_property
     def by_run(self) -> "SegmentArrays":
@@ -117,10 +124,7 @@ class RunIndex:
     def by_request(self) -> "SegmentArrays":
         """Whole requests as segments, for policies that decide once a request: far fewer."""
         columns, piece_offsets = _merge(self.offsets, self.request, self.previous, self.length)
-        requests, blocks = np.arange(self.trace.requests + 1), self.trace.blocks.astype(np.int32)
-        # int32 as by run: for another type the kernels would be compiled once more.
-        own = (requests, requests[:-1].astype(np.int32), blocks, _short(self.trace))
-        return _segments(*own, piece_offsets, *columns)
+        return _whole(self.trace, piece_offsets, *columns)
 
     @cached_property
     def by_future(self) -> "RunIndex":
@@ -217,51 +221,101 @@ def index_runs(trace: Trace) -> RunIndex:
     ValueError
         The ids are not prefix-chained, or a request has a block twice.
     """
-    # An upper bound; pages that are never written take no memory.
-    columns = np.empty((6, trace.accesses + 1), np.int32)
-    offsets = np.empty(trace.requests + 1, np.int64)
-    last = np.full(trace.unique_blocks, -1, np.int32)
-    runs, bad = _index(trace.block_ids, trace.offsets, last, columns, offsets)
-    if bad >= 0:
-        raise ValueError(f"block_ids must be prefix-chained, request {bad} is not")
-    request, previous, start, length = columns[:4, :runs]
-    short = np.zeros(runs, np.int32)
+    offsets, columns = _indexed(trace, whole=False)
+    short = np.zeros(len(columns[0]), np.int32)
     some = trace.blocks > 0
     short[offsets[1:][some] - 1] = _short(trace)[some]
-    return RunIndex(trace, offsets, request, previous, start, length, short)
+    return RunIndex(trace, offsets, *columns, short)
+
+
+def whole_requests(trace: Trace | RunIndex) -> SegmentArrays:
+    """Return `RunIndex.by_request`, for which no runs are needed."""
+    if isinstance(trace, RunIndex):
+        return trace.by_request
+    piece_offsets, (_, *pieces) = _indexed(trace, whole=True)
+    return _whole(trace, piece_offsets, *pieces)
+
+
+def _whole(trace, piece_offsets, *pieces):
+    requests, blocks = np.arange(trace.requests + 1), trace.blocks.astype(np.int32)
+    # int32 as by run: for another type the kernels would be compiled once more.
+    own = (requests, requests[:-1].astype(np.int32), blocks, _short(trace))
+    return _segments(*own, piece_offsets, *pieces)
+
+
+def _indexed(trace, whole):
+    """Return each request's offsets, and columns: request, previous, start, length."""
+    # An upper bound; pages that are never written take no memory.
+    columns, rest = np.empty((4, trace.accesses), np.int32), np.empty((trace.accesses, 4), np.int32)
+    offsets = np.empty(trace.requests + 1, np.int64)
+    fronts = np.full(trace.unique_blocks, _NEW, np.int32)
+    runs, bad = _index(trace.block_ids, trace.offsets, whole, fronts, rest, columns, offsets)
+    if bad >= 0:
+        raise ValueError(f"block_ids must be prefix-chained, request {bad} is not")
+    return offsets, columns[:, :runs]
+
+
+_NEW, _WITHIN = -1, -2  # of a block that begins no run's rest: never seen; further back in one
 
 
 @njit(cache=True)
-def _index(ids, offsets, last, columns, run_offsets):
-    """Fill the runs' columns; returns how many there are and the first bad request, else -1."""
-    request, previous, start, length = columns[0], columns[1], columns[2], columns[3]
-    taken, depth = columns[4], columns[5]  # blocks taken by later requests; blocks before
-    run = -1
-    run_offsets[0] = 0
+def _index(ids, offsets, whole, fronts, rest, columns, run_offsets):
+    """Fill the runs' columns; returns how many there are and the first bad request, else -1.
+
+    Only where a run begins a block is looked up: the rest of it is compared with the run that it
+    comes from. So `fronts` has the run of no blocks but those that a run's rest begins with, and
+    `rest`, (runs, 4), the rest's place in `ids`, blocks taken before it, its blocks, its depth.
+    `whole` requests are runs: what is counted are pieces of them then, and `previous` is a request.
+    """
+    request, previous, start, length = columns
+    run = 0
     for r in range(len(offsets) - 1):
-        first, before = run + 1, np.int32(-2)
-        for at in range(offsets[r], offsets[r + 1]):
-            block = ids[at]
-            old = last[block]
-            if old != before:
-                if old >= first:
-                    return run + 1, r
-                run += 1
-                before = old
-                request[run], previous[run], length[run] = r, old, 0
-                depth[run], start[run], taken[run] = at - offsets[r], 0, 0
-                if old >= 0:
-                    start[run] = taken[old]
-                    if depth[old] + taken[old] != depth[run]:
-                        return run + 1, r
-            length[run] += 1
-            if old >= 0:
-                if ids[offsets[request[old]] + depth[old] + taken[old]] != block:
-                    return run + 1, r
-                taken[old] += 1
-            last[block] = run
-        run_offsets[r + 1] = run + 1
-    return run + 1, -1
+        run_offsets[r] = run
+        at, end = offsets[r], offsets[r + 1]
+        while at < end:
+            block, depth, taken = ids[at], at - offsets[r], 0
+            old = fronts[block]
+            if old == _NEW:
+                blocks = _new(ids, at, end, fronts)
+            else:
+                left, place = rest[old], np.int64(rest[old, 0])
+                follows = depth == 0 or ids[place - 1] == ids[at - 1]
+                if old == _WITHIN or left[3] != depth or not follows:
+                    return run, r
+                taken, blocks = left[1], _equal(ids, place, at, min(left[2], end - at))
+                if blocks < left[2]:
+                    fronts[ids[place + blocks]] = old
+                left[0], left[1], left[3] = place + blocks, taken + blocks, depth + blocks
+                left[2] -= blocks
+            fronts[block] = _WITHIN
+            if depth == 0 or not whole:
+                fronts[block] = r if whole else run
+                new = rest[fronts[block]]
+                new[0], new[1], new[2], new[3] = at, 0, end - at if whole else blocks, depth
+            request[run], previous[run], start[run], length[run] = r, old, taken, blocks
+            at += blocks
+            run += 1
+    run_offsets[-1] = run
+    return run, -1
+
+
+@njit(cache=True)
+def _new(ids, at, end, fronts):
+    """Count and mark the blocks of a stretch that were never seen."""
+    first = at
+    while at < end and fronts[ids[at]] == _NEW:
+        fronts[ids[at]] = _WITHIN
+        at += 1
+    return at - first
+
+
+@njit(cache=True)
+def _equal(ids, one, other, most):
+    """Count the blocks of two stretches that are equal."""
+    blocks = 1
+    while blocks < most and ids[one + blocks] == ids[other + blocks]:
+        blocks += 1
+    return blocks
 
 
 @njit(cache=True)

@@ -8,18 +8,21 @@ numbers say where all its blocks are: gpu holds [lo, g), disk [g, d), remote [d,
 from typing import NamedTuple
 
 import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
-from kvttl.replay.block_kernel import add_time, compiled, hold, inlined, next_tier
+from kvttl.replay.block_kernel import add_time, compiled, hold, inlined, next_tier, size_of
 from kvttl.replay.runs import SegmentArrays
 
 
 class State(NamedTuple):
-    """Everything that changes during a replay; arrays by segment, by tier, or heaps."""
+    """Everything that changes during a replay; arrays by segment, by tier, or sums."""
 
     marks: np.ndarray  # (segments, 4) int32: lo, g, d, m
-    heap: np.ndarray  # (4, n) int32: places (see mirror); eviction by tier, then deadlines
-    heap_key: np.ndarray  # (4, n) float64
-    ends: np.ndarray  # (4, 3) int64: where each heap begins and ends; whether it is sorted
+    there: np.ndarray  # (3, words) uint64: bits of the segments that may be in a tier, by rank
+    levels: np.ndarray  # where in `there` the bits begin, bits of words that have some, and so on
+    passed: np.ndarray  # (1,) int64: deadlines that took effect
     held: np.ndarray  # (2, 3) int64: blocks, tokens in each tier
     area: np.ndarray  # (2, 3) float64: the same x seconds
     moved: np.ndarray  # (4, 4) int64 tokens
@@ -31,93 +34,93 @@ class Work(NamedTuple):
     """What the kernel reads; see SegmentArrays and Plan."""
 
     segments: SegmentArrays
-    key: np.ndarray  # (segments,) float64
+    rank: np.ndarray  # (segments,) uint32: place in the order of eviction
+    by_rank: np.ndarray  # (segments,) uint32: its inverse
     tier: np.ndarray  # (segments,) int8
     until_s: np.ndarray  # (segments, 3) float64, not falling; or (0, 3): nothing expires
+    due_s: np.ndarray  # (deadlines,) float64, ascending
+    due: np.ndarray  # (deadlines,) uint32: whose they are
     capacity: np.ndarray  # (3,) int64, -1 = unlimited
     block_tokens: int
 
 
 def new_state(segments: int) -> State:
     """Return the state of three empty tiers."""
-    heap_key, ends = np.empty((4, segments + 1)), np.array([[0, 0, 1]] * 4, np.int64)
-    heaps = (np.empty(heap_key.shape, np.int32), heap_key, ends)
+    sizes = [max(1, -(-segments // 64))]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 64))
+    there, levels = np.zeros((3, sum(sizes)), np.uint64), np.cumsum([0, *sizes[:-1]])
     sums = (np.zeros((2, 3), np.int64), np.zeros((2, 3)), np.zeros((4, 4), np.int64))
     marks, counts = np.zeros((segments, 4), np.int32), np.zeros((2, 4), np.int64)
-    return State(marks, *heaps, *sums, np.zeros(1), counts)
+    return State(marks, there, levels, np.zeros(1, np.int64), *sums, np.zeros(1), counts)
 
 
-@inlined
-def _before(key, place, other_key, other):
-    return key < other_key or (key == other_key and place < other)
+def work_of(segments, key, tier, until_s, capacity, block_tokens, end_s) -> Work:
+    """Return what the kernel reads; `key` None: recency, `until_s` None: nothing expires."""
+    order = mirror = segments.mirror.astype(np.uint32)  # what may be < 0 takes numba longer
+    if key is not None:  # else by request, and of each the deepest first
+        order = mirror[np.argsort(key[mirror], kind="stable")]
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    until_s = np.empty((0, 3)) if until_s is None else until_s
+    due = _in_order(*_deadlines(mirror[: len(until_s)], until_s, capacity, end_s))
+    return Work(segments, rank, order, tier, until_s, *due, capacity, block_tokens)
 
 
-@inlined
-def _push(s, heap, key, place):
-    keys, places, ends = s.heap_key[heap], s.heap[heap], s.ends[heap]
-    if ends[0] == ends[1]:
-        ends[0], ends[1], ends[2] = 0, 0, 1
-    at = ends[1]
-    if ends[2] == 1:
-        if at == 0 or not _before(key, place, keys[at - 1], places[at - 1]):
-            ends[1] = at + 1
-            keys[at], places[at] = key, place
+def _in_order(at_s, who):
+    """Sort by time: roughly first, by radix, since floats nearly in order are sorted fast."""
+    scale = 65535 / max(at_s.max(initial=0.0), 1e-9)
+    order = np.argsort((at_s * scale).astype(np.uint16), kind="stable")
+    order = order[np.argsort(at_s[order], kind="stable")]
+    return at_s[order], who[order]
+
+
+@njit(cache=True)
+def _deadlines(mirror, until_s, capacity, end_s):
+    """Return the times before `end_s` at which a segment must leave a tier, and the segments."""
+    at_s, who, count = np.empty(until_s.size), np.empty(until_s.size, np.uint32), 0
+    for segment in mirror:
+        before_s = -np.inf
+        for tier in range(3):
+            if capacity[tier] != 0 and before_s < until_s[segment, tier] < end_s:
+                before_s = at_s[count] = until_s[segment, tier]
+                who[count] = segment
+                count += 1
+    return at_s[:count], who[:count]
+
+
+@intrinsic
+def _lowest_bit(typing, word):
+    """The place of the lowest bit that is set; numba has none."""
+
+    def generate(context, builder, signature, values):
+        return builder.cttz(values[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), generate
+
+
+@compiled
+def _mark(there, levels, rank, is_there):
+    """Note that a segment may be in a tier, or that it is not."""
+    for level in range(len(levels)):
+        at, bit = levels[level] + (rank >> 6), np.uint64(1) << np.uint64(rank & 63)
+        before = there[at]
+        there[at] = before | bit if is_there else before & ~bit
+        if (before if is_there else there[at]) != 0:
             return
-        at = _compact(keys, places, ends)
-    ends[1] = at + 1
-    while at > 0:
-        up = (at - 1) >> 1
-        if not _before(key, place, keys[up], places[up]):
-            break
-        keys[at], places[at] = keys[up], places[up]
-        at = up
-    keys[at], places[at] = key, place
+        rank >>= 6
 
 
 @compiled
-def _compact(keys, places, ends):
-    """Turn a sorted queue into a heap, which it already is but for its place."""
-    size = ends[1] - ends[0]
-    for at in range(size):
-        keys[at], places[at] = keys[ends[0] + at], places[ends[0] + at]
-    ends[0], ends[1], ends[2] = 0, size, 0
-    return size
+def _lowest(there, levels):
+    """The rank of what goes first, of a tier that holds some."""
+    rank = np.uint64(0)
+    for level in range(len(levels) - 1, -1, -1):
+        rank = rank << np.uint64(6) | np.uint64(_lowest_bit(there[np.uint64(levels[level]) + rank]))
+    return rank
 
 
 @inlined
-def _pop(s, heap):
-    """Drop the first entry: keys that came in order are a queue, others a binary heap."""
-    keys, places, ends = s.heap_key[heap], s.heap[heap], s.ends[heap]
-    if ends[2]:
-        ends[0] += 1
-        return
-    ends[1] -= 1
-    n = ends[1]
-    key, place = keys[n], places[n]
-    at = 0
-    while True:
-        down = 2 * at + 1
-        if down >= n:
-            break
-        if down + 1 < n and _before(keys[down + 1], places[down + 1], keys[down], places[down]):
-            down += 1
-        if not _before(keys[down], places[down], key, place):
-            break
-        keys[at], places[at] = keys[down], places[down]
-        at = down
-    keys[at], places[at] = key, place
-
-
-@inlined
-def _tokens(segment, begin, end, r):
-    """Tokens of a segment's blocks [begin, end)."""
-    if end <= begin:
-        return 0
-    lacks = r.segments.short[segment] if end == r.segments.length[segment] else 0
-    return (end - begin) * r.block_tokens - lacks
-
-
-@compiled
 def _tick(s, now_s):
     dt = now_s - s.clock_s[0]
     if dt > 0.0:
@@ -130,12 +133,12 @@ def _sink(s, r, segment, tier, blocks, below):
     """Move the last blocks of a segment's share of a tier to a tier below; 3 drops them."""
     end = s.marks[segment, tier + 1]
     begin = end - blocks
-    tokens = _tokens(segment, begin, end, r)
+    tokens = size_of(segment, begin, end, r)
     hold(s.held, tier, -blocks, -tokens)
     s.moved[tier, below] += tokens
     if below < 3:
-        if r.capacity[below] > 0 and s.marks[segment, below] == s.marks[segment, below + 1]:
-            _push(s, below, r.key[segment], r.segments.mirror[segment])
+        if r.capacity[below] > 0:
+            _mark(s.there[below], s.levels, r.rank[segment], True)
         hold(s.held, below, blocks, tokens)
     for k in range(tier + 1, min(below, 3) + 1):  # no blocks are between the two tiers
         s.marks[segment, k] = begin
@@ -145,36 +148,35 @@ def _sink(s, r, segment, tier, blocks, below):
 def _evict(s, r, first):
     """Bring each tier from `first` down to its capacity, hottest tier first."""
     for tier in range(first, 3):
+        below = next_tier(tier, r.capacity)
         while 0 < r.capacity[tier] < s.held[0, tier]:
-            segment = r.segments.mirror[s.heap[tier, s.ends[tier, 0]]]
+            rank = _lowest(s.there[tier], s.levels)
+            segment = r.by_rank[rank]
             there = s.marks[segment, tier + 1] - s.marks[segment, tier]
             over = s.held[0, tier] - r.capacity[tier]
             if over >= there:
-                _pop(s, tier)
+                _mark(s.there[tier], s.levels, rank, False)
             if there > 0:
-                _sink(s, r, segment, tier, min(over, there), next_tier(tier, r.capacity))
+                _sink(s, r, segment, tier, min(over, there), below)
 
 
 @compiled
 def _expire(s, r, now_s):
     """Let every TTL that passed before `now_s` take effect, in order of time."""
-    while s.ends[3, 0] < s.ends[3, 1] and s.heap_key[3, s.ends[3, 0]] < now_s:
-        at_s, segment = s.heap_key[3, s.ends[3, 0]], r.segments.mirror[s.heap[3, s.ends[3, 0]]]
-        _pop(s, 3)
+    while s.passed[0] < len(r.due) and r.due_s[s.passed[0]] < now_s:
+        at_s, segment = r.due_s[s.passed[0]], r.due[s.passed[0]]
+        s.passed[0] += 1
         if s.marks[segment, 0] >= s.marks[segment, 3]:
             continue  # all taken or evicted
         _tick(s, at_s)
-        below, next_s = 3, np.inf  # the next rung, and until when
-        for tier in range(2, -1, -1):
-            until_s = r.until_s[segment, tier]
-            if until_s > at_s and r.capacity[tier] != 0 and tier > r.tier[segment]:
-                below, next_s = tier, until_s
+        below = 3  # the next rung
+        for tier in range(2, r.tier[segment], -1):
+            if r.until_s[segment, tier] > at_s and r.capacity[tier] != 0:
+                below = tier
         for tier in range(2, -1, -1):
             there = s.marks[segment, tier + 1] - s.marks[segment, tier]
             if there > 0 and r.until_s[segment, tier] <= at_s:
                 _sink(s, r, segment, tier, there, below)
-        if s.marks[segment, 0] < s.marks[segment, 3]:
-            _push(s, 3, next_s, r.segments.mirror[segment])
         _evict(s, r, 0)
 
 
@@ -191,7 +193,7 @@ def _take(s, r, piece):
     for tier in range(3):
         stop = min(end, s.marks[old, tier + 1])
         if stop > begin:
-            tokens = _tokens(old, begin, stop, r)
+            tokens = size_of(old, begin, stop, r)
             s.counts[0, tier] = stop - begin
             s.counts[0, 3] -= stop - begin
             s.counts[1, tier] += tokens
@@ -207,7 +209,7 @@ def _put(s, r, segment):
     length, tier = r.segments.length[segment], r.tier[segment]
     for k in range(4):
         s.marks[segment, k] = length if k > tier else 0
-    tokens = _tokens(segment, 0, length, r)
+    tokens = size_of(segment, 0, length, r)
     hold(s.held, tier, length, tokens)
     known = 0
     for source in range(3):
@@ -215,9 +217,7 @@ def _put(s, r, segment):
         known += s.counts[1, source]
     s.moved[3, tier] += max(0, tokens - known)
     if r.capacity[tier] > 0:
-        _push(s, tier, r.key[segment], r.segments.mirror[segment])
-    if len(r.until_s):
-        _push(s, 3, r.until_s[segment, tier], r.segments.mirror[segment])
+        _mark(s.there[tier], s.levels, r.rank[segment], True)
 
 
 @inlined

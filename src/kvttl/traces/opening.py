@@ -157,7 +157,7 @@ def text_lines(path: Path, source, bar=lambda size: None, limit: int = 0) -> Ite
                     raise ValueError(f"line longer than {limit >> 20} MiB")
                 while line and not line.endswith(b"\n"):
                     line = _line(file, limit, path, number)
-            elif line.strip():
+            elif not line.isspace():
                 yield number, line
 
 

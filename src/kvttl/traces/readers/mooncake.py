@@ -35,7 +35,10 @@ def _read(files, source):
     """``block_size`` (else 512) and ``time_unit`` count, in each line or in a first line."""
     builder = TraceBuilder(512)
     for path, batch in batches(files, source):
-        if not len(builder) or not _add_plain(builder, source, batch):
+        if not len(builder):  # the first line may declare what holds for all
+            _add_lines(builder, source, files, records_of(path, batch[:1], source))
+            batch = batch[1:]
+        if not _add_plain(builder, source, batch):
             _add_lines(builder, source, files, records_of(path, batch, source))
     return builder
 
