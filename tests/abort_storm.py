@@ -136,6 +136,7 @@ def main() -> int:
     parser.add_argument("--aborts", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60, help="the longest it may take")
+    parser.add_argument("--inside", choices=("0", "1"), default="1", help="1: the module decides")
     options = parser.parse_args()
     from kvttl.session.demo_model import model_path
     from kvttl.session.launch import be_quiet, engine, greedy
@@ -148,7 +149,7 @@ def main() -> int:
     folder = tempfile.TemporaryDirectory()
     fast = {"mq_timeout_s": 1.0, "engine_heartbeat_s": 0.5}  # or a killed server takes minutes
     fast["start_timeout_s"] = 250  # on a loaded machine
-    config = load_config(disk_path=folder.name, inside=False, **fast)
+    config = load_config(disk_path=folder.name, inside=options.inside == "1", **fast)
     with folder, LMCacheStack(config, free_ports=True) as stack, engine(stack, model_path()) as llm:
         prompts, texts = _clear_ones(llm, 12)
         while sum(counts.values()) < options.aborts and time.monotonic() < until_s:
@@ -165,7 +166,13 @@ def main() -> int:
             turns += 1
             if turns % 10 == 0:
                 print(turns, counts, "wrong", wrong, "leaks", leaks, flush=True)
-    figures = {"seed": options.seed, "aborts": counts, "wrong_texts": wrong, "leaks": leaks}
+    figures = {
+        "seed": options.seed,
+        "inside": config.inside,
+        "aborts": counts,
+        "wrong_texts": wrong,
+        "leaks": leaks,
+    }
     print(json.dumps(figures))
     return int(bool(wrong or leaks))
 
