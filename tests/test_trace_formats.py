@@ -490,14 +490,28 @@ def plain_lines(count, seed=0):
     return lines
 
 
-@pytest.mark.parametrize("spoilt", ["nothing", "moved", "few", "bool", "time", "extra", "twice"])
+SPOILT = {  # of a line, and whether it is skipped
+    "nothing": ({}, False),
+    "moved": ({"hash_ids": [10**9, 0]}, True),
+    "few": ({"input_length": 10**6}, True),
+    "time": ({"timestamp": -1}, False),
+    "extra": ({"note": 1}, False),
+    "twice": ({"hash_ids": [10**9, 10**9]}, True),
+    "below": ({"hash_ids": [-(10**9)]}, False),
+    "of 64 bits": ({"hash_ids": [2**64 - 7]}, False),
+    "of 65 bits": ({"hash_ids": [2**64]}, True),
+    "no block": ({"hash_ids": [], "input_length": 9}, False),
+    "a list in it": ({"hash_ids": [[10**9]]}, True),
+    "a number": ({"hash_ids": 10**9}, True),
+    "null": ({"hash_ids": None}, True),
+    **{str(value): ({"hash_ids": [value]}, True) for value in (True, "7", 7.5, 7e9, {}, None)},
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
 def test_lines_in_batches_are_read_as_one_by_one(tmp_path, monkeypatch, spoilt):
     lines = plain_lines(1500)
-    bad = {
-        **{"nothing": {}, "moved": {"hash_ids": [10**9, lines[0]["hash_ids"][0]]}},
-        **{"few": {"input_length": 10**6}, "bool": {"hash_ids": [True]}, "time": {"timestamp": -1}},
-        **{"extra": {"note": 1}, "twice": {"hash_ids": [10**9, 10**9]}},
-    }[spoilt]
+    bad, skipped = SPOILT[spoilt]
     lines[900] |= {"input_length": 700} | bad if "hash_ids" in bad else bad
     path = written(tmp_path / "a.jsonl", lines)
     fast = read_trace(path, skip_bad=True)
@@ -505,7 +519,7 @@ def test_lines_in_batches_are_read_as_one_by_one(tmp_path, monkeypatch, spoilt):
     monkeypatch.setattr(mooncake, "_add_plain", lambda *given: batches.append(given) and False)
     slow = read_trace(path, skip_bad=True)
     assert len(batches) == 3 and adds is not mooncake._add_plain
-    assert fast.skipped_lines == slow.skipped_lines == (spoilt in ("moved", "few", "bool", "twice"))
+    assert fast.skipped_lines == slow.skipped_lines == skipped
     for field in fast.__dataclass_fields__:
         one, two = getattr(fast, field), getattr(slow, field)
         assert np.array_equal(one, two, equal_nan=np.asarray(one).dtype.kind == "f"), field

@@ -248,6 +248,9 @@ class DenseIds:
 @njit(cache=True)
 def _slot_of(key, slots, keys):
     mask = len(slots) - 1
+    at = key & mask  # of ids that count up, neighbours: they are looked up together
+    if slots[at] < 0 or keys[slots[at]] == key:
+        return at
     mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
     at = np.int64((mixed ^ (mixed >> np.uint64(29))) & np.uint64(mask))
     while slots[at] >= 0 and keys[slots[at]] != key:

@@ -1,10 +1,10 @@
 """Mooncake: ``timestamp`` (ms), ``input_length``, ``output_length``, chained ``hash_ids``."""
 
-import itertools
 from typing import Annotated
 
 import msgspec
 import numpy as np
+from numba import njit
 
 from kvttl.traces.builder import TraceBuilder
 from kvttl.traces.readers.base import Format
@@ -19,7 +19,7 @@ class _Plain(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
     timestamp: int
     input_length: _Count
-    hash_ids: list[int]
+    hash_ids: msgspec.Raw
     output_length: _Count = 0
 
 
@@ -66,19 +66,49 @@ def _add_plain(builder, source, batch):
         return False
     try:
         rows = [_decode(line) for _, line in batch]
-        ids = [row.hash_ids for row in rows]
-        keys = np.fromiter(itertools.chain.from_iterable(ids), np.int64)
         arrival_s = np.array([row.timestamp for row in rows], np.int64)
     except (msgspec.MsgspecError, OverflowError, RecursionError):
         return False
+    lists = np.frombuffer(b"".join([row.hash_ids for row in rows]), np.uint8)
+    keys, blocks = np.empty(len(lists), np.int64), np.zeros(len(rows) + 1, np.int64)
+    filled, count = _fill(lists, keys, blocks)
+    if filled != len(rows):
+        return False
+    keys, blocks = keys[:count], blocks[:-1]
     arrival_s = arrival_s / TIME_UNITS[known["time_unit"]]
-    prompts, blocks = (
-        np.array(n) for n in ([row.input_length for row in rows], list(map(len, ids)))
-    )
+    prompts = np.array([row.input_length for row in rows])
     few = not source.block_tokens and np.any(prompts - blocks * size >= size)
     if few or np.any(blocks > -(-prompts // size)) or np.any(abs(arrival_s) > LATEST_S):
         return False
     return builder.add_rows(keys, blocks, arrival_s, prompts, [row.output_length for row in rows])
+
+
+@njit(cache=True)
+def _fill(text, numbers, lengths):
+    """Fill in the whole numbers of JSON lists, one after another, and the lists' lengths.
+
+    Returns how many lists and numbers; -1 lists where the JSON is anything else.
+    """
+    lists, count, value, digits, sign, inside = 0, 0, np.int64(0), 0, 1, False
+    for char in text:
+        if char == 91 and not inside and lists < len(lengths) - 1:  # [
+            inside = True
+        elif not inside:
+            return -1, count
+        elif 48 <= char <= 57 and digits < 18:
+            value, digits = value * 10 + (char - 48), digits + 1
+        elif char == 45:  # -
+            sign = -1
+        elif char == 44 or char == 93:  # , ]
+            if digits:
+                numbers[count] = sign * value
+                lengths[lists] += 1
+                count, value, digits, sign = count + 1, np.int64(0), 0, 1
+            if char == 93:
+                lists, inside = lists + 1, False
+        elif char != 32:
+            return -1, count
+    return lists, count
 
 
 MOONCAKE = Format(_read, lambda record: "hash_ids" in record, "hash_ids")
