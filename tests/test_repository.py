@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted((ROOT / "src").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-BUDGET_CODE_LINES = 19_100  # of src: what runs inside LMCache took 2,350, the page 540
+BUDGET_CODE_LINES = 19_150  # of src: what runs inside LMCache took 2,350, the page 540
 # Spelled in parts, so that this file does not hold what it looks for.
 PRIVATE_PATHS = re.compile(rb"(?<![\w.])/(?:" + b"|".join([b"wo" + b"rk", b"ro" + b"ot"]) + rb")/")
 
