@@ -23,6 +23,8 @@ from kvttl.sliders.readout import small_table
 
 _SHOWN = 9  # decisions
 _GREY = "var(--jp-ui-font-color3)"
+# The last four: what answers is of a newer kit, or of nobody's.
+_NOT_READ = (LMCacheError, LookupError, TypeError, ValueError, AttributeError)
 _EVERY_S = {"every second": 1.0, "every 2 s": 2.0, "every 10 s": 10.0, "every minute": 60.0}
 
 
@@ -83,7 +85,7 @@ class LiveTab(Tab):
             seen = await asyncio.to_thread(source.read)
             if source is self._source:
                 self.show(seen)
-        except (LMCacheError, LookupError, TypeError, ValueError) as error:  # or of a newer kit
+        except _NOT_READ as error:
             since = f" What is shown is of {_clock(self.seen.time_s)}." if self.seen else ""
             again = f"It is asked again {self.every_s.label}."
             self.said.value = warning(f"{error}. {again}{since}")
