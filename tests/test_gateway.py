@@ -984,8 +984,9 @@ def test_the_command_uses_the_settings_and_options_that_it_was_given(command, fr
             return list((command.folder / "disk").glob("*.data"))
 
         wait_until(is_stored)
-    health = requests.get(command.url + "/healthz", timeout=120).json()
-    assert health["tiers"] == {"gpu": "ok", "disk": "ok", "remote": "ok"}
+    fine = {"gpu": "ok", "disk": "ok", "remote": "ok"}  # for a while not, where a copy took long
+    health = command.url + "/healthz"
+    wait_until(lambda: requests.get(health, timeout=120).json()["tiers"] == fine)
     for name in ("coordinator_port", "server_port", "server_http_port"):
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", command.ports[name])) == 0, name

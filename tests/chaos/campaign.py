@@ -496,7 +496,7 @@ class Part:
             say(f"{len(lost)} of {len(before)} chunks have lost their claims: {lost[0][0][:12]}")
         failed = self._failures() - (failures if "gpu" not in kind.loses else Counter())
         if failed and not kind.hook:
-            say(f"hooks of the module failed: {dict(failed)}")
+            say(f"hooks of the module failed: {dict(failed)}: {self.machine.last_traceback()}")
         if comes_empty(lambda: module.status()["journal"]["errors"], 30.0):
             say(f"the journal is not written: {module.status()['journal']}")
         if comes_empty(lambda: module.status()["tier_errors"], 30.0):

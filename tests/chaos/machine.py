@@ -236,6 +236,10 @@ class Machine:
         fresh.write_text(what)
         fresh.replace(self._trouble)
 
+    def last_traceback(self) -> str:
+        """Return the last one in the server's log."""
+        return self.stack.logs("server", 500).rpartition("Traceback")[2][-1500:]
+
     def spec(self, role: str, **more: Any) -> dict[str, Any]:
         """Return what a worker needs to know."""
         self._lives += 1

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 _BATCH_KEYS = 500  # LMCache objects a call: gpu's lock is held for 8 ms
 _COPY_CHUNKS = 64  # through gpu at once
 _WRITE_S = 10.0  # without any copy done, after which a tier counts as failing
+_FAILING_S = 20.0  # that a tier counts as failing after it, if nothing is written there
 _ROOM_S = 0.25  # that a store waits at most for what is being copied
 _STALLED_S = 1.0  # the same while it does
 
@@ -60,8 +61,6 @@ class Hands:
 
     Attributes
     ----------
-    errors : dict
-        Tier -> why it takes no copies; empty if all do.
     done : Counter
         Chunks, by what was done with them.
     gave_up : callable
@@ -80,7 +79,7 @@ class Hands:
         self._tier_of = {name: tier for tier, name in adapters.items()}
         self.can_copy = can_copy
         self._orders = _Orders()
-        self.errors: dict[str, str] = {}
+        self._errors: dict[str, tuple[float, str]] = {}  # tier -> when a write failed, and how
         self.done: Counter[str] = Counter()
         self.gave_up: Callable[[list[Chunk]], Any] = lambda _chunks: None
         self._storing, self._moving = 0, 0
@@ -148,7 +147,9 @@ class Hands:
 
     def failing(self) -> dict[str, str]:
         """Return why tiers take no copies: what a look at them says before what writes have met."""
-        return {**self.errors, **FAILING}
+        since_s = time.monotonic() - _FAILING_S
+        met = {tier: how for tier, (at_s, how) in list(self._errors.items()) if at_s > since_s}
+        return {**met, **FAILING}
 
     def _patience_s(self, tier):
         return _STALLED_S if tier in self.failing() else _WRITE_S
@@ -179,7 +180,7 @@ class Hands:
             for key in waiting.intersection(mine):
                 orders.pop(key, None)
         if not waiting:
-            self.errors.pop(tier, None)
+            self._errors.pop(tier, None)
         elif not may_fail:
             self._failed([objects[key] for key in waiting], tier)
         return not waiting
@@ -190,7 +191,8 @@ class Hands:
         gone = [chunk for chunk in chunks if chunk not in there]
         self._places.went(gone, "gpu")
         if len(gone) < len(chunks):
-            self.errors[tier] = f"{len(chunks) - len(gone)} copies were not made in time"
+            how = f"{len(chunks) - len(gone)} copies were not made in time"
+            self._errors[tier] = time.monotonic(), how
             self.done[f"not copied to {tier}"] += len(chunks) - len(gone)
 
     def _copy_below(self, chunks, tier):
