@@ -975,7 +975,7 @@ def test_the_command_uses_the_settings_and_options_that_it_was_given(command, fr
         def is_stored():  # while LMCache does not answer within a second, an engine stores nothing
             answer = client.chat.completions.create(  # without the options: a 400
                 model="demo_model",
-                messages=[{"role": "user", "content": 4 * fresh_text()}],
+                messages=[{"role": "user", "content": 3 * fresh_text()}],
                 tools=[tool],
                 tool_choice="auto",
                 max_tokens=2,

@@ -184,8 +184,8 @@ def test_a_hit_below_gpu_is_loaded_whole_where_gpu_is_full(tmp_path):
     with inside_server(tmp_path, {**ONE_HOUR, "save": "end"}, l1_chunks=64) as running:
         client = Client(running.url)
         for number in range(1, 6):  # 100 chunks, all of them wanted
-            client.serve(prompt(number, 20))
-        wait_until(lambda: client.status()["chunks"]["disk"] == 100)
+            client.serve(prompt(number, 20))  # the next may take its room: not before it is saved
+            wait_until(lambda n=number: client.status()["chunks"]["disk"] == 20 * n)
         wait_until(lambda: not client.status()["waiting_decisions"])
         assert held(client)["gpu"] > 44
         hits = [client.serve(prompt(number, 20)) for number in (1, 2, 3, 4, 5, 1, 3)]

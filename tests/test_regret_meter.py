@@ -234,7 +234,7 @@ def test_a_clock_that_is_set_back_goes_on():
 def test_the_setting_switches_it_off():
     stack = SimpleNamespace(host="127.0.0.1", port=1, instance_id="none")
     for settings, is_there in (({}, True), ({"meter": False}, False), ({"inside": True}, False)):
-        stack.config = StackConfig(**settings)
+        stack.config = StackConfig(**{"inside": False, **settings})
         with managed(stack, None, metrics=DecisionMetrics()) as cache:
             assert (cache._records.meter is not None) == is_there, settings
     with managed(stack, None) as cache:  # without metrics nobody would see it
