@@ -288,24 +288,32 @@ def _search(study, parts, limit, trials, progress, watch):
 
 
 def _so_far(done, question, limit):
-    figures = [trial.user_attrs["measures"] for trial in done]
-    goal, paid = np.array([question.costs_of(row) for row in figures]).T
+    figures, goal, paid = _scored(done, question)
     frame = pd.DataFrame(figures).assign(role="", **{f"{name}_rest": np.nan for name in MEASURES})
-    frame.loc[np.where(paid <= limit, goal, np.inf).argmin(), "role"] = "taken"
+    frame.loc[_best(goal, paid, limit), "role"] = "taken"
     frame.loc[0, "role"] = "start"
     return frame
+
+
+def _scored(done, question):
+    """Return the trials' measures, and what of them is the goal, and what it is paid with."""
+    figures = [trial.user_attrs["measures"] for trial in done]
+    return figures, *np.array([question.costs_of(row) for row in figures]).T
+
+
+def _best(goal, paid, limit):
+    return int(np.where(paid <= limit, goal, np.inf).argmin())
 
 
 def _outcome(done, parts, limit):
     """Return the tuning: the best within the limit, and scores on the rest of what is shown."""
     question = parts.question
     configs = [question.settings(trial.params) for trial in done]
-    figures = [trial.user_attrs["measures"] for trial in done]
-    goal, paid = np.array([question.costs_of(row) for row in figures]).T
+    figures, goal, paid = _scored(done, question)
     if not (paid <= limit).any():
         best = f"{question.paid_with} was {abs(paid.min()):.4g} at best"
         raise ValueError(f"LIMIT must be in reach: {best}, got {question.limit!r}")
-    taken, front = int(np.where(paid <= limit, goal, np.inf).argmin()), _front(goal, paid)
+    taken, front = _best(goal, paid, limit), _front(goal, paid)
     configs[taken] = _without_idle(configs[taken], parts)
     shown = front[np.linspace(0, len(front) - 1, _SHOWN).astype(int)]
     roles = dict.fromkeys(shown.tolist(), "front") | {taken: "taken"} | {0: "start"}

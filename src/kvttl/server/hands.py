@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 _BATCH_KEYS = 500  # LMCache objects a call: gpu's lock is held for 8 ms
 _COPY_CHUNKS = 64  # through gpu at once
 _WRITE_S = 10.0  # without any copy done, after which a tier counts as failing
-_FAILING_S = 20.0  # that a tier counts as failing after it, if nothing is written there
-_ROOM_S = 0.25  # that a store waits at most for what is being copied
 _STALLED_S = 1.0  # the same while it does
+_FAILING_S = 20.0  # that it does after that, if nothing is written there
+_ROOM_S = 0.25  # that a store waits at most for what is being copied
 
 
 class _Orders(dict):

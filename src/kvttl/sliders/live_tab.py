@@ -18,7 +18,7 @@ from kvttl.plots.panels import TIER_COLOURS, duration
 from kvttl.replay.tables import export
 from kvttl.sliders.controls import labelled, warning
 from kvttl.sliders.live_source import OWN, LiveSource, Seen
-from kvttl.sliders.panel import Tab, beside, button, heading, row
+from kvttl.sliders.panel import Tab, beside, heading, row
 from kvttl.sliders.readout import small_table
 
 _SHOWN = 9  # decisions
@@ -54,8 +54,7 @@ class LiveTab(Tab):
         for name, part in {"said": self.said, **self.panels}.items():
             part.add_class(f"kv-live-{name}")
         self.url.observe(self._moved, "value")
-        tip = "The last decisions as CSV, all else as JSON"
-        press = button("Export live", tip, lambda _: self.report(self._exported), "primary")
+        press = self.exporting("Export live", "The last decisions as CSV, all else as JSON")
         left = (self.url, self.every_s, row(press), self.said, self.status)
         cards = [_card(title, self.panels[name]) for name, title in _TITLES.items()]
         grid = widgets.Layout(grid_template_columns="1fr 1fr", grid_gap="8px 32px")
@@ -114,9 +113,6 @@ class LiveTab(Tab):
         facts = {"url": self._source.url, **self.seen._asdict(), "records": path.name}
         path.with_suffix(".json").write_bytes(msgspec.json.encode(facts))
         return [path, path.with_suffix(".json")]
-
-    def _exported(self):
-        return f"exported to {' and '.join(map(str, self.export()))}"
 
 
 def _card(title, panel):

@@ -29,6 +29,17 @@ class Tab(widgets.HBox):
         except (OSError, ValueError) as error:
             self.status.value = warning(str(error))
 
+    def export(self) -> list[Path]:
+        """Write what is shown; returns the files."""
+        raise NotImplementedError
+
+    def exporting(self, text: str, tooltip: str) -> widgets.Button:
+        """Return a button that exports, and says where to."""
+        return button(text, tooltip, lambda _: self.report(self._exported), "primary")
+
+    def _exported(self):
+        return f"exported to {' and '.join(map(str, self.export()))}"
+
 
 class SettingsPanel(Tab):
     """Controls of a `HeuristicConfig` beside a picture, a readout and a status line.

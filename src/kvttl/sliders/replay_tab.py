@@ -25,7 +25,7 @@ from kvttl.replay.result import ReplayResult
 from kvttl.replay.runs import RunIndex, index_runs
 from kvttl.replay.tables import at_same_memory, export, mean_blocks_held
 from kvttl.sliders.controls import labelled
-from kvttl.sliders.panel import SettingsPanel, TraceChoice, beside, button, row
+from kvttl.sliders.panel import SettingsPanel, TraceChoice, beside, row
 from kvttl.sliders.picture import MovingPicture
 from kvttl.sliders.readout import small_table
 from kvttl.traces.trace import Trace
@@ -216,7 +216,7 @@ class ReplayTab(SettingsPanel):
             widget.observe(self.redraw_soon, "value")
         for mark in ("kv-share", "kv-log"):
             self.share.add_class(mark)
-        self.export_button = button("Export replay", "PNG and CSV", self._export_pressed, "primary")
+        self.export_button = self.exporting("Export replay", "PNG and CSV")
         asked = (self.trace, self.file, self.policy, self.capacity, self.share, self.tariff)
         known = (self.has_perplexity, self.perplexity, row(self.export_button))
         left = (*asked, *self.sliders(), *known)
@@ -249,9 +249,6 @@ class ReplayTab(SettingsPanel):
         stem = re.sub(r"[^\w.-]+", "_", f"replay_{name}")
         frame = pd.DataFrame([self._drawn])
         return export(self.folder, stem, frame, self._pictures[name].figure)
-
-    def _export_pressed(self, _):
-        self.report(lambda: f"exported to {' and '.join(map(str, self.export()))}")
 
 
 def replay_readout(view: ReplayView) -> str:

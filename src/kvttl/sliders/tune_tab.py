@@ -83,8 +83,7 @@ class TuneTab(Tab):
         self.stop = button("Stop", "Trials are kept", self._stop)
         tip = f"Write {FILE_NAME}, and set the sliders of Decisions and Replay"
         self.over = button("Take over", tip, lambda _: self.report(self._taken), "success")
-        save = ("All trials as CSV, and the picture", lambda _: self.report(self._exported))
-        self.save = button("Export search", *save, "primary")
+        self.save = self.exporting("Export search", "All trials as CSV, and the picture")
         self.image.add_class("kv-picture")
         self.readout.add_class("kv-readout")
         asked = (self.policy, self.capacity, self.goal, self.against)
@@ -154,9 +153,9 @@ class TuneTab(Tab):
         self._take(self.tuning.config)
         return f"Saved {path}; the sliders have these settings."
 
-    def _exported(self):
-        files = export(self._folder / "exports", "tune", self.tuning.trials, self._figure)
-        return f"exported to {' and '.join(map(str, files))}"
+    def export(self) -> list[Path]:
+        """Write all trials as CSV, and the picture; returns the files."""
+        return export(self._folder / "exports", "tune", self.tuning.trials, self._figure)
 
 
 def readout_of(tuning: Tuning) -> str:
