@@ -274,7 +274,7 @@ class Part:
         pids = self.door.family()
         if not self.door.stop():
             self._blame(f"the {self.door.role} ended with {self.door.code}: {self.door.output(3)}")
-        if left := comes_empty(lambda: [pid for pid in pids if psutil.pid_exists(pid)], 30):
+        if left := self._outliving(pids):
             self._blame(f"processes {left} outlive the {self.door.role}")
         self.door = None
 
@@ -282,6 +282,14 @@ class Part:
         if self.steps:
             self.steps[-1].violations.append(what)
         self._say(f"  ! {what}")
+
+    def _outliving(self, pids):
+        """Return the names of those processes that still live half a minute later, by pid."""
+
+        def living():
+            return {pid: name for pid, name in self.machine.processes().items() if pid in pids}
+
+        return comes_empty(living, 30.0)
 
     # ---- one fault ---------------------------------------------------------------------------
 
@@ -364,7 +372,7 @@ class Part:
                 self.door.start()
             return
         comes(lambda: not self.door.alive())
-        if left := comes_empty(lambda: [p for p in family if psutil.pid_exists(p)], 30):
+        if left := self._outliving(family):
             step.violations.append(f"processes {left} outlive the {self.door.role}")
             for pid in left:
                 with suppress(psutil.Error):
