@@ -264,18 +264,23 @@ def _on_main(jobs, work, *arguments):
 
 
 def _work(jobs):
-    """Do what is asked for until None comes; a Ctrl-C ends one job."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    while True:
-        job = None
+    """Do what is asked for until None comes; a Ctrl-C ends one job, and none between two."""
+    at_work = []
+
+    def interrupt(_number, _frame):
+        if at_work:
+            at_work.clear()
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    while (job := jobs.get()) is not None:
         try:
-            job = jobs.get()
-            if job is None:
-                return
-            job.answer = job.work()
+            try:
+                at_work.append(job)
+                job.answer = job.work()
+            finally:
+                at_work.clear()
         except BaseException as error:  # KeyboardInterrupt too
-            if job is None:
-                continue
             job.answer = error
         job.done.set()
 
