@@ -164,6 +164,7 @@ def test_everything_of_one_server_is_only_its_own(stack, llm, other, other_llm, 
         assert sum(move["moved_chunks"] for move in moves) == len(chunks) >= 6
         for each in (text, longer):
             wait_for(first, each, first=["remote"], other=list(TIERS))
+        assert second.controller.fleet()[OTHER]["gpu"] >= len(chunks)
 
 
 def test_the_fleet_lists_all_servers(both, greedy, fresh_text):

@@ -278,7 +278,7 @@ def _work(jobs):
             try:
                 at_work.append(job)
                 job.answer = job.work()
-            finally:
+            finally:  # before the error is kept: another Ctrl-C would come out of that
                 at_work.clear()
         except BaseException as error:  # KeyboardInterrupt too
             job.answer = error
